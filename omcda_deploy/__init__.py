@@ -1,0 +1,3 @@
+"""omcda-deploy: from a logged dataset to a served multi-agent team."""
+
+__version__ = "0.1.0"

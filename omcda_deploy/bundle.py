@@ -1,0 +1,147 @@
+"""The bundle: a trained team as it is deployed.
+
+A folder in Triton's model-repository layout plus a manifest::
+
+    bundle.json                       what it is, for whom, from where, and the sha256 of every other file
+    agent_0/config.pbtxt  agent_0/1/model.onnx        one graph per agent
+    …
+    team/config.pbtxt     team/1/model.onnx           all agents in one graph
+
+Inputs of an agent's graph (B is dynamic):
+
+| name          | type    | shape  | |
+|---------------|---------|--------|-|
+| `observation` | float32 | [B, O] | raw or normalised: normalisation is inside the graph and idempotent |
+| `noise`       | float32 | [B, A] | zeros for the deterministic action (:class:`omcda_deploy.policy.NoiseSource`) |
+| `action_mask` | uint8   | [B, A] | discrete only; 1 where the action is available |
+
+Outputs:
+
+| name              | type            | shape          | |
+|-------------------|-----------------|----------------|-|
+| `action`          | float32 / int64 | [B, A] / [B]   | ready for the simulator |
+| `divergence`      | float32         | [B]            | nats; what it measures is the manifest's `divergence_kind` |
+| `behavior_action` | as `action`     |                | the behaviour policy's deterministic action |
+| `mean`, `log_std`, `behavior_mean`, `behavior_log_std` | float32 | [B, A] | continuous: Gaussians under the tanh |
+| `logits`, `behavior_logits` | float32 | [B, A] | discrete: normalised log-probabilities, masked |
+
+The team graph has the same names, with the agents' vectors joined along the last axis in team order
+(`observation` [B, ΣO], `action` [B, ΣA] or [B, N], `divergence` [B, N]).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omcda_deploy.errors import BundleError
+from omcda_deploy.spec import TeamSpec
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+TEAM = "team"  # folder and model name of the joint graph
+MODEL_FILE = "1/model.onnx"
+CONFIG_FILE = "config.pbtxt"
+
+CONTINUOUS_PARAMETERS = ("mean", "log_std", "behavior_mean", "behavior_log_std")
+DISCRETE_PARAMETERS = ("logits", "behavior_logits")
+
+
+def parameter_names(spec: TeamSpec) -> tuple[str, ...]:
+    """Names of the graph outputs that describe the two distributions."""
+    return CONTINUOUS_PARAMETERS if spec.action_kind == "continuous" else DISCRETE_PARAMETERS
+
+
+def output_names(spec: TeamSpec) -> tuple[str, ...]:
+    return ("action", "divergence", "behavior_action", *parameter_names(spec))
+
+
+def input_names(spec: TeamSpec) -> tuple[str, ...]:
+    return (
+        ("observation", "noise")
+        if spec.action_kind == "continuous"
+        else ("observation", "noise", "action_mask")
+    )
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk. ``manifest`` is ``bundle.json`` as parsed."""
+
+    path: Path
+    spec: TeamSpec
+    manifest: Mapping[str, Any]
+
+    @property
+    def divergence_kind(self) -> str:
+        """``kl``: KL(pi_i || pi_b^i); ``neg_log_behavior``: -log pi_b^i(a|o)."""
+        return str(self.manifest["divergence_kind"])
+
+    @property
+    def budgets(self) -> dict[str, float | None]:
+        """d_i per agent in nats, None for algorithms without a budget."""
+        return {name: entry["budget"] for name, entry in self.manifest["agents"].items()}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the manifest, which holds the sha256 of everything else."""
+        return sha256(self.path / MANIFEST)
+
+    def model_path(self, model: str) -> Path:
+        """The ONNX file of an agent, or of the whole team for ``"team"``."""
+        if model != TEAM:
+            self.spec.agent(model)
+        return self.path / model / MODEL_FILE
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Read and verify a bundle. Raises :class:`BundleError` when a file is missing or was changed."""
+    path = Path(path)
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}. Make one with  omcda-deploy export")
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        version = manifest["schema_version"]
+        files = {name: str(digest) for name, digest in manifest["files"].items()}
+        declared_hash = manifest["contract_hash"]
+        spec = TeamSpec.from_json(manifest["team"])
+        agents = set(manifest["agents"])
+        kind = manifest["divergence_kind"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{manifest_path} is damaged ({error}): export the run again") from error
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{manifest_path} has schema version {version}, expected {SCHEMA_VERSION}: export again"
+        )
+    if kind not in ("kl", "neg_log_behavior"):
+        raise BundleError(f"{manifest_path}: expected divergence_kind kl or neg_log_behavior, got {kind!r}")
+    if declared_hash != spec.contract_hash or agents != set(spec.names):
+        raise BundleError(f"{manifest_path} was changed: its contract hash does not match its team")
+    wanted = {f"{model}/{file}" for model in (*spec.names, TEAM) for file in (CONFIG_FILE, MODEL_FILE)}
+    if missing := wanted - files.keys():
+        raise BundleError(f"{manifest_path} does not list {sorted(missing)[0]}: export the run again")
+    for name, digest in files.items():
+        file = path / name
+        if path.resolve() not in file.resolve().parents:
+            raise BundleError(f"{manifest_path} lists {name}, which is outside the bundle")
+        if not file.is_file():
+            raise BundleError(f"{file} is missing: the bundle is incomplete, export the run again")
+        if (found := sha256(file)) != digest:
+            raise BundleError(
+                f"{file} was changed after export: expected sha256 {digest[:12]}…, found {found[:12]}…. "
+                "Export the run again"
+            )
+    return Bundle(path, spec, manifest)

@@ -1,0 +1,175 @@
+"""Multi-agent MuJoCo as OMIGA's data were recorded: ``mamujoco/{hopper-3x1,ant-2x4,halfcheetah-6x1}``.
+
+Every agent observes the full vector of the v2 environment followed by its one-hot id, standardised over the
+entries of that vector, ``(x - mean(x)) / std(x)``; the centralised state is all these vectors one after another
+(baselines.md 9.1). Agent k of n drives the k-th of n equal runs of actuators in MuJoCo's own order.
+
+The v2 environments are rebuilt from Gymnasium's v5 ones: Ant without contact forces or contact cost and 84 zeros
+in their place, and +1 on the step that terminates Hopper or Ant, which v5 withholds (simulators.md section 1).
+Physics is that of the installed mujoco; 3.3.7 is the release closest to the one behind the published data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.envs import Float, Observations, StepResult
+from omcda_deploy.errors import ContractError, MissingExtraError, UnknownNameError
+from omcda_deploy.spec import ActionSpec, AgentSpec, Normalizer, TeamSpec
+
+EPISODE_LIMIT = 1000
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A v5 environment and what turns it into its v2 ancestor."""
+
+    gymnasium_id: str
+    agents: int
+    joints_per_agent: int
+    observation: int  # length of v5's observation, as configured by `options`
+    zeros: int  # entries that v2 appends and that were always zero
+    control_rate: float  # Hz, 1 / dt
+    options: Mapping[str, Any]
+
+
+_BODIES = {
+    "hopper-3x1": _Body("Hopper-v5", 3, 1, 11, 0, 125.0, {}),
+    "ant-2x4": _Body(
+        "Ant-v5",
+        2,
+        4,
+        27,
+        84,
+        20.0,
+        {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0},
+    ),
+    "halfcheetah-6x1": _Body("HalfCheetah-v5", 6, 1, 17, 0, 20.0, {}),
+}
+TASKS = tuple(f"mamujoco/{name}" for name in _BODIES)
+
+
+def standardize(vectors: NDArray[Any]) -> Float:
+    """Standardise each vector over its own entries: ``[..., O] -> float32 [..., O]``. Idempotent."""
+    mean = vectors.mean(axis=-1, keepdims=True)
+    std = vectors.std(axis=-1, keepdims=True)
+    return ((vectors - mean) / std).astype(np.float32)
+
+
+class JointBody:
+    """The single-agent v2 environment: all joints driven by one action vector, no time limit of its own.
+
+    This is what behaviour policies are trained on, and what :class:`MultiAgentMujoco` shares out to a team.
+    """
+
+    def __init__(self, name: str, render_mode: str | None = None) -> None:
+        try:
+            import gymnasium
+        except ImportError as error:
+            raise MissingExtraError("gymnasium with MuJoCo", "mujoco") from error
+        if name not in _BODIES:
+            raise UnknownNameError("MuJoCo body", name, _BODIES)
+        self.body = _BODIES[name]
+        entry = gymnasium.spec(self.body.gymnasium_id).entry_point
+        create: Callable[..., Any] = gymnasium.envs.registration.load_env_creator(str(entry))
+        # Created without gymnasium.make: its wrappers add a third of the step time, and the limit is ours.
+        self._env = create(render_mode=render_mode, **self.body.options)
+        self.observation_size = self.body.observation
+        self.action_size = self.body.agents * self.body.joints_per_agent
+
+    def reset(self, seed: int | None = None) -> NDArray[np.float64]:
+        observation, _ = self._env.reset(seed=seed)
+        return np.asarray(observation, np.float64)
+
+    def step(self, action: NDArray[Any]) -> tuple[NDArray[np.float64], float, bool]:
+        """``action`` [joints] in [-1, 1] -> (observation, v2's reward, terminated)."""
+        observation, reward, terminated, _, _ = self._env.step(action)
+        if terminated:
+            reward += 1.0  # v2 pays the healthy reward on the terminating step too; v5 does not
+        return np.asarray(observation, np.float64), float(reward), bool(terminated)
+
+    def render(self) -> NDArray[np.uint8]:
+        return np.asarray(self._env.render(), np.uint8)
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def make(task: str, **options: Any) -> MultiAgentMujoco:
+    return MultiAgentMujoco(task, **options)
+
+
+class MultiAgentMujoco:
+    """OMIGA's multi-agent view of a :class:`JointBody`. ``render_mode="rgb_array"`` makes ``render()`` work."""
+
+    def __init__(self, task: str, render_mode: str | None = None) -> None:
+        if task not in TASKS:
+            raise UnknownNameError("task", task, TASKS)
+        self._joint = JointBody(task.split("/")[1], render_mode)
+        body = self._joint.body
+        width = body.observation + body.zeros + body.agents
+        self.spec = TeamSpec(
+            task=task,
+            agents=tuple(
+                AgentSpec(f"agent_{i}", width, ActionSpec("continuous", body.joints_per_agent))
+                for i in range(body.agents)
+            ),
+            state_size=width * body.agents,
+            control_rate=body.control_rate,
+            normalizer=Normalizer("per-vector-standardize"),
+            episode_limit=EPISODE_LIMIT,
+        )
+        self._vectors = np.zeros((body.agents, width))
+        self._vectors[:, -body.agents :] = np.eye(body.agents)
+        self._seen: Float = np.zeros((body.agents, width), np.float32)
+        self._steps = 0
+
+    @property
+    def possible_agents(self) -> list[str]:
+        return list(self.spec.names)
+
+    def reset(self, seed: int | None = None) -> tuple[Observations, dict[str, dict[str, Any]]]:
+        self._steps = 0
+        observations = self._observe(self._joint.reset(seed))
+        return observations, {name: {} for name in self.spec.names}
+
+    def step(self, actions: Mapping[str, Any]) -> StepResult:
+        names = self.spec.names
+        if actions.keys() != set(names):
+            raise ContractError(f"expected one action for each of {', '.join(names)}, got {sorted(actions)}")
+        # Unclipped, as OMIGA passes them; MuJoCo clamps the controls itself, the control cost does not.
+        joint = np.concatenate([np.asarray(actions[name], np.float64).reshape(-1) for name in names])
+        if joint.shape != (self._joint.action_size,):
+            raise ContractError(
+                f"expected {self._joint.body.joints_per_agent} numbers for each of {', '.join(names)}, "
+                f"got {joint.size} in all"
+            )
+        observation, reward, terminated = self._joint.step(joint)
+        self._steps += 1
+        truncated = not terminated and self._steps >= EPISODE_LIMIT
+        return (
+            self._observe(observation),
+            dict.fromkeys(names, reward),
+            dict.fromkeys(names, terminated),
+            dict.fromkeys(names, truncated),
+            {name: {} for name in names},
+        )
+
+    def state(self) -> Float:
+        return self._seen.reshape(-1).copy()
+
+    def render(self) -> NDArray[np.uint8]:
+        return self._joint.render()
+
+    def close(self) -> None:
+        self._joint.close()
+
+    def _observe(self, observation: NDArray[np.float64]) -> Observations:
+        self._vectors[:, : observation.size] = observation
+        self._seen = standardize(self._vectors)
+        return {name: self._seen[i].copy() for i, name in enumerate(self.spec.names)}

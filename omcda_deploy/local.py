@@ -1,0 +1,230 @@
+"""Bundles in process, through onnxruntime: what a server runs, and what ``evaluate --bundle`` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.bundle import TEAM, Bundle, input_names, output_names, parameter_names, read_bundle
+from omcda_deploy.errors import BundleError, ContractError, MissingExtraError
+from omcda_deploy.policy import Decision, Float
+from omcda_deploy.spec import AgentSpec, TeamSpec
+
+
+class OnnxModel:
+    """One graph on one thread.
+
+    These graphs run for tens of microseconds; a second intra-op thread costs more than it saves and starves the
+    control loop beside it, and one thread makes answers equal to the last digit wherever the model runs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", "serve") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises its own unexported types
+            raise BundleError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.inputs = tuple(entry.name for entry in self._session.get_inputs())
+        self.outputs = tuple(entry.name for entry in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
+
+
+class LocalPolicy:
+    """One agent of a bundle, in this process."""
+
+    def __init__(self, bundle: Bundle, agent: str) -> None:
+        self.spec: AgentSpec = bundle.spec.agent(agent)
+        self._model = _load(bundle, agent)
+        self._parameters = parameter_names(bundle.spec)
+        self._discrete = self.spec.action.kind == "discrete"
+
+    def reset(self) -> None:
+        pass
+
+    def act(
+        self,
+        observation: Float,
+        *,
+        noise: Float | None = None,
+        action_mask: NDArray[np.uint8] | None = None,
+    ) -> Decision:
+        rows = batch_of(observation, self.spec.observation_size, f"observation of {self.spec.name}")
+        shape = (len(rows), self.spec.action.size)
+        feeds: dict[str, NDArray[Any]] = {"observation": rows, "noise": _or(noise, shape, np.float32, 0)}
+        if self._discrete:
+            feeds["action_mask"] = _or(action_mask, shape, np.uint8, 1)
+        decision = decision_of(self._model.run(feeds), self._parameters)
+        return decision if np.ndim(observation) == 2 else first_row(decision)
+
+
+class LocalTeam:
+    """All agents of a bundle in this process, one graph each, as the per-agent servers run them."""
+
+    def __init__(self, bundle: Bundle | str | Path) -> None:
+        if not isinstance(bundle, Bundle):
+            bundle = read_bundle(bundle)
+        self.bundle = bundle
+        self.spec: TeamSpec = bundle.spec
+        self._policies = {name: LocalPolicy(bundle, name) for name in bundle.spec.names}
+
+    def reset(self) -> None:
+        for policy in self._policies.values():
+            policy.reset()
+
+    def act(
+        self,
+        observations: Mapping[str, Float],
+        *,
+        noise: Mapping[str, Float] | None = None,
+        action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
+    ) -> dict[str, Decision]:
+        return {
+            name: policy.act(
+                observation_of(observations, name),
+                noise=noise[name] if noise else None,
+                action_mask=action_masks[name] if action_masks else None,
+            )
+            for name, policy in self._policies.items()
+        }
+
+
+class JointTeam:
+    """All agents of a bundle in this process through the team graph: one run per control step."""
+
+    def __init__(self, bundle: Bundle | str | Path) -> None:
+        if not isinstance(bundle, Bundle):
+            bundle = read_bundle(bundle)
+        self.bundle = bundle
+        self.spec: TeamSpec = bundle.spec
+        self._model = _load(bundle, TEAM)
+
+    def reset(self) -> None:
+        pass
+
+    def act(
+        self,
+        observations: Mapping[str, Float],
+        *,
+        noise: Mapping[str, Float] | None = None,
+        action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
+    ) -> dict[str, Decision]:
+        agents = self.spec.agents
+        single = np.ndim(observation_of(observations, agents[0].name)) == 1
+        rows = [
+            batch_of(
+                observation_of(observations, a.name), a.observation_size, f"observation of {a.name}"
+            )
+            for a in agents
+        ]
+        batch = len(rows[0])
+        feeds: dict[str, NDArray[Any]] = {
+            "observation": np.concatenate(rows, axis=1),
+            "noise": np.concatenate(
+                [
+                    _or(noise[a.name] if noise else None, (batch, a.action.size), np.float32, 0)
+                    for a in agents
+                ],
+                axis=1,
+            ),
+        }
+        if self.spec.action_kind == "discrete":
+            feeds["action_mask"] = np.concatenate(
+                [
+                    _or(action_masks[a.name] if action_masks else None, (batch, a.action.size), np.uint8, 1)
+                    for a in agents
+                ],
+                axis=1,
+            )
+        decisions = split_decisions(self.spec, self._model.run(feeds))
+        return {name: first_row(d) for name, d in decisions.items()} if single else decisions
+
+
+def split_decisions(spec: TeamSpec, outputs: Mapping[str, NDArray[Any]]) -> dict[str, Decision]:
+    """The team graph's joined outputs as one :class:`Decision` per agent."""
+    decisions = {}
+    start = 0
+    for index, agent in enumerate(spec.agents):
+        wide = slice(start, start + agent.action.size)
+        start += agent.action.size
+        own: Any = wide if agent.action.kind == "continuous" else index
+        decisions[agent.name] = Decision(
+            outputs["action"][:, own],
+            outputs["divergence"][:, index],
+            {
+                "behavior_action": outputs["behavior_action"][:, own],
+                **{name: outputs[name][:, wide] for name in parameter_names(spec)},
+            },
+        )
+    return decisions
+
+
+def decision_of(outputs: Mapping[str, NDArray[Any]], parameters: tuple[str, ...]) -> Decision:
+    """An agent graph's outputs as a :class:`Decision`."""
+    return Decision(
+        outputs["action"],
+        outputs["divergence"],
+        {name: outputs[name] for name in ("behavior_action", *parameters)},
+    )
+
+
+def first_row(decision: Decision) -> Decision:
+    """The answer to a batch of one as the answer to a single vector."""
+    return Decision(
+        decision.action[0],
+        decision.divergence[0],
+        {name: values[0] for name, values in decision.parameters.items()},
+    )
+
+
+def observation_of(observations: Mapping[str, Float], name: str) -> Float:
+    try:
+        return observations[name]
+    except KeyError:
+        raise ContractError(
+            f"no observation for {name}: expected one per agent, got {sorted(observations)}"
+        ) from None
+
+
+def batch_of(vectors: NDArray[Any], width: int, what: str) -> Float:
+    """``[B, width]`` or ``[width]`` as contiguous float32 ``[B, width]``; anything else is a ContractError."""
+    rows = np.ascontiguousarray(vectors, np.float32)
+    if rows.ndim == 1:
+        rows = rows[None]
+    if rows.ndim != 2 or rows.shape[1] != width:
+        raise ContractError(f"{what}: expected shape [B, {width}] or [{width}], got {list(np.shape(vectors))}")
+    return rows
+
+
+def _or(values: NDArray[Any] | None, shape: tuple[int, int], dtype: Any, default: int) -> NDArray[Any]:
+    if values is None:
+        return np.full(shape, default, dtype)
+    rows = np.ascontiguousarray(values, dtype).reshape(-1, shape[1])
+    if rows.shape != shape:
+        raise ContractError(f"expected noise or mask of shape {list(shape)}, got {list(np.shape(values))}")
+    return rows
+
+
+def _load(bundle: Bundle, model: str) -> OnnxModel:
+    loaded = OnnxModel(bundle.model_path(model))
+    if set(loaded.inputs) != set(input_names(bundle.spec)) or set(loaded.outputs) != set(
+        output_names(bundle.spec)
+    ):
+        raise BundleError(
+            f"{bundle.model_path(model)}: expected inputs {list(input_names(bundle.spec))} and outputs "
+            f"{list(output_names(bundle.spec))}, found {list(loaded.inputs)} and {list(loaded.outputs)}"
+        )
+    return loaded

@@ -1,0 +1,197 @@
+"""What a team is: its agents in order, what each sees and does, and at which rate.
+
+A :class:`TeamSpec` is the contract between a simulator, a dataset, a bundle, a policy server and a client. Its
+:attr:`~TeamSpec.contract_hash` is compared wherever two of them meet, and :func:`require_same_contract` names
+the first field in which they differ.
+
+Shape letters used in every docstring of this package: B batch (also E, parallel episodes), T time, N agents,
+O observation size, A action size (continuous) or number of actions (discrete), S state size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from omcda_deploy.errors import ConfigError, ContractError
+
+ActionKind = Literal["continuous", "discrete"]
+DTYPE = "float32"  # of every observation, noise and continuous action, in files, graphs and on the wire
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """An agent's actions: ``size`` numbers in [low, high], or one of ``size`` choices under an availability mask."""
+
+    kind: ActionKind
+    size: int
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("continuous", "discrete"):
+            raise ConfigError(f"ActionSpec.kind: expected 'continuous' or 'discrete', got {self.kind!r}")
+        if self.size < 1:
+            raise ConfigError(f"ActionSpec.size: expected at least 1, got {self.size}")
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """One agent: its name, the length of its observation vector, and its actions."""
+
+    name: str
+    observation_size: int
+    action: ActionSpec
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """How a simulator's raw observation becomes the one that policies see.
+
+    ``none``: as it is. ``per-vector-standardize``: ``(x - mean(x)) / std(x)`` over the entries of each vector
+    (OMIGA's recipe, baselines.md 9.1); it is idempotent, so the exported graph applies it to whatever comes.
+    """
+
+    kind: Literal["none", "per-vector-standardize"] = "none"
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.kind.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TeamSpec:
+    """A task as its policies meet it. ``task`` is a label; everything else is part of the contract.
+
+    ``state_size`` is the length of the centralised state that mixers are trained on; servers never see it.
+    ``control_rate`` is in Hz, ``episode_limit`` in steps.
+    """
+
+    task: str
+    agents: tuple[AgentSpec, ...]
+    state_size: int
+    control_rate: float
+    normalizer: Normalizer = Normalizer()
+    episode_limit: int = 1000
+
+    def __post_init__(self) -> None:
+        if not self.agents:
+            raise ConfigError("TeamSpec.agents: expected at least one agent, got none")
+        if len({agent.name for agent in self.agents}) != len(self.agents):
+            raise ConfigError(f"TeamSpec.agents: names must be distinct, got {[a.name for a in self.agents]}")
+        if len({agent.action.kind for agent in self.agents}) != 1:
+            raise ConfigError("TeamSpec.agents: all agents must share one action kind")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(agent.name for agent in self.agents)
+
+    @property
+    def action_kind(self) -> ActionKind:
+        return self.agents[0].action.kind
+
+    @property
+    def observation_size(self) -> int:
+        """Length of the longest observation: the width to which shared networks pad."""
+        return max(agent.observation_size for agent in self.agents)
+
+    @property
+    def action_size(self) -> int:
+        return max(agent.action.size for agent in self.agents)
+
+    def agent(self, name: str) -> AgentSpec:
+        for agent in self.agents:
+            if agent.name == name:
+                return agent
+        raise ContractError(f"unknown agent {name!r}: the team of {self.task} is {', '.join(self.names)}")
+
+    def contract(self) -> dict[str, Any]:
+        """The fields two sides must agree on, as plain JSON values in a fixed order."""
+        return {
+            "agents": [
+                {
+                    "name": agent.name,
+                    "observation_size": agent.observation_size,
+                    "action_kind": agent.action.kind,
+                    "action_size": agent.action.size,
+                    "action_low": agent.action.low,
+                    "action_high": agent.action.high,
+                }
+                for agent in self.agents
+            ],
+            "dtype": DTYPE,
+            "normalizer": {"kind": self.normalizer.kind, "digest": self.normalizer.digest},
+            "control_rate": self.control_rate,
+        }
+
+    @property
+    def contract_hash(self) -> str:
+        canonical = json.dumps(self.contract(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            **self.contract(),
+            "state_size": self.state_size,
+            "episode_limit": self.episode_limit,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TeamSpec:
+        """Inverse of :meth:`to_json`. Raises :class:`ContractError` where a field is missing or of another type."""
+        try:
+            return cls(
+                task=str(data["task"]),
+                agents=tuple(
+                    AgentSpec(
+                        name=str(agent["name"]),
+                        observation_size=int(agent["observation_size"]),
+                        action=ActionSpec(
+                            kind=agent["action_kind"],
+                            size=int(agent["action_size"]),
+                            low=float(agent["action_low"]),
+                            high=float(agent["action_high"]),
+                        ),
+                    )
+                    for agent in data["agents"]
+                ),
+                state_size=int(data["state_size"]),
+                control_rate=float(data["control_rate"]),
+                normalizer=Normalizer(data["normalizer"]["kind"]),
+                episode_limit=int(data["episode_limit"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ContractError(f"not a team spec: {type(error).__name__} {error}") from error
+
+
+def _differences(ours: Any, theirs: Any, path: str) -> list[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return [
+            line
+            for key in sorted(ours.keys() | theirs.keys())
+            for line in _differences(ours.get(key), theirs.get(key), f"{path}.{key}" if path else key)
+        ]
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return [
+            line
+            for index, (a, b) in enumerate(zip(ours, theirs, strict=True))
+            for line in _differences(a, b, f"{path}[{index}]")
+        ]
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return [f"{path}: {len(ours)} entries against {len(theirs)}"]
+    return [] if ours == theirs else [f"{path}: {ours!r} against {theirs!r}"]
+
+
+def require_same_contract(ours: TeamSpec, theirs: TeamSpec, ours_is: str, theirs_is: str) -> None:
+    """Raise :class:`ContractError`, naming the fields that differ, unless both specs have one contract hash."""
+    if ours.contract_hash == theirs.contract_hash:
+        return
+    fields = "; ".join(_differences(ours.contract(), theirs.contract(), "")[:3])
+    raise ContractError(
+        f"{ours_is} ({ours.task}) and {theirs_is} ({theirs.task}) do not fit together: {fields}. "
+        "Use a bundle, dataset and task that were made for each other"
+    )

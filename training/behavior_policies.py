@@ -1,0 +1,155 @@
+"""Train the joint Gaussian policies that datasets are recorded with (Stable-Baselines3 PPO).
+
+PPO acts on u and the simulator receives tanh(u), so with a diagonal covariance the recorded behaviour policy is
+exactly a product of per-agent tanh-Gaussians of the full state, the family that learners clone.
+
+``train`` writes ``checkpoint-<steps>.npz`` files (weights and observation statistics, no pickles) and
+``progress.jsonl`` with the mean return of the last 100 training episodes, which act stochastically as recording
+does. Choosing a checkpoint for a tier is a separate step, ``omcda_deploy.export.behavior_policy``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from omcda_deploy.envs.mamujoco import EPISODE_LIMIT, JointBody
+from omcda_deploy.errors import ConfigError, UnknownNameError
+
+log = logging.getLogger(__name__)
+
+U_LIMIT = 10.0  # SB3 wants finite action bounds; tanh(10) is 1 - 4e-9, so clipping u there changes nothing
+
+
+@dataclass(frozen=True)
+class PpoConfig:
+    """PPO settings of one body; unnamed ones are Stable-Baselines3's defaults."""
+
+    steps: int
+    checkpoint_every: int
+    num_envs: int = 8
+    n_steps: int = 256
+    batch_size: int = 128
+    n_epochs: int = 10
+    learning_rate: float = 3e-4
+    linear_decay: bool = True
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    log_std_init: float = -1.0
+    hidden: int = 64
+
+
+DEFAULTS = {
+    "halfcheetah-6x1": PpoConfig(steps=400_000, checkpoint_every=10_000),
+    "hopper-3x1": PpoConfig(steps=3_000_000, checkpoint_every=25_000, log_std_init=-0.7),
+    "ant-2x4": PpoConfig(steps=4_000_000, checkpoint_every=50_000),
+}
+
+
+class SquashedBody(gymnasium.Env[Any, Any]):
+    """The joint v2 environment with actions u, applied as tanh(u), and the 1,000-step limit."""
+
+    def __init__(self, name: str) -> None:
+        self._joint = JointBody(name)
+        size = self._joint.observation_size
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-U_LIMIT, U_LIMIT, (self._joint.action_size,), np.float32)
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self._steps = 0
+        return self._joint.reset(seed).astype(np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated = self._joint.step(np.tanh(action))
+        self._steps += 1
+        truncated = not terminated and self._steps >= EPISODE_LIMIT
+        return observation.astype(np.float32), reward, terminated, truncated, {}
+
+
+class _Checkpoints(BaseCallback):
+    def __init__(self, out: Path, every: int, statistics: VecNormalize) -> None:
+        super().__init__()
+        self._out, self._every, self._statistics, self._next = out, every, statistics, every
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= self._next:
+            self._next += self._every
+            episodes = [episode["r"] for episode in self.model.ep_info_buffer or []]
+            line = {
+                "steps": self.num_timesteps,
+                "return_mean": float(np.mean(episodes)) if episodes else None,
+                "return_std": float(np.std(episodes)) if episodes else None,
+                "episodes": len(episodes),
+            }
+            save_checkpoint(
+                self._out / f"checkpoint-{self.num_timesteps:08d}.npz", self.model, self._statistics
+            )
+            with (self._out / "progress.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            log.info("%s", line)
+        return True
+
+
+def save_checkpoint(path: Path, model: Any, statistics: VecNormalize) -> None:
+    """Write the actor and its observation statistics as plain arrays."""
+    policy = model.policy
+    first, _, second, _ = policy.mlp_extractor.policy_net
+    parameters = {
+        "w1": first.weight,
+        "b1": first.bias,
+        "w2": second.weight,
+        "b2": second.bias,
+        "w_mean": policy.action_net.weight,
+        "b_mean": policy.action_net.bias,
+        "log_std": policy.log_std,
+    }
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in parameters.items()}
+    arrays["observation_mean"] = np.asarray(statistics.obs_rms.mean, np.float64)
+    arrays["observation_var"] = np.asarray(statistics.obs_rms.var, np.float64) + statistics.epsilon
+    arrays["observation_clip"] = np.asarray(statistics.clip_obs, np.float64)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, **arrays)
+    temporary.replace(path)
+
+
+def train(task: str, out: Path, seed: int, config: PpoConfig | None = None) -> None:
+    """Train on ``task`` (``mamujoco/<body>``) and leave checkpoints in the new folder ``out``."""
+    name = task.removeprefix("mamujoco/")
+    if name not in DEFAULTS:
+        raise UnknownNameError("task", task, (f"mamujoco/{known}" for known in DEFAULTS))
+    config = config or DEFAULTS[name]
+    if out.exists():
+        raise ConfigError(f"{out} exists already: choose another --out, or remove it first")
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps({"task": task, "seed": seed, **asdict(config)}, indent=1))
+    envs = DummyVecEnv([lambda: Monitor(SquashedBody(name)) for _ in range(config.num_envs)])
+    statistics = VecNormalize(envs, gamma=config.gamma)
+    rate = config.learning_rate
+    model = PPO(
+        "MlpPolicy",
+        statistics,
+        learning_rate=(lambda remaining: rate * remaining) if config.linear_decay else rate,
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        policy_kwargs={
+            "log_std_init": config.log_std_init,
+            "net_arch": {"pi": [config.hidden] * 2, "vf": [config.hidden] * 2},
+        },
+        seed=seed,
+        device="cpu",
+    )
+    model.learn(config.steps, callback=_Checkpoints(out, config.checkpoint_every, statistics))

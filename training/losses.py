@@ -1,0 +1,50 @@
+"""Densities and divergences of the two policy families, and the losses that several algorithms share.
+
+Shapes as in :mod:`omcda_deploy.training.networks`. Source: baselines.md 0.2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTION_LIMIT = 1.0 - 1e-6  # float32 actions nearer to +-1 have atanh values that are all rounding
+_HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
+
+
+def atanh_action(action: Tensor) -> tuple[Tensor, Tensor]:
+    """``a -> (u, log|da/du|)``: the Gaussian variable under the tanh, and the summed log-Jacobian [...]."""
+    u = torch.atanh(action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
+    jacobian = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
+    return u, jacobian.sum(-1)
+
+
+def gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """``log N(u; mean, std)`` summed over the last axis."""
+    return (-0.5 * ((u - mean) * torch.exp(-log_std)).square() - log_std - _HALF_LOG_TAU).sum(-1)
+
+
+def tanh_gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """``log pi(a|o)`` [...] of a tanh-Gaussian for actions [..., A] in [-1, 1]."""
+    u, jacobian = atanh_action(action)
+    return gaussian_log_prob(u, mean, log_std) - jacobian
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor) -> Tensor:
+    """``KL(N(mean, std) || N(mean_b, std_b))`` summed over the last axis, nats.
+
+    The tanh is a bijection, so this is also the KL of the two tanh-Gaussians.
+    """
+    ratio = torch.exp(2.0 * (log_std - log_std_b))
+    distance = ((mean - mean_b) * torch.exp(-log_std_b)).square()
+    return (0.5 * (ratio + distance - 1.0) - (log_std - log_std_b)).sum(-1)
+
+
+def categorical_kl(log_prob: Tensor, log_prob_b: Tensor) -> Tensor:
+    """``KL(p || p_b)`` over the last axis from log-probabilities; actions with p = 0 count nothing."""
+    probability = log_prob.exp()
+    terms = torch.where(probability > 0, probability * (log_prob - log_prob_b), torch.zeros_like(log_prob))
+    return terms.sum(-1)
