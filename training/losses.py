@@ -1,4 +1,4 @@
-"""Densities and divergences of the two policy families, and the losses that several algorithms share.
+"""Densities and divergences of the two policy families, and formulas that several algorithms share.
 
 Shapes as in :mod:`omcda_deploy.training.networks`. Source: baselines.md 0.2.
 """
@@ -48,3 +48,18 @@ def categorical_kl(log_prob: Tensor, log_prob_b: Tensor) -> Tensor:
     probability = log_prob.exp()
     terms = torch.where(probability > 0, probability * (log_prob - log_prob_b), torch.zeros_like(log_prob))
     return terms.sum(-1)
+
+
+def exp_linear(z: Tensor, z_max: float) -> Tensor:
+    """``E(z)``: exp(z) up to z_max, its tangent above."""
+    return torch.exp(z.clamp_max(z_max)) * (1.0 + (z - z_max).clamp_min(0.0))
+
+
+def mix(weights: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """``sum_i w_i v_i + b``: [B, N], [B, N], [B] -> [B]."""
+    return (weights * values).sum(-1) + bias
+
+
+def mix_divergence(weights: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """``sum_j w^{c,k}_j v_j + b^{c,k}``: [B, N(k), N(j)], [B, N(j)], [B, N(k)] -> [B, N(k)]."""
+    return torch.einsum("bkj,bj->bk", weights, values) + bias

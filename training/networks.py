@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omcda_deploy.spec import TeamSpec
+
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 MEAN_LIMIT = 9.0
 
@@ -36,8 +38,9 @@ class AgentMLP(nn.Module):
     def forward(self, x: Tensor, agent: int | None = None) -> Tensor:
         """``x`` [B, N, I], or [B, 1, I] holding the rows of ``agent`` alone."""
         identity = self.identity if agent is None else self.identity[agent : agent + 1]
-        hidden = F.relu(self.first(x) + identity)
-        output: Tensor = self.last(F.relu(self.second(hidden)))
+        # In place where autograd allows it: these layers are bound by memory traffic, not by arithmetic.
+        hidden = self.first(x).add_(identity).relu_()
+        output: Tensor = self.last(self.second(hidden).relu_())
         return output
 
 
@@ -64,6 +67,47 @@ class CategoricalActor(nn.Module):
     def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
         """``[B, k, O], mask [B, k, A] -> log-probabilities [B, k, A]``."""
         return masked_log_softmax(self.mlp(observation, agent), mask)
+
+
+class ContinuousQ(nn.Module):
+    """``Q_i(o_i, a_i)`` of continuous actions."""
+
+    def __init__(self, observation: int, action: int, agents: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.mlp = AgentMLP(observation + action, 1, agents, hidden)
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """``[B, N, O], [B, N, A] -> [B, N]``."""
+        return self.mlp(torch.cat((observation, action), -1)).squeeze(-1)
+
+
+class DiscreteQ(nn.Module):
+    """``Q_i(o_i, .)`` of discrete actions."""
+
+    def __init__(self, observation: int, action: int, agents: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.mlp = AgentMLP(observation, action, agents, hidden)
+
+    def values(self, observation: Tensor) -> Tensor:
+        """``[B, N, O] -> [B, N, A]``, all actions."""
+        values: Tensor = self.mlp(observation)
+        return values
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """``[B, N, O], int64 [B, N] -> [B, N]``."""
+        return self.values(observation).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+
+class StateValue(nn.Module):
+    """``V_i(o_i)``."""
+
+    def __init__(self, observation: int, agents: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.mlp = AgentMLP(observation, 1, agents, hidden)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """``[B, N, O] -> [B, N]``."""
+        return self.mlp(observation).squeeze(-1)
 
 
 class LinearMixer(nn.Module):
@@ -93,6 +137,7 @@ class DivergenceMixer(nn.Module):
         self.agents = agents
         self.trunk = nn.Linear(state, hidden)
         self.heads = nn.Linear(hidden, agents * agents + agents)
+        self.eye: Tensor
         self.register_buffer("eye", torch.eye(agents), persistent=False)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +145,55 @@ class DivergenceMixer(nn.Module):
         n = self.agents
         heads = self.heads(F.relu(self.trunk(state)))
         free = heads[:, : n * n].abs().view(-1, n, n)
-        eye: Tensor = self.eye  # type: ignore[assignment]
-        return free * (1.0 - eye) + eye, heads[:, n * n :]
+        return free * (1.0 - self.eye) + self.eye, heads[:, n * n :]
+
+
+class IdentityDivergenceMixer(nn.Module):
+    """``W^c = I``, ``b^c = 0``: V^{c,k} is minus agent k's own discounted KL, whatever the alphas are."""
+
+    def __init__(self, agents: int) -> None:
+        super().__init__()
+        self.eye: Tensor
+        self.register_buffer("eye", torch.eye(agents), persistent=False)
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        batch, n = state.shape[0], self.eye.shape[0]
+        return self.eye.expand(batch, n, n), state.new_zeros(batch, n)
+
+
+class NetworkFactory:
+    """Makes the networks of one team. The oracles of the tests replace it by a tabular one.
+
+    The order of calls decides which random numbers a network starts from: an algorithm must make what its
+    variants share first.
+    """
+
+    def __init__(self, spec: TeamSpec, hidden: int = 256) -> None:
+        self.spec, self.hidden = spec, hidden
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        spec = self.spec
+        return spec.observation_size, spec.action_size, len(spec.agents), self.hidden
+
+    def actor(self) -> nn.Module:
+        kind = GaussianActor if self.spec.action_kind == "continuous" else CategoricalActor
+        return kind(*self._sizes())
+
+    def q(self) -> nn.Module:
+        kind = ContinuousQ if self.spec.action_kind == "continuous" else DiscreteQ
+        return kind(*self._sizes())
+
+    def v(self) -> nn.Module:
+        return StateValue(self.spec.observation_size, len(self.spec.agents), self.hidden)
+
+    def mixer(self, hidden: int) -> nn.Module:
+        return LinearMixer(self.spec.state_size, len(self.spec.agents), hidden)
+
+    def divergence_mixer(self, kind: str, hidden: int) -> nn.Module:
+        """``learned`` or ``identity``."""
+        if kind == "identity":
+            return IdentityDivergenceMixer(len(self.spec.agents))
+        return DivergenceMixer(self.spec.state_size, len(self.spec.agents), hidden)
 
 
 def masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:

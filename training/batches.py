@@ -1,0 +1,100 @@
+"""Minibatches of transitions, drawn uniformly with replacement and repeatably by (seed, step)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omcda_deploy.errors import DatasetError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from omcda_deploy.datasets import Dataset
+
+_BLOCK = 256  # steps whose indices are drawn at once: one generator per block, not per step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B transitions. ``not_done`` is 0 where the next state's value must not be counted."""
+
+    observation: Tensor  # [B, N, O]
+    action: Tensor  # [B, N, A], or int64 [B, N]
+    reward: Tensor  # [B]
+    not_done: Tensor  # [B]
+    state: Tensor  # [B, S]
+    next_observation: Tensor  # [B, N, O]
+    next_state: Tensor  # [B, S]
+    mask: Tensor | None = None  # uint8 [B, N, A], discrete tasks
+    next_mask: Tensor | None = None
+
+
+class TransitionSampler:
+    """Batches of a :class:`Dataset`, gathered from one copy of its arrays on ``device``.
+
+    Indices depend on (seed, step) alone, so a resumed run draws what an uninterrupted one would have drawn.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        *,
+        time_limit_is_terminal: bool = False,
+        device: str = "cpu",
+        subset: NDArray[np.int64] | None = None,
+    ) -> None:
+        """``subset``: positions in ``dataset.transitions`` to draw from; all when None."""
+        rows = np.asarray(dataset.transitions, np.int64)
+        done = dataset.done(time_limit_is_terminal)
+        if subset is not None:
+            rows, done = rows[subset], done[subset]
+        if len(rows) < 1:
+            raise DatasetError("the dataset holds no transition: expected at least one episode of two rows")
+        self._rows, self._seed, self._batch_size = rows, seed, batch_size
+        self._done = torch.from_numpy(done.astype(np.float32)).to(device)
+        self._observations = torch.from_numpy(dataset.observations).to(device)
+        shared = np.shares_memory(dataset.states, dataset.observations)
+        self._states = (
+            self._observations.reshape(len(dataset.observations), -1)
+            if shared
+            else torch.from_numpy(dataset.states).to(device)
+        )
+        self._actions = torch.from_numpy(dataset.actions).to(device)
+        self._rewards = torch.from_numpy(dataset.rewards).to(device)
+        masks = dataset.action_masks
+        self._masks = None if masks is None else torch.from_numpy(masks).to(device)
+        self._device = device
+        self._block: tuple[int, NDArray[np.int64]] = (-1, np.empty((0, 0), np.int64))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def sample(self, step: int) -> Batch:
+        block, offset = divmod(step, _BLOCK)
+        if self._block[0] != block:
+            generator = np.random.default_rng([self._seed, block])
+            self._block = (block, generator.integers(len(self._rows), size=(_BLOCK, self._batch_size)))
+        return self.gather(self._block[1][offset])
+
+    def gather(self, positions: NDArray[np.int64]) -> Batch:
+        """The transitions at the given positions."""
+        rows = torch.from_numpy(self._rows[positions]).to(self._device)
+        following = rows + 1
+        return Batch(
+            observation=self._observations[rows],
+            action=self._actions[rows],
+            reward=self._rewards[rows],
+            not_done=1.0 - self._done[torch.from_numpy(positions).to(self._device)],
+            state=self._states[rows],
+            next_observation=self._observations[following],
+            next_state=self._states[following],
+            mask=None if self._masks is None else self._masks[rows],
+            next_mask=None if self._masks is None else self._masks[following],
+        )

@@ -1,0 +1,67 @@
+"""The two policy families behind one small interface: a batch of distributions, one per agent and state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from omcda_deploy.training.losses import categorical_kl, gaussian_kl, tanh_gaussian_log_prob
+
+
+@dataclass(frozen=True)
+class TanhGaussian:
+    """``a = tanh(u)``, ``u ~ N(mean, exp(log_std))``; both [B, N, A]."""
+
+    mean: Tensor
+    log_std: Tensor
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Actions [B, N, A] in [-1, 1] -> [B, N]."""
+        return tanh_gaussian_log_prob(action, self.mean, self.log_std)
+
+    def kl(self, other: TanhGaussian) -> Tensor:
+        """``KL(self || other)`` [B, N], nats, closed form."""
+        return gaussian_kl(self.mean, self.log_std, other.mean, other.log_std)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Normalised log-probabilities [B, N, A]; unavailable actions hold the lowest float."""
+
+    log_probs: Tensor
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """int64 [B, N] -> [B, N]."""
+        return self.log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+    def kl(self, other: Categorical) -> Tensor:
+        """``KL(self || other)`` [B, N], nats, over the available actions."""
+        return categorical_kl(self.log_probs, other.log_probs)
+
+
+Distribution: TypeAlias = TanhGaussian | Categorical
+
+
+def policy_of(actor: nn.Module, observation: Tensor, mask: Tensor | None) -> Distribution:
+    """The actor's distributions at ``observation`` [B, N, O]; a mask [B, N, A] makes them categorical."""
+    if mask is None:
+        return TanhGaussian(*actor(observation))
+    return Categorical(actor(observation, mask))
+
+
+def divergence(policy: Distribution, behavior: Distribution) -> Tensor:
+    """``KL(pi_i || pi_b^i)`` [B, N]; both of one family."""
+    if isinstance(policy, TanhGaussian):
+        assert isinstance(behavior, TanhGaussian)
+        return policy.kl(behavior)
+    assert isinstance(behavior, Categorical)
+    return policy.kl(behavior)
+
+
+@torch.no_grad()
+def polyak(targets: list[Tensor], sources: list[Tensor], tau: float) -> None:
+    """``target <- (1 - tau) target + tau source`` for lists of parameters."""
+    torch._foreach_lerp_(targets, sources, tau)

@@ -1,0 +1,81 @@
+"""Training metrics as JSON lines and TensorBoard events, both resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from omcda_deploy.errors import OmcdaError
+
+
+class DivergedError(OmcdaError):
+    """A loss or a policy statistic is no longer a finite number."""
+
+
+class Window:
+    """Means of metrics over the steps since the last :meth:`close`; per-agent tensors become one entry each."""
+
+    def __init__(self, agents: Sequence[str]) -> None:
+        self._agents = agents
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def close(self, step: int) -> dict[str, float]:
+        """The means, and an empty window. Raises :class:`DivergedError` naming the first that is not finite."""
+        means: dict[str, float] = {}
+        for name, total in self._sums.items():
+            mean = (total / self._counts[name]).tolist()
+            if isinstance(mean, list):
+                means |= {f"{name}/{agent}": value for agent, value in zip(self._agents, mean, strict=True)}
+            else:
+                means[name] = mean
+        self._sums, self._counts = {}, {}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"training diverged before step {step}: {name} is {value}. "
+                    "Lower the learning rate or the budget, or check the dataset's rewards and actions"
+                )
+        return means
+
+
+class MetricsWriter:
+    """``metrics.jsonl`` and ``tensorboard/`` of a run folder; what lies beyond ``step`` is dropped on opening."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run / "metrics.jsonl"
+        if path.exists():
+            kept = []
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] > step:
+                        break
+                except ValueError:  # the line that a kill cut short
+                    break
+                kept.append(line + "\n")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()  # type: ignore[no-untyped-call]
