@@ -115,8 +115,9 @@ def save_checkpoint(path: Path, model: Any, statistics: VecNormalize) -> None:
         "log_std": policy.log_std,
     }
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in parameters.items()}
-    arrays["observation_mean"] = np.asarray(statistics.obs_rms.mean, np.float64)
-    arrays["observation_var"] = np.asarray(statistics.obs_rms.var, np.float64) + statistics.epsilon
+    moments: Any = statistics.obs_rms  # a dict only for dictionary observations
+    arrays["observation_mean"] = np.asarray(moments.mean, np.float64)
+    arrays["observation_var"] = np.asarray(moments.var, np.float64) + statistics.epsilon
     arrays["observation_clip"] = np.asarray(statistics.clip_obs, np.float64)
     temporary = path.with_suffix(".tmp.npz")
     np.savez(temporary, **arrays)

@@ -7,9 +7,10 @@ of dKL_i/dtheta_i is its pseudo-inverse; m_i is a ratio of batch means (omcda.md
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import Categorical, Distribution, TanhGaussian
@@ -17,7 +18,7 @@ from omcda_deploy.training.distributions import Categorical, Distribution, TanhG
 _EPS = 1e-12
 
 
-def weighted_values(q: nn.Module, weights: Tensor, batch: Batch, action: Tensor | None) -> Tensor:
+def weighted_values(q: Any, weights: Tensor, batch: Batch, action: Tensor | None) -> Tensor:
     """``w_i Q_i``: with ``action`` [K·B, N, A], the batch is repeated K times; without, all actions [B, N, A]."""
     if action is None:
         values: Tensor = q.values(batch.observation)

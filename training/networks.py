@@ -53,7 +53,8 @@ class GaussianActor(nn.Module):
 
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
         """``[B, k, O] -> (mean [B, k, A] in [-9, 9], log_std [B, k, A] in [-5, 2])``."""
-        mean, log_std = self.mlp(observation, agent).chunk(2, dim=-1)
+        # Sizes as numbers, not as shapes of tensors: the exported graph would compute those on every request.
+        mean, log_std = self.mlp(observation, agent).split(self.mlp.last.out_features // 2, dim=-1)
         return mean.clamp(-MEAN_LIMIT, MEAN_LIMIT), log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
 
@@ -78,7 +79,8 @@ class ContinuousQ(nn.Module):
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """``[B, N, O], [B, N, A] -> [B, N]``."""
-        return self.mlp(torch.cat((observation, action), -1)).squeeze(-1)
+        values: Tensor = self.mlp(torch.cat((observation, action), -1))
+        return values.squeeze(-1)
 
 
 class DiscreteQ(nn.Module):
@@ -107,7 +109,8 @@ class StateValue(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """``[B, N, O] -> [B, N]``."""
-        return self.mlp(observation).squeeze(-1)
+        values: Tensor = self.mlp(observation)
+        return values.squeeze(-1)
 
 
 class LinearMixer(nn.Module):
@@ -200,7 +203,5 @@ def masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Log-softmax over available actions; a row without any is treated as having action 0 alone."""
     available = mask.bool()
     none = ~available.any(dim=-1, keepdim=True)
-    first = torch.zeros_like(available)
-    first[..., 0] = True
-    available = available | (none & first)
+    available = torch.cat([available[..., :1] | none, available[..., 1:]], dim=-1)
     return F.log_softmax(logits.masked_fill(~available, torch.finfo(logits.dtype).min), dim=-1)

@@ -15,7 +15,7 @@ Losses on dataset actions (bars: target networks, sg: no gradient, m = 1 - termi
     L_Qr = (Q^r_tot - [r + gamma m Vbar^r_tot(s')])^2
     L_Qc = mean_k (Q^{c,k} - gamma m Vbar^{c,k}(s'))^2
     L_Vr = sg(rho_i) (sg(Qbar^r_i) - V^r_i)^2
-    L_Vc = E(z_i)/kappa_i + V^c_i,  gradient through V^c_i alone; its minimiser has E_{pi_b}[exp z_i] = 1 (Prop. 3.4)
+    L_Vc = E(z_i)/kappa_i + V^c_i,  gradient through V^c_i alone: at its minimum E_{pi_b}[exp z_i] = 1 (Prop. 3.4)
     L_pi = -sg(rho_i) log pi_i(a_i|o_i)
 
 E(z) continues exp linearly above z_max: a clamp there would have no gradient and let V run away.
@@ -255,7 +255,7 @@ class Algorithm:
         seed: int,
         device: str = "cpu",
     ) -> None:
-        """``behavior`` is the cloned pi_b, kept frozen; ``steps`` the planned length, which warm-up is a share of."""
+        """``behavior`` is the cloned pi_b, kept frozen; warm-up is a share of ``steps``, the planned length."""
         self.config = config
         self._steps, self._seed, self._device = steps, seed, device
         agents = len(networks.spec.agents)

@@ -1,0 +1,255 @@
+"""Training runs: a dataset and an algorithm become a run folder, resumable after any kill.
+
+What a step does depends on the run's configuration and the step's number alone (batches and measurement noise are
+drawn by step), and a run uses a fixed number of threads; so a resumed run continues bit for bit as if it had never
+stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from omcda_deploy.errors import ConfigError, ContractError
+from omcda_deploy.registry import load_algorithm
+from omcda_deploy.spec import TeamSpec
+from omcda_deploy.training.batches import Batch, TransitionSampler
+from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model
+from omcda_deploy.training.checkpoint import load_state, save_state
+from omcda_deploy.training.metrics import MetricsWriter, Window
+from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.run_folder import (
+    BEHAVIOR,
+    POLICIES,
+    RESUME,
+    RunConfig,
+    read_config,
+    snapshot_path,
+    versions,
+    write_config,
+)
+from omcda_deploy.training.settings import build
+
+if TYPE_CHECKING:
+    from omcda_deploy.datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+OnLog = Callable[[int, Mapping[str, float]], None]
+OnSnapshot = Callable[[int], None]
+
+
+class Algorithm(Protocol):
+    """What a file of ``training/algorithms`` defines as ``Algorithm``, beside ``Config``, ``PAPER``, ``SUMMARY``
+    and ``ACTIONS`` (the action kinds it handles)."""
+
+    step: int
+    policy: nn.Module  # what is evaluated and exported
+    behavior: nn.Module
+
+    @property
+    def budgets(self) -> Tensor | None:
+        """d_i [N] in nats, for algorithms that have them."""
+        ...
+
+    @property
+    def alpha(self) -> Tensor | None:
+        """alpha_i [N], for algorithms that have them."""
+        ...
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step; returns metrics, scalars or one number per agent [N]."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def train(
+    dataset: Dataset,
+    algorithm: str,
+    out: Path,
+    *,
+    dataset_path: str,
+    steps: int,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    behavior: BehaviorConfig | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    time_limit_is_terminal: bool = False,
+    log_every: int = 100,
+    checkpoint_every: int = 1000,
+    snapshot_every: int = 5000,
+    on_behavior: Callable[[int, int, float], None] | None = None,
+    on_log: OnLog | None = None,
+    on_snapshot: OnSnapshot | None = None,
+) -> None:
+    """Start a run in the new folder ``out``. Raises :class:`ConfigError` for settings, folders and devices."""
+    if out.exists():
+        raise ConfigError(
+            f"{out} exists already: choose another --out, or continue it with  train --resume {out}"
+        )
+    if steps < 1 or log_every < 1 or checkpoint_every % log_every or snapshot_every % log_every:
+        raise ConfigError(
+            f"expected steps >= 1 and checkpoint_every, snapshot_every to be multiples of log_every, got steps "
+            f"{steps}, log_every {log_every}, checkpoint_every {checkpoint_every}, snapshot_every {snapshot_every}"
+        )
+    module = load_algorithm(algorithm)
+    if dataset.spec.action_kind not in module.ACTIONS:
+        raise ContractError(
+            f"{algorithm} handles {' and '.join(sorted(module.ACTIONS))} actions, {dataset.spec.task} has "
+            f"{dataset.spec.action_kind} ones: choose another algorithm"
+        )
+    config = build(module.Config, settings or {})
+    _use_device(device, threads)
+    if behavior is None:
+        behavior = BehaviorConfig(hidden=config.hidden)
+    elif behavior.hidden != config.hidden:
+        raise ConfigError(
+            f"expected behavior hidden {config.hidden} as the algorithm's, got {behavior.hidden}"
+        )
+    model, report = behavior_model(dataset, behavior, device=device, progress=on_behavior)
+    out.mkdir(parents=True)
+    try:
+        (out / POLICIES).mkdir()
+        save_state(out / BEHAVIOR, {"model": model.state_dict()})
+        write_config(
+            out,
+            RunConfig(
+                algorithm=algorithm,
+                settings=dataclasses.asdict(config),
+                steps=steps,
+                seed=seed,
+                device=device,
+                threads=threads,
+                time_limit_is_terminal=time_limit_is_terminal,
+                log_every=log_every,
+                checkpoint_every=checkpoint_every,
+                snapshot_every=snapshot_every,
+                dataset=dataset_path,
+                dataset_digest=dataset.digest,
+                behavior=report,
+                team=dataset.spec.to_json(),
+                versions=versions(),
+            ),
+        )
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    resume(dataset, out, on_log=on_log, on_snapshot=on_snapshot)
+
+
+def resume(
+    dataset: Dataset, run: Path, *, on_log: OnLog | None = None, on_snapshot: OnSnapshot | None = None
+) -> None:
+    """Take a run from its newest checkpoint (or its beginning) to its last step."""
+    config = read_config(run)
+    if dataset.digest != config.dataset_digest:
+        raise ConfigError(
+            f"{run} was trained on a dataset of digest {config.dataset_digest[:12]}…, got {dataset.digest[:12]}…: "
+            "resume with the dataset it began with"
+        )
+    _use_device(config.device, config.threads)
+    learner = make_algorithm(config, _behavior(run, config))
+    if (run / RESUME).is_file():
+        learner.load_state_dict(load_state(run / RESUME, config.device))
+        log.info("%s: resumed at step %d", run, learner.step)
+    sampler = TransitionSampler(
+        dataset,
+        config.settings["batch_size"],
+        config.seed,
+        time_limit_is_terminal=config.time_limit_is_terminal,
+        device=config.device,
+    )
+    agents = config.spec.names
+    window = Window(agents)
+    writer = MetricsWriter(run, learner.step)
+    try:
+        while learner.step < config.steps:
+            window.add(learner.update(sampler.sample(learner.step)))
+            step = learner.step
+            last = step == config.steps
+            if step % config.log_every == 0 or last:
+                means = window.close(step)
+                writer.write(step, means)
+                if on_log:
+                    on_log(step, means)
+            if step % config.snapshot_every == 0 or last:
+                _save_snapshot(run, learner, agents)
+                if on_snapshot:
+                    on_snapshot(step)
+            if step % config.checkpoint_every == 0 or last:
+                save_state(run / RESUME, learner.state_dict())
+    finally:
+        writer.close()
+
+
+def make_algorithm(config: RunConfig, behavior: nn.Module) -> Algorithm:
+    """The learner of a run at step 0."""
+    return create_algorithm(
+        config.algorithm,
+        config.spec,
+        behavior,
+        settings=config.settings,
+        steps=config.steps,
+        seed=config.seed,
+        device=config.device,
+    )
+
+
+def create_algorithm(
+    name: str,
+    spec: TeamSpec,
+    behavior: nn.Module,
+    *,
+    settings: Mapping[str, Any],
+    steps: int,
+    seed: int,
+    device: str = "cpu",
+) -> Algorithm:
+    """A fresh learner; its initial weights depend on ``seed`` alone."""
+    module = load_algorithm(name)
+    config = build(module.Config, settings)
+    torch.manual_seed(seed)
+    networks = NetworkFactory(spec, config.hidden)
+    learner: Algorithm = module.Algorithm(config, networks, behavior, steps=steps, seed=seed, device=device)
+    return learner
+
+
+def _behavior(run: Path, config: RunConfig) -> nn.Module:
+    model = NetworkFactory(config.spec, config.behavior["hidden"]).actor()
+    model.load_state_dict(load_state(run / BEHAVIOR)["model"])
+    return model.to(config.device)
+
+
+def _save_snapshot(run: Path, learner: Algorithm, agents: tuple[str, ...]) -> None:
+    def per_agent(values: Tensor | None) -> dict[str, float] | None:
+        return None if values is None else dict(zip(agents, values.tolist(), strict=True))
+
+    save_state(
+        snapshot_path(run, learner.step),
+        {
+            "policy": learner.policy.state_dict(),
+            "budgets": per_agent(learner.budgets),
+            "alphas": per_agent(learner.alpha),
+        },
+    )
+
+
+def _use_device(device: str, threads: int) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            "device cuda: this torch sees no GPU. Use --device cpu, or install a CUDA build of torch"
+        )
+    if device != "cpu" and not device.startswith("cuda"):
+        raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    torch.set_num_threads(threads)

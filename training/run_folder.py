@@ -1,0 +1,134 @@
+"""The run folder: what a training run leaves, and what export reads.
+
+config.json                    how the run was made (:class:`RunConfig`)
+behavior.pt                    the behaviour model that divergence is measured against
+metrics.jsonl  tensorboard/    one line per logging interval
+resume.pt                      the newest full training state
+policies/step-00010000.pt      policy snapshots: actor, prices, budgets
+evaluations.jsonl              returns measured beside training, where asked for
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from omcda_deploy import __version__
+from omcda_deploy.errors import ConfigError
+from omcda_deploy.spec import TeamSpec
+from omcda_deploy.training.checkpoint import load_state
+from omcda_deploy.training.networks import NetworkFactory
+
+CONFIG, RESUME, BEHAVIOR, POLICIES = "config.json", "resume.pt", "behavior.pt", "policies"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on, as stored in ``config.json``."""
+
+    algorithm: str
+    settings: dict[str, Any]  # of the algorithm's Config, all of them
+    steps: int
+    seed: int
+    device: str
+    threads: int
+    time_limit_is_terminal: bool
+    log_every: int
+    checkpoint_every: int
+    snapshot_every: int
+    dataset: str  # path as given
+    dataset_digest: str
+    behavior: dict[str, Any]  # settings and held-out likelihood of the behaviour model
+    team: dict[str, Any]  # TeamSpec.to_json()
+    versions: dict[str, str]
+
+    @property
+    def spec(self) -> TeamSpec:
+        return TeamSpec.from_json(self.team)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A policy at one step of a run. ``budgets`` and ``alphas`` are None for algorithms without them."""
+
+    step: int
+    policy: nn.Module
+    behavior: nn.Module
+    budgets: dict[str, float] | None
+    alphas: dict[str, float] | None
+
+
+def versions() -> dict[str, str]:
+    return {"omcda-deploy": __version__, "torch": torch.__version__, "git": git_revision()}
+
+
+def git_revision() -> str:
+    """The commit of the source tree, with ``+`` where it has changes; ``unknown`` outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision.stdout.strip()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically write JSON."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_config(run: Path) -> RunConfig:
+    """Raises :class:`ConfigError` unless ``run`` is a run folder."""
+    path = run / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{run} is not a run folder: it has no {CONFIG}. Make one with  omcda-deploy train")
+    try:
+        return RunConfig(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+
+
+def write_config(run: Path, config: RunConfig) -> None:
+    write_json(run / CONFIG, dataclasses.asdict(config))
+
+
+def snapshot_path(run: Path, step: int) -> Path:
+    return run / POLICIES / f"step-{step:08d}.pt"
+
+
+def snapshot_steps(run: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("step-")) for path in (run / POLICIES).glob("step-*.pt"))
+
+
+def read_snapshot(run: Path, step: int | None = None) -> Snapshot:
+    """The policy at ``step``, or the last one. Raises :class:`ConfigError` where there is none."""
+    config = read_config(run)
+    steps = snapshot_steps(run)
+    if not steps:
+        raise ConfigError(f"{run} holds no policy yet: let it train to its first snapshot, or resume it")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise ConfigError(f"{run} holds no policy of step {step}: it has {', '.join(map(str, steps))}")
+    saved = load_state(snapshot_path(run, step))
+    spec = config.spec
+    policy = NetworkFactory(spec, config.settings["hidden"]).actor()
+    policy.load_state_dict(saved["policy"])
+    behavior = NetworkFactory(spec, config.behavior["hidden"]).actor()
+    behavior.load_state_dict(load_state(run / BEHAVIOR)["model"])
+    return Snapshot(step, policy.eval(), behavior.eval(), saved["budgets"], saved["alphas"])
