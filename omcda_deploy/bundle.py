@@ -20,7 +20,7 @@ Outputs:
 | name              | type            | shape          | |
 |-------------------|-----------------|----------------|-|
 | `action`          | float32 / int64 | [B, A] / [B]   | ready for the simulator |
-| `divergence`      | float32         | [B]            | nats; what it measures is the manifest's `divergence_kind` |
+| `divergence`      | float32         | [B]            | nats; the manifest's `divergence_kind` says of what |
 | `behavior_action` | as `action`     |                | the behaviour policy's deterministic action |
 | `mean`, `log_std`, `behavior_mean`, `behavior_log_std` | float32 | [B, A] | continuous: Gaussians under the tanh |
 | `logits`, `behavior_logits` | float32 | [B, A] | discrete: normalised log-probabilities, masked |

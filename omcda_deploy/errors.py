@@ -34,6 +34,10 @@ class EndpointError(OmcdaError):
     """A policy server cannot be reached, or answered with an error."""
 
 
+class SimulatorError(OmcdaError):
+    """A simulator failed, or the process that ran it died."""
+
+
 class ExportError(OmcdaError):
     """The exported graph does not reproduce the trained policy."""
 

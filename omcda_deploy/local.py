@@ -125,9 +125,7 @@ class JointTeam:
         agents = self.spec.agents
         single = np.ndim(observation_of(observations, agents[0].name)) == 1
         rows = [
-            batch_of(
-                observation_of(observations, a.name), a.observation_size, f"observation of {a.name}"
-            )
+            batch_of(observation_of(observations, a.name), a.observation_size, f"observation of {a.name}")
             for a in agents
         ]
         batch = len(rows[0])
@@ -205,7 +203,9 @@ def batch_of(vectors: NDArray[Any], width: int, what: str) -> Float:
     if rows.ndim == 1:
         rows = rows[None]
     if rows.ndim != 2 or rows.shape[1] != width:
-        raise ContractError(f"{what}: expected shape [B, {width}] or [{width}], got {list(np.shape(vectors))}")
+        raise ContractError(
+            f"{what}: expected shape [B, {width}] or [{width}], got {list(np.shape(vectors))}"
+        )
     return rows
 
 

@@ -24,7 +24,7 @@ DTYPE = "float32"  # of every observation, noise and continuous action, in files
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """An agent's actions: ``size`` numbers in [low, high], or one of ``size`` choices under an availability mask."""
+    """An agent's actions: ``size`` numbers in [low, high], or one of ``size`` choices under a mask."""
 
     kind: ActionKind
     size: int

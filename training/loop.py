@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
 
 log = logging.getLogger(__name__)
+
+PARITY_ROWS = 1000
 
 OnLog = Callable[[int, Mapping[str, float]], None]
 OnSnapshot = Callable[[int], None]
@@ -121,7 +124,7 @@ def train(
     out.mkdir(parents=True)
     try:
         (out / POLICIES).mkdir()
-        save_state(out / BEHAVIOR, {"model": model.state_dict()})
+        save_state(out / BEHAVIOR, {"model": model.state_dict(), **_parity_rows(dataset)})
         write_config(
             out,
             RunConfig(
@@ -229,6 +232,16 @@ def _behavior(run: Path, config: RunConfig) -> nn.Module:
     model = NetworkFactory(config.spec, config.behavior["hidden"]).actor()
     model.load_state_dict(load_state(run / BEHAVIOR)["model"])
     return model.to(config.device)
+
+
+def _parity_rows(dataset: Dataset) -> dict[str, Tensor | None]:
+    """Observations [1000, N, O] and masks of the dataset, drawn evenly over it, with which export is checked."""
+    rows = np.linspace(0, len(dataset.observations) - 1, PARITY_ROWS).astype(np.int64)
+    masks = dataset.action_masks
+    return {
+        "observations": torch.from_numpy(dataset.observations[rows]),
+        "action_masks": None if masks is None else torch.from_numpy(masks[rows]),
+    }
 
 
 def _save_snapshot(run: Path, learner: Algorithm, agents: tuple[str, ...]) -> None:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from omcda_deploy import __version__
@@ -62,6 +64,8 @@ class Snapshot:
     step: int
     policy: nn.Module
     behavior: nn.Module
+    observations: NDArray[np.float32]  # [M, N, O] of the dataset, for the parity check of an export
+    action_masks: NDArray[np.uint8] | None  # [M, N, A]
     budgets: dict[str, float] | None
     alphas: dict[str, float] | None
 
@@ -130,5 +134,15 @@ def read_snapshot(run: Path, step: int | None = None) -> Snapshot:
     policy = NetworkFactory(spec, config.settings["hidden"]).actor()
     policy.load_state_dict(saved["policy"])
     behavior = NetworkFactory(spec, config.behavior["hidden"]).actor()
-    behavior.load_state_dict(load_state(run / BEHAVIOR)["model"])
-    return Snapshot(step, policy.eval(), behavior.eval(), saved["budgets"], saved["alphas"])
+    shared = load_state(run / BEHAVIOR)
+    behavior.load_state_dict(shared["model"])
+    masks = shared["action_masks"]
+    return Snapshot(
+        step,
+        policy.eval(),
+        behavior.eval(),
+        shared["observations"].numpy(),
+        None if masks is None else masks.numpy(),
+        saved["budgets"],
+        saved["alphas"],
+    )

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.errors import ContractError
 from omcda_deploy.spec import TeamSpec
 
 Float: TypeAlias = NDArray[np.float32]
@@ -51,3 +52,43 @@ class Environment(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def joint_action(spec: TeamSpec, actions: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Continuous actions of all agents, one after another in team order: float64 [sum of A].
+
+    Raises :class:`ContractError` for a missing or unknown agent, a wrong size, or a number not finite.
+    """
+    _require_team(spec, actions)
+    vectors = []
+    for agent in spec.agents:
+        vector = np.asarray(actions[agent.name], np.float64)
+        if vector.shape != (agent.action.size,):
+            raise ContractError(
+                f"action of {agent.name}: expected shape [{agent.action.size}], got {list(vector.shape)}"
+            )
+        vectors.append(vector)
+    joint = np.concatenate(vectors)
+    if not np.isfinite(joint).all():
+        raise ContractError(f"actions: expected finite numbers, got {joint.tolist()}")
+    return joint
+
+
+def joint_choice(spec: TeamSpec, actions: Mapping[str, Any]) -> list[int]:
+    """Discrete actions of all agents in team order; errors as in :func:`joint_action`."""
+    _require_team(spec, actions)
+    choices = []
+    for agent in spec.agents:
+        choice = np.asarray(actions[agent.name])
+        if choice.shape != () or choice.dtype.kind not in "iu" or not 0 <= choice < agent.action.size:
+            raise ContractError(
+                f"action of {agent.name}: expected an integer from 0 to {agent.action.size - 1}, "
+                f"got {actions[agent.name]!r}"
+            )
+        choices.append(int(choice))
+    return choices
+
+
+def _require_team(spec: TeamSpec, actions: Mapping[str, Any]) -> None:
+    if actions.keys() != set(spec.names):
+        raise ContractError(f"expected one action for each of {', '.join(spec.names)}, got {sorted(actions)}")

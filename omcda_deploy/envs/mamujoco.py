@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.envs import Float, Observations, StepResult
-from omcda_deploy.errors import ContractError, MissingExtraError, UnknownNameError
+from omcda_deploy.envs import Float, Observations, StepResult, joint_action
+from omcda_deploy.errors import ConfigError, MissingExtraError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, Normalizer, TeamSpec
 
 EPISODE_LIMIT = 1000
@@ -52,13 +52,15 @@ _BODIES = {
     "halfcheetah-6x1": _Body("HalfCheetah-v5", 6, 1, 17, 0, 20.0, {}),
 }
 TASKS = tuple(f"mamujoco/{name}" for name in _BODIES)
+PACKAGES = ("mujoco", "gymnasium")
 
 
 def standardize(vectors: NDArray[Any]) -> Float:
     """Standardise each vector over its own entries: ``[..., O] -> float32 [..., O]``. Idempotent."""
     mean = vectors.mean(axis=-1, keepdims=True)
     std = vectors.std(axis=-1, keepdims=True)
-    return ((vectors - mean) / std).astype(np.float32)
+    standardized: Float = ((vectors - mean) / std).astype(np.float32)
+    return standardized
 
 
 class JointBody:
@@ -78,7 +80,9 @@ class JointBody:
         entry = gymnasium.spec(self.body.gymnasium_id).entry_point
         create: Callable[..., Any] = gymnasium.envs.registration.load_env_creator(str(entry))
         # Created without gymnasium.make: its wrappers add a third of the step time, and the limit is ours.
-        self._env = create(render_mode=render_mode, **self.body.options)
+        # Gymnasium's own view stands still, and the body walks out of it.
+        self._env = create(render_mode=render_mode, camera_name="track", **self.body.options)
+        self._render_mode = render_mode
         self.observation_size = self.body.observation
         self.action_size = self.body.agents * self.body.joints_per_agent
 
@@ -94,6 +98,8 @@ class JointBody:
         return np.asarray(observation, np.float64), float(reward), bool(terminated)
 
     def render(self) -> NDArray[np.uint8]:
+        if self._render_mode is None:
+            raise ConfigError("MuJoCo was made without render_mode: use render_mode='rgb_array'")
         return np.asarray(self._env.render(), np.uint8)
 
     def close(self) -> None:
@@ -140,16 +146,8 @@ class MultiAgentMujoco:
 
     def step(self, actions: Mapping[str, Any]) -> StepResult:
         names = self.spec.names
-        if actions.keys() != set(names):
-            raise ContractError(f"expected one action for each of {', '.join(names)}, got {sorted(actions)}")
         # Unclipped, as OMIGA passes them; MuJoCo clamps the controls itself, the control cost does not.
-        joint = np.concatenate([np.asarray(actions[name], np.float64).reshape(-1) for name in names])
-        if joint.shape != (self._joint.action_size,):
-            raise ContractError(
-                f"expected {self._joint.body.joints_per_agent} numbers for each of {', '.join(names)}, "
-                f"got {joint.size} in all"
-            )
-        observation, reward, terminated = self._joint.step(joint)
+        observation, reward, terminated = self._joint.step(joint_action(self.spec, actions))
         self._steps += 1
         truncated = not terminated and self._steps >= EPISODE_LIMIT
         return (

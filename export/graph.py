@@ -1,0 +1,214 @@
+"""Everything between the dataset's observation and the simulator-ready action, as one torch module.
+
+:class:`PolicyGraph` wraps a policy's and a behaviour policy's actor; its inputs and outputs are those that
+:mod:`omcda_deploy.bundle` documents. Padding, normalisation, availability mask, squashing, scaling and the
+divergence are inside, so a server only moves arrays.
+
+Shapes: B batch, k agents of the graph (one, or all N), W the width that shared networks pad to, A actions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omcda_deploy.spec import TeamSpec
+
+DivergenceKind = Literal["kl", "neg_log_behavior"]
+
+# Below this an observation's entries are equal up to float32 rounding; it is standardised to (nearly) zeros.
+_CONSTANT_VARIANCE = 1e-12
+_HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
+
+
+class ContinuousActor(Protocol):
+    """Parameters of the Gaussian under the tanh, shared by all agents."""
+
+    def __call__(self, observation: Tensor, agent: int | None) -> tuple[Tensor, Tensor]:
+        """``[B, N, W]``, or ``[B, 1, W]`` with the rows of ``agent`` -> (mean, log_std), each ``[B, k, A]``."""
+        ...
+
+
+class DiscreteActor(Protocol):
+    """Normalised log-probabilities of the available actions, shared by all agents.
+
+    A row without an available action counts as having action 0 alone.
+    """
+
+    def __call__(self, observation: Tensor, mask: Tensor, agent: int | None) -> Tensor:
+        """Observation as for :class:`ContinuousActor`, ``mask`` [B, k, A], 1 where available -> ``[B, k, A]``."""
+        ...
+
+
+class PolicyGraph(nn.Module):
+    """The graph of one agent, or, with ``agent=None``, of the whole team on joined vectors.
+
+    ``policy`` and ``behavior`` are :class:`ContinuousActor` or :class:`DiscreteActor` modules, after the spec's
+    action kind. They may be the same module, which is then run once.
+
+    Divergences, in nats per agent: ``kl`` is KL(pi_i || pi_b^i), whatever the noise; ``neg_log_behavior`` is
+    -log pi_b^i(a|o) of the action given, for continuous actions the density over the squashed action in
+    [-1, 1]^A, before it is scaled to the simulator's range.
+    """
+
+    center: Tensor  # [sum A]
+    half_range: Tensor  # [sum A]
+
+    def __init__(
+        self,
+        spec: TeamSpec,
+        policy: nn.Module,
+        behavior: nn.Module,
+        divergence_kind: DivergenceKind,
+        agent: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy, self.behavior = policy, behavior
+        self.agent = agent
+        self.discrete = spec.action_kind == "discrete"
+        self.standardize = spec.normalizer.kind == "per-vector-standardize"
+        self.kl = divergence_kind == "kl"
+        agents = spec.agents if agent is None else spec.agents[agent : agent + 1]
+        self.observations = _Layout([a.observation_size for a in agents], spec.observation_size)
+        self.actions = _Layout([a.action.size for a in agents], spec.action_size)
+        low = torch.tensor([a.action.low for a in agents for _ in range(a.action.size)])
+        high = torch.tensor([a.action.high for a in agents for _ in range(a.action.size)])
+        self.scaled = not self.discrete and bool((low != -1.0).any() or (high != 1.0).any())
+        self.register_buffer("center", (high + low) / 2.0)
+        self.register_buffer("half_range", (high - low) / 2.0)
+
+    def forward(
+        self, observation: Tensor, noise: Tensor, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Inputs and outputs in the order of ``bundle.input_names`` and ``bundle.output_names``."""
+        rows = self.observations.split(observation)  # [B, k, W]
+        if self.standardize:
+            rows = _standardize(rows, self.observations)
+        if self.discrete:
+            assert action_mask is not None  # the bundle writer traces discrete specs with a mask
+            return self._discrete(rows, noise, self.actions.split(action_mask))
+        return self._continuous(rows, noise)
+
+    def _continuous(self, rows: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        policy: ContinuousActor = self.policy
+        behavior: ContinuousActor = self.behavior
+        join = self.actions.join
+        mean, log_std = map(join, policy(rows, self.agent))  # [B, sum A]
+        if behavior is policy:
+            mean_b, log_std_b = mean, log_std
+        else:
+            mean_b, log_std_b = map(join, behavior(rows, self.agent))
+        divergence = self._per_agent(self.divergence(noise, mean, log_std, mean_b, log_std_b))
+        action = self._scale(mean + log_std.exp() * noise)
+        return action, divergence, self._scale(mean_b), mean, log_std, mean_b, log_std_b
+
+    def divergence(
+        self, noise: Tensor, mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor
+    ) -> Tensor:
+        """The continuous divergence ``[B, k]`` from the graph's outputs ``[B, sum A]``."""
+        if self.kl:
+            terms = _gaussian_kl(mean, log_std, mean_b, log_std_b)
+        else:
+            terms = _negative_log_density(mean + log_std.exp() * noise, mean_b, log_std_b)
+        return self.actions.sum(terms)
+
+    def _discrete(self, rows: Tensor, noise: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        policy: DiscreteActor = self.policy
+        behavior: DiscreteActor = self.behavior
+        logits = policy(rows, mask, self.agent)  # [B, k, A]
+        logits_b = logits if behavior is policy else behavior(rows, mask, self.agent)
+        action = (logits + self.actions.split(noise)).argmax(-1)  # [B, k]
+        if self.kl:
+            # An unavailable action has probability 0 under both; its finite log-probabilities cancel.
+            divergence = (logits.exp() * (logits - logits_b)).sum(-1)
+        else:
+            divergence = -logits_b.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return (
+            self._per_agent(action),
+            self._per_agent(divergence),
+            self._per_agent(logits_b.argmax(-1)),
+            self.actions.join(logits),
+            self.actions.join(logits_b),
+        )
+
+    def _scale(self, u: Tensor) -> Tensor:
+        squashed = torch.tanh(u)
+        if not self.scaled:
+            return squashed
+        return self.center + self.half_range * squashed
+
+    def _per_agent(self, values: Tensor) -> Tensor:
+        """``[B, k]``, or ``[B]`` in the graph of one agent."""
+        return values if self.agent is None else values.reshape(-1)
+
+
+class _Layout(nn.Module):
+    """Joined vectors ``[B, sum of sizes]`` and the padded ``[B, k, width]`` that shared networks take."""
+
+    counts: Tensor  # [k, 1]
+    valid: Tensor  # [k, width], 1 where an agent has an entry, 0 where it is padded
+    padded_from: Tensor  # [k * width]
+    joined_from: Tensor  # [sum]
+
+    def __init__(self, sizes: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.k, self.width, self.uniform = len(sizes), width, all(size == width for size in sizes)
+        counts = torch.tensor(sizes).unsqueeze(1)  # [k, 1]
+        valid = torch.arange(width) < counts  # [k, width]
+        # Padding reads the agent's own first entry, to be multiplied by zero: one agent's inf stays its own.
+        source = counts.cumsum(0) - counts + torch.arange(width) * valid
+        self.register_buffer("counts", counts.float())
+        self.register_buffer("valid", valid.float())
+        self.register_buffer("padded_from", source.reshape(-1))
+        self.register_buffer("joined_from", valid.reshape(-1).nonzero().reshape(-1))
+
+    def split(self, joined: Tensor) -> Tensor:
+        """``[B, sum] -> [B, k, width]``, short vectors followed by zeros."""
+        if self.uniform:
+            return joined.reshape(-1, self.k, self.width)
+        rows = joined.float().index_select(1, self.padded_from)
+        return rows.reshape(-1, self.k, self.width) * self.valid
+
+    def join(self, padded: Tensor) -> Tensor:
+        """``[B, k, width] -> [B, sum]``: the inverse of :meth:`split`."""
+        rows = padded.reshape(-1, self.k * self.width)
+        if self.uniform:
+            return rows
+        return rows.index_select(1, self.joined_from)
+
+    def sum(self, joined: Tensor) -> Tensor:
+        """``[B, sum] -> [B, k]``: the sum over each agent's own entries."""
+        return joined if self.width == 1 else self.split(joined).sum(-1)
+
+
+def _standardize(rows: Tensor, layout: _Layout) -> Tensor:
+    """``(x - mean(x)) / std(x)`` over each agent's own entries; padding stays zero.
+
+    Written out, because onnxruntime's LayerNormalization took the variance as ``E[x^2] - E[x]^2`` for years.
+    """
+    if layout.uniform:
+        centered = rows - rows.mean(-1, keepdim=True)
+        variance = (centered * centered).mean(-1, keepdim=True)
+    else:
+        centered = (rows - rows.sum(-1, keepdim=True) / layout.counts) * layout.valid
+        variance = (centered * centered).sum(-1, keepdim=True) / layout.counts
+    return centered / variance.clamp(min=_CONSTANT_VARIANCE).sqrt()
+
+
+def _gaussian_kl(mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor) -> Tensor:
+    """KL(N(mean, std) || N(mean_b, std_b)) per entry; the tanh, a bijection, leaves it as it is."""
+    log_ratio = log_std - log_std_b
+    distance = (mean - mean_b) * torch.exp(-log_std_b)
+    return 0.5 * (torch.exp(2.0 * log_ratio) + distance * distance - 1.0) - log_ratio
+
+
+def _negative_log_density(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """-log density of tanh(u) per entry, from u itself: atanh of a saturated float32 action is infinite."""
+    z = (u - mean) * torch.exp(-log_std)
+    jacobian = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
+    return 0.5 * z * z + log_std + _HALF_LOG_TAU + jacobian

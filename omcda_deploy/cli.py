@@ -1,0 +1,73 @@
+"""The command line: ``omcda-deploy <command>``.
+
+Commands live in ``omcda_deploy/commands``, one file per group, and import the rooms they compose when they run, so
+that ``serve`` never waits for torch. An :class:`OmcdaError` becomes one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from omcda_deploy import __version__
+from omcda_deploy.commands import behavior, benchmark, data, demo, play, results, train
+from omcda_deploy.commands import export as export_command
+from omcda_deploy.commands import serve as serve_command
+from omcda_deploy.errors import OmcdaError
+
+app = typer.Typer(
+    help="Train, export, serve and evaluate offline multi-agent policies: "
+    "collect → train → export → serve → evaluate / replay.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data.inspect_app, name="inspect")
+app.add_typer(behavior.app, name="behavior")
+app.add_typer(benchmark.app, name="bench")
+app.command("tasks")(data.tasks)
+app.command("collect")(data.collect)
+app.command("algorithms")(train.algorithms)
+app.command("train")(train.train)
+app.command("export")(export_command.export)
+app.command("serve")(serve_command.serve)
+app.command("evaluate")(play.evaluate)
+app.command("replay")(play.replay)
+app.command("results")(results.results)
+app.command("demo")(demo.demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what happens, to stderr."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+def main() -> None:
+    """Entry point of the ``omcda-deploy`` script."""
+    try:
+        app()
+    except OmcdaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""``tasks``, ``collect`` and ``inspect``: what there is to play, recording it, and looking at files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from omcda_deploy.commands import console, progress_bar
+
+inspect_app = typer.Typer(help="Look at a dataset or a bundle.", no_args_is_help=True)
+
+
+def tasks() -> None:
+    """List the tasks, and those that datasets can be recorded on with shipped policies."""
+    from omcda_deploy import registry
+    from omcda_deploy.shipped import shipped_tasks
+
+    shipped = shipped_tasks()
+    for task in registry.tasks():
+        console.print(task + ("  (behaviour policies shipped)" if task in shipped else ""), highlight=False)
+
+
+def collect(
+    task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
+    out: Annotated[Path, typer.Option(help="HDF5 file to write.")],
+    tier: Annotated[str, typer.Option(help="expert, medium, medium-replay or medium-expert.")] = "medium",
+    bundle: Annotated[
+        Path | None, typer.Option(help="Record this bundle's policy instead of a tier.")
+    ] = None,
+    transitions: Annotated[int, typer.Option(help="At least so many, in whole episodes.")] = 1_000_000,
+    seed: Annotated[int, typer.Option()] = 0,
+    num_envs: Annotated[int, typer.Option(help="Environments stepped together.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that step them; 0 for none.")] = 2,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Record mean actions.")] = False,
+) -> None:
+    """Record a dataset in OMIGA's HDF5 format with the shipped behaviour policies, acting stochastically."""
+    from omcda_deploy import registry
+    from omcda_deploy.collect import Source, collect_mixture
+    from omcda_deploy.errors import DatasetError, UnknownNameError
+    from omcda_deploy.local import JointTeam
+    from omcda_deploy.shipped import ShippedPolicy, behavior_policies
+
+    if out.exists():
+        raise DatasetError(f"{out} exists already: choose another --out, or remove it first")
+    if task not in registry.tasks():
+        raise UnknownNameError("task", task, registry.tasks())
+    policies = [ShippedPolicy(str(bundle), bundle, 1.0)] if bundle else behavior_policies(task, tier)
+    sources = [Source(policy.label, JointTeam(policy.bundle), policy.share) for policy in policies]
+    with progress_bar(f"recording {task}") as report:
+        summary = collect_mixture(
+            task,
+            sources,
+            out,
+            transitions=transitions,
+            seed=seed,
+            behavior=str(bundle) if bundle else tier,
+            num_envs=num_envs,
+            workers=workers,
+            stochastic=not deterministic,
+            progress=report,
+        )
+    console.print_json(json.dumps(summary))
+
+
+@inspect_app.command("dataset")
+def inspect_dataset(
+    file: Annotated[Path, typer.Argument(help="A dataset file.")],
+    task: Annotated[str | None, typer.Option(help="Its task, for a file that does not say.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print shapes, episodes, returns, saturated actions and digest of a dataset."""
+    from omcda_deploy.inspect_dataset import render_table, summarize
+    from omcda_deploy.registry import read_dataset
+
+    summary = summarize(read_dataset(file, task))
+    if as_json:
+        console.print_json(json.dumps(summary))
+    else:
+        console.print(render_table(summary))
+
+
+@inspect_app.command("bundle")
+def inspect_bundle(folder: Annotated[Path, typer.Argument(help="A bundle.")]) -> None:
+    """Verify a bundle and print its manifest."""
+    from omcda_deploy.bundle import read_bundle
+
+    console.print_json(json.dumps(dict(read_bundle(folder).manifest)))

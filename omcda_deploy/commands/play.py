@@ -1,0 +1,159 @@
+"""``evaluate`` and ``replay``: a team, served or in process, in a simulator or against recorded episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from omcda_deploy.commands import console, progress_bar
+
+if TYPE_CHECKING:
+    from omcda_deploy.policy import TeamPolicy
+
+Endpoints = Annotated[
+    str | None,
+    typer.Option(
+        help="Addresses of the served agents, comma-separated, in any order: 127.0.0.1:8500,127.0.0.1:8501,… "
+        "or one that serves the joint graph."
+    ),
+]
+BundleOption = Annotated[Path | None, typer.Option(help="A bundle.")]
+
+
+def evaluate(
+    task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
+    endpoints: Endpoints = None,
+    bundle: Annotated[Path | None, typer.Option(help="Play this bundle in process instead.")] = None,
+    episodes: Annotated[int, typer.Option()] = 20,
+    seed: Annotated[int, typer.Option(help="Episode k starts from a seed made of this and k.")] = 0,
+    num_envs: Annotated[
+        int, typer.Option(help="Episodes played side by side: the batch size of requests.")
+    ] = 10,
+    workers: Annotated[int, typer.Option(help="Processes that step the simulators; 0 for none.")] = 0,
+    stochastic: Annotated[
+        bool, typer.Option("--stochastic", help="Sample actions, seeded by --seed.")
+    ] = False,
+    deadline: Annotated[float, typer.Option(help="Seconds a served agent may take to answer.")] = 1.0,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
+    ] = False,
+    video: Annotated[Path | None, typer.Option(help="Write the first episode as mp4 (MuJoCo).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
+) -> None:
+    """Play live episodes of a task against served agents, or against a bundle in process."""
+    from omcda_deploy.evaluate import evaluate as play
+    from omcda_deploy.measurements import write_json
+    from omcda_deploy.report import evaluation_section, evaluation_table, write_report
+
+    _require_folders(video, json_file, report)
+    with _team(endpoints, bundle, deadline, stream) as team, progress_bar(f"playing {task}") as progress:
+        evaluation = play(
+            team,
+            task,
+            episodes=episodes,
+            seed=seed,
+            num_envs=num_envs,
+            stochastic=stochastic,
+            workers=workers,
+            progress=progress,
+            video=video,
+        )
+    console.print(evaluation_table(evaluation))
+    if json_file:
+        write_json(json_file, evaluation.to_json())
+    if report:
+        write_report(report, f"{task}: evaluation", [evaluation_section(evaluation)])
+        console.print(f"report: {report}")
+
+
+def replay(
+    dataset: Annotated[Path, typer.Argument(help="A dataset file.")],
+    endpoints: Endpoints = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Local bundle: compared with the endpoints, or played without them.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Task of a dataset that does not say.")] = None,
+    episodes: Annotated[int, typer.Option(help="Episodes drawn by --seed.")] = 10,
+    seed: Annotated[int, typer.Option()] = 0,
+    batch: Annotated[int, typer.Option(help="Episodes sent side by side.")] = 1,
+    rate: Annotated[
+        float | None, typer.Option(help="Hz for deadlines; the task's control rate if omitted.")
+    ] = None,
+    paced: Annotated[
+        bool, typer.Option("--paced", help="Send in real time at the rate, not flat out.")
+    ] = False,
+    stochastic: Annotated[
+        bool, typer.Option("--stochastic", help="Sample actions, seeded by --seed.")
+    ] = False,
+    deadline: Annotated[float, typer.Option(help="Seconds a served agent may take to answer.")] = 1.0,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
+) -> None:
+    """Send recorded episodes through a team: agreement, parity, latency, deadline misses. Needs no simulator."""
+    from omcda_deploy.local import LocalTeam
+    from omcda_deploy.measurements import write_json
+    from omcda_deploy.registry import read_dataset
+    from omcda_deploy.replay import replay as send
+    from omcda_deploy.report import replay_section, replay_table, write_report
+
+    _require_folders(json_file, report)
+    recorded = read_dataset(dataset, task)
+    local = LocalTeam(bundle) if bundle and endpoints else None
+    with (
+        _team(endpoints, None if endpoints else bundle, deadline, stream) as team,
+        progress_bar(f"replaying {dataset.name}") as progress,
+    ):
+        result = send(
+            team,
+            recorded,
+            episodes=episodes,
+            rate=rate,
+            batch=batch,
+            local=local,
+            stochastic=stochastic,
+            seed=seed,
+            paced=paced,
+            progress=progress,
+        )
+    console.print(replay_table(result))
+    if json_file:
+        write_json(json_file, result.to_json())
+    if report:
+        write_report(report, f"{recorded.spec.task}: replay", [replay_section(result)])
+        console.print(f"report: {report}")
+
+
+@contextmanager
+def _team(endpoints: str | None, bundle: Path | None, deadline: float, stream: bool) -> Iterator[TeamPolicy]:
+    from omcda_deploy.errors import ConfigError
+
+    if (endpoints is None) == (bundle is None):
+        raise ConfigError("expected --endpoints (a served team) or --bundle (in process): give one of them")
+    if endpoints is not None:
+        from omcda_deploy.client import RemoteTeam
+
+        addresses = [address.strip() for address in endpoints.split(",") if address.strip()]
+        with RemoteTeam(addresses, deadline_s=deadline, stream=stream) as team:
+            yield team
+    else:
+        from omcda_deploy.local import LocalTeam
+
+        assert bundle is not None
+        yield LocalTeam(bundle)
+
+
+def _require_folders(*files: Path | None) -> None:
+    """Outputs must be writable before minutes are spent on what goes into them."""
+    from omcda_deploy.errors import ConfigError
+
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file}: the folder {file.parent} does not exist, create it first")

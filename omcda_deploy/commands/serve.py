@@ -1,0 +1,39 @@
+"""``serve``: policy servers of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    agent: Annotated[str | None, typer.Option(help="Serve this agent alone, on --port.")] = None,
+    team: Annotated[
+        bool, typer.Option("--team", help="Serve the joint graph of all agents, on --port.")
+    ] = False,
+    base_port: Annotated[int, typer.Option(help="One process per agent: agent i on base port + i.")] = 8500,
+    port: Annotated[int, typer.Option(help="Port of --agent or --team; 0 takes a free one.")] = 8500,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; loopback unless told otherwise.")
+    ] = "127.0.0.1",
+    grace: Annotated[
+        float, typer.Option(help="Seconds that SIGTERM leaves to answer what is in flight.")
+    ] = 5.0,
+) -> None:
+    """Serve every agent of a bundle in a process of its own, one agent alone, or the team's joint graph."""
+    from omcda_deploy.errors import ConfigError
+
+    if agent and team:
+        raise ConfigError("expected --agent or --team, got both: serve them with two commands")
+    if agent or team:
+        from omcda_deploy.bundle import TEAM
+        from omcda_deploy.serve.server import serve as serve_models
+
+        serve_models(bundle, [agent or TEAM], host, port, grace_s=grace)
+    else:
+        from omcda_deploy.serve.supervisor import serve_team
+
+        serve_team(bundle, host, base_port, grace_s=grace)

@@ -1,0 +1,135 @@
+"""Multi-agent MuJoCo with decentralised observations.
+
+Tasks: ``mamujoco-khop1/{hopper-3x1,ant-2x4,halfcheetah-6x1}``, Gymnasium-Robotics' ``mamujoco_v1`` with
+``agent_obsk=1``. Every agent sees its own joints, the positions of the joints one hop away, and the torso, as
+Gymnasium-Robotics gives them: unnormalised, and of another length for each agent. The centralised state is the
+raw observation of the single-agent environment (11, 105 and 17 numbers). Unlike in ``mamujoco/…``, Ant keeps
+its contact forces: they are 42 of an agent's 63 numbers.
+
+Agents keep Gymnasium-Robotics' names and order, each driving the actuators (MuJoCo's indices) of its joints:
+
+| task            | agents in order, each with its actuators                                     |
+|-----------------|------------------------------------------------------------------------------|
+| hopper-3x1      | 0 thigh; 1 leg; 2 foot                                                       |
+| halfcheetah-6x1 | 0 bthigh; 1 bshin; 2 bfoot; 3 fthigh; 4 fshin; 5 ffoot                       |
+| ant-2x4         | 2 hip_1, 3 ankle_1, 4 hip_2, 5 ankle_2; 6 hip_3, 7 ankle_3, 0 hip_4, 1 ankle_4 |
+
+Ant's agents therefore drive other actuators than in ``mamujoco/ant-2x4`` (0 1 2 3 and 4 5 6 7): never mix data
+of the two. Reward and episode end are those of ``mamujoco/…`` (+1 on the terminating step, no contact cost), so
+the same motion earns the same return under either view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.envs import Float, Observations, StepResult, joint_action
+from omcda_deploy.errors import ConfigError, MissingExtraError, UnknownNameError
+from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
+
+EPISODE_LIMIT = 1000
+
+
+@dataclass(frozen=True)
+class _Body:
+    scenario: str
+    factorization: str
+    state_size: int
+    observation_sizes: tuple[int, ...]  # per agent
+    joints_per_agent: int
+    control_rate: float  # Hz, 1 / dt
+    options: Mapping[str, Any]
+
+
+_BODIES = {
+    "hopper-3x1": _Body("Hopper", "3x1", 11, (8, 9, 8), 1, 125.0, {}),
+    "ant-2x4": _Body("Ant", "2x4", 105, (63, 63), 4, 20.0, {"contact_cost_weight": 0.0}),
+    "halfcheetah-6x1": _Body("HalfCheetah", "6x1", 17, (9, 9, 8, 9, 9, 8), 1, 20.0, {}),
+}
+TASKS = tuple(f"mamujoco-khop1/{name}" for name in _BODIES)
+PACKAGES = ("mujoco", "gymnasium", "gymnasium-robotics")
+
+
+def make(task: str, **options: Any) -> DecentralizedMujoco:
+    return DecentralizedMujoco(task, **options)
+
+
+class DecentralizedMujoco:
+    """One k-hop task. ``render_mode="rgb_array"`` makes ``render()`` work."""
+
+    def __init__(self, task: str, render_mode: str | None = None) -> None:
+        if task not in TASKS:
+            raise UnknownNameError("task", task, TASKS)
+        try:
+            # Its __init__ prints a notice about unrelated environments on every import.
+            with contextlib.redirect_stderr(io.StringIO()):
+                from gymnasium_robotics import mamujoco_v1
+        except ImportError as error:
+            raise MissingExtraError("gymnasium-robotics", "mujoco") from error
+        body = _BODIES[task.split("/")[1]]
+        self._render_mode = render_mode
+        self._parallel = mamujoco_v1.parallel_env(
+            body.scenario,
+            body.factorization,
+            agent_obsk=1,
+            render_mode=render_mode,
+            max_episode_steps=EPISODE_LIMIT,
+            disable_env_checker=True,
+            **body.options,
+        )
+        self.spec = TeamSpec(
+            task=task,
+            agents=tuple(
+                AgentSpec(f"agent_{i}", size, ActionSpec("continuous", body.joints_per_agent))
+                for i, size in enumerate(body.observation_sizes)
+            ),
+            state_size=body.state_size,
+            control_rate=body.control_rate,
+            episode_limit=EPISODE_LIMIT,
+        )
+
+    @property
+    def possible_agents(self) -> list[str]:
+        return list(self.spec.names)
+
+    def reset(self, seed: int | None = None) -> tuple[Observations, dict[str, dict[str, Any]]]:
+        observations, _ = self._parallel.reset(seed=seed)
+        return self._float32(observations), {name: {} for name in self.spec.names}
+
+    def step(self, actions: Mapping[str, Any]) -> StepResult:
+        names = self.spec.names
+        rows = joint_action(self.spec, actions).reshape(len(names), -1)
+        observations, rewards, terminations, truncations, _ = self._parallel.step(
+            dict(zip(names, rows, strict=True))
+        )
+        terminated = bool(terminations[names[0]])
+        # v5 withholds the healthy reward on the terminating step; v2, and so mamujoco/…, pays it.
+        reward = float(rewards[names[0]]) + terminated
+        return (
+            self._float32(observations),
+            dict.fromkeys(names, reward),
+            dict.fromkeys(names, terminated),
+            dict.fromkeys(names, bool(truncations[names[0]]) and not terminated),
+            {name: {} for name in names},
+        )
+
+    def state(self) -> Float:
+        return np.asarray(self._parallel.state(), np.float32)
+
+    def render(self) -> NDArray[np.uint8]:
+        if self._render_mode is None:
+            raise ConfigError(f"{self.spec.task} was made without render_mode: use render_mode='rgb_array'")
+        return np.asarray(self._parallel.render(), np.uint8)
+
+    def close(self) -> None:
+        self._parallel.close()
+
+    def _float32(self, observations: Mapping[str, NDArray[np.float64]]) -> Observations:
+        return {name: observations[name].astype(np.float32) for name in self.spec.names}

@@ -1,0 +1,95 @@
+"""What ``omcda-deploy inspect dataset FILE`` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.datasets import Dataset, blocks
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SATURATED = 0.999  # beyond it atanh(a), and with it a squashed policy's log-probability, grows without bound
+
+
+def summarize(dataset: Dataset) -> dict[str, Any]:
+    """Shapes, episodes, returns, ends, actions at and beyond the bounds, digest and metadata, as JSON values.
+
+    Shares are over all numbers of all agents' actions in transitions; rows behind an episode's end do not count.
+    """
+    saturated, outside, largest, numbers = 0, 0, 0.0, 0
+    for block in blocks(dataset.transitions.size):
+        size = np.abs(dataset.actions[dataset.transitions[block]])
+        saturated += int((size > SATURATED).sum())
+        outside += int((size > 1).sum())
+        largest = max(largest, float(size.max()))
+        numbers += size.size
+    summary: dict[str, Any] = {
+        "task": dataset.spec.task,
+        "agents": list(dataset.spec.names),
+        "shapes": {
+            name: list(getattr(dataset, name).shape)
+            for name in ("observations", "states", "actions", "rewards")
+        },
+        "transitions": int(dataset.transitions.size),
+        "episodes": int(dataset.episode_start.size),
+        "transitions_without_end": int(dataset.transitions.size - dataset.episode_length.sum()),
+        "terminals": int(dataset.terminal.sum()),
+        "timeouts": int(dataset.timeout.sum()),
+        "returns": _distribution(dataset.episode_returns),
+        "lengths": _distribution(dataset.episode_length),
+        "share_saturated": saturated / numbers,
+        "share_outside": outside / numbers,
+        "largest_action": largest,
+        "digest": dataset.digest,
+        "metadata": dict(dataset.metadata),
+    }
+    if dataset.episode_behaviors is not None:
+        summary["behaviors"] = {
+            label: {"episodes": int(own.sum()), "returns": _distribution(dataset.episode_returns[own])}
+            for index, label in enumerate(dataset.behaviors)
+            if (own := dataset.episode_behaviors == index).any()
+        }
+    return summary
+
+
+def render_table(summary: Mapping[str, Any]) -> Table:
+    """The summary for a terminal."""
+    from rich.table import Table
+
+    table = Table(title=summary["task"], show_header=False)
+    table.add_row("agents", ", ".join(summary["agents"]))
+    for name, shape in summary["shapes"].items():
+        table.add_row(name, " x ".join(f"{size:,}" for size in shape))
+    table.add_row("transitions", f"{summary['transitions']:,}")
+    ends = f"{summary['terminals']:,} terminal, {summary['timeouts']:,} by the time limit"
+    table.add_row("episodes", f"{summary['episodes']:,} ({ends})")
+    if summary["transitions_without_end"]:
+        table.add_row("in an unfinished tail", f"{summary['transitions_without_end']:,} transitions")
+    table.add_row("return", _line(summary["returns"]))
+    for label, behavior in summary.get("behaviors", {}).items():
+        table.add_row(f"  {label}", f"{behavior['episodes']:,} episodes, {_line(behavior['returns'])}")
+    table.add_row("episode length", _line(summary["lengths"]))
+    table.add_row(f"|a| > {SATURATED}", f"{summary['share_saturated']:.3%}")
+    table.add_row("|a| > 1", f"{summary['share_outside']:.3%} (largest {summary['largest_action']:.4g})")
+    table.add_row("digest", summary["digest"])
+    for name, value in summary["metadata"].items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _distribution(values: NDArray[Any]) -> dict[str, float]:
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+    }
+
+
+def _line(distribution: Mapping[str, float]) -> str:
+    return "{mean:.1f} ± {std:.1f} (sd), {min:.1f} to {max:.1f}".format(**distribution)

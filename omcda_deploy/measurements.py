@@ -1,0 +1,216 @@
+"""What :mod:`omcda_deploy.evaluate` and :mod:`omcda_deploy.replay` measure alike, and how it is written down."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.errors import ConfigError, ContractError
+from omcda_deploy.policy import Decision, TeamPolicy
+from omcda_deploy.spec import ActionSpec, TeamSpec
+
+_PACKAGES = ("omcda-deploy", "numpy", "onnxruntime", "grpcio")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall-clock times of one kind of call, first calls included. ``seconds``: float64 [calls]."""
+
+    seconds: NDArray[np.float64]
+
+    def percentile(self, q: float) -> float:
+        """The q-th percentile in milliseconds; nan where nothing was timed."""
+        return float(np.percentile(self.seconds, q)) * 1e3 if self.seconds.size else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "calls": self.seconds.size,
+            "mean_ms": number(self.seconds.mean() * 1e3) if self.seconds.size else None,
+            "p50_ms": number(self.percentile(50)),
+            "p95_ms": number(self.percentile(95)),
+            "p99_ms": number(self.percentile(99)),
+            "max_ms": number(self.percentile(100)),
+        }
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One agent's divergence over all steps played, in nats.
+
+    ``by_step``: float64 [T], the mean over the episodes still running at step t. ``budget`` is d_i, None where
+    the algorithm has none.
+    """
+
+    mean: float
+    p99: float
+    by_step: NDArray[np.float64]
+    budget: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "mean": number(self.mean),
+            "p99": number(self.p99),
+            "budget": number(self.budget),
+            "by_step": [number(value) for value in self.by_step],
+        }
+
+
+def divergences(
+    spec: TeamSpec,
+    steps: Sequence[NDArray[np.int64]],
+    values: Sequence[NDArray[np.float64]],
+    budgets: Mapping[str, float | None],
+) -> dict[str, Divergence]:
+    """Per-agent summaries of ``values`` (each [N, n]) seen at the times ``steps`` (each [n]) of their episodes."""
+    times = np.concatenate(steps)
+    counts = np.bincount(times)
+    return {
+        name: Divergence(
+            mean=float(rows.mean()),
+            p99=float(np.percentile(rows, 99)),
+            by_step=np.bincount(times, weights=rows) / counts,
+            budget=budgets.get(name),
+        )
+        for name, rows in zip(spec.names, np.concatenate(values, axis=1), strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class TeamDescription:
+    """What a team says about the bundle it came from; a team that is no bundle leaves it empty."""
+
+    bundle_digest: str | None
+    divergence_kind: str | None
+    budgets: Mapping[str, float | None]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bundle_digest": self.bundle_digest,
+            "divergence_kind": self.divergence_kind,
+            "budgets": {name: number(value) for name, value in self.budgets.items()},
+        }
+
+
+def describe(team: TeamPolicy) -> TeamDescription:
+    """A local team carries its bundle; a served one repeats what its servers said at connect."""
+    bundle = getattr(team, "bundle", None)
+    if bundle is not None:
+        return TeamDescription(bundle.digest, bundle.divergence_kind, bundle.budgets)
+    return TeamDescription(
+        getattr(team, "bundle_digest", None),
+        getattr(team, "divergence_kind", None),
+        getattr(team, "budgets", None) or {},
+    )
+
+
+def agent_latencies(team: TeamPolicy) -> Mapping[str, float]:
+    """Seconds per agent of the team's last act, empty for a team that does not time its agents."""
+    latencies: Mapping[str, float] | None = getattr(team, "latencies", None)
+    return latencies or {}
+
+
+def require_answer(spec: TeamSpec, decisions: Mapping[str, Decision], batch: int) -> None:
+    """Raise :class:`ContractError` unless every agent answered with finite actions of the contract's shape."""
+    for agent in spec.agents:
+        if agent.name not in decisions:
+            raise ContractError(f"the team gave no action for {agent.name}: expected one for each agent")
+        action = np.asarray(decisions[agent.name].action)
+        shape = (batch, agent.action.size) if agent.action.kind == "continuous" else (batch,)
+        if action.shape != shape:
+            raise ContractError(
+                f"{agent.name} answered with an action of shape {list(action.shape)}, expected {list(shape)}: "
+                "use a bundle exported for this task"
+            )
+        if not np.isfinite(action).all():
+            raise ContractError(
+                f"{agent.name} answered with an action that is not finite: check the bundle with "
+                "omcda-deploy inspect, and export the run again"
+            )
+
+
+def saturated(actions: NDArray[Any], spec: ActionSpec) -> NDArray[np.bool_]:
+    """Which entries of continuous ``actions`` lie within 0.1 % of a bound (|a| > 0.999 for actions in [-1, 1])."""
+    centred = (2.0 * actions - (spec.low + spec.high)) / (spec.high - spec.low)
+    return np.asarray(np.abs(centred) > 0.999)
+
+
+def episode_seed(seed: int, episode: int) -> int:
+    """The seed of one episode: a function of these two numbers alone, so that no batch size changes it."""
+    return int(np.random.SeedSequence(seed, spawn_key=(episode,)).generate_state(1)[0])
+
+
+def require_at_least(value: int, least: int, what: str) -> None:
+    if value < least:
+        raise ConfigError(f"{what}: expected at least {least}, got {value}")
+
+
+def number(value: float | np.floating[Any] | None) -> float | None:
+    """A plain JSON number; None stands for what JSON cannot say."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, this package and the installed run times of policies."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def machine() -> str:
+    """Processor, number of usable cores and operating system; nothing that names the host."""
+    processor = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    return f"{processor}, {cores} cores, {platform.system()}"
+
+
+def now() -> str:
+    """The present time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary beside ``path`` that takes its place when the block succeeds and vanishes when it fails."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file or leave what was there. Raises :class:`ConfigError` where it cannot be written."""
+    try:
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path} ({error.strerror}): choose another place") from error
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """As :func:`write_text`, for what ``to_json()`` of an evaluation or a replay returns."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

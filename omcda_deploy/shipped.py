@@ -1,0 +1,46 @@
+"""The behaviour policies that come with the package: bundles under ``policies/<task>/<tier>/``.
+
+``medium`` and ``expert`` hold one policy each, ``medium-replay`` the checkpoints of the same training run up to
+medium in numbered folders, and ``medium-expert`` is half of each. ``policies/README.md`` says how they were made
+and what they return.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omcda_deploy.bundle import MANIFEST
+from omcda_deploy.errors import UnknownNameError
+
+POLICIES = Path(__file__).parent / "policies"
+TIERS = ("expert", "medium", "medium-replay", "medium-expert")
+
+
+@dataclass(frozen=True)
+class ShippedPolicy:
+    """A bundle and the share of a dataset's transitions that it records."""
+
+    label: str
+    bundle: Path
+    share: float
+
+
+def shipped_tasks() -> tuple[str, ...]:
+    """Tasks with shipped behaviour policies."""
+    return tuple(sorted(str(path.parent.relative_to(POLICIES)) for path in POLICIES.glob("*/*/medium")))
+
+
+def behavior_policies(task: str, tier: str) -> list[ShippedPolicy]:
+    """The policies of a tier, in the order in which they record. Raises :class:`UnknownNameError`."""
+    if tier not in TIERS:
+        raise UnknownNameError("tier", tier, TIERS)
+    folder = POLICIES / task
+    if task not in shipped_tasks():
+        raise UnknownNameError("task with shipped behaviour policies", task, shipped_tasks())
+    if tier == "medium-expert":
+        return [ShippedPolicy(name, folder / name, 0.5) for name in ("medium", "expert")]
+    if tier == "medium-replay":
+        found = sorted(path.parent for path in (folder / tier).glob(f"*/{MANIFEST}"))
+        return [ShippedPolicy(f"{tier}/{path.name}", path, 1.0) for path in found]
+    return [ShippedPolicy(tier, folder / tier, 1.0)]

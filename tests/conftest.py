@@ -1,0 +1,41 @@
+"""Bundles and servers that several files share; started once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from omcda_deploy.bundle import TEAM, Bundle
+from tests.bundles import continuous_spec, discrete_spec, write_test_bundle
+from tests.server_process import ServerProcess, server_process
+
+
+@pytest.fixture(scope="session")
+def continuous_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_test_bundle(tmp_path_factory.mktemp("continuous") / "bundle", continuous_spec(), seed=1)
+
+
+@pytest.fixture(scope="session")
+def discrete_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_test_bundle(tmp_path_factory.mktemp("discrete") / "bundle", discrete_spec(), seed=2)
+
+
+@pytest.fixture(scope="session")
+def continuous_server(continuous_bundle: Bundle) -> Iterator[ServerProcess]:
+    """All agents of the continuous bundle in one process."""
+    with server_process(continuous_bundle, *continuous_bundle.spec.names) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def discrete_server(discrete_bundle: Bundle) -> Iterator[ServerProcess]:
+    with server_process(discrete_bundle, *discrete_bundle.spec.names) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def joint_server(continuous_bundle: Bundle) -> Iterator[ServerProcess]:
+    """The continuous bundle's joint graph alone."""
+    with server_process(continuous_bundle, TEAM) as server:
+        yield server

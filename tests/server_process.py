@@ -1,0 +1,41 @@
+"""Real server processes for tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from omcda_deploy.bundle import Bundle
+
+STOP_LIMIT_S = 15.0
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    endpoint: str
+    process: subprocess.Popen[str]
+
+
+@contextmanager
+def server_process(
+    bundle: Bundle, *models: str, start: Sequence[str] = ("-m", "omcda_deploy.serve.server")
+) -> Iterator[ServerProcess]:
+    """A server of ``models`` on a free port, ready; stopped at the end unless the test has done so."""
+    command = [sys.executable, *start, str(bundle.path)]
+    command += [argument for model in models for argument in ("--model", model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            ready = process.stdout.readline()  # empty when the process ends first
+            assert ready.startswith("serving "), f"the server did not start: {ready!r}"
+            yield ServerProcess(ready.split()[-1], process)
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise

@@ -1,0 +1,150 @@
+"""What every task of the registry owes to collectors, evaluators and users' own loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from omcda_deploy import registry
+from omcda_deploy.envs import Environment
+from omcda_deploy.errors import ContractError, MissingExtraError
+from omcda_deploy.policy import NoiseSource
+from omcda_deploy.spec import TeamSpec
+
+STEPS = 15
+
+
+@pytest.fixture(params=registry.tasks())
+def environment(request: pytest.FixtureRequest) -> Iterator[Environment]:
+    try:
+        made = registry.make_environment(request.param)
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+    yield made
+    made.close()
+
+
+def _actions(spec: TeamSpec, noise: NoiseSource, infos: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Random legal actions, as policies give them: float32 [A] in [-1, 1], or ints the mask allows."""
+    draw = {name: values[0] for name, values in noise.draw(1).items()}
+    if spec.action_kind == "continuous":
+        return {name: np.tanh(values) for name, values in draw.items()}
+    return {
+        name: int(np.where(infos[name]["action_mask"], values, -np.inf).argmax())
+        for name, values in draw.items()
+    }
+
+
+def _record(environment: Environment, seed: int, noise_seed: int = 0) -> list[dict[str, Any]]:
+    """What one seeded episode of at most STEPS steps shows."""
+    noise = NoiseSource(environment.spec, noise_seed)
+    observations, infos = environment.reset(seed=seed)
+    shown: list[dict[str, Any]] = [
+        {"observations": observations, "infos": infos, "state": environment.state(), "over": False}
+    ]
+    while len(shown) <= STEPS and not shown[-1]["over"]:
+        actions = _actions(environment.spec, noise, shown[-1]["infos"])
+        observations, rewards, terminations, truncations, infos = environment.step(actions)
+        shown.append(
+            {
+                "observations": observations,
+                "rewards": rewards,
+                "terminations": terminations,
+                "truncations": truncations,
+                "infos": infos,
+                "state": environment.state(),
+                "over": any(terminations.values()) or any(truncations.values()),
+            }
+        )
+    return shown
+
+
+def test_spec_describes_what_comes(environment: Environment) -> None:
+    spec = environment.spec
+    assert (
+        list(environment.possible_agents)
+        == list(spec.names)
+        == [f"agent_{i}" for i in range(len(spec.agents))]
+    )
+    assert spec.control_rate > 0
+    assert TeamSpec.from_json(spec.to_json()).contract_hash == spec.contract_hash
+    for shown in _record(environment, seed=0):
+        assert list(shown["observations"]) == list(spec.names)
+        assert list(shown["infos"]) == list(spec.names)
+        assert shown["state"].shape == (spec.state_size,)
+        assert shown["state"].dtype == np.float32
+        for agent in spec.agents:
+            observation = shown["observations"][agent.name]
+            assert observation.shape == (agent.observation_size,)
+            assert observation.dtype == np.float32
+            assert np.isfinite(observation).all()
+            mask = shown["infos"][agent.name].get("action_mask")
+            if spec.action_kind == "discrete":
+                assert mask.shape == (agent.action.size,)
+                assert mask.dtype == np.uint8
+                assert set(mask.tolist()) <= {0, 1}
+                assert mask.any()
+            else:
+                assert mask is None
+
+
+def test_the_team_shares_reward_and_end(environment: Environment) -> None:
+    spec = environment.spec
+    for shown in _record(environment, seed=1)[1:]:
+        for name, kind in (("rewards", float), ("terminations", bool), ("truncations", bool)):
+            values = shown[name]
+            assert list(values) == list(spec.names)
+            assert len(set(values.values())) == 1
+            assert all(type(value) is kind for value in values.values())
+        first = spec.names[0]
+        assert not (shown["terminations"][first] and shown["truncations"][first])
+
+
+def _equal(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> bool:
+    return len(first) == len(second) and all(
+        np.array_equal(a["state"], b["state"])
+        and all(np.array_equal(a["observations"][n], b["observations"][n]) for n in a["observations"])
+        and a.get("rewards") == b.get("rewards")
+        and a.get("terminations") == b.get("terminations")
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_seeds_repeat_episodes(environment: Environment) -> None:
+    first = _record(environment, seed=11)
+    _record(environment, seed=12, noise_seed=5)
+    assert _equal(first, _record(environment, seed=11))
+    other = registry.make_environment(environment.spec.task)
+    assert _equal(first, _record(other, seed=11))
+    other.close()
+    assert not all(_equal(first, _record(environment, seed=seed, noise_seed=seed)) for seed in range(20, 28))
+
+
+def test_results_are_the_callers_own(environment: Environment) -> None:
+    """What was handed out does not change under the caller's hands when the episode goes on."""
+    shown = _record(environment, seed=2)
+    copies = [{name: values.copy() for name, values in step["observations"].items()} for step in shown]
+    states = [step["state"].copy() for step in shown]
+    _record(environment, seed=3)
+    for step, copy, state in zip(shown, copies, states, strict=True):
+        assert all(np.array_equal(step["observations"][name], copy[name]) for name in copy)
+        np.testing.assert_array_equal(step["state"], state)
+    shown[-1]["observations"][environment.spec.names[0]][:] = 77.0
+    assert not (environment.state() == 77.0).any()
+
+
+def test_actions_that_do_not_fit_are_refused(environment: Environment) -> None:
+    spec = environment.spec
+    _, infos = environment.reset(seed=0)
+    good = _actions(spec, NoiseSource(spec, 0), infos)
+    last = spec.agents[-1]
+    wrong: Any = (
+        last.action.size if spec.action_kind == "discrete" else np.zeros(last.action.size + 1, np.float32)
+    )
+    for actions in ({}, {**good, "nobody": good[last.name]}, {**good, last.name: wrong}):
+        with pytest.raises(ContractError, match="expected"):
+            environment.step(actions)
+    environment.step(good)

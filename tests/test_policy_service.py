@@ -1,0 +1,119 @@
+"""Our own protocol, spoken through its generated stub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from omcda_deploy.bundle import Bundle
+from omcda_deploy.local import LocalPolicy
+from omcda_deploy.protos import policy_pb2, policy_pb2_grpc
+from omcda_deploy.spec import TeamSpec
+from tests.server_process import ServerProcess
+
+ROWS = np.arange(8, dtype=np.float32).reshape(2, 4)
+
+
+@pytest.fixture
+def stub(continuous_server: ServerProcess) -> Iterator[Any]:
+    with grpc.insecure_channel(continuous_server.endpoint) as channel:
+        make: Any = policy_pb2_grpc.PolicyServiceStub
+        yield make(channel)
+
+
+def good(**fields: Any) -> policy_pb2.ActRequest:
+    given: dict[str, Any] = {"model": "agent_0", "batch": 2, "observation": ROWS.tobytes()}
+    return policy_pb2.ActRequest(**(given | fields))
+
+
+def test_get_contract_tells_what_a_client_needs(continuous_bundle: Bundle, stub: Any) -> None:
+    contract = stub.GetContract(policy_pb2.GetContractRequest())
+    assert TeamSpec.from_json(json.loads(contract.team)) == continuous_bundle.spec
+    assert contract.contract_hash == continuous_bundle.spec.contract_hash
+    assert contract.bundle_digest == continuous_bundle.digest
+    assert contract.divergence_kind == "kl"
+    assert list(contract.models) == ["agent_0", "agent_1", "agent_2"]
+    assert dict(contract.budgets) == {"agent_0": 0.1, "agent_1": 0.2}
+
+
+def test_act_answers_as_the_local_policy(continuous_bundle: Bundle, stub: Any) -> None:
+    noise = np.array([[0.5], [-1.5]], np.float32)
+    response = stub.Act(
+        good(noise=noise.tobytes(), step_id=41, contract_hash=continuous_bundle.spec.contract_hash)
+    )
+    expected = LocalPolicy(continuous_bundle, "agent_0").act(ROWS, noise=noise)
+    assert (response.step_id, response.batch, response.model_version) == (41, 2, "1")
+    assert response.action == expected.action.tobytes()
+    assert response.divergence == expected.divergence.tobytes()
+    for name, values in expected.parameters.items():
+        assert getattr(response, name) == values.tobytes()
+    assert response.logits == response.behavior_logits == b""
+
+
+def test_a_stream_gives_one_response_per_request_in_order(stub: Any) -> None:
+    requests = [good(step_id=i, observation=(ROWS + i).tobytes(), reset=i == 0) for i in range(20)]
+    assert list(stub.ActStream(iter(requests))) == [stub.Act(request) for request in requests]
+
+
+def test_one_stream_may_speak_of_several_models(stub: Any) -> None:
+    requests = [good(), good(model="agent_1", batch=1, observation=bytes(20))]
+    assert list(stub.ActStream(iter(requests))) == [stub.Act(request) for request in requests]
+
+
+BAD: dict[str, tuple[policy_pb2.ActRequest, str, tuple[str, ...]]] = {
+    "unknown model": (good(model="agent_7"), "NOT_FOUND", ("agent_7", "agent_0")),
+    "no model": (good(model=""), "NOT_FOUND", ("agent_0",)),
+    "unknown version": (good(model_version="2"), "NOT_FOUND", ("2", "known are 1")),
+    "empty batch": (good(batch=0), "INVALID_ARGUMENT", ("at least 1",)),
+    "batch too large": (good(batch=2**32 - 1), "INVALID_ARGUMENT", ("got 32",)),
+    "too few bytes": (good(observation=ROWS.tobytes()[:-1]), "INVALID_ARGUMENT", ("32 bytes", "got 31")),
+    "another agent's observation": (good(observation=bytes(40)), "INVALID_ARGUMENT", ("32 bytes", "got 40")),
+    "no observation": (good(observation=b""), "INVALID_ARGUMENT", ("send observation",)),
+    "noise of another size": (good(noise=bytes(4)), "INVALID_ARGUMENT", ("noise", "8 bytes", "got 4")),
+    "mask for continuous": (good(action_mask=bytes(2)), "INVALID_ARGUMENT", ("action_mask", "leave it out")),
+    "NaN": (good(observation=(ROWS * np.nan).tobytes()), "INVALID_ARGUMENT", ("finite", "nan")),
+    "infinite noise": (good(noise=np.full(2, np.inf, "<f4").tobytes()), "INVALID_ARGUMENT", ("noise", "inf")),
+    "another contract": (good(contract_hash="0" * 64), "FAILED_PRECONDITION", ("000000", "GetContract")),
+    "oversize": (good(observation=bytes(5 << 20)), "RESOURCE_EXHAUSTED", ("4194304",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests_are_refused_with_what_was_expected(stub: Any, case: str, stream: bool) -> None:
+    request, code, words = BAD[case]
+    ask = (
+        (lambda: list(stub.ActStream(iter([good(), request, good()]))))
+        if stream
+        else lambda: stub.Act(request)
+    )
+    with pytest.raises(grpc.RpcError) as raised:
+        ask()
+    assert isinstance(raised.value, grpc.Call)
+    details = raised.value.details() or ""
+    assert raised.value.code().name == code, details
+    assert all(word in details for word in words), details
+    assert stub.Act(good()).batch == 2
+
+
+def test_bytes_that_are_no_message_are_an_invalid_argument(continuous_server: ServerProcess) -> None:
+    with grpc.insecure_channel(continuous_server.endpoint) as channel:
+        service = "/omcda.v1.PolicyService/"
+        untyped: Any = channel
+        act, contract = (untyped.unary_unary(service + name) for name in ("Act", "GetContract"))
+        act_stream = untyped.stream_stream(service + "ActStream")
+        for ask in (
+            lambda: act(b"\x0a\xff"),
+            lambda: contract(b"\xff"),
+            lambda: list(act_stream(iter([b"\x0a\xff"]))),
+        ):
+            with pytest.raises(grpc.RpcError) as raised:
+                ask()
+            assert isinstance(raised.value, grpc.Call)
+            assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "omcda.v1." in (raised.value.details() or "")

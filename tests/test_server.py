@@ -1,0 +1,287 @@
+"""The server process: start, limits of what it imports, introspection, drain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
+
+from omcda_deploy.bundle import Bundle
+from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.errors import EndpointError
+from omcda_deploy.protos import oip, policy_pb2, policy_pb2_grpc
+from omcda_deploy.serve.server import LOOPBACK
+from tests.bundles import write_test_bundle
+from tests.server_process import ServerProcess, server_process
+
+GRACE_S = 5.0
+
+
+def run_server(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "omcda_deploy.serve.server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+
+
+def one_error_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_a_port_in_use_is_one_clear_line(continuous_bundle: Bundle, continuous_server: ServerProcess) -> None:
+    port = continuous_server.endpoint.rpartition(":")[2]
+    line = one_error_line(run_server(str(continuous_bundle.path), "--model", "agent_0", "--port", port))
+    assert f"{LOOPBACK}:{port}" in line
+    assert "in use" in line
+
+
+def test_a_port_taken_after_it_was_checked_is_not_shared(
+    continuous_bundle: Bundle, continuous_server: ServerProcess
+) -> None:
+    """gRPC lets two servers share a port unless told not to."""
+    code = (
+        "import sys\n"
+        "from omcda_deploy.serve import server\n"
+        "server.require_free = lambda host, port: None\n"
+        "sys.exit(server.main(sys.argv[1:]))\n"
+    )
+    port = continuous_server.endpoint.rpartition(":")[2]
+    command = [sys.executable, "-c", code, str(continuous_bundle.path), "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 2
+    assert "error: cannot listen on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "agent_O"), "unknown agent 'agent_O'"),
+        (("--host", "192.0.2.1"), "192.0.2.1:0"),  # no address of this machine
+        (("--port", "99999"), "99999"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(
+    continuous_bundle: Bundle, arguments: tuple[str, ...], words: str
+) -> None:
+    assert words in one_error_line(run_server(str(continuous_bundle.path), *arguments))
+
+
+def test_a_bundle_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
+    assert "is not a bundle" in one_error_line(run_server(str(tmp_path)))
+
+
+def test_serving_imports_neither_torch_nor_the_command_line(continuous_bundle: Bundle) -> None:
+    code = """if True:
+        import sys
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in {"torch", "onnx", "typer", "rich", "gymnasium", "mujoco", "h5py"}:
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Absent())
+        import omcda_deploy.serve.supervisor
+        from omcda_deploy.serve.server import main
+        sys.exit(main(sys.argv[1:]))
+    """
+    with (
+        server_process(continuous_bundle, "agent_0", start=("-c", code)) as server,
+        RemotePolicy(server.endpoint) as policy,
+    ):
+        assert policy.act(np.zeros(4, np.float32)).action.shape == (1,)
+
+
+def test_listens_on_loopback_alone(continuous_server: ServerProcess) -> None:
+    host, _, port = continuous_server.endpoint.rpartition(":")
+    assert host == LOOPBACK
+    with socket.socket() as other:  # free on another local address: not bound to all of them
+        other.bind(("127.0.0.2", int(port)))
+
+
+# Introspection ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def channel(continuous_server: ServerProcess) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(continuous_server.endpoint) as channel:
+        yield channel
+
+
+@pytest.mark.parametrize("service", ["", "inference.GRPCInferenceService", "omcda.v1.PolicyService"])
+def test_health_is_serving(channel: grpc.Channel, service: str) -> None:
+    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_health_of_an_unknown_service_is_not_found(channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="nobody"))
+    assert isinstance(raised.value, grpc.Call)
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_describes_both_protocols(channel: grpc.Channel, version: str) -> None:
+    ask = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    symbols = ("inference.GRPCInferenceService", "omcda.v1.PolicyService", "grpc.health.v1.Health")
+    requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
+    requests += [reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol) for symbol in symbols]
+    listed, *described = ask(iter(requests))
+    assert set(symbols) <= {service.name for service in listed.list_services_response.service}
+    methods = set()
+    for answer in described:
+        for data in answer.file_descriptor_response.file_descriptor_proto:
+            file = descriptor_pb2.FileDescriptorProto.FromString(data)
+            methods |= {f"{file.package}.{s.name}/{m.name}" for s in file.service for m in s.method}
+    assert {"inference.GRPCInferenceService/ModelInfer", "omcda.v1.PolicyService/ActStream"} <= methods
+
+
+# Drain -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_tells_watchers_ends_streams_and_exits_0(
+    continuous_bundle: Bundle, number: signal.Signals
+) -> None:
+    with (
+        server_process(continuous_bundle, "agent_0") as server,
+        RemotePolicy(server.endpoint, stream=True) as policy,
+        grpc.insecure_channel(server.endpoint) as channel,
+    ):
+        policy.act(np.zeros(4, np.float32))  # leaves its stream open, idle
+        ready = channel.unary_unary(
+            "/inference.GRPCInferenceService/ServerReady",
+            request_serializer=oip.ServerReadyRequest.SerializeToString,
+            response_deserializer=oip.ServerReadyResponse.FromString,
+        )
+        assert ready(oip.ServerReadyRequest(), timeout=5).ready
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        begin = time.monotonic()
+        server.process.send_signal(number)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with suppress(grpc.RpcError):  # on a slow machine the server may have gone meanwhile
+            assert not ready(oip.ServerReadyRequest(), timeout=5).ready
+        assert server.process.wait(GRACE_S + 5) == 0
+        assert time.monotonic() - begin < GRACE_S - 1, "idle streams held the server up"
+        with pytest.raises(EndpointError, match="stopping"):
+            policy.act(np.zeros(4, np.float32))
+
+
+def test_what_is_in_flight_is_answered(continuous_bundle: Bundle) -> None:
+    rows = 100_000
+    request = policy_pb2.ActRequest(model="agent_0", batch=rows, observation=bytes(16 * rows))
+    with (
+        server_process(continuous_bundle, "agent_0") as server,
+        grpc.insecure_channel(server.endpoint) as channel,
+    ):
+        make: Any = policy_pb2_grpc.PolicyServiceStub
+        stub = make(channel)
+        pending = [stub.Act.future(request, timeout=30) for _ in range(16)]
+        pending[0].result()
+        server.process.terminate()
+        assert sum(not call.done() for call in pending) > 3, "nothing was in flight: the test shows nothing"
+        assert {call.result().batch for call in pending} == {rows}
+        assert server.process.wait(GRACE_S + 5) == 0
+
+
+# The supervisor --------------------------------------------------------------------------------------------
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` consecutive free ports."""
+    for base in range(20_000, 30_000, count):
+        try:
+            for port in range(base, base + count):
+                with socket.socket() as probe:
+                    probe.bind((LOOPBACK, port))
+            return base
+        except OSError:
+            continue
+    raise AssertionError("no free ports")
+
+
+def supervisor(bundle: Bundle, base_port: int) -> subprocess.Popen[str]:
+    code = (
+        "import sys\n"
+        "from omcda_deploy.errors import OmcdaError\n"
+        "from omcda_deploy.serve.supervisor import serve_team\n"
+        "try: serve_team(sys.argv[1], '127.0.0.1', int(sys.argv[2]))\n"
+        "except OmcdaError as error: sys.exit(f'error: {error}')\n"
+    )
+    command = [sys.executable, "-c", code, str(bundle.path), str(base_port)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def require_all_free(base: int, count: int) -> None:
+    for port in range(base, base + count):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((LOOPBACK, port))
+            probe.listen()
+
+
+def test_serve_team_runs_one_process_per_agent(continuous_bundle: Bundle) -> None:
+    base = free_ports(3)
+    with supervisor(continuous_bundle, base) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        endpoints = {f"agent_{i}": f"{LOOPBACK}:{base + i}" for i in range(3)}
+        assert lines == [f"serving {agent} on {endpoint}\n" for agent, endpoint in endpoints.items()]
+        with RemoteTeam(list(endpoints.values())) as team:
+            assert team.endpoints == endpoints
+        process.terminate()
+        rest, errors = process.communicate(timeout=20)
+    assert (process.returncode, rest, errors) == (0, "", "")
+    require_all_free(base, 3)
+
+
+def test_serve_team_stops_all_when_one_cannot_start(continuous_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = write_test_bundle(tmp_path / "bundle", continuous_bundle.spec)
+    broken = bundle.model_path("agent_1")
+    broken.write_bytes(b"no graph")
+    manifest = json.loads((bundle.path / "bundle.json").read_text())
+    manifest["files"]["agent_1/1/model.onnx"] = hashlib.sha256(b"no graph").hexdigest()
+    (bundle.path / "bundle.json").write_text(json.dumps(manifest))
+    base = free_ports(3)
+    with supervisor(bundle, base) as process:
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert output == "", "ready lines of a team that is not ready"
+    first, last = errors.strip().splitlines()
+    assert first.startswith("error: ")
+    assert "cannot be loaded" in first
+    assert f"agent_1 on {LOOPBACK}:{base + 1} did not start" in last
+    require_all_free(base, 3)
+
+
+def test_serve_team_names_the_port_in_use(continuous_bundle: Bundle) -> None:
+    base = free_ports(3)
+    with socket.socket() as taken:
+        taken.bind((LOOPBACK, base + 2))
+        taken.listen()
+        with supervisor(continuous_bundle, base) as process:
+            output, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert output == ""
+    assert errors.count("\n") == 1
+    assert f"{LOOPBACK}:{base + 2}" in errors

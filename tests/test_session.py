@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from omcda_deploy.bundle import TEAM, Bundle
+from omcda_deploy.errors import UnknownNameError
+from omcda_deploy.serve.session import Models, Session
+from omcda_deploy.serve.status import DETAILS_LIMIT, RequestError, status_of
+
+
+def test_every_agent_of_the_team_needs_an_available_action(discrete_bundle: Bundle) -> None:
+    session = Session(discrete_bundle, TEAM)  # agent_0 has 3 actions, agent_1 has 4
+    observation = np.zeros((2, 9), np.float32)
+    mask = np.array([[1, 0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0, 0]], np.uint8)
+    with pytest.raises(RequestError, match=r"action_mask of agent_1: .* none in row 1"):
+        session.answer({"observation": observation, "action_mask": mask})
+    mask[1] = [0, 0, 0, 1, 0, 0, 0]
+    with pytest.raises(RequestError, match=r"action_mask of agent_0: .* none in row 1"):
+        session.answer({"observation": observation, "action_mask": mask})
+    mask[1, 2] = 1
+    answers = session.answer({"observation": observation, "action_mask": mask})
+    np.testing.assert_array_equal(answers["action"], [[0, 3], [2, 0]])
+
+
+def test_absent_noise_is_no_noise(continuous_bundle: Bundle) -> None:
+    session = Session(continuous_bundle, "agent_1")
+    observation = np.ones((3, 5), np.float32)
+    ours = session.answer({"observation": observation})
+    theirs = session.answer({"observation": observation, "noise": np.zeros((3, 2), np.float32)})
+    np.testing.assert_array_equal(ours["action"], theirs["action"])
+    np.testing.assert_allclose(ours["action"], np.tanh(ours["mean"]), rtol=1e-6)
+
+
+def test_no_names_mean_all_models(continuous_bundle: Bundle) -> None:
+    assert list(Models(continuous_bundle, ()).sessions) == ["agent_0", "agent_1", "agent_2", "team"]
+    with pytest.raises(UnknownNameError, match="agent_5"):
+        Models(continuous_bundle, ["agent_0", "agent_5"])
+
+
+def test_a_defect_tells_the_caller_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    code, details = status_of(ValueError("/home/someone/secret"))
+    assert (code.name, "secret" in details) == ("INTERNAL", False)
+    assert "/home/someone/secret" in caplog.text
+    assert len(status_of(RequestError("x" * 10_000))[1]) == DETAILS_LIMIT

@@ -1,0 +1,109 @@
+"""Returns measured beside training, off its hot path: each snapshot is played in a process of its own.
+
+``python -m omcda_deploy.training.evaluation RUN STEP`` plays one snapshot and appends a line to the run's
+``evaluations.jsonl``; :class:`Evaluator` starts that, at low priority, whenever a snapshot is written. These
+numbers are for watching: what counts is the exported bundle, evaluated by  omcda-deploy evaluate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from omcda_deploy.evaluate import evaluate
+from omcda_deploy.policy import Decision, Float
+from omcda_deploy.training.distributions import TanhGaussian, divergence, policy_of
+from omcda_deploy.training.run_folder import read_config, read_snapshot
+
+EVALUATIONS = "evaluations.jsonl"
+
+
+class SnapshotTeam:
+    """A run's policy at one step, acting deterministically in torch."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.spec = read_config(run).spec
+        self._snapshot = read_snapshot(run, step)
+
+    def reset(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def act(
+        self,
+        observations: Mapping[str, Float],
+        *,
+        noise: Mapping[str, Float] | None = None,
+        action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
+    ) -> dict[str, Decision]:
+        agents = self.spec.agents
+        rows = np.zeros(
+            (len(observations[agents[0].name]), len(agents), self.spec.observation_size), np.float32
+        )
+        for i, agent in enumerate(agents):
+            rows[:, i, : agent.observation_size] = observations[agent.name]
+        mask = None
+        if action_masks is not None:
+            mask = torch.zeros(len(rows), len(agents), self.spec.action_size, dtype=torch.uint8)
+            for i, agent in enumerate(agents):
+                mask[:, i, : agent.action.size] = torch.from_numpy(action_masks[agent.name])
+        x = torch.from_numpy(rows)
+        policy = policy_of(self._snapshot.policy, x, mask)
+        kl = divergence(policy, policy_of(self._snapshot.behavior, x, mask)).numpy()
+        if isinstance(policy, TanhGaussian):
+            actions = torch.tanh(policy.mean).numpy()
+            return {a.name: Decision(actions[:, i, : a.action.size], kl[:, i]) for i, a in enumerate(agents)}
+        choices = policy.log_probs.argmax(-1).numpy()
+        return {a.name: Decision(choices[:, i], kl[:, i]) for i, a in enumerate(agents)}
+
+
+class Evaluator:
+    """Called with each snapshot's step; starts its evaluation and never waits until :meth:`wait`."""
+
+    def __init__(self, run: Path, every: int) -> None:
+        self._run, self._every = run, every
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def __call__(self, step: int) -> None:
+        if step % self._every == 0:
+            command = [sys.executable, "-m", "omcda_deploy.training.evaluation", str(self._run), str(step)]
+            self._running.append(subprocess.Popen(command, preexec_fn=lambda: os.nice(10)))
+
+    def wait(self) -> None:
+        for process in self._running:
+            process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Play one snapshot of a run and append to its evaluations.jsonl."
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("step", type=int)
+    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    team = SnapshotTeam(arguments.run, arguments.step)
+    result = evaluate(team, team.spec.task, episodes=arguments.episodes, seed=arguments.seed)
+    line = {
+        "step": arguments.step,
+        "mean": result.mean,
+        "std": result.std,
+        "returns": result.to_json()["returns"],
+    }
+    with (arguments.run / EVALUATIONS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
