@@ -1,4 +1,168 @@
-"""placeholder"""
+"""``demo``: the whole pipeline on real physics, with the commands a user would type.
+
+Collect a HalfCheetah dataset from the shipped behaviour policies, train BC and OMCDA on it, export both, serve each
+with one process per agent, and evaluate over gRPC.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from omcda_deploy.commands import console, progress_bar
+
+if TYPE_CHECKING:
+    from omcda_deploy.evaluate import Evaluation
+
+TASK = "mamujoco/halfcheetah-6x1"
+TIER = "medium-replay"
+EPISODES = 20
 
 
-def demo() -> None: ...
+@dataclass(frozen=True)
+class Scale:
+    """How much the demo does; the path is the same."""
+
+    transitions: int
+    behavior_steps: int
+    steps: int
+
+
+FULL = Scale(transitions=200_000, behavior_steps=5000, steps=5000)
+QUICK = Scale(transitions=40_000, behavior_steps=1000, steps=500)
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for everything the demo makes; replaced if it is there.")
+    ] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="The same path in about two minutes.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Collect, train BC and OMCDA, export, serve every agent, evaluate over gRPC, and report."""
+    from omcda_deploy.errors import ConfigError
+    from omcda_deploy.evaluate import evaluate
+    from omcda_deploy.local import LocalTeam
+    from omcda_deploy.registry import read_dataset
+    from omcda_deploy.report import comparison_section, comparison_table, evaluation_section, write_report
+    from omcda_deploy.shipped import behavior_policies
+
+    scale = QUICK if quick else FULL
+    begun = time.monotonic()
+    _replace(out)
+    dataset = out / "dataset.hdf5"
+    _command(
+        "collect", TASK, "--tier", TIER, "--transitions", scale.transitions, "--seed", seed, "--out", dataset
+    )
+    for name in ("bc", "omcda"):
+        run, bundle = out / f"{name}-run", out / f"{name}-bundle"
+        _command(
+            *("train", dataset, "--algo", name, "--steps", scale.steps, "--seed", seed),
+            *("--behavior-steps", scale.behavior_steps, "--out", run),
+        )
+        _command("export", run, "--out", bundle)
+
+    recorded = read_dataset(dataset)
+    last = behavior_policies(TASK, TIER)[-1]  # the most trained of the policies that recorded
+    rows: dict[str, Evaluation] = {}
+    with progress_bar("behaviour policy") as progress:
+        rows["behaviour policy, deterministic"] = evaluate(
+            LocalTeam(last.bundle), TASK, episodes=EPISODES, num_envs=EPISODES, seed=seed, progress=progress
+        )
+    for name in ("bc", "omcda"):
+        with _served(out / f"{name}-bundle") as team, progress_bar(f"{name}, served") as progress:
+            rows[f"{name.upper()}, served"] = evaluate(
+                team, TASK, episodes=EPISODES, num_envs=EPISODES, seed=seed, progress=progress
+            )
+    comparison = {"dataset": recorded.episode_returns, **rows}
+    console.print(comparison_table(comparison, f"{TASK}, {EPISODES} episodes, {scale.steps} training steps"))
+    report = out / "report.html"
+    sections = [comparison_section(comparison), *(evaluation_section(rows[name], name) for name in rows)]
+    write_report(
+        report, "omcda-deploy demo", sections, f"{TASK}, dataset {TIER}, digest {recorded.digest[:12]}"
+    )
+    console.print(f"report: {report}\ndone in {time.monotonic() - begun:.0f} s", highlight=False)
+    mean = float(recorded.episode_returns.mean())
+    if rows["OMCDA, served"].mean <= mean:
+        raise ConfigError(
+            f"the demo failed: OMCDA returned {rows['OMCDA, served'].mean:.1f} on average, expected more than the "
+            f"dataset's {mean:.1f}"
+        )
+
+
+def _replace(out: Path) -> None:
+    """An empty folder at ``out``; only what an earlier demo made is removed."""
+    from omcda_deploy.errors import ConfigError
+
+    marker = out / ".omcda-deploy-demo"
+    if out.exists():
+        if not marker.exists():
+            raise ConfigError(f"{out} exists and was not made by the demo: choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    marker.touch()
+
+
+def _command(*words: object) -> None:
+    """Run an omcda-deploy command as a user would, showing it first."""
+    arguments = [str(word) for word in words]
+    console.print(f"[bold]$ omcda-deploy {shlex.join(arguments)}[/bold]", highlight=False)
+    finished = subprocess.run([sys.executable, "-m", "omcda_deploy.cli", *arguments])
+    if finished.returncode:
+        raise SystemExit(finished.returncode)  # the command has said why
+
+
+@contextmanager
+def _served(bundle: Path) -> Iterator[object]:
+    """The bundle behind one server process per agent, as a connected team."""
+    from omcda_deploy.bundle import read_bundle
+    from omcda_deploy.client import RemoteTeam
+    from omcda_deploy.errors import EndpointError
+
+    names = read_bundle(bundle).spec.names
+    base = _free_ports(len(names))
+    words = ["serve", str(bundle), "--base-port", str(base)]
+    console.print(f"[bold]$ omcda-deploy {shlex.join(words)}[/bold]", highlight=False)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "omcda_deploy.cli", *words], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        for _ in names:
+            line = server.stdout.readline()
+            if not line:
+                raise EndpointError(f"the servers of {bundle} did not start: the lines above say why")
+            console.print(line.rstrip(), highlight=False)
+        with RemoteTeam([f"127.0.0.1:{base + index}" for index in range(len(names))]) as team:
+            yield team
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(timeout=30)
+    if code:
+        raise EndpointError(f"the servers of {bundle} stopped with status {code}, expected 0 after SIGTERM")
+
+
+def _free_ports(count: int) -> int:
+    """The first of ``count`` consecutive ports on which nothing listens."""
+    from omcda_deploy.errors import EndpointError
+    from omcda_deploy.serve.server import LOOPBACK, require_free
+
+    for base in range(8500, 9500, count):
+        try:
+            for port in range(base, base + count):
+                require_free(LOOPBACK, port)
+        except EndpointError:
+            continue
+        return base
+    raise EndpointError("no free ports between 8500 and 9500: stop what listens there")

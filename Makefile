@@ -1,0 +1,39 @@
+# The two commands of the README, and what they are made of. Everything happens in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread: part of what makes runs repeatable, and the fastest setting for networks of this size.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: test check lint types unit slow demo protos clean
+
+test check: lint types unit  ## what CI runs
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(BIN)/pytest
+
+# About ten minutes: collect, train, export, serve, evaluate. QUICK=1 takes the same path in about two.
+demo: $(READY)
+	$(BIN)/omcda-deploy demo --out demo $(if $(QUICK),--quick)
+
+protos: $(READY)  ## regenerate the committed protobuf code
+	$(BIN)/python -m omcda_deploy.protos.generate
+
+# torch first and by name: a resolver that is free to choose takes a build with several gigabytes of CUDA.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo
