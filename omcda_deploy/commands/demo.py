@@ -23,7 +23,9 @@ import typer
 from omcda_deploy.commands import console, progress_bar
 
 if TYPE_CHECKING:
+    from omcda_deploy.client import RemoteTeam
     from omcda_deploy.evaluate import Evaluation
+    from omcda_deploy.report import Returns
 
 TASK = "mamujoco/halfcheetah-6x1"
 TIER = "medium-replay"
@@ -85,7 +87,7 @@ def demo(
             rows[f"{name.upper()}, served"] = evaluate(
                 team, TASK, episodes=EPISODES, num_envs=EPISODES, seed=seed, progress=progress
             )
-    comparison = {"dataset": recorded.episode_returns, **rows}
+    comparison: dict[str, Evaluation | Returns] = {"dataset": recorded.episode_returns, **rows}
     console.print(comparison_table(comparison, f"{TASK}, {EPISODES} episodes, {scale.steps} training steps"))
     report = out / "report.html"
     sections = [comparison_section(comparison), *(evaluation_section(rows[name], name) for name in rows)]
@@ -124,7 +126,7 @@ def _command(*words: object) -> None:
 
 
 @contextmanager
-def _served(bundle: Path) -> Iterator[object]:
+def _served(bundle: Path) -> Iterator[RemoteTeam]:
     """The bundle behind one server process per agent, as a connected team."""
     from omcda_deploy.bundle import read_bundle
     from omcda_deploy.client import RemoteTeam
