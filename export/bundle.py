@@ -32,13 +32,14 @@ from omcda_deploy.bundle import (
     SCHEMA_VERSION,
     TEAM,
     Bundle,
+    DivergenceKind,
     input_names,
     output_names,
     read_bundle,
     sha256,
 )
 from omcda_deploy.errors import BundleError, ConfigError, ExportError
-from omcda_deploy.export.graph import DivergenceKind, PolicyGraph
+from omcda_deploy.export.graph import PolicyGraph
 from omcda_deploy.local import OnnxModel, split_decisions
 from omcda_deploy.policy import Float, NoiseSource
 from omcda_deploy.spec import AgentSpec, TeamSpec

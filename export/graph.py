@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omcda_deploy.bundle import DivergenceKind
 from omcda_deploy.spec import TeamSpec
-
-DivergenceKind = Literal["kl", "neg_log_behavior"]
 
 # Below this an observation's entries are equal up to float32 rounding; it is standardised to (nearly) zeros.
 _CONSTANT_VARIANCE = 1e-12

@@ -36,10 +36,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from omcda_deploy.errors import BundleError
 from omcda_deploy.spec import TeamSpec
+
+DivergenceKind = Literal["kl", "neg_log_behavior"]
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -85,9 +87,10 @@ class Bundle:
     manifest: Mapping[str, Any]
 
     @property
-    def divergence_kind(self) -> str:
+    def divergence_kind(self) -> DivergenceKind:
         """``kl``: KL(pi_i || pi_b^i); ``neg_log_behavior``: -log pi_b^i(a|o)."""
-        return str(self.manifest["divergence_kind"])
+        kind: DivergenceKind = self.manifest["divergence_kind"]
+        return kind
 
     @property
     def budgets(self) -> dict[str, float | None]:
@@ -126,7 +129,7 @@ def read_bundle(path: str | Path) -> Bundle:
         raise BundleError(
             f"{manifest_path} has schema version {version}, expected {SCHEMA_VERSION}: export again"
         )
-    if kind not in ("kl", "neg_log_behavior"):
+    if kind not in get_args(DivergenceKind):
         raise BundleError(f"{manifest_path}: expected divergence_kind kl or neg_log_behavior, got {kind!r}")
     if declared_hash != spec.contract_hash or agents != set(spec.names):
         raise BundleError(f"{manifest_path} was changed: its contract hash does not match its team")

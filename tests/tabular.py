@@ -123,7 +123,7 @@ class TabularFactory(NetworkFactory):
     def v(self) -> VTable:
         return VTable(*self._shape[:2])
 
-    def mixer(self, hidden: int) -> KnownMixer:
+    def mixer(self, hidden: int, kind: str = "linear") -> KnownMixer:
         return KnownMixer(self._shape[0], list(self._scales))
 
     def divergence_mixer(self, kind: str, hidden: int) -> IdentityDivergenceMixer:

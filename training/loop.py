@@ -50,8 +50,12 @@ OnSnapshot = Callable[[int], None]
 
 
 class Algorithm(Protocol):
-    """What a file of ``training/algorithms`` defines as ``Algorithm``, beside ``Config``, ``PAPER``, ``SUMMARY``
-    and ``ACTIONS`` (the action kinds it handles)."""
+    """What a file of ``training/algorithms`` defines as ``Algorithm``.
+
+    Beside it stand ``Config`` (a frozen dataclass with at least ``hidden`` and ``batch_size``), ``PAPER``,
+    ``SUMMARY``, ``ACTIONS`` (the action kinds it handles), ``DIVERGENCE`` (per action kind, the exported
+    ``divergence_kind``) and ``make_policy(config, networks)``.
+    """
 
     step: int
     policy: nn.Module  # what is evaluated and exported

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omcda_deploy.spec import TeamSpec
+from omcda_deploy.training.losses import mix
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 MEAN_LIMIT = 9.0
@@ -90,10 +91,14 @@ class DiscreteQ(nn.Module):
         super().__init__()
         self.mlp = AgentMLP(observation, action, agents, hidden)
 
+    def scores(self, observation: Tensor, agent: int | None = None) -> Tensor:
+        """``[B, k, O] -> [B, k, A]``, all actions; ``agent`` as in :class:`AgentMLP`."""
+        values: Tensor = self.mlp(observation, agent)
+        return values
+
     def values(self, observation: Tensor) -> Tensor:
         """``[B, N, O] -> [B, N, A]``, all actions."""
-        values: Tensor = self.mlp(observation)
-        return values
+        return self.scores(observation)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """``[B, N, O], int64 [B, N] -> [B, N]``."""
@@ -126,6 +131,66 @@ class LinearMixer(nn.Module):
         """``state`` [B, S] -> (w [B, N], b [B])."""
         heads = self.heads(F.relu(self.trunk(state)))
         return heads[:, : self.agents].abs(), heads[:, self.agents]
+
+
+class VdnMixer(nn.Module):
+    """``Q_tot = sum_i q_i``: the linear mixer with unit weights and no bias."""
+
+    def __init__(self, agents: int) -> None:
+        super().__init__()
+        self.agents = agents
+
+    def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """``state`` [B, S] -> (ones [B, N], zeros [B])."""
+        return state.new_ones(len(state), self.agents), state.new_zeros(len(state))
+
+
+class QmixMixer(nn.Module):
+    """QMIX's monotone mixer, ``ELU(q W1 + b1) W2 + b2`` with hypernetworks of the state (baselines.md 0.1).
+
+    Not linear in q: only algorithms that need Q_tot alone can use it.
+    """
+
+    def __init__(self, state: int, agents: int, hidden: int = 64, embed: int = 32) -> None:
+        super().__init__()
+        self.agents, self.embed = agents, embed
+        self.w1 = nn.Sequential(nn.Linear(state, hidden), nn.ReLU(), nn.Linear(hidden, agents * embed))
+        self.b1 = nn.Linear(state, embed)
+        self.w2 = nn.Sequential(nn.Linear(state, hidden), nn.ReLU(), nn.Linear(hidden, embed))
+        self.b2 = nn.Sequential(nn.Linear(state, embed), nn.ReLU(), nn.Linear(embed, 1))
+
+    def total(self, values: Tensor, state: Tensor) -> Tensor:
+        """``values`` [B, N], ``state`` [B, S] -> Q_tot [B]."""
+        w1 = self.w1(state).abs().view(-1, self.agents, self.embed)
+        hidden = F.elu(torch.einsum("bn,bne->be", values, w1) + self.b1(state))
+        total: Tensor = (hidden * self.w2(state).abs()).sum(-1) + self.b2(state).squeeze(-1)
+        return total
+
+
+def total_value(mixer: nn.Module, values: Tensor, state: Tensor) -> Tensor:
+    """``Q_tot`` [B] of agent values [B, N] under any mixer."""
+    if isinstance(mixer, QmixMixer):
+        return mixer.total(values, state)
+    weights, bias = mixer(state)
+    return mix(weights, values, bias)
+
+
+class GreedyActor(nn.Module):
+    """``argmax_a q_i(o_i, a)`` over available actions, as the degenerate categorical policy that it is.
+
+    Its log-probabilities are 0 at the best action and the lowest float elsewhere, so noise changes nothing and
+    ``KL(pi || pi_b) = -log pi_b(a|o)``.
+    """
+
+    def __init__(self, q: DiscreteQ) -> None:
+        super().__init__()
+        self.q = q
+
+    def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
+        """``[B, k, O], mask [B, k, A] -> log-probabilities [B, k, A]``."""
+        scores = masked_log_softmax(self.q.scores(observation, agent), mask)
+        lowest = torch.full_like(scores, torch.finfo(scores.dtype).min)
+        return lowest.scatter(-1, scores.argmax(-1, keepdim=True), 0.0)
 
 
 class DivergenceMixer(nn.Module):
@@ -189,8 +254,14 @@ class NetworkFactory:
     def v(self) -> nn.Module:
         return StateValue(self.spec.observation_size, len(self.spec.agents), self.hidden)
 
-    def mixer(self, hidden: int) -> nn.Module:
-        return LinearMixer(self.spec.state_size, len(self.spec.agents), hidden)
+    def mixer(self, hidden: int, kind: str = "linear") -> nn.Module:
+        """``linear``, ``vdn`` or ``qmix``."""
+        agents = len(self.spec.agents)
+        if kind == "vdn":
+            return VdnMixer(agents)
+        if kind == "qmix":
+            return QmixMixer(self.spec.state_size, agents, hidden)
+        return LinearMixer(self.spec.state_size, agents, hidden)
 
     def divergence_mixer(self, kind: str, hidden: int) -> nn.Module:
         """``learned`` or ``identity``."""

@@ -24,10 +24,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from omcda_deploy import __version__
+from omcda_deploy.bundle import DivergenceKind
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.checkpoint import load_state
 from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.settings import build
 
 CONFIG, RESUME, BEHAVIOR, POLICIES = "config.json", "resume.pt", "behavior.pt", "policies"
 
@@ -62,6 +65,7 @@ class Snapshot:
     """A policy at one step of a run. ``budgets`` and ``alphas`` are None for algorithms without them."""
 
     step: int
+    divergence_kind: DivergenceKind
     policy: nn.Module
     behavior: nn.Module
     observations: NDArray[np.float32]  # [M, N, O] of the dataset, for the parity check of an export
@@ -131,7 +135,9 @@ def read_snapshot(run: Path, step: int | None = None) -> Snapshot:
         raise ConfigError(f"{run} holds no policy of step {step}: it has {', '.join(map(str, steps))}")
     saved = load_state(snapshot_path(run, step))
     spec = config.spec
-    policy = NetworkFactory(spec, config.settings["hidden"]).actor()
+    module = load_algorithm(config.algorithm)
+    settings = build(module.Config, config.settings)
+    policy = module.make_policy(settings, NetworkFactory(spec, settings.hidden))
     policy.load_state_dict(saved["policy"])
     behavior = NetworkFactory(spec, config.behavior["hidden"]).actor()
     shared = load_state(run / BEHAVIOR)
@@ -139,6 +145,7 @@ def read_snapshot(run: Path, step: int | None = None) -> Snapshot:
     masks = shared["action_masks"]
     return Snapshot(
         step,
+        module.DIVERGENCE[spec.action_kind],
         policy.eval(),
         behavior.eval(),
         shared["observations"].numpy(),

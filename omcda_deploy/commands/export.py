@@ -41,7 +41,7 @@ def export_run(run: Path, out: Path, step: int | None = None) -> Any:
         snapshot.behavior,
         observations=snapshot.observations,
         action_masks=snapshot.action_masks,
-        divergence_kind="kl",
+        divergence_kind=snapshot.divergence_kind,
         budgets={**nothing, **(snapshot.budgets or {})},
         alphas={**nothing, **(snapshot.alphas or {})},
         provenance={

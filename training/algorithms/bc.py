@@ -23,6 +23,7 @@ from omcda_deploy.training.settings import require
 PAPER = "behaviour cloning (Pomerleau, 1989), with OMIGA's networks"
 SUMMARY = "imitates the dataset"
 ACTIONS = frozenset({"continuous", "discrete"})
+DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Config:
         )
 
 
+def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
+    """The module that is snapshotted and exported."""
+    return networks.actor()
+
+
 class Algorithm:
     """BC's learner: one :meth:`update` is one gradient step on a batch."""
 
@@ -58,7 +64,7 @@ class Algorithm:
         device: str = "cpu",
     ) -> None:
         self.config = config
-        self.policy = networks.actor().to(device)
+        self.policy = make_policy(config, networks).to(device)
         self.behavior = behavior.to(device).requires_grad_(False)
         self._learner = Learner([Group(parameters_of(self.policy), config.lr)], config.grad_clip)
         self.step = 0

@@ -50,6 +50,7 @@ from omcda_deploy.training.settings import require, require_choice
 PAPER = "Who Matters Matters: Agent-Specific Conservative Offline MARL (ICLR 2026)"
 SUMMARY = "a divergence budget per agent, shared by influence on the team's reward"
 ACTIONS = frozenset({"continuous", "discrete"})
+DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class DecoupledCritic:
 
     def kappa(self, w_c: Tensor, alpha: Tensor) -> Tensor:
         """``sum_k alpha_k w^{c,k}_i / alpha_i`` [B, N(i)], uncapped."""
-        return torch.einsum("k,bki->bi", alpha, w_c) / alpha
+        return torch.einsum("i,bki->bk", alpha, w_c) / alpha
 
     def step(self, batch: Batch, alpha: Tensor) -> CriticStep:
         c = self._config
@@ -240,6 +241,11 @@ class EntangledCritic:
 
     def total_values(self, batch: Batch, action: Tensor | None, alpha: Tensor) -> Tensor:
         return self.reward_values(batch, action)
+
+
+def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
+    """The module that is snapshotted and exported."""
+    return networks.actor()
 
 
 class Algorithm:

@@ -34,6 +34,7 @@ from omcda_deploy.training.settings import require
 PAPER = "Offline Multi-Agent Reinforcement Learning with Implicit Global-to-Local Value Regularization (2023)"
 SUMMARY = "one price for the team; in-sample values and exp-weighted cloning"
 ACTIONS = frozenset({"continuous", "discrete"})
+DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def value_loss(z: Tensor, weighted_value: Tensor) -> Tensor:
     return (torch.exp(z - largest) + torch.exp(-largest) * weighted_value).mean()
 
 
+def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
+    """The module that is snapshotted and exported."""
+    return networks.actor()
+
+
 class Algorithm:
     """OMIGA's learner: one :meth:`update` is one gradient step on a batch."""
 
@@ -87,7 +93,7 @@ class Algorithm:
         """``behavior`` is not trained on; it is what the exported divergence is measured against."""
         self.config = config
         self.q, self.v, self.mixer = networks.q(), networks.v(), networks.mixer(config.mixer_hidden)
-        self.policy = networks.actor().to(device)
+        self.policy = make_policy(config, networks).to(device)
         self.behavior = behavior.to(device).requires_grad_(False)
         self.online = nn.ModuleList((self.q, self.v, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)

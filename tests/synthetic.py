@@ -1,0 +1,146 @@
+"""Small teams, batches and datasets of random numbers, and learners with networks small enough for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from omcda_deploy.datasets.omiga_hdf5 import Writer
+from omcda_deploy.spec import ActionKind, ActionSpec, AgentSpec, TeamSpec
+from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.loop import Algorithm, create_algorithm
+from omcda_deploy.training.networks import NetworkFactory
+
+HIDDEN = 16
+
+
+def continuous_spec() -> TeamSpec:
+    """Three agents that see, drive and observe numbers of unequal lengths, so that swapped axes do not fit."""
+    return TeamSpec(
+        "test/continuous",
+        tuple(AgentSpec(f"agent_{i}", 5, ActionSpec("continuous", 2)) for i in range(3)),
+        state_size=7,
+        control_rate=20.0,
+    )
+
+
+def discrete_spec() -> TeamSpec:
+    """Two agents of unequal sizes; what one lacks is never available."""
+    return TeamSpec(
+        "test/discrete",
+        tuple(AgentSpec(f"agent_{i}", 4 + i, ActionSpec("discrete", 4 - i, 0.0, 1.0)) for i in range(2)),
+        state_size=6,
+        control_rate=8.0,
+    )
+
+
+def spec_of(kind: ActionKind) -> TeamSpec:
+    return continuous_spec() if kind == "continuous" else discrete_spec()
+
+
+def random_batch(spec: TeamSpec, size: int = 32, seed: int = 0) -> Batch:
+    """Standard normal numbers; a fifth of the transitions are terminal; recorded choices are available ones."""
+    generator = torch.Generator().manual_seed(seed)
+    n, o, a = len(spec.agents), spec.observation_size, spec.action_size
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    masks: list[torch.Tensor | None] = [None, None]
+    if spec.action_kind == "discrete":
+        own = torch.tensor([[k < agent.action.size for k in range(a)] for agent in spec.agents])
+        drawn = [(normal(size, n, a) > -0.5) & own for _ in range(2)]
+        masks = [torch.cat([own[:, :1] | m[..., :1], m[..., 1:]], -1).to(torch.uint8) for m in drawn]
+    mask, next_mask = masks
+    scores = normal(size, n, a)
+    return Batch(
+        observation=normal(size, n, o),
+        action=torch.tanh(scores) if mask is None else scores.masked_fill(mask == 0, -torch.inf).argmax(-1),
+        reward=normal(size),
+        not_done=(torch.rand(size, generator=generator) > 0.2).float(),
+        state=normal(size, spec.state_size),
+        next_observation=normal(size, n, o),
+        next_state=normal(size, spec.state_size),
+        mask=mask,
+        next_mask=next_mask,
+    )
+
+
+def make_learner(
+    name: str,
+    spec: TeamSpec,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    steps: int = 1000,
+) -> Algorithm:
+    """A learner with small networks; equal arguments give equal learners."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1234)
+    behavior = NetworkFactory(spec, HIDDEN).actor()
+    return create_algorithm(
+        name, spec, behavior, settings={"hidden": HIDDEN, **(settings or {})}, steps=steps, seed=seed
+    )
+
+
+def write_dataset(
+    path: Path,
+    spec: TeamSpec,
+    lengths: Sequence[int],
+    *,
+    timeouts: Sequence[bool] | None = None,
+    reward_scale: float = 1.0,
+    seed: int = 0,
+) -> Path:
+    """OMIGA's HDF5 of random episodes; ``lengths`` in transitions. Every second one ends at the time limit."""
+    generator = np.random.default_rng(seed)
+    n = len(spec.agents)
+    if timeouts is None:
+        timeouts = [index % 2 == 1 for index in range(len(lengths))]
+    with Writer(path, spec, {"behavior": "random", "seed": seed}) as writer:
+        for length, timeout in zip(lengths, timeouts, strict=True):
+            observations = generator.normal(size=(length + 1, n, spec.observation_size)).astype(np.float32)
+            states = (
+                observations.reshape(length + 1, -1)
+                if spec.state_size == n * spec.observation_size
+                else generator.normal(size=(length + 1, spec.state_size)).astype(np.float32)
+            )
+            rewards = (reward_scale * generator.normal(size=length)).astype(np.float32)
+            writer.append(
+                observations,
+                states,
+                generator.uniform(-0.9, 0.9, (length, n, spec.action_size)).astype(np.float32),
+                rewards,
+                timeout=timeout,
+                episode_return=float(rewards.sum()),
+            )
+    return path
+
+
+def flat(state: Any, name: str = "") -> dict[str, Any]:
+    """A nested training state as one flat dictionary, for comparison."""
+    if isinstance(state, Mapping):
+        return {k: v for key, value in state.items() for k, v in flat(value, f"{name}/{key}").items()}
+    if isinstance(state, (list, tuple)):
+        return {k: v for i, value in enumerate(state) for k, v in flat(value, f"{name}/{i}").items()}
+    return {name: state}
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[str]:
+    """Names under which two states or metrics are not equal to the last bit; on one side only counts too."""
+    ours, theirs = flat(ours), flat(theirs)
+    return {
+        name.removeprefix("/")
+        for name in ours.keys() | theirs.keys()
+        if name not in ours or name not in theirs or not _equal(ours[name], theirs[name])
+    }
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return bool(a == b)
