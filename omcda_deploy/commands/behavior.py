@@ -99,6 +99,54 @@ def ship(
         console.print(
             f"{task} medium-replay/{index:02d}: {_steps(checkpoint)} steps, {result}", highlight=False
         )
+    write_index(out)
+
+
+@app.command("index")
+def write_index(
+    out: Annotated[Path, typer.Argument(help="Folder of shipped policies.")] = Path("omcda_deploy/policies"),
+) -> None:
+    """Write README.md of a folder of shipped policies from their manifests."""
+    from omcda_deploy.measurements import write_text
+    from omcda_deploy.training.behavior_policies import PUBLISHED_RETURNS
+
+    lines = [
+        "# Behaviour policies",
+        "",
+        "Written by `omcda-deploy behavior ship`; do not edit. Each folder is a bundle. Returns are of 20 stochastic",
+        "episodes (mean ± standard deviation, evaluation seed 0), as in recording; the published column is the mean",
+        "return of OMIGA's dataset of that name, to which `ship` chooses the nearest measured checkpoint.",
+        "",
+        "| bundle | PPO steps | seed | return | published |",
+        "|---|---|---|---|---|",
+    ]
+    tasks: dict[str, int] = {}
+    for manifest in sorted(out.rglob("bundle.json")):
+        data = json.loads(manifest.read_text())
+        training, task = data["training"], data["team"]["task"]
+        returns, seed = training["returns"], training["ppo"]["seed"]
+        tasks[task] = seed
+        wanted = PUBLISHED_RETURNS[task].get(training["tier"])
+        lines.append(
+            f"| `{manifest.parent.relative_to(out)}` | {training['ppo_steps']:,} | {seed} "
+            f"| {returns['return_mean']:.0f} ± {returns['return_std']:.0f} | {'' if wanted is None else f'{wanted:.0f}'} |"
+        )
+    lines += ["", "The commands that made them:", "", "```bash"]
+    for task, seed in tasks.items():
+        run = f"runs/{task.split('/')[1]}"
+        lines += [
+            f"omcda-deploy behavior train {task} --out {run} --seed {seed}",
+            f"omcda-deploy behavior measure {run}",
+            f"omcda-deploy behavior ship {run}",
+        ]
+    lines += [
+        "```",
+        "",
+        "`measure --from … --to …` limits the checkpoints that are played. Training of the shipped policies was",
+        "stopped once the expert's return had been passed.",
+        "",
+    ]
+    write_text(out / "README.md", "\n".join(lines))
 
 
 def _steps(checkpoint: Path) -> int:

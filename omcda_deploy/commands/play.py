@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Endpoints = Annotated[
     str | None,
     typer.Option(
-        help="Addresses of the served agents, comma-separated, in any order: 127.0.0.1:8500,127.0.0.1:8501,… "
+        help="Addresses of the served agents in any order, comma-separated, with port ranges: 127.0.0.1:8500-8505; "
         "or one that serves the joint graph."
     ),
 ]
@@ -140,14 +140,26 @@ def _team(endpoints: str | None, bundle: Path | None, deadline: float, stream: b
     if endpoints is not None:
         from omcda_deploy.client import RemoteTeam
 
-        addresses = [address.strip() for address in endpoints.split(",") if address.strip()]
-        with RemoteTeam(addresses, deadline_s=deadline, stream=stream) as team:
+        with RemoteTeam(_addresses(endpoints), deadline_s=deadline, stream=stream) as team:
             yield team
     else:
         from omcda_deploy.local import LocalTeam
 
         assert bundle is not None
         yield LocalTeam(bundle)
+
+
+def _addresses(endpoints: str) -> list[str]:
+    """``a:1,b:5-7`` -> ``[a:1, b:5, b:6, b:7]``."""
+    addresses = []
+    for part in filter(None, (word.strip() for word in endpoints.split(","))):
+        host, _, ports = part.rpartition(":")
+        first, dash, last = ports.partition("-")
+        if dash and first.isdigit() and last.isdigit():
+            addresses += [f"{host}:{port}" for port in range(int(first), int(last) + 1)]
+        else:
+            addresses.append(part)
+    return addresses
 
 
 def _require_folders(*files: Path | None) -> None:

@@ -148,7 +148,7 @@ class DecoupledCritic:
 
     def kappa(self, w_c: Tensor, alpha: Tensor) -> Tensor:
         """``sum_k alpha_k w^{c,k}_i / alpha_i`` [B, N(i)], uncapped."""
-        return torch.einsum("i,bki->bk", alpha, w_c) / alpha
+        return torch.einsum("k,bki->bi", alpha, w_c) / alpha
 
     def step(self, batch: Batch, alpha: Tensor) -> CriticStep:
         c = self._config

@@ -1,0 +1,211 @@
+"""Requirements: every third-party import is declared where it is needed, nothing else is, and all is pinned."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("omcda_deploy", "training", "export", "serve", "protos")
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+BEHAVIOR = ("training/behavior_policies.py", "omcda_deploy/commands/behavior.py")
+NEEDED_FOR = {  # extra -> files that must find all they import with this extra alone
+    "data": ("omcda_deploy/datasets/omiga_hdf5.py",),
+    "train": (
+        "training/**/*.py",
+        "omcda_deploy/commands/benchmark.py",
+        "omcda_deploy/datasets/omiga_hdf5.py",
+    ),
+    "export": ("export/*.py", "omcda_deploy/local.py"),
+    "serve": ("serve/*.py", "omcda_deploy/client.py", "omcda_deploy/local.py"),
+    "mujoco": ("omcda_deploy/envs/mamujoco*.py", "omcda_deploy/evaluate.py", "omcda_deploy/local.py"),
+    "behavior": (*BEHAVIOR, "export/*.py", "omcda_deploy/envs/mamujoco*.py", "omcda_deploy/local.py"),
+    "dev": ("protos/generate.py",),
+}
+ROOFS = {  # commands that import torch themselves, beside the room that they compose
+    "omcda_deploy/commands/behavior.py",
+    "omcda_deploy/commands/benchmark.py",
+}
+DISTRIBUTIONS = {"google.protobuf": "protobuf", "torch.utils.tensorboard": "tensorboard"}
+LOADED_BY_GYMNASIUM = {"mujoco"}
+TOOLS = {
+    *("import-linter", "mypy", "packaging", "pytest", "ruff", "setuptools", "tritonclient"),
+    *("types-grpcio", "types-protobuf"),
+}
+TORCH_PLATFORM = ("cuda-", "nvidia-", "triton==")  # pinned by torch itself, absent from its CPU build
+
+
+@dataclass(frozen=True)
+class Import:
+    file: str
+    line: int
+    module: str
+    extra: str | None  # what MissingExtraError tells a user to install where the import fails
+
+    @property
+    def distribution(self) -> str:
+        for package, distribution in DISTRIBUTIONS.items():
+            if self.module.startswith(package):
+                return distribution
+        (distribution,) = set(distributions()[self.module.partition(".")[0]])
+        return canonicalize_name(distribution)
+
+
+@cache
+def distributions() -> dict[str, list[str]]:
+    return dict(metadata.packages_distributions())
+
+
+class Scan(ast.NodeVisitor):
+    """Third-party imports of one file, those inside functions and by a literal name included."""
+
+    def __init__(self, file: Path) -> None:
+        self.imports: list[Import] = []
+        self._file = str(file.relative_to(ROOT))
+        self._extra: str | None = None
+        self.visit(ast.parse(file.read_text()))
+
+    def _add(self, node: ast.expr | ast.stmt, *modules: str) -> None:
+        own = {"omcda_deploy", *sys.stdlib_module_names}
+        self.imports += [
+            Import(self._file, node.lineno, module, self._extra)
+            for module in modules
+            if module.partition(".")[0] not in own
+        ]
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self._add(node, *(alias.name for alias in node.names))
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.level == 0:
+            self._add(node, *(f"{node.module}.{alias.name}" for alias in node.names))
+
+    def visit_Call(self, node: ast.Call) -> None:
+        match node:
+            case ast.Call(
+                ast.Name("import_module") | ast.Attribute(attr="import_module"), [ast.Constant(str(name))]
+            ):
+                self._add(node, name)
+        self.generic_visit(node)
+
+    def visit_Try(self, node: ast.Try) -> None:
+        outer = self._extra
+        for part in (part for handler in node.handlers for part in ast.walk(handler)):
+            match part:
+                case ast.Call(ast.Name("MissingExtraError"), [_, ast.Constant(str(extra))]):
+                    self._extra = extra
+        for child in node.body:
+            self.visit(child)
+        self._extra = outer
+        for other in (*node.handlers, *node.orelse, *node.finalbody):
+            self.visit(other)
+
+
+@cache
+def third_party_imports() -> tuple[Import, ...]:
+    files = (file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py")))  # follows no link
+    return tuple(found for file in files for found in Scan(file).imports)
+
+
+def declared(extra: str | None = None) -> set[str]:
+    """Distributions of the base requirements, and of an extra with the extras that it names."""
+    texts = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else [])
+    names = set()
+    for requirement in map(Requirement, texts):
+        if requirement.name == PROJECT["name"]:
+            names |= set().union(*(declared(named) for named in requirement.extras))
+        else:
+            names.add(canonicalize_name(requirement.name))
+    return names
+
+
+def test_the_scan_sees_every_kind_of_import() -> None:
+    seen = {(found.file, found.distribution, found.extra) for found in third_party_imports()}
+    assert {
+        ("omcda_deploy/client.py", "grpcio", None),
+        ("serve/introspection.py", "protobuf", None),
+        ("serve/supervisor.py", "grpcio-health-checking", None),
+        ("training/metrics.py", "tensorboard", None),  # inside a function
+        ("omcda_deploy/local.py", "onnxruntime", "serve"),
+        ("omcda_deploy/evaluate.py", "imageio-ffmpeg", "mujoco"),  # by name
+        ("protos/generate.py", "grpcio-tools", "dev"),
+    } <= seen
+
+
+@pytest.mark.parametrize("extra", NEEDED_FOR)
+def test_an_extra_brings_what_its_files_import(extra: str) -> None:
+    files = {str(file.relative_to(ROOT)) for glob in NEEDED_FOR[extra] for file in ROOT.glob(glob)}
+    assert files, "no such file"
+    files -= set(BEHAVIOR) if extra == "train" else set()
+    undeclared = [
+        found
+        for found in third_party_imports()
+        if found.file in files and found.distribution not in declared(extra)
+    ]
+    assert undeclared == []
+
+
+def test_ground_floor_and_roof_import_the_base_or_say_which_extra() -> None:
+    undeclared = [
+        found
+        for found in third_party_imports()
+        if not found.file.startswith(("training/", "export/", "serve/"))
+        and found.file not in ROOFS
+        and found.distribution not in declared(found.extra)
+    ]
+    assert undeclared == []
+
+
+def test_nothing_is_declared_that_nothing_imports() -> None:
+    imported = {found.distribution for found in third_party_imports()}
+    for extra in (None, *PROJECT["optional-dependencies"]):
+        tools = TOOLS if extra == "dev" else set()
+        assert declared(extra) - imported - LOADED_BY_GYMNASIUM - tools == set(), extra
+
+
+def test_all_is_every_extra_and_dev_is_more() -> None:
+    extras = set(PROJECT["optional-dependencies"]) - {"all", "dev"}
+    assert declared("all") == set().union(*map(declared, extras))
+    assert declared("dev") > declared("all")
+
+
+def test_constraints_pin_what_dev_installs_as_it_is_installed() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert list(pins) == sorted(pins)
+    needed = {name for name in closure() if not f"{name}==".startswith(TORCH_PLATFORM)}
+    missing = {name: metadata.version(name) for name in needed if name not in pins}
+    assert missing == {}, "pin these in constraints.txt"
+    assert {name: Version(metadata.version(name)).public for name in pins} == pins
+    assert set(pins) <= needed, "nothing asks for these pins"
+
+
+def closure() -> set[str]:
+    """Distributions that the extra ``dev`` resolves to on this machine."""
+    found: set[tuple[str, str]] = set()
+    waiting = [Requirement(text) for text in PROJECT["dependencies"]]
+    waiting += [Requirement(text) for texts in PROJECT["optional-dependencies"].values() for text in texts]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name == PROJECT["name"]:
+            continue
+        for extra in ("", *requirement.extras):
+            if (name, extra) not in found:
+                found.add((name, extra))
+                for needed in map(Requirement, metadata.requires(name) or ()):
+                    if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                        waiting.append(needed)
+    return {name for name, _ in found}
