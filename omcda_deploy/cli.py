@@ -12,7 +12,7 @@ import sys
 import typer
 
 from omcda_deploy import __version__
-from omcda_deploy.commands import behavior, benchmark, data, demo, play, results, train
+from omcda_deploy.commands import behavior, benchmark, data, demo, play, results, sweep, train
 from omcda_deploy.commands import export as export_command
 from omcda_deploy.commands import serve as serve_command
 from omcda_deploy.errors import OmcdaError
@@ -35,6 +35,7 @@ app.command("export")(export_command.export)
 app.command("serve")(serve_command.serve)
 app.command("evaluate")(play.evaluate)
 app.command("replay")(play.replay)
+app.command("sweep")(sweep.sweep)
 app.command("results")(results.results)
 app.command("demo")(demo.demo)
 

@@ -113,9 +113,9 @@ def write_index(
     lines = [
         "# Behaviour policies",
         "",
-        "Written by `omcda-deploy behavior ship`; do not edit. Each folder is a bundle. Returns are of 20 stochastic",
-        "episodes (mean ± standard deviation, evaluation seed 0), as in recording; the published column is the mean",
-        "return of OMIGA's dataset of that name, to which `ship` chooses the nearest measured checkpoint.",
+        "Written by `omcda-deploy behavior ship`; do not edit. Each folder is a bundle. Returns are of 20",
+        "stochastic episodes (mean ± standard deviation, evaluation seed 0), as in recording; the published column",
+        "is the mean return of OMIGA's dataset of that name, to which `ship` chooses the nearest checkpoint.",
         "",
         "| bundle | PPO steps | seed | return | published |",
         "|---|---|---|---|---|",
@@ -127,9 +127,10 @@ def write_index(
         returns, seed = training["returns"], training["ppo"]["seed"]
         tasks[task] = seed
         wanted = PUBLISHED_RETURNS[task].get(training["tier"])
+        published = "" if wanted is None else f"{wanted:.0f}"
         lines.append(
             f"| `{manifest.parent.relative_to(out)}` | {training['ppo_steps']:,} | {seed} "
-            f"| {returns['return_mean']:.0f} ± {returns['return_std']:.0f} | {'' if wanted is None else f'{wanted:.0f}'} |"
+            f"| {returns['return_mean']:.0f} ± {returns['return_std']:.0f} | {published} |"
         )
     lines += ["", "The commands that made them:", "", "```bash"]
     for task, seed in tasks.items():

@@ -1,8 +1,8 @@
 """``results``: the table of docs/results.md, from nothing.
 
-Records the dataset, trains every algorithm and seed (one thread per run, as many runs at once as there are cores),
-exports the policies of the chosen steps, plays them, and writes the table with everything that its numbers depend
-on. What is finished is not done again, and a killed run is resumed: run the command again to go on.
+Records the dataset, trains every algorithm and seed (:mod:`omcda_deploy.commands.sweep`), exports the policies of
+the chosen steps, plays them, and writes the table with everything that its numbers depend on. What is finished is
+not done again, and a killed run is resumed: run the command again to go on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,18 +19,10 @@ import numpy as np
 import typer
 
 from omcda_deploy.commands import console, errors
+from omcda_deploy.commands.sweep import Job, Sweep, jobs_of, run_queue
+from omcda_deploy.errors import OmcdaError
 
 EPISODES = 20
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training run of the table."""
-
-    label: str
-    algorithm: str
-    settings: tuple[str, ...]
-    seed: int
 
 
 def results(
@@ -52,49 +43,26 @@ def results(
     dataset = out / f"{task.replace('/', '-')}-{tier}.hdf5"
     if not dataset.exists():
         _run("collect", task, "--tier", tier, "--transitions", transitions, "--out", dataset)
-    recorded = read_dataset(dataset)
-    budget = f"d_tot={d_tot:g}"
-    contenders = [
-        ("BC", "bc", ()),
-        ("OMIGA", "omiga", ()),
-        (f"OMCDA, {budget}", "omcda", (budget,)),
-        (f"OMCDA, {budget}, identity divergence mixer", "omcda", (budget, "divergence_mixer=identity")),
-    ]
-    queue = [Job(*contender, seed) for seed in range(seeds) for contender in contenders]
+    grid: dict[str, dict[str, list[Any]]] = {
+        "omcda": {"d_tot": [d_tot], "divergence_mixer": ["learned", "identity"]}
+    }
     points = [steps // 2, steps]
-    # One run first, alone: it clones the dataset's behaviour model, which all others take from the cache.
-    _train(queue[0], out, dataset, steps, points[0])
+    sweep = Sweep([str(dataset)], ["bc", "omiga", "omcda"], list(range(seeds)), steps, points[0], grid)
+    queue = jobs_of(sweep, out)
+    if failed := run_queue(queue, jobs):
+        raise OmcdaError(f"{len(failed)} of {len(queue)} runs failed, the first: {failed[0][1]}")
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        list(pool.map(lambda job: _train(job, out, dataset, steps, points[0]), queue[1:]))
-        rows = list(pool.map(lambda job: [_evaluate(job, out, task, point) for point in points], queue))
-    write_table(table, task, tier, recorded, contenders, points, queue, rows)
+        rows = list(pool.map(lambda job: [_evaluate(job, task, point) for point in points], queue))
+    write_table(table, task, tier, read_dataset(dataset), points, queue, rows)
     console.print(f"wrote {table}")
 
 
-def _folder(job: Job, out: Path) -> Path:
-    return out / "-".join((job.algorithm, *(s.replace("=", "") for s in job.settings), f"seed{job.seed}"))
-
-
-def _train(job: Job, out: Path, dataset: Path, steps: int, every: int) -> None:
-    run = _folder(job, out) / "run"
-    if (run / "policies" / f"step-{steps:08d}.pt").exists():
-        return
-    if (run / "config.json").exists():
-        _run("train", "--resume", run)
-        return
-    settings = [word for setting in job.settings for word in ("--set", setting)]
-    _run(
-        *("train", dataset, "--algo", job.algorithm, "--steps", steps, "--seed", job.seed),
-        *("--snapshot-every", every, "--out", run, *settings),
-    )
-
-
-def _evaluate(job: Job, out: Path, task: str, step: int) -> dict[str, Any]:
-    folder = _folder(job, out)
-    bundle, measured = folder / f"bundle-{step}", folder / f"evaluation-{step}.json"
+def _evaluate(job: Job, task: str, step: int) -> dict[str, Any]:
+    bundle = job.run.with_name(f"{job.run.name}-bundle-{step}")
+    measured = job.run.with_name(f"{job.run.name}-evaluation-{step}.json")
     if not measured.exists():
         if not bundle.exists():
-            _run("export", folder / "run", "--step", step, "--out", bundle)
+            _run("export", job.run, "--step", step, "--out", bundle)
         _run(
             *("evaluate", task, "--bundle", bundle, "--episodes", EPISODES, "--num-envs", EPISODES),
             *("--json", measured),
@@ -118,17 +86,17 @@ def write_table(
     task: str,
     tier: str,
     dataset: Any,
-    contenders: list[tuple[str, str, tuple[str, ...]]],
     points: list[int],
     queue: list[Job],
     rows: list[list[dict[str, Any]]],
 ) -> None:
     """The Markdown table: per algorithm and step the mean return of every seed, then mean and std over seeds."""
     from omcda_deploy.measurements import machine, now, write_text
-    from omcda_deploy.training.run_folder import git_revision
+    from omcda_deploy.training.run_folder import read_config
 
     seeds = sorted({job.seed for job in queue})
     returns = dataset.episode_returns
+    commits = sorted({read_config(job.run).versions["git"] for job in queue})
     lines = [
         "# Results",
         "",
@@ -138,23 +106,24 @@ def write_table(
         f"* task `{task}`, dataset `{tier}`: {len(returns)} episodes, {len(dataset.transitions)} transitions, mean "
         f"return {returns.mean():.1f} ± {returns.std():.1f} (best {returns.max():.1f})",
         f"* dataset digest `{dataset.digest}`",
-        f"* commit `{git_revision()}`, {machine()}, {now()[:10]}, evaluation seed 0",
+        f"* trained at commit {', '.join(f'`{commit}`' for commit in commits)}, {machine()}, {now()[:10]}, "
+        "evaluation seed 0",
         "",
         "| algorithm | steps | "
         + " | ".join(f"seed {seed}" for seed in seeds)
         + " | mean ± std over seeds |",
         "|---|---|" + "---|" * len(seeds) + "---|",
     ]
-    for label, *_ in contenders:
+    variants: dict[tuple[str, tuple[tuple[str, Any], ...]], dict[int, list[dict[str, Any]]]] = {}
+    for job, measured in zip(queue, rows, strict=True):
+        variants.setdefault((job.algorithm, job.settings), {})[job.seed] = measured
+    for (algorithm, settings), by_seed in variants.items():
+        label = ", ".join((algorithm.upper(), *(f"{key} {value}" for key, value in settings)))
         for index, point in enumerate(points):
-            own = {
-                job.seed: row[index]["returns"]
-                for job, row in zip(queue, rows, strict=True)
-                if job.label == label
-            }
-            means = [float(np.mean(own[seed])) for seed in seeds]
-            cells = [f"{np.mean(own[seed]):.0f} ± {np.std(own[seed]):.0f}" for seed in seeds]
-            total = f"**{np.mean(means):.0f} ± {np.std(means):.0f}**"
+            own = [by_seed[seed][index]["returns"] for seed in seeds]
+            means = np.mean(own, axis=1)
+            cells = [f"{np.mean(values):.0f} ± {np.std(values):.0f}" for values in own]
+            total = f"**{means.mean():.0f} ± {means.std():.0f}**"
             lines.append(f"| {label} | {point:,} | " + " | ".join([*cells, total]) + " |")
     lines += ["", "Cells are mean ± standard deviation over episodes; the last column is over seeds.", ""]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,174 @@
+"""``sweep``: a resumable queue of training runs over datasets, algorithms, settings and seeds.
+
+A sweep is a TOML file::
+
+    datasets = ["data/halfcheetah-medium.hdf5"]
+    algorithms = ["bc", "omiga", "omcda"]
+    seeds = [0, 1, 2, 3, 4]
+    steps = 100000
+
+    [grid.omcda]                 # every combination of these, for this algorithm
+    d_tot = [0.3, 1.2, 3.0]
+
+Each run lies in ``OUT/<dataset>/<algorithm>-<settings>/seed<seed>``. A finished run is not repeated, a killed one
+is resumed from its checkpoint, and a failed one is tried again by the next call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from omcda_deploy.commands import console, errors
+from omcda_deploy.errors import ConfigError, OmcdaError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, complete: whoever runs it needs nothing but the dataset and a place for ``run``."""
+
+    dataset: Path
+    algorithm: str
+    settings: tuple[tuple[str, Any], ...]
+    seed: int
+    steps: int
+    snapshot_every: int
+    run: Path  # the run folder
+
+    @property
+    def finished(self) -> bool:
+        return (self.run / "policies" / f"step-{self.steps:08d}.pt").exists()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The contents of a sweep file."""
+
+    datasets: list[str]
+    algorithms: list[str]
+    seeds: list[int]
+    steps: int
+    snapshot_every: int = 5000
+    grid: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Raises :class:`ConfigError` for a file that is missing, no TOML or no sweep."""
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: expected a sweep file (TOML)")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    known = set(Sweep.__dataclass_fields__)
+    for name in values:
+        if name not in known:
+            raise UnknownNameError(f"entry of {path}", name, known)
+    try:
+        sweep = Sweep(**values)
+    except TypeError as error:
+        raise ConfigError(f"{path}: expected datasets, algorithms, seeds and steps ({error})") from error
+    for name in sweep.grid:
+        if name not in sweep.algorithms:
+            raise UnknownNameError(f"algorithm of [grid] in {path}", name, sweep.algorithms)
+    return sweep
+
+
+def jobs_of(sweep: Sweep, out: Path) -> list[Job]:
+    """All runs of a sweep, seeds outermost, so that every algorithm has its first seed early."""
+    from omcda_deploy.registry import load_algorithm
+    from omcda_deploy.training.settings import build
+
+    made = []
+    for seed, dataset, algorithm in itertools.product(sweep.seeds, sweep.datasets, sweep.algorithms):
+        grid: Mapping[str, Sequence[Any]] = sweep.grid.get(algorithm, {})
+        for values in itertools.product(*grid.values()):
+            settings = tuple(zip(grid, values, strict=True))
+            build(load_algorithm(algorithm).Config, dict(settings))
+            name = "-".join((algorithm, *(f"{key}={value}" for key, value in settings)))
+            run = out / Path(dataset).stem / name / f"seed{seed}"
+            made.append(Job(Path(dataset), algorithm, settings, seed, sweep.steps, sweep.snapshot_every, run))
+    for dataset in sweep.datasets:
+        if not Path(dataset).is_file():
+            raise ConfigError(f"{dataset} does not exist: record it with  omcda-deploy collect")
+    return made
+
+
+def run_job(job: Job) -> None:
+    """Bring one job to its end, from wherever it stands. This is the whole interface to an execution engine.
+
+    Raises :class:`OmcdaError` when training fails; its output is in ``<run>.log``.
+    """
+    if job.finished:
+        return
+    if (job.run / "config.json").exists():
+        words: list[object] = ["train", "--resume", job.run]
+    else:
+        settings = [word for key, value in job.settings for word in ("--set", f"{key}={value}")]
+        words = [
+            *("train", job.dataset, "--algo", job.algorithm, "--seed", job.seed, "--steps", job.steps),
+            *("--snapshot-every", job.snapshot_every, "--out", job.run, *settings),
+        ]
+    job.run.parent.mkdir(parents=True, exist_ok=True)
+    log = job.run.with_name(job.run.name + ".log")
+    command = [sys.executable, "-m", "omcda_deploy.cli", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("a") as output:
+        finished = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    if finished.returncode:
+        last = (log.read_text().splitlines() or ["no output"])[-1]
+        raise OmcdaError(f"{job.run} stopped with status {finished.returncode}: {last} (all of it in {log})")
+
+
+def run_queue(
+    jobs: Iterable[Job], at_once: int, run: Callable[[Job], None] = run_job
+) -> list[tuple[Job, str]]:
+    """Run all jobs, ``at_once`` (0: one per core) together; returns those that failed, and why.
+
+    The first job of each dataset runs before the others of that dataset: it clones the behaviour model, which
+    they take from the cache.
+    """
+    jobs = list(jobs)
+    failed: list[tuple[Job, str]] = []
+
+    def attempt(job: Job) -> None:
+        try:
+            run(job)
+        except OmcdaError as error:
+            failed.append((job, str(error)))
+            errors.print(f"failed: {error}", highlight=False, soft_wrap=True)
+        else:
+            errors.print(f"done: {job.run}", highlight=False, soft_wrap=True)
+
+    first = {job.dataset: job for job in reversed([job for job in jobs if not job.finished])}
+    with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:
+        list(pool.map(attempt, first.values()))
+        list(pool.map(attempt, (job for job in jobs if job not in first.values())))
+    return failed
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep file (TOML).")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs; what is there already is gone on with.")],
+    jobs: Annotated[int, typer.Option(help="Runs at once, one thread each; one per core if 0.")] = 0,
+) -> None:
+    """Train every combination of a sweep file; call it again to take up what was killed or failed."""
+    queue = jobs_of(read_sweep(file), out)
+    console.print(
+        f"{len(queue)} runs, {sum(job.finished for job in queue)} of them finished", highlight=False
+    )
+    failed = run_queue(queue, jobs)
+    if failed:
+        raise OmcdaError(
+            f"{len(failed)} of {len(queue)} runs failed, the first: {failed[0][1]}. Mend it and run the sweep again"
+        )
