@@ -283,8 +283,11 @@ def _check_parity(
             wanted = {key: value.numpy() for key, value in zip(output_names(spec), outputs, strict=True)}
             part = team[agent.name]
             of_team = {"action": part.action, "divergence": part.divergence, **part.parameters}
-            against_torch.check(agent, case, noise[agent.name], served, wanted)
-            team_against_agents.check(agent, case, noise[agent.name], of_team, served)
+            graph, feed = graphs[agent.name], inputs[agent.name]
+            of_torch = _settle_ties(graph, feed, served, wanted)
+            against_torch.check(agent, case, noise[agent.name], served, of_torch)
+            of_agent = _settle_ties(graph, feed, of_team, served)
+            team_against_agents.check(agent, case, noise[agent.name], of_team, of_agent)
     return {
         "rows": rows,
         "against_torch": against_torch.largest,
@@ -304,6 +307,25 @@ def _serve(model: OnnxModel, feeds: Arrays) -> dict[str, NDArray[Any]]:
             "Keep batch sizes out of the actors' arithmetic"
         ) from error
     return {key: np.concatenate([first[key], rest[key]]) for key in first}
+
+
+def _settle_ties(graph: PolicyGraph, feed: Arrays, got: Arrays, want: Arrays) -> Arrays:
+    """``want``, but with the other side's choice where the policy values both the same up to rounding.
+
+    Only policies that take the best of several actions have such ties. The behaviour's outputs stay.
+    """
+    differ = np.abs(got["action"].astype(np.float64) - want["action"]) > _ACTION.absolute
+    rows = np.flatnonzero(differ.reshape(len(differ), -1).any(-1))
+    if not len(rows):
+        return want
+    taken = got["action"] if graph.discrete else np.tanh(got["mean"])
+    observation, _, *mask = (torch.from_numpy(values[rows]) for values in feed.values())
+    with torch.no_grad():
+        tied = graph.as_good(observation, torch.from_numpy(taken[rows]), mask[0] if mask else None)
+    settled = {key: values.copy() for key, values in want.items()}
+    for key in ("action", "divergence", "logits") if graph.discrete else ("action", "divergence", "mean"):
+        settled[key][rows[tied.numpy()]] = got[key][rows[tied.numpy()]]
+    return settled
 
 
 class _Comparison:

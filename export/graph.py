@@ -93,6 +93,24 @@ class PolicyGraph(nn.Module):
             return self._discrete(rows, noise, self.actions.split(action_mask))
         return self._continuous(rows, noise)
 
+    def as_good(self, observation: Tensor, action: Tensor, action_mask: Tensor | None) -> Tensor:
+        """Whether a policy that takes the best of several actions could as well have taken these, bool [B].
+
+        For the graph of one agent. ``action``: squashed [B, A], or int64 [B]. A policy says so by a method
+        ``as_good``, like its ``forward`` but with the action before ``agent``; False for policies without one.
+        """
+        as_good = getattr(self.policy, "as_good", None)
+        if as_good is None:
+            return torch.zeros(len(observation), dtype=torch.bool)
+        rows = self.observations.split(observation)
+        if self.standardize:
+            rows = _standardize(rows, self.observations)
+        if action_mask is None:
+            good: Tensor = as_good(rows, self.actions.split(action), self.agent)
+        else:
+            good = as_good(rows, self.actions.split(action_mask), action.unsqueeze(-1), self.agent)
+        return good.squeeze(-1)
+
     def _continuous(self, rows: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         policy: ContinuousActor = self.policy
         behavior: ContinuousActor = self.behavior

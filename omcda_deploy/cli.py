@@ -12,7 +12,18 @@ import sys
 import typer
 
 from omcda_deploy import __version__
-from omcda_deploy.commands import behavior, benchmark, data, demo, play, results, sweep, train
+from omcda_deploy.commands import (
+    behavior,
+    benchmark,
+    compare,
+    data,
+    demo,
+    play,
+    results,
+    sweep,
+    toy_results,
+    train,
+)
 from omcda_deploy.commands import export as export_command
 from omcda_deploy.commands import serve as serve_command
 from omcda_deploy.errors import OmcdaError
@@ -36,7 +47,9 @@ app.command("serve")(serve_command.serve)
 app.command("evaluate")(play.evaluate)
 app.command("replay")(play.replay)
 app.command("sweep")(sweep.sweep)
+app.command("compare")(compare.compare)
 app.command("results")(results.results)
+app.command("toy-results")(toy_results.toy_results)
 app.command("demo")(demo.demo)
 
 
@@ -64,6 +77,11 @@ def main() -> None:
         app()
     except OmcdaError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("omcda_deploy"):
+            raise
+        print(f"error: {error.name} is not installed: run  pip install 'omcda-deploy[all]'", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -52,7 +52,7 @@ def collect(
     stochastic: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Record whole episodes of ``policy`` until they hold at least ``transitions``, as OMIGA's HDF5 at ``out``.
+    """Record whole episodes of ``policy`` until they hold at least ``transitions``, as HDF5 at ``out``.
 
     ``behavior`` labels the policy in the file. The file appears when it is complete; an exception, Ctrl-C
     included, leaves nothing behind. Returns what was recorded: path, episodes, transitions, the mean and standard
@@ -133,7 +133,8 @@ def collect_mixture(
 class _Episode:
     observations: Float  # [T+1, N, O]
     states: Float  # [T+1, S]
-    actions: Float  # [T, N, A]
+    actions: NDArray[Any]  # [T, N, A], or [T, N] if discrete
+    action_masks: NDArray[np.uint8] | None  # [T+1, N, A] if discrete
     rewards: NDArray[np.float64]  # [T]
     timeout: bool
     seed: int
@@ -164,7 +165,15 @@ class _Recorder:
         # One row per environment; an episode is copied out when it ends.
         self._observations = np.zeros((count, limit + 1, agents, spec.observation_size), np.float32)
         self._states = np.zeros((count, limit + 1, spec.state_size), np.float32)
-        self._actions = np.zeros((count, limit, agents, spec.action_size), np.float32)
+        self._discrete = spec.action_kind == "discrete"
+        self._actions: NDArray[Any] = (
+            np.zeros((count, limit, agents), np.int64)
+            if self._discrete
+            else np.zeros((count, limit, agents, spec.action_size), np.float32)
+        )
+        self._masks = (
+            np.zeros((count, limit + 1, agents, spec.action_size), np.uint8) if self._discrete else None
+        )
         self._rewards = np.zeros((count, limit), np.float64)
         self._noise = {a.name: np.zeros((count, limit, a.action.size), np.float32) for a in spec.agents}
 
@@ -208,11 +217,14 @@ class _Recorder:
                 if self._stochastic
                 else None
             )
-            decisions = source.policy.act(shown.observations, noise=noise)
+            decisions = source.policy.act(shown.observations, noise=noise, action_masks=shown.action_masks)
             actions = {name: decisions[name].action for name in spec.names}
             shown = self._vector.step(actions, active)
             for index, agent in enumerate(spec.agents):
-                self._actions[slots, age[slots], index, : agent.action.size] = actions[agent.name][slots]
+                if self._discrete:
+                    self._actions[slots, age[slots], index] = actions[agent.name][slots]
+                else:
+                    self._actions[slots, age[slots], index, : agent.action.size] = actions[agent.name][slots]
             self._rewards[slots, age[slots]] = shown.reward[slots]
             age[slots] += 1
             ended = (shown.terminated | shown.truncated) & active
@@ -250,6 +262,9 @@ class _Recorder:
         for index, agent in enumerate(self._vector.spec.agents):
             width = agent.observation_size
             self._observations[slots, age[slots], index, :width] = shown.observations[agent.name][slots]
+            if self._masks is not None and shown.action_masks is not None:
+                masks = shown.action_masks[agent.name][slots]
+                self._masks[slots, age[slots], index, : agent.action.size] = masks
         self._states[slots, age[slots]] = shown.state[slots]
 
     def _copy(self, slot: int, steps: int, timeout: bool, seed: int) -> _Episode:
@@ -257,6 +272,7 @@ class _Recorder:
             self._observations[slot, : steps + 1].copy(),
             self._states[slot, : steps + 1].copy(),
             self._actions[slot, :steps].copy(),
+            None if self._masks is None else self._masks[slot, : steps + 1].copy(),
             self._rewards[slot, :steps].copy(),
             timeout,
             seed,
@@ -270,6 +286,7 @@ class _Recorder:
                 episode.states,
                 episode.actions,
                 episode.rewards,
+                action_masks=episode.action_masks,
                 timeout=episode.timeout,
                 episode_return=float(episode.rewards.sum()),
                 seed=episode.seed,

@@ -15,7 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 _WIDTH = 900.0
+SERIES = 10  # colours there are; further series take the same ones again, paler
 _MAX_DOTS = 200  # per row; more would only darken the row
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``error`` to each side of ``mean`` (nan: none is known), and the values that the mean was taken over."""
+
+    mean: float
+    error: float
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y), in order where they are joined; ``error`` to each side of y, nan where none is known."""
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    error: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +104,16 @@ def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "tic
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _x_axis(scale: _Scale, top: float, bottom: float, label: str, about: int = 7) -> list[str]:
+def _x_axis(
+    scale: _Scale,
+    top: float,
+    bottom: float,
+    label: str,
+    about: int = 7,
+    ticks: Sequence[float] | None = None,
+) -> list[str]:
     parts = []
-    for tick in scale.ticks(about):
+    for tick in scale.ticks(about) if ticks is None else ticks:
         x = scale(tick)
         parts += [_line(x, top, x, bottom, "grid"), _text(x, bottom + 16, plain(tick), "middle")]
     parts.append(_line(scale.start, bottom, scale.end, bottom, "axis"))
@@ -264,3 +290,134 @@ def bars_figure(
 def _gutter(names: Mapping[str, object]) -> float:
     """Room to the left of a figure for its longest row name."""
     return min(28.0 + 7.0 * max(len(name) for name in names), 240.0)
+
+
+def grouped_bars_figure(groups: Mapping[str, Mapping[str, Bar]], label: str, series: Sequence[str]) -> str:
+    """Upright bars from zero, side by side in each group, with whiskers and a dot per value.
+
+    ``series``: names of all bars of this figure and of those beside it, so that colours agree between them. A
+    series keeps its place in every group; where a group lacks it, its place stays empty.
+    """
+    names = [name for name in series if any(name in group for group in groups.values())]
+    colours = {name: _series(index) for index, name in enumerate(series)}
+    legend, top = _legend({name: colours[name] for name in names}, _WIDTH)
+    left, right, bottom = 72.0, 8.0, top + 250.0
+    bars = [bar for group in groups.values() for bar in group.values()]
+    ends = [end for b in bars for end in (b.mean - b.error, b.mean + b.error, b.mean, *b.values)]
+    finite = np.array([0.0, *(end for end in ends if math.isfinite(end))])
+    y = _linear(finite, bottom, top, from_zero=True)
+    parts = [*legend, *_y_axis(y, left, _WIDTH - right, label, (top + bottom) / 2, about=6)]
+    pitch = (_WIDTH - left - right) / len(groups)
+    width = min(64.0, 0.86 * pitch / len(names))
+    for index, (group, own) in enumerate(groups.items()):
+        centre = left + pitch * (index + 0.5)
+        for position, name in enumerate(names):
+            bar = own.get(name)
+            if bar is None or not math.isfinite(bar.mean):
+                continue
+            middle = centre + width * (position - (len(names) - 1) / 2)
+            low, high = sorted((y(0.0), y(bar.mean)))
+            said = plain(bar.mean) + (f" ± {plain(bar.error)}" if math.isfinite(bar.error) else "")
+            parts.append(
+                f'<rect class="filled {colours[name]}" x="{middle - 0.43 * width:.1f}" y="{low:.1f}" '
+                f'width="{0.86 * width:.1f}" height="{high - low:.1f}" rx="2">'
+                f"<title>{escape(f'{group}, {name}: {said}')}</title></rect>"
+            )
+            parts += [
+                f'<circle class="run" cx="{middle:.1f}" cy="{y(value):.1f}" r="2.5"/>'
+                for value in bar.values
+                if math.isfinite(value)
+            ]
+            if math.isfinite(bar.error):
+                parts += _whisker(middle, y(bar.mean - bar.error), y(bar.mean + bar.error), "error")
+        parts.append(_text(centre, bottom + 18, group, "middle", "name"))
+    parts.append(_line(left, y(0.0), _WIDTH - right, y(0.0), "axis"))
+    return _svg(_WIDTH, bottom + 28, f"{label}, {', '.join(names)}", parts)
+
+
+def curves_figure(
+    curves: Mapping[str, Curve],
+    x_label: str,
+    y_label: str,
+    *,
+    joined: bool = True,
+    log_x: bool = False,
+    width: float = 440.0,
+) -> str:
+    """Curves, or points where they are not ``joined``, over one pair of axes with a legend.
+
+    ``log_x`` is for a scan of few values: the axis is marked at these.
+    """
+    colours = {name: _series(index) for index, name in enumerate(curves)}
+    legend, top = _legend(colours, width)
+    left, right, bottom = 78.0, 14.0, top + 170.0
+    xs = np.concatenate([curve.x for curve in curves.values()])
+    ends = [curve.y for curve in curves.values()]
+    for curve in curves.values():
+        if curve.error is not None:
+            ends += [curve.y - curve.error, curve.y + curve.error]
+    ys = np.concatenate(ends)
+    y = _linear(ys[np.isfinite(ys)], bottom, top)
+    if log_x:
+        x = _Scale(float(xs.min()) / 1.3, float(xs.max()) * 1.3, left, width - right, log=True)
+    else:
+        x = _linear(xs, left, width - right)
+    parts = [*legend, *_y_axis(y, left, width - right, y_label, (top + bottom) / 2, about=5)]
+    measured = sorted(set(xs.tolist()))
+    parts += _x_axis(x, top, bottom, x_label, about=5, ticks=measured if log_x else None)
+    for name, curve in curves.items():
+        series = colours[name]
+        points = [
+            (x(float(at)), y(float(value)))
+            for at, value in zip(curve.x, curve.y, strict=True)
+            if math.isfinite(value)
+        ]
+        if joined and len(points) > 1:
+            path = "L".join(f"{across:.1f} {up:.1f}" for across, up in points)
+            parts.append(f'<path class="stroked {series}" d="M{path}"><title>{escape(name)}</title></path>')
+        if not joined or len(points) == 1 or curve.error is not None:
+            parts += [
+                f'<circle class="filled {series}" cx="{across:.1f}" cy="{up:.1f}" r="4">'
+                f"<title>{escape(name)}</title></circle>"
+                for across, up in points
+            ]
+        if curve.error is not None:
+            for at, value, error in zip(curve.x, curve.y, curve.error, strict=True):
+                if math.isfinite(value) and math.isfinite(error):
+                    parts += _whisker(x(float(at)), y(value - error), y(value + error), f"stroked {series}")
+    return _svg(width, bottom + 44, f"{y_label} against {x_label}, {', '.join(curves)}", parts)
+
+
+def _series(index: int) -> str:
+    return f"s{index % SERIES}" + (" pale" if index >= SERIES else "")
+
+
+def _whisker(x: float, y1: float, y2: float, kind: str) -> list[str]:
+    return [_line(x, y1, x, y2, kind), *(_line(x - 4, y, x + 4, y, kind) for y in (y1, y2))]
+
+
+def _y_axis(scale: _Scale, left: float, right: float, label: str, middle: float, about: int) -> list[str]:
+    parts = []
+    for tick in scale.ticks(about):
+        text = plain(float(f"{tick:.6g}"))
+        parts += [
+            _line(left, scale(tick), right, scale(tick), "grid"),
+            _text(left - 8, scale(tick) + 4, text, "end"),
+        ]
+    return [*parts, _turned(14.0, middle, label)]
+
+
+def _legend(colours: Mapping[str, str], width: float) -> tuple[list[str], float]:
+    """A swatch per name in as many rows as they need, and where the plot below may begin."""
+    parts = []
+    x, y = 8.0, 14.0
+    for name, colour in colours.items():
+        room = 30.0 + 6.6 * len(name)
+        if x > 8.0 and x + room > width:
+            x, y = 8.0, y + 20.0
+        parts += [
+            f'<rect class="filled {colour}" x="{x:.1f}" y="{y - 9:.1f}" width="11" height="11" rx="2"/>',
+            _text(x + 17, y + 1, name, "start", "name"),
+        ]
+        x += room
+    return parts, y + 22.0

@@ -17,23 +17,18 @@ SATURATED = 0.999  # beyond it atanh(a), and with it a squashed policy's log-pro
 
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
-    """Shapes, episodes, returns, ends, actions at and beyond the bounds, digest and metadata, as JSON values.
+    """Shapes, episodes, returns, ends, actions, digest and metadata, as JSON values.
 
-    Shares are over all numbers of all agents' actions in transitions; rows behind an episode's end do not count.
+    Of continuous actions the shares at and beyond the bounds, over all numbers of all agents; of discrete ones the
+    share of each choice, per agent. Rows behind an episode's end do not count.
     """
-    saturated, outside, largest, numbers = 0, 0, 0.0, 0
-    for block in blocks(dataset.transitions.size):
-        size = np.abs(dataset.actions[dataset.transitions[block]])
-        saturated += int((size > SATURATED).sum())
-        outside += int((size > 1).sum())
-        largest = max(largest, float(size.max()))
-        numbers += size.size
     summary: dict[str, Any] = {
         "task": dataset.spec.task,
         "agents": list(dataset.spec.names),
         "shapes": {
             name: list(getattr(dataset, name).shape)
-            for name in ("observations", "states", "actions", "rewards")
+            for name in ("observations", "states", "actions", "rewards", "action_masks")
+            if getattr(dataset, name) is not None
         },
         "transitions": int(dataset.transitions.size),
         "episodes": int(dataset.episode_start.size),
@@ -42,9 +37,7 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
         "timeouts": int(dataset.timeout.sum()),
         "returns": _distribution(dataset.episode_returns),
         "lengths": _distribution(dataset.episode_length),
-        "share_saturated": saturated / numbers,
-        "share_outside": outside / numbers,
-        "largest_action": largest,
+        **(_bounds(dataset) if dataset.spec.action_kind == "continuous" else _choices(dataset)),
         "digest": dataset.digest,
         "metadata": dict(dataset.metadata),
     }
@@ -55,6 +48,31 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
             if (own := dataset.episode_behaviors == index).any()
         }
     return summary
+
+
+def _bounds(dataset: Dataset) -> dict[str, float]:
+    saturated, outside, largest, numbers = 0, 0, 0.0, 0
+    for block in blocks(dataset.transitions.size):
+        size = np.abs(dataset.actions[dataset.transitions[block]])
+        saturated += int((size > SATURATED).sum())
+        outside += int((size > 1).sum())
+        largest = max(largest, float(size.max()))
+        numbers += size.size
+    return {
+        "share_saturated": saturated / numbers,
+        "share_outside": outside / numbers,
+        "largest_action": largest,
+    }
+
+
+def _choices(dataset: Dataset) -> dict[str, dict[str, list[float]]]:
+    chosen = dataset.actions[dataset.transitions]  # [M, N]
+    return {
+        "action_shares": {
+            agent.name: (np.bincount(chosen[:, i], minlength=agent.action.size) / len(chosen)).tolist()
+            for i, agent in enumerate(dataset.spec.agents)
+        }
+    }
 
 
 def render_table(summary: Mapping[str, Any]) -> Table:
@@ -74,8 +92,13 @@ def render_table(summary: Mapping[str, Any]) -> Table:
     for label, behavior in summary.get("behaviors", {}).items():
         table.add_row(f"  {label}", f"{behavior['episodes']:,} episodes, {_line(behavior['returns'])}")
     table.add_row("episode length", _line(summary["lengths"]))
-    table.add_row(f"|a| > {SATURATED}", f"{summary['share_saturated']:.3%}")
-    table.add_row("|a| > 1", f"{summary['share_outside']:.3%} (largest {summary['largest_action']:.4g})")
+    if "action_shares" in summary:
+        for name, shares in summary["action_shares"].items():
+            chosen = "  ".join(f"{choice}: {share:.1%}" for choice, share in enumerate(shares))
+            table.add_row(f"actions of {name}", chosen)
+    else:
+        table.add_row(f"|a| > {SATURATED}", f"{summary['share_saturated']:.3%}")
+        table.add_row("|a| > 1", f"{summary['share_outside']:.3%} (largest {summary['largest_action']:.4g})")
     table.add_row("digest", summary["digest"])
     for name, value in summary["metadata"].items():
         table.add_row(name, str(value))

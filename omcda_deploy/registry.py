@@ -6,7 +6,8 @@ listing its folder; code outside the tree is found through the entry-point group
 file name and imported only when asked for, so that listing them never imports torch.
 
 A simulator's module defines ``TASKS`` and ``make(task, **options)``, and may define ``PACKAGES``, the distributions
-whose versions a recorded dataset should name. A format's module defines ``SUFFIXES`` and ``read(path, task)``.
+whose versions a recorded dataset should name, and ``behavior_team(task)``, the behaviour policies that its tasks
+are defined with. A format's module defines ``SUFFIXES`` and ``read(path, task)``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.envs import Environment
 from omcda_deploy.errors import DatasetError, UnknownNameError
+from omcda_deploy.policy import TeamPolicy
 from omcda_deploy.spec import TeamSpec
 
 _ENVIRONMENTS = "omcda_deploy.envs"
@@ -52,6 +54,13 @@ def simulator_versions(task: str) -> dict[str, str]:
     """Installed versions of the packages that the task's physics depends on."""
     packages = getattr(_environment(task), "PACKAGES", ())
     return {package: metadata.version(package) for package in packages}
+
+
+def behavior_team(task: str) -> TeamPolicy | None:
+    """The behaviour policies that the task itself comes with, where its simulator defines any."""
+    make = getattr(_environment(task), "behavior_team", None)
+    team: TeamPolicy | None = make(task) if make else None
+    return team
 
 
 def algorithms() -> tuple[str, ...]:

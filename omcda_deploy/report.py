@@ -81,7 +81,7 @@ def evaluation_section(evaluation: Evaluation, heading: str = "Evaluation") -> S
         tiles.insert(1, ("won", _percent(e.won.mean()), f"{int(e.won.sum())} of {e.won.size} episodes"))
     parts = [
         _tiles(tiles),
-        _figure(
+        captioned(
             returns_figure({"episodes": e.returns}), "Returns: every episode, the mean, one standard error."
         ),
         _agent_table(e.divergence, e.agent_latency, {"|a| > 0.999": _percents(e.saturation)}, quantity),
@@ -93,7 +93,7 @@ def evaluation_section(evaluation: Evaluation, heading: str = "Evaluation") -> S
             1 / e.spec.control_rate,
         ),
         _episode_table(e),
-        _provenance(
+        provenance_list(
             {
                 "Task": e.task,
                 "Actions": "sampled" if e.stochastic else "deterministic",
@@ -126,7 +126,7 @@ def replay_section(replay: Replay, heading: str = "Replay") -> Section:
     ]
     parts = [
         _tiles(tiles),
-        _figure(bars_figure(r.agreement, measure), "Agreement with the recorded actions."),
+        captioned(bars_figure(r.agreement, measure), "Agreement with the recorded actions."),
         _agent_table(
             r.divergence,
             r.agent_latency,
@@ -138,7 +138,7 @@ def replay_section(replay: Replay, heading: str = "Replay") -> Section:
         _latency_part(
             r.step_latency, f"One answer of the whole team for {_count(r.batch, 'episode')}.", 1 / r.rate
         ),
-        _provenance(
+        provenance_list(
             {
                 "Task": r.task,
                 "Dataset": r.dataset_digest,
@@ -156,12 +156,12 @@ def replay_section(replay: Replay, heading: str = "Replay") -> Section:
 def comparison_section(rows: Mapping[str, Evaluation | Returns], heading: str = "Comparison") -> Section:
     """Several evaluations in one table and one figure. A row may be bare returns [E], such as a dataset's."""
     header = ["", "mean", "standard error", "min", "max", "episodes", "p50, ms", "p95, ms", "p99, ms"]
-    table = _table(header, [[name, *_comparison_cells(entry)] for name, entry in rows.items()])
+    table = html_table(header, [[name, *_comparison_cells(entry)] for name, entry in rows.items()])
     figure = returns_figure({name: _returns(entry) for name, entry in rows.items()})
     return Section(
         heading,
-        _figure(table, "Returns per episode, and the latency of one answer of the whole team.")
-        + _figure(figure, "Every episode, the mean, one standard error."),
+        captioned(table, "Returns per episode, and the latency of one answer of the whole team.")
+        + captioned(figure, "Every episode, the mean, one standard error."),
     )
 
 
@@ -328,11 +328,13 @@ def _tiles(tiles: Iterable[tuple[str, str, str]]) -> str:
     )
 
 
-def _figure(content: str, caption: str) -> str:
+def captioned(content: str, caption: str) -> str:
+    """HTML of a figure or table with a line of plain text under it."""
     return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """HTML of a table of plain texts; the first cell of a row is its heading."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -361,8 +363,8 @@ def _agent_table(
         ]
         for name, value in divergence.items()
     ]
-    return _figure(
-        _table(header, rows), f"Per agent: {quantity} averaged over all steps, and its 99th percentile."
+    return captioned(
+        html_table(header, rows), f"Per agent: {quantity} averaged over all steps, and its 99th percentile."
     )
 
 
@@ -378,8 +380,8 @@ def _parity_table(replay: Replay) -> str:
             ("distribution parameters", parity.parameters),
         )
     ]
-    return _figure(
-        _table(["output", "largest |difference|"], rows),
+    return captioned(
+        html_table(["output", "largest |difference|"], rows),
         f"Parity with the local bundle {(parity.local_digest or '')[:16]}, asked with the same batches.",
     )
 
@@ -389,11 +391,11 @@ def _divergence_parts(divergence: Mapping[str, Divergence], quantity: str) -> li
     limit = "" if all(value is None for value in budgets.values()) else "; the mark is the budget d"
     panels = divergence_figures({n: v.by_step for n, v in divergence.items()}, budgets, quantity)
     return [
-        _figure(
+        captioned(
             bars_figure({n: v.mean for n, v in divergence.items()}, f"mean {quantity}, nats", budgets),
             f"Divergence from the behavior policy per agent{limit}.",
         ),
-        _figure(
+        captioned(
             f'<div class="panels">{"".join(panels)}</div>',
             f"{quantity} over the episode, mean over the episodes still running at each step.",
         ),
@@ -401,7 +403,7 @@ def _divergence_parts(divergence: Mapping[str, Divergence], quantity: str) -> li
 
 
 def _latency_part(latency: Latency, caption: str, deadline: float) -> str:
-    return _figure(latency_figure(latency.seconds, deadline), caption)
+    return captioned(latency_figure(latency.seconds, deadline), caption)
 
 
 def _episode_table(evaluation: Evaluation) -> str:
@@ -418,7 +420,7 @@ def _episode_table(evaluation: Evaluation) -> str:
         ]
         for k in range(e.returns.size)
     ]
-    return f"<details><summary>All {e.returns.size} episodes</summary>{_table(header, rows)}</details>"
+    return f"<details><summary>All {e.returns.size} episodes</summary>{html_table(header, rows)}</details>"
 
 
 def _origin(
@@ -433,16 +435,19 @@ def _origin(
     }
 
 
-def _provenance(entries: Mapping[str, str]) -> str:
+def provenance_list(entries: Mapping[str, str]) -> str:
+    """HTML of names and plain texts that say where numbers come from."""
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries.items())
     return f'<h3>Provenance</h3><dl class="provenance">{rows}</dl>'
 
 
 _STYLE = """
 :root{color-scheme:light dark;--page:#fff;--text:#1b1f24;--soft:#5b6570;--rule:#dde2e7;--panel:#f6f8fa;
---data:#2364aa;--limit:#b3460f}
+--data:#2364aa;--limit:#b3460f;--s0:#2364aa;--s1:#cf6a16;--s2:#2e8b57;--s3:#b8324f;--s4:#75519a;--s5:#8a6a2c;
+--s6:#158f96;--s7:#c9509a;--s8:#66717d;--s9:#8f9a17}
 @media (prefers-color-scheme:dark){:root{--page:#14181d;--text:#e3e7eb;--soft:#9aa5b1;--rule:#313942;
---panel:#1c2229;--data:#6fb1f2;--limit:#f0a35e}}
+--panel:#1c2229;--data:#6fb1f2;--limit:#f0a35e;--s0:#6fb1f2;--s1:#f0a35e;--s2:#6cc79a;--s3:#f0788f;--s4:#b89be0;
+--s5:#cfae6a;--s6:#57c9cf;--s7:#ee92c8;--s8:#a9b3be;--s9:#c9d356}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--text);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI","Helvetica Neue",Arial,sans-serif}
@@ -472,7 +477,15 @@ svg .whisker{stroke:var(--data);stroke-width:2.5}
 svg .curve{fill:none;stroke:var(--data);stroke-width:1.5;stroke-linejoin:round}
 svg .quantile{stroke:var(--text);stroke-dasharray:2 3}
 svg .limit{stroke:var(--limit);stroke-width:2}
+svg .s0{color:var(--s0)}svg .s1{color:var(--s1)}svg .s2{color:var(--s2)}svg .s3{color:var(--s3)}
+svg .s4{color:var(--s4)}svg .s5{color:var(--s5)}svg .s6{color:var(--s6)}svg .s7{color:var(--s7)}
+svg .s8{color:var(--s8)}svg .s9{color:var(--s9)}svg .pale{opacity:.55}
+svg .filled{fill:currentColor}
+svg .stroked{fill:none;stroke:currentColor;stroke-width:1.75;stroke-linejoin:round}
+svg .run{fill:var(--page);stroke:var(--text);stroke-width:1}
+svg .error{stroke:var(--text);stroke-width:1.5}
 svg .dashed{stroke-width:1.5;stroke-dasharray:6 4}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(24rem,1fr));gap:1rem}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr));gap:1rem}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.9rem}

@@ -2,7 +2,8 @@
 
 ``medium`` and ``expert`` hold one policy each, ``medium-replay`` the checkpoints of the same training run up to
 medium in numbered folders, and ``medium-expert`` is half of each. ``policies/README.md`` says how they were made
-and what they return.
+and what they return. Tasks that are defined with behaviour policies of their own (``toy/…``) have the one tier
+``behavior``.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from omcda_deploy import registry
 from omcda_deploy.bundle import MANIFEST
 from omcda_deploy.errors import UnknownNameError
 
 POLICIES = Path(__file__).parent / "policies"
 TIERS = ("expert", "medium", "medium-replay", "medium-expert")
+BEHAVIOR = "behavior"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,13 @@ class ShippedPolicy:
 def shipped_tasks() -> tuple[str, ...]:
     """Tasks with shipped behaviour policies."""
     return tuple(sorted(str(path.parent.relative_to(POLICIES)) for path in POLICIES.glob("*/*/medium")))
+
+
+def tiers(task: str) -> tuple[str, ...]:
+    """The tiers that datasets of a task can be recorded with; none where it has no behaviour policies."""
+    if registry.behavior_team(task) is not None:
+        return (BEHAVIOR,)
+    return TIERS if task in shipped_tasks() else ()
 
 
 def behavior_policies(task: str, tier: str) -> list[ShippedPolicy]:

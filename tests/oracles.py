@@ -2,7 +2,7 @@
 
 One-step games: ``rewards`` and ``behavior`` [N, K], ``alpha`` [N]. Chains: ``rewards``, ``behavior`` [X, K] and
 ``transitions`` [X, K, X] of one agent with its own alpha. All mixers are one (reward) and the identity
-(divergence), all biases zero.
+(divergence), all biases zero. Actions that behaviour never takes are unavailable: no optimum takes them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def one_step_optima(rewards: ArrayLike, behavior: ArrayLike, alpha: ArrayLike) -
     """The local optima given alpha: a scalar for all agents, or [N]."""
     rewards, behavior = np.asarray(rewards, np.float64), np.asarray(behavior, np.float64)
     alpha = np.broadcast_to(np.asarray(alpha, np.float64), rewards.shape[:1])
-    exponent = np.log(behavior) + rewards / alpha[:, None]
+    exponent = _log(behavior) + rewards / alpha[:, None]
     log_z = _logsumexp(exponent)
     policy = np.exp(exponent - log_z[:, None])
     return LocalOptima(policy, log_z, kl(policy, behavior), (policy * rewards).sum(-1))
@@ -54,6 +54,7 @@ def kl(policy: Table, behavior: Table) -> Table:
 
 def largest_kl(rewards: Table, behavior: Table) -> Table:
     """What KL_i tends to as alpha_i -> 0: -log pi_b(argmax r), [N]. Budgets above it are unattainable."""
+    rewards = np.where(behavior > 0, rewards, -np.inf)
     best = rewards == rewards.max(-1, keepdims=True)
     divergence: Table = -np.log((behavior * best).sum(-1))
     return divergence
@@ -168,12 +169,12 @@ def solve_chain(
     v = np.zeros(len(rewards))
     while True:
         q = rewards + discount * transitions @ v
-        new = alpha * _logsumexp(np.log(behavior) + q / alpha)
+        new = alpha * _logsumexp(_log(behavior) + q / alpha)
         converged = np.abs(new - v).max() <= 1e-13 * max(1.0, np.abs(new).max())
         v = new
         if converged:
             break
-    policy = behavior * np.exp((q - v[:, None]) / alpha)
+    policy = behavior * np.exp(np.where(behavior > 0, q - v[:, None], 0.0) / alpha)
     return evaluate_chain(policy / policy.sum(-1, keepdims=True), rewards, transitions, behavior, discount)
 
 
@@ -240,6 +241,12 @@ def _bisect(divergence: Callable[[float], float], target: float, bounds: tuple[f
         middle = 0.5 * (low + high)
         low, high = (middle, high) if divergence(float(np.exp(middle))) > target else (low, middle)
     return float(np.exp(high))
+
+
+def _log(probabilities: Table) -> Table:
+    with np.errstate(divide="ignore"):
+        logarithms: Table = np.log(probabilities)
+    return logarithms
 
 
 def _logsumexp(values: Table) -> Table:

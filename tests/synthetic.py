@@ -43,7 +43,10 @@ def spec_of(kind: ActionKind) -> TeamSpec:
 
 
 def random_batch(spec: TeamSpec, size: int = 32, seed: int = 0) -> Batch:
-    """Standard normal numbers; a fifth of the transitions are terminal; recorded choices are available ones."""
+    """Standard normal numbers; a fifth of the transitions are terminal, a tenth have no next action.
+
+    Recorded choices are available ones.
+    """
     generator = torch.Generator().manual_seed(seed)
     n, o, a = len(spec.agents), spec.observation_size, spec.action_size
 
@@ -56,15 +59,24 @@ def random_batch(spec: TeamSpec, size: int = 32, seed: int = 0) -> Batch:
         drawn = [(normal(size, n, a) > -0.5) & own for _ in range(2)]
         masks = [torch.cat([own[:, :1] | m[..., :1], m[..., 1:]], -1).to(torch.uint8) for m in drawn]
     mask, next_mask = masks
-    scores = normal(size, n, a)
+
+    def actions(available: torch.Tensor | None) -> torch.Tensor:
+        scores = normal(size, n, a)
+        if available is None:
+            return torch.tanh(scores)
+        return scores.masked_fill(available == 0, -torch.inf).argmax(-1)
+
+    action = actions(mask)
     return Batch(
         observation=normal(size, n, o),
-        action=torch.tanh(scores) if mask is None else scores.masked_fill(mask == 0, -torch.inf).argmax(-1),
+        action=action,
         reward=normal(size),
         not_done=(torch.rand(size, generator=generator) > 0.2).float(),
         state=normal(size, spec.state_size),
         next_observation=normal(size, n, o),
         next_state=normal(size, spec.state_size),
+        next_action=actions(next_mask),
+        next_action_known=(torch.rand(size, generator=generator) > 0.1).float(),
         mask=mask,
         next_mask=next_mask,
     )

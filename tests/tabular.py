@@ -20,8 +20,8 @@ from omcda_deploy.training.networks import IdentityDivergenceMixer, NetworkFacto
 
 
 def quantised(behavior: NDArray[np.float64], parts: int) -> NDArray[np.float64]:
-    """The distribution with probabilities k / parts, all k >= 1, near ``behavior`` [K]."""
-    counts = np.maximum(1, np.floor(behavior * parts)).astype(int)
+    """The distribution with probabilities k / parts near ``behavior`` [K], k >= 1 where it is above 0."""
+    counts = np.maximum(behavior > 0, np.floor(behavior * parts)).astype(int)
     while counts.sum() > parts:
         counts[counts.argmax()] -= 1
     while counts.sum() < parts:
@@ -42,13 +42,24 @@ def rational(game: Game, parts: int) -> Game:
 
 
 def exact_batch(game: Game) -> Batch:
-    """A batch whose means are the game's expectations under behaviour; see :func:`rational`."""
+    """A batch whose means are the game's expectations under behaviour; see :func:`rational`.
+
+    Next actions are drawn from behaviour, one per row: means over them are sampled, not exact.
+    """
     rows = transitions(game)
     counts = rows.weights / rows.weights.min()
     whole = np.rint(counts).astype(int)
     assert np.allclose(counts, whole, rtol=1e-6), "the game's probabilities have no small common denominator"
     rows = rows.take(np.repeat(np.arange(len(rows)), whole))
-    mask = torch.from_numpy(rows.action_masks)
+    draw = np.random.default_rng(0).random((len(rows), len(game.chains), 1))
+    successors = rows.next_observations.argmax(-1)
+    next_action = np.stack(
+        [
+            (c.behavior.cumsum(-1)[successors[:, i], :-1] < draw[:, i]).sum(-1)
+            for i, c in enumerate(game.chains)
+        ],
+        axis=1,
+    )
     return Batch(
         observation=torch.from_numpy(rows.observations),
         action=torch.from_numpy(rows.actions),
@@ -57,8 +68,10 @@ def exact_batch(game: Game) -> Batch:
         state=torch.from_numpy(rows.states),
         next_observation=torch.from_numpy(rows.next_observations),
         next_state=torch.from_numpy(rows.next_states),
-        mask=mask,
-        next_mask=mask,
+        next_action=torch.from_numpy(next_action),
+        next_action_known=torch.ones(len(rows)),
+        mask=torch.from_numpy(rows.action_masks),
+        next_mask=torch.from_numpy(rows.next_action_masks),
     )
 
 
@@ -67,7 +80,8 @@ class ActorTable(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(agents, states, actions))
 
-    def forward(self, observation: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
+        assert agent is None  # tables are never exported
         return masked_log_softmax(torch.einsum("bnx,nxk->bnk", observation, self.logits), mask)
 
 
@@ -78,6 +92,10 @@ class QTable(nn.Module):
 
     def values(self, observation: Tensor) -> Tensor:
         return torch.einsum("bnx,nxk->bnk", observation, self.table)
+
+    def scores(self, observation: Tensor, agent: int | None = None) -> Tensor:
+        assert agent is None  # tables are never exported
+        return self.values(observation)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         return self.values(observation).gather(-1, action.unsqueeze(-1)).squeeze(-1)
@@ -138,7 +156,9 @@ def behavior_table(game: Game) -> ActorTable:
     with torch.no_grad():
         for i, chain in enumerate(game.chains):
             states, actions = chain.behavior.shape
-            table.logits[i, :states, :actions] = torch.from_numpy(np.log(chain.behavior)).float()
+            table.logits[i, :states, :actions] = torch.from_numpy(
+                np.log(np.where(chain.available, chain.behavior, 1.0))
+            ).float()
     return table
 
 
@@ -148,8 +168,9 @@ def policy_table(actor: nn.Module, game: Game) -> list[NDArray[np.float64]]:
     n, x, k = len(spec.agents), spec.observation_size, spec.action_size
     observation = torch.eye(x)[:, None, :].expand(x, n, x)
     mask = torch.zeros(x, n, k, dtype=torch.uint8)
-    for i, agent in enumerate(spec.agents):
-        mask[:, i, : agent.action.size] = 1
+    for i, chain in enumerate(game.chains):
+        states, actions = chain.available.shape
+        mask[:states, i, :actions] = torch.from_numpy(chain.available)
     with torch.no_grad():
         probabilities = actor(observation, mask).exp().double().numpy()
     return [probabilities[: c.rewards.shape[0], i, : c.rewards.shape[1]] for i, c in enumerate(game.chains)]

@@ -250,7 +250,9 @@ def test_each_loss_moves_only_what_it_is_for() -> None:
     for loss, expected in moved.items():
         critic.online.zero_grad(set_to_none=True)
         losses[loss].backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        touched = {name for name in names if any(p.grad is not None for p in getattr(critic, name).parameters())}
+        touched = {
+            name for name in names if any(p.grad is not None for p in getattr(critic, name).parameters())
+        }
         assert touched == expected, loss
     assert all(p.grad is None for p in critic.target.parameters())
 
@@ -316,6 +318,15 @@ def test_the_dual_waits_for_the_reward_critic_or_the_end_of_the_warm_up() -> Non
         moved = not torch.allclose(step["alpha"], initial, rtol=1e-6)
         assert moved == (index >= 20)
         assert ("loss/dual" in step) == (index >= 20)
+
+
+def test_a_dual_once_started_stays_on_after_resuming() -> None:
+    algorithm, resumed = (learner(settled=0.0, warmup=1.0) for _ in range(2))
+    batch = random_batch(SPEC)
+    assert "loss/dual" not in algorithm.update(batch)
+    algorithm.dual_active = True  # as a critic that was settled for a while leaves it
+    resumed.load_state_dict(algorithm.state_dict())
+    assert "loss/dual" in resumed.update(batch)
 
 
 @pytest.mark.parametrize("agents", [2, 3, 8])

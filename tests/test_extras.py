@@ -59,7 +59,8 @@ class Import:
         for package, distribution in DISTRIBUTIONS.items():
             if self.module.startswith(package):
                 return distribution
-        (distribution,) = set(distributions()[self.module.partition(".")[0]])
+        package = self.module.partition(".")[0]
+        (distribution,) = set(distributions().get(package, [package]))
         return canonicalize_name(distribution)
 
 

@@ -122,16 +122,23 @@ def expected_losses(
     return losses, z, float(np.mean(np.abs(free) > z_max))
 
 
-def test_each_loss_moves_only_what_it_is_for() -> None:
+def test_each_loss_moves_only_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """All losses are descended at once, which is right only while they share no parameter."""
-    algorithm = make_learner("omiga", continuous_spec(), {"lr": 0.0})
+    algorithm = make_learner("omiga", continuous_spec())
     assert isinstance(algorithm, Algorithm)
+    losses: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(algorithm._learner, "descend", losses.update)
     algorithm.update(random_batch(continuous_spec()))
-    o = random_batch(continuous_spec()).observation
-    v = algorithm.v(o)
-    loss = value_loss(0.1 * (torch.zeros_like(v) - v), 0.1 * v)
-    algorithm.online.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert all(p.grad is not None for p in algorithm.v.parameters())
-    assert all(p.grad is None for net in (algorithm.q, algorithm.mixer) for p in net.parameters())
-    assert all(p.grad is None for p in algorithm.target.parameters())
+    networks = {
+        name: getattr(algorithm, name) for name in ("policy", "q", "v", "mixer", "target", "behavior")
+    }
+    expected = {"policy": {"policy"}, "critic": {"q", "mixer"}, "value": {"v"}}
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        for network in networks.values():
+            network.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        moved = {
+            key for key, network in networks.items() if any(p.grad is not None for p in network.parameters())
+        }
+        assert moved == expected[name], name

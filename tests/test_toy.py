@@ -258,6 +258,48 @@ def test_padding_of_agents_of_different_sizes() -> None:
     assert (batch.observations.sum(-1) == 1).all()
 
 
+def test_masked_oracle_never_leaves_the_available_actions() -> None:
+    game = toy.game("toy/masked")
+    assert isinstance(game, toy.ChainGame)
+    discount = game.gamma * (1 - game.stop)
+    for chain, alpha, best in zip(game.chains, ALPHA, _solve(game, ALPHA), strict=True):
+        assert not chain.available.all()
+        assert (best.policy[~chain.available] == 0).all()
+        np.testing.assert_allclose(best.policy.sum(-1), 1.0)
+        # the same chain with an enormous fine instead of a mask
+        rewards = np.where(chain.available, chain.rewards, -1e4)
+        behavior = np.where(chain.available, chain.behavior, 1e-12)
+        fined = oracles.solve_chain(rewards, chain.transitions, behavior, alpha, discount)
+        np.testing.assert_allclose(best.policy, fined.policy, atol=1e-9)
+        np.testing.assert_allclose(best.v_r, fined.v_r, atol=1e-6)
+        np.testing.assert_allclose(best.kl, fined.kl, atol=1e-6)
+    assert oracles.largest_kl(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0]])).tolist() == [0.0]
+
+
+def test_masks_of_a_row_and_the_next_follow_the_states() -> None:
+    game = toy.game("toy/masked")
+    batch = toy.transitions(game)
+    assert batch.weights.sum() == pytest.approx(1.0)
+    for i, chain in enumerate(game.chains):
+        state = batch.observations[:, i].argmax(-1)
+        successor = batch.next_observations[:, i].argmax(-1)
+        np.testing.assert_array_equal(batch.action_masks[:, i], chain.available[state])
+        np.testing.assert_array_equal(batch.next_action_masks[:, i], chain.available[successor])
+    assert np.take_along_axis(batch.action_masks, batch.actions[..., None], -1).all()
+    assert (batch.action_masks != batch.next_action_masks).any()
+
+
+def test_masks_are_drawn_as_asked() -> None:
+    assert all(chain.available.all() for chain in toy.chain_game(0).chains)
+    none = toy.chain_game(0, masked=1.0).chains
+    assert all((chain.available.sum(-1) == 1).all() for chain in none)  # one is left
+    many = [c.available for seed in range(60) for c in toy.chain_game(seed, actions=6, masked=0.3).chains]
+    kept = np.concatenate(many).mean()
+    assert kept == pytest.approx(1 - 0.3 * 5 / 6, abs=5 * np.sqrt(0.25 / (len(many) * 24)))
+    with pytest.raises(ConfigError, match="masked"):
+        toy.chain_game(0, masked=1.1)
+
+
 def test_samples_follow_the_weights() -> None:
     batch = toy.transitions(toy.one_step_game(0))
     dataset = batch.sample(20_000, seed=1)
@@ -384,6 +426,64 @@ def test_returns_of_an_optimum_match_its_values() -> None:
             over = terminations["agent_0"] or truncations["agent_0"]
         returns.append(total)
     assert np.mean(returns) == pytest.approx(exact, abs=4 * np.std(returns) / np.sqrt(len(returns)))
+
+
+def test_masked_environment_says_what_is_available_and_refuses_the_rest() -> None:
+    environment = toy.make("toy/masked")
+    chains = environment.game.chains
+    rng = np.random.default_rng(0)
+    refused, lengths, age = 0, [], 0
+    observations, infos = environment.reset(seed=0)
+    for _ in range(600):
+        actions = {}
+        for chain, (name, values) in zip(chains, observations.items(), strict=True):
+            mask = infos[name]["action_mask"]
+            assert mask.dtype == np.uint8
+            np.testing.assert_array_equal(mask, chain.available[values.argmax()])
+            actions[name] = int(rng.choice(np.flatnonzero(mask)))
+        for name in actions:
+            for choice in np.flatnonzero(infos[name]["action_mask"] == 0).tolist():
+                before = environment.state()
+                allowed = np.flatnonzero(infos[name]["action_mask"]).tolist()
+                with pytest.raises(ContractError) as error:
+                    environment.step({**actions, name: choice})
+                message = f"action of {name}: expected one of the available {allowed}, got {choice}"
+                assert str(error.value) == message
+                np.testing.assert_array_equal(environment.state(), before)
+                refused += 1
+        observations, _, terminations, truncations, infos = environment.step(actions)
+        age += 1
+        if terminations["agent_0"] or truncations["agent_0"]:
+            lengths.append(age)
+            observations, infos = environment.reset()
+            age = 0
+    assert refused > 100
+    assert 4 < np.mean(lengths) < 20
+
+
+def test_masked_behaviour_plays_only_what_is_available() -> None:
+    team = toy.behavior_team("toy/masked")
+    noise = NoiseSource(team.spec, seed=0).draw(3000)
+    states = {name: np.tile(np.eye(3, dtype=np.float32), (1000, 1)) for name in team.spec.names}
+    for chain, decision in zip(
+        toy.game("toy/masked").chains, team.act(states, noise=noise).values(), strict=True
+    ):
+        assert chain.available[np.arange(3000) % 3, decision.action].all()
+        np.testing.assert_allclose(decision.divergence, 0.0, atol=1e-6)
+    greedy = [np.eye(4)[chain.behavior.argmax(-1)] for chain in toy.game("toy/masked").chains]
+    for table, chain, decision in zip(
+        greedy,
+        toy.game("toy/masked").chains,
+        toy.TabularPolicies("toy/masked", greedy).act(states).values(),
+        strict=True,
+    ):
+        expected = -np.log((table * chain.behavior).sum(-1))
+        np.testing.assert_allclose(decision.divergence[:3], expected, rtol=1e-5)
+    forbidden = [np.where(chain.available, 0.0, 1.0) for chain in toy.game("toy/masked").chains]
+    with pytest.raises(
+        ContractError, match=r"policy of agent 0 in state .: expected probabilities of the avail"
+    ):
+        toy.TabularPolicies("toy/masked", forbidden)
 
 
 @pytest.mark.parametrize(

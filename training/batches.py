@@ -30,8 +30,13 @@ class Batch:
     state: Tensor  # [B, S]
     next_observation: Tensor  # [B, N, O]
     next_state: Tensor  # [B, S]
+    next_action: Tensor  # as action: what was done in the next row
+    next_action_known: Tensor  # [B], 0 where the next row is its episode's last, in which nobody acted
     mask: Tensor | None = None  # uint8 [B, N, A], discrete tasks
     next_mask: Tensor | None = None
+    # First rows of B episodes, each as likely as another; None: every row counts as one.
+    initial_observation: Tensor | None = None  # [B, N, O]
+    initial_state: Tensor | None = None  # [B, S]
 
 
 class TransitionSampler:
@@ -53,12 +58,14 @@ class TransitionSampler:
         """``subset``: positions in ``dataset.transitions`` to draw from; all when None."""
         rows = np.asarray(dataset.transitions, np.int64)
         done = dataset.done(time_limit_is_terminal)
+        followed = np.append(rows[1:] == rows[:-1] + 1, False)  # the next row is a transition's too
         if subset is not None:
-            rows, done = rows[subset], done[subset]
+            rows, done, followed = rows[subset], done[subset], followed[subset]
         if len(rows) < 1:
             raise DatasetError("the dataset holds no transition: expected at least one episode of two rows")
         self._rows, self._seed, self._batch_size = rows, seed, batch_size
         self._done = torch.from_numpy(done.astype(np.float32)).to(device)
+        self._followed = torch.from_numpy(followed.astype(np.float32)).to(device)
         self._observations = torch.from_numpy(dataset.observations).to(device)
         shared = np.shares_memory(dataset.states, dataset.observations)
         self._states = (
@@ -70,6 +77,8 @@ class TransitionSampler:
         self._rewards = torch.from_numpy(dataset.rewards).to(device)
         masks = dataset.action_masks
         self._masks = None if masks is None else torch.from_numpy(masks).to(device)
+        starts = dataset.episode_start if len(dataset.episode_start) else rows[:1]
+        self._starts = np.asarray(starts, np.int64)
         self._device = device
         self._block: tuple[int, NDArray[np.int64]] = (-1, np.empty((0, 0), np.int64))
 
@@ -87,14 +96,21 @@ class TransitionSampler:
         """The transitions at the given positions."""
         rows = torch.from_numpy(self._rows[positions]).to(self._device)
         following = rows + 1
+        chosen = torch.from_numpy(positions).to(self._device)
+        # The remainder of a uniform position is uniform: no draw of its own that would shift the others.
+        initial = torch.from_numpy(self._starts[positions % len(self._starts)]).to(self._device)
         return Batch(
             observation=self._observations[rows],
             action=self._actions[rows],
             reward=self._rewards[rows],
-            not_done=1.0 - self._done[torch.from_numpy(positions).to(self._device)],
+            not_done=1.0 - self._done[chosen],
             state=self._states[rows],
             next_observation=self._observations[following],
             next_state=self._states[following],
+            next_action=self._actions[following],
+            next_action_known=self._followed[chosen],
             mask=None if self._masks is None else self._masks[rows],
             next_mask=None if self._masks is None else self._masks[following],
+            initial_observation=self._observations[initial],
+            initial_state=self._states[initial],
         )

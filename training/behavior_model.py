@@ -119,7 +119,7 @@ def fit(
             if progress:
                 progress(step, config.steps, current)
     model.load_state_dict(best_state)
-    report = {"held_out_nll": best, "best_step": best_step, "steps": step, **dataclasses.asdict(config)}
+    report = {"held_out_nll": best, "best_step": best_step, "last_step": step, **dataclasses.asdict(config)}
     log.info("behaviour model: held-out NLL %.3f nats at step %d of %d", best, best_step, step)
     return model, report
 

@@ -135,17 +135,22 @@ def random_batch(spec: TeamSpec, batch_size: int, seed: int) -> Batch:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
+    def actions() -> torch.Tensor:
+        if discrete:
+            return torch.randint(a, (batch_size, n), generator=generator)
+        return torch.tanh(normal(batch_size, n, a))
+
     mask = torch.ones(batch_size, n, a, dtype=torch.uint8) if discrete else None
     return Batch(
         observation=normal(batch_size, n, o),
-        action=torch.randint(a, (batch_size, n), generator=generator)
-        if discrete
-        else torch.tanh(normal(batch_size, n, a)),
+        action=actions(),
         reward=normal(batch_size),
         not_done=torch.ones(batch_size),
         state=normal(batch_size, spec.state_size),
         next_observation=normal(batch_size, n, o),
         next_state=normal(batch_size, spec.state_size),
+        next_action=actions(),
+        next_action_known=torch.ones(batch_size),
         mask=mask,
         next_mask=mask,
     )

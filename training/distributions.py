@@ -22,6 +22,12 @@ class TanhGaussian:
         """Actions [B, N, A] in [-1, 1] -> [B, N]."""
         return tanh_gaussian_log_prob(action, self.mean, self.log_std)
 
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Reparameterised actions [K, B, N, A], ``count`` per state."""
+        shape = (count, *self.mean.shape)
+        noise = torch.randn(shape, generator=generator, device=self.mean.device)
+        return torch.tanh(self.mean + self.log_std.exp() * noise)
+
     def kl(self, other: TanhGaussian) -> Tensor:
         """``KL(self || other)`` [B, N], nats, closed form."""
         return gaussian_kl(self.mean, self.log_std, other.mean, other.log_std)

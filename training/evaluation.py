@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,10 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from omcda_deploy.errors import OmcdaError
 from omcda_deploy.evaluate import evaluate
 from omcda_deploy.policy import Decision, Float
 from omcda_deploy.training.distributions import TanhGaussian, divergence, policy_of
 from omcda_deploy.training.run_folder import read_config, read_snapshot
+
+log = logging.getLogger(__name__)
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -79,8 +83,9 @@ class Evaluator:
             self._running.append(subprocess.Popen(command, preexec_fn=lambda: os.nice(10)))
 
     def wait(self) -> None:
-        for process in self._running:
-            process.wait()
+        failed = sum(process.wait() != 0 for process in self._running)
+        if failed:
+            log.warning("%d of %d evaluations failed; their own messages say why", failed, len(self._running))
 
 
 def main() -> None:
@@ -93,8 +98,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    team = SnapshotTeam(arguments.run, arguments.step)
-    result = evaluate(team, team.spec.task, episodes=arguments.episodes, seed=arguments.seed)
+    try:
+        team = SnapshotTeam(arguments.run, arguments.step)
+        result = evaluate(team, team.spec.task, episodes=arguments.episodes, seed=arguments.seed)
+    except OmcdaError as error:
+        sys.exit(f"error: evaluation of step {arguments.step}: {error}")
     line = {
         "step": arguments.step,
         "mean": result.mean,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -105,11 +105,16 @@ def train(
         raise ConfigError(
             f"{out} exists already: choose another --out, or continue it with  train --resume {out}"
         )
-    if steps < 1 or log_every < 1 or checkpoint_every % log_every or snapshot_every % log_every:
-        raise ConfigError(
-            f"expected steps >= 1 and checkpoint_every, snapshot_every to be multiples of log_every, got steps "
-            f"{steps}, log_every {log_every}, checkpoint_every {checkpoint_every}, snapshot_every {snapshot_every}"
-        )
+    for name, value in (("steps", steps), ("log_every", log_every), ("threads", threads)):
+        if value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
+    for name, value in (("checkpoint_every", checkpoint_every), ("snapshot_every", snapshot_every)):
+        if value < 1 or value % log_every:
+            raise ConfigError(
+                f"{name}: expected a multiple of {log_every}, as metrics are logged, got {value}"
+            )
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed: expected 0 to {2**32 - 1}, got {seed}")
     module = load_algorithm(algorithm)
     if dataset.spec.action_kind not in module.ACTIONS:
         raise ContractError(
@@ -125,12 +130,13 @@ def train(
             f"expected behavior hidden {config.hidden} as the algorithm's, got {behavior.hidden}"
         )
     model, report = behavior_model(dataset, behavior, device=device, progress=on_behavior)
-    out.mkdir(parents=True)
-    try:
-        (out / POLICIES).mkdir()
-        save_state(out / BEHAVIOR, {"model": model.state_dict(), **_parity_rows(dataset)})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        run = Path(scratch) / out.name  # the scratch folder itself is private to this user
+        (run / POLICIES).mkdir(parents=True)
+        save_state(run / BEHAVIOR, {"model": model.state_dict(), **_parity_rows(dataset)})
         write_config(
-            out,
+            run,
             RunConfig(
                 algorithm=algorithm,
                 settings=dataclasses.asdict(config),
@@ -149,9 +155,7 @@ def train(
                 versions=versions(),
             ),
         )
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+        run.rename(out)
     resume(dataset, out, on_log=on_log, on_snapshot=on_snapshot)
 
 
@@ -168,7 +172,7 @@ def resume(
     _use_device(config.device, config.threads)
     learner = make_algorithm(config, _behavior(run, config))
     if (run / RESUME).is_file():
-        learner.load_state_dict(load_state(run / RESUME, config.device))
+        learner.load_state_dict(load_state(run / RESUME))
         log.info("%s: resumed at step %d", run, learner.step)
     sampler = TransitionSampler(
         dataset,

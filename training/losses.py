@@ -18,8 +18,12 @@ _HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
 def atanh_action(action: Tensor) -> tuple[Tensor, Tensor]:
     """``a -> (u, log|da/du|)``: the Gaussian variable under the tanh, and the summed log-Jacobian [...]."""
     u = torch.atanh(action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
-    jacobian = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
-    return u, jacobian.sum(-1)
+    return u, tanh_log_jacobian(u)
+
+
+def tanh_log_jacobian(u: Tensor) -> Tensor:
+    """``log|d tanh(u)/du|`` summed over the last axis."""
+    return (2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))).sum(-1)
 
 
 def gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from omcda_deploy.training.losses import mix
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 MEAN_LIMIT = 9.0
+TIE = 1e-5  # relative: values of float32 networks nearer than this may change order in another runtime
 
 
 class AgentMLP(nn.Module):
@@ -41,6 +42,18 @@ class AgentMLP(nn.Module):
         identity = self.identity if agent is None else self.identity[agent : agent + 1]
         # In place where autograd allows it: these layers are bound by memory traffic, not by arithmetic.
         hidden = self.first(x).add_(identity).relu_()
+        output: Tensor = self.last(self.second(hidden).relu_())
+        return output
+
+    def branch(self, x: Tensor, branches: Tensor, width: int, agent: int | None = None) -> Tensor:
+        """The network on ``[x, branch]`` for many branches; x's part of the (linear) first layer is done once.
+
+        ``x`` [B, k, I - width], ``branches`` [K, B, k, width] or broadcastable to it -> [K, B, k, outputs].
+        """
+        identity = self.identity if agent is None else self.identity[agent : agent + 1]
+        known = self.first.in_features - width
+        trunk = F.linear(x, self.first.weight[:, :known], self.first.bias) + identity
+        hidden = (F.linear(branches, self.first.weight[:, known:]) + trunk).relu_()
         output: Tensor = self.last(self.second(hidden).relu_())
         return output
 
@@ -76,12 +89,17 @@ class ContinuousQ(nn.Module):
 
     def __init__(self, observation: int, action: int, agents: int, hidden: int = 256) -> None:
         super().__init__()
+        self.action = action
         self.mlp = AgentMLP(observation + action, 1, agents, hidden)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """``[B, N, O], [B, N, A] -> [B, N]``."""
         values: Tensor = self.mlp(torch.cat((observation, action), -1))
         return values.squeeze(-1)
+
+    def candidates(self, observation: Tensor, actions: Tensor, agent: int | None = None) -> Tensor:
+        """``[B, k, O]``, K actions per state [K, B, k, A] -> [K, B, k]; ``agent`` as in :class:`AgentMLP`."""
+        return self.mlp.branch(observation, actions, self.action, agent).squeeze(-1)
 
 
 class DiscreteQ(nn.Module):
@@ -191,6 +209,13 @@ class GreedyActor(nn.Module):
         scores = masked_log_softmax(self.q.scores(observation, agent), mask)
         lowest = torch.full_like(scores, torch.finfo(scores.dtype).min)
         return lowest.scatter(-1, scores.argmax(-1, keepdim=True), 0.0)
+
+    def as_good(self, observation: Tensor, mask: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
+        """Whether ``action`` int64 [B, k] is the best up to rounding, bool [B, k]; export's check asks."""
+        q = self.q.scores(observation, agent)
+        scores = masked_log_softmax(q, mask)
+        behind = scores.amax(-1) - scores.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return behind <= TIE * (1.0 + q.abs().amax(-1))
 
 
 class DivergenceMixer(nn.Module):

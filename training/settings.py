@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,8 +16,9 @@ def require(config: Any, **ranges: tuple[float, float]) -> None:
     """Raise :class:`ConfigError` unless each named field lies in its closed range."""
     for field, (low, high) in ranges.items():
         value = getattr(config, field)
-        if not low <= value <= high:
-            raise ConfigError(f"{type(config).__name__}.{field}: expected {low:g} to {high:g}, got {value!r}")
+        if not (low <= value <= high and math.isfinite(value)):
+            expected = f"{low:g} to {high:g}" if math.isfinite(high) else f"a finite number from {low:g} on"
+            raise ConfigError(f"{_owner(type(config))}.{field}: expected {expected}, got {value!r}")
 
 
 def require_choice(config: Any, **choices: Sequence[str]) -> None:
@@ -25,7 +27,7 @@ def require_choice(config: Any, **choices: Sequence[str]) -> None:
         value = getattr(config, field)
         if value not in allowed:
             raise ConfigError(
-                f"{type(config).__name__}.{field}: expected one of {', '.join(allowed)}, got {value!r}"
+                f"{_owner(type(config))}.{field}: expected one of {', '.join(allowed)}, got {value!r}"
             )
 
 
@@ -40,9 +42,14 @@ def build(kind: type[C], values: Mapping[str, Any]) -> C:
     parsed = {}
     for name, value in values.items():
         if name not in fields:
-            raise UnknownNameError(f"setting of {kind.__name__}", name, fields)
-        parsed[name] = _parse(kind.__name__, name, types[name], value)
+            raise UnknownNameError(f"setting of {_owner(kind)}", name, fields)
+        parsed[name] = _parse(_owner(kind), name, types[name], value)
     return kind(**parsed)
+
+
+def _owner(kind: type[Any]) -> str:
+    """What a user calls it: the algorithm for its ``Config``, else the class."""
+    return kind.__module__.rpartition(".")[2] if kind.__name__ == "Config" else kind.__name__
 
 
 def _parse(owner: str, name: str, kind: Any, value: Any) -> Any:
@@ -53,9 +60,12 @@ def _parse(owner: str, name: str, kind: Any, value: Any) -> Any:
             return str(value).lower() == "true"
     elif kind in (int, float):
         try:
-            return kind(value)
-        except (TypeError, ValueError):
+            parsed = kind(value)
+        except (TypeError, ValueError, OverflowError):
             pass
+        else:
+            if isinstance(value, str) or parsed == value:  # int() would cut 8.5 to 8
+                return parsed
     elif kind is str:
         return str(value)
     raise ConfigError(f"{owner}.{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")

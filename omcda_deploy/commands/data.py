@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from omcda_deploy.commands import console, progress_bar
 
+if TYPE_CHECKING:
+    from omcda_deploy.collect import Source
+
 inspect_app = typer.Typer(help="Look at a dataset or a bundle.", no_args_is_help=True)
 
 
 def tasks() -> None:
-    """List the tasks, and those that datasets can be recorded on with shipped policies."""
+    """List the tasks, and the tiers of behaviour policies that datasets can be recorded with."""
     from omcda_deploy import registry
-    from omcda_deploy.shipped import shipped_tasks
+    from omcda_deploy.shipped import tiers
 
-    shipped = shipped_tasks()
     for task in registry.tasks():
-        console.print(task + ("  (behaviour policies shipped)" if task in shipped else ""), highlight=False)
+        known = ", ".join(tiers(task))
+        line = f"{task}  (behaviour policies: {known})" if known else task
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def collect(
     task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
     out: Annotated[Path, typer.Option(help="HDF5 file to write.")],
-    tier: Annotated[str, typer.Option(help="expert, medium, medium-replay or medium-expert.")] = "medium",
+    tier: Annotated[
+        str, typer.Option(help="expert, medium, medium-replay or medium-expert; behavior for toy/….")
+    ] = "medium",
     bundle: Annotated[
         Path | None, typer.Option(help="Record this bundle's policy instead of a tier.")
     ] = None,
@@ -36,19 +42,16 @@ def collect(
     workers: Annotated[int, typer.Option(help="Processes that step them; 0 for none.")] = 2,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Record mean actions.")] = False,
 ) -> None:
-    """Record a dataset in OMIGA's HDF5 format with the shipped behaviour policies, acting stochastically."""
+    """Record a dataset in OMIGA's HDF5 format with the task's behaviour policies, acting stochastically."""
     from omcda_deploy import registry
-    from omcda_deploy.collect import Source, collect_mixture
+    from omcda_deploy.collect import collect_mixture
     from omcda_deploy.errors import DatasetError, UnknownNameError
-    from omcda_deploy.local import JointTeam
-    from omcda_deploy.shipped import ShippedPolicy, behavior_policies
 
     if out.exists():
         raise DatasetError(f"{out} exists already: choose another --out, or remove it first")
     if task not in registry.tasks():
         raise UnknownNameError("task", task, registry.tasks())
-    policies = [ShippedPolicy(str(bundle), bundle, 1.0)] if bundle else behavior_policies(task, tier)
-    sources = [Source(policy.label, JointTeam(policy.bundle), policy.share) for policy in policies]
+    sources = _sources(task, tier, bundle)
     with progress_bar(f"recording {task}") as report:
         summary = collect_mixture(
             task,
@@ -65,13 +68,32 @@ def collect(
     console.print_json(json.dumps(summary))
 
 
+def _sources(task: str, tier: str, bundle: Path | None) -> list[Source]:
+    from omcda_deploy import registry
+    from omcda_deploy.collect import Source
+    from omcda_deploy.errors import UnknownNameError
+    from omcda_deploy.local import JointTeam
+    from omcda_deploy.shipped import behavior_policies, tiers
+
+    if bundle is not None:
+        return [Source(str(bundle), JointTeam(bundle), 1.0)]
+    if (known := tiers(task)) and tier not in known:
+        raise UnknownNameError(f"tier of {task}", tier, known)
+    if (own := registry.behavior_team(task)) is not None:
+        return [Source(tier, own, 1.0)]
+    return [
+        Source(policy.label, JointTeam(policy.bundle), policy.share)
+        for policy in behavior_policies(task, tier)
+    ]
+
+
 @inspect_app.command("dataset")
 def inspect_dataset(
     file: Annotated[Path, typer.Argument(help="A dataset file.")],
     task: Annotated[str | None, typer.Option(help="Its task, for a file that does not say.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print shapes, episodes, returns, saturated actions and digest of a dataset."""
+    """Print shapes, episodes, returns, actions and digest of a dataset."""
     from omcda_deploy.inspect_dataset import render_table, summarize
     from omcda_deploy.registry import read_dataset
 

@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The contents of a sweep file."""
+    """The contents of a sweep file. Raises :class:`ConfigError` for an entry of another type."""
 
     datasets: list[str]
     algorithms: list[str]
@@ -61,6 +61,43 @@ class Sweep:
     snapshot_every: int = 5000
     grid: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for entry, kind, example in (
+            ("datasets", str, '["data/halfcheetah-medium.hdf5"]'),
+            ("algorithms", str, '["bc", "omcda"]'),
+            ("seeds", int, "[0, 1, 2]"),
+        ):
+            value = getattr(self, entry)
+            if not _is_list(value, kind):
+                raise ConfigError(f"{entry}: expected a list such as {example}, got {value!r}")
+        for entry in ("steps", "snapshot_every"):
+            value = getattr(self, entry)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{entry}: expected a whole number from 1 on, got {value!r}")
+        if not isinstance(self.grid, dict):
+            raise ConfigError(f"grid: expected tables such as [grid.omcda], got {self.grid!r}")
+        for algorithm, settings in self.grid.items():
+            if algorithm not in self.algorithms:
+                raise UnknownNameError("algorithm of [grid]", algorithm, self.algorithms)
+            if not isinstance(settings, dict):
+                raise ConfigError(f"grid.{algorithm}: expected a table [grid.{algorithm}], got {settings!r}")
+            for name, values in settings.items():
+                if not _is_list(values, object):
+                    raise ConfigError(
+                        f"grid.{algorithm}.{name}: expected a list of values such as [0.3, 1.2], got {values!r}"
+                    )
+
+
+def _is_list(value: object, kind: type) -> bool:
+    """Whether ``value`` is a list with entries, all of ``kind``; true and false are no numbers."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(entry, kind) and (kind is object or not isinstance(entry, bool)) for entry in value
+        )
+    )
+
 
 def read_sweep(path: Path) -> Sweep:
     """Raises :class:`ConfigError` for a file that is missing, no TOML or no sweep."""
@@ -68,24 +105,27 @@ def read_sweep(path: Path) -> Sweep:
         raise ConfigError(f"{path} does not exist: expected a sweep file (TOML)")
     try:
         values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also bytes that are no text
         raise ConfigError(f"{path} is not TOML: {error}") from error
     known = set(Sweep.__dataclass_fields__)
     for name in values:
         if name not in known:
             raise UnknownNameError(f"entry of {path}", name, known)
+    for name in ("datasets", "algorithms", "seeds", "steps"):
+        if name not in values:
+            raise ConfigError(f"{path}: expected datasets, algorithms, seeds and steps, {name} is missing")
     try:
-        sweep = Sweep(**values)
-    except TypeError as error:
-        raise ConfigError(f"{path}: expected datasets, algorithms, seeds and steps ({error})") from error
-    for name in sweep.grid:
-        if name not in sweep.algorithms:
-            raise UnknownNameError(f"algorithm of [grid] in {path}", name, sweep.algorithms)
-    return sweep
+        return Sweep(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def jobs_of(sweep: Sweep, out: Path) -> list[Job]:
-    """All runs of a sweep, seeds outermost, so that every algorithm has its first seed early."""
+    """All runs of a sweep, seeds outermost, so that every algorithm has its first seed early.
+
+    Raises :class:`UnknownNameError` and :class:`ConfigError` for algorithms, settings and datasets that cannot be
+    trained, and where two runs would share a folder.
+    """
     from omcda_deploy.registry import load_algorithm
     from omcda_deploy.training.settings import build
 
@@ -101,6 +141,13 @@ def jobs_of(sweep: Sweep, out: Path) -> list[Job]:
     for dataset in sweep.datasets:
         if not Path(dataset).is_file():
             raise ConfigError(f"{dataset} does not exist: record it with  omcda-deploy collect")
+    runs: dict[Path, Job] = {}
+    for job in made:
+        if (other := runs.setdefault(job.run, job)) is not job:
+            raise ConfigError(
+                f"two runs of the sweep share the folder {job.run}, of {other.dataset} and {job.dataset}: "
+                "list nothing twice, and give datasets file names of their own"
+            )
     return made
 
 
@@ -109,9 +156,15 @@ def run_job(job: Job) -> None:
 
     Raises :class:`OmcdaError` when training fails; its output is in ``<run>.log``.
     """
+    from omcda_deploy.training.run_folder import read_config
+
     if job.finished:
         return
     if (job.run / "config.json").exists():
+        if (steps := read_config(job.run).steps) != job.steps:
+            raise ConfigError(
+                f"{job.run} is a run of {steps} steps, expected {job.steps}: sweep into another --out, or remove it"
+            )
         words: list[object] = ["train", "--resume", job.run]
     else:
         settings = [word for key, value in job.settings for word in ("--set", f"{key}={value}")]
@@ -146,9 +199,9 @@ def run_queue(
             run(job)
         except OmcdaError as error:
             failed.append((job, str(error)))
-            errors.print(f"failed: {error}", highlight=False, soft_wrap=True)
+            errors.print(f"failed: {error}", highlight=False, soft_wrap=True, markup=False)
         else:
-            errors.print(f"done: {job.run}", highlight=False, soft_wrap=True)
+            errors.print(f"done: {job.run}", highlight=False, soft_wrap=True, markup=False)
 
     first = {job.dataset: job for job in reversed([job for job in jobs if not job.finished])}
     with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:

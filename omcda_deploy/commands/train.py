@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from omcda_deploy.commands import console, errors
 
@@ -28,7 +31,10 @@ def algorithms() -> None:
 
 
 def train(
-    dataset: Annotated[Path | None, typer.Argument(help="A dataset file.")] = None,
+    context: typer.Context,
+    dataset: Annotated[
+        Path | None, typer.Argument(help="A dataset file; with --resume only where it has moved.")
+    ] = None,
     algo: Annotated[str, typer.Option(help="See  omcda-deploy algorithms.")] = "omcda",
     out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps.")] = 100_000,
@@ -48,7 +54,12 @@ def train(
         int, typer.Option(help="Most steps for cloning the behaviour policy.")
     ] = 10_000,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between resumable states.")] = 1000,
-    snapshot_every: Annotated[int, typer.Option(help="Steps between policies that are kept.")] = 5000,
+    snapshot_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between policies that are kept; those between evaluations, or 5000, when omitted."
+        ),
+    ] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations, run beside training in their own process.")
     ] = None,
@@ -60,20 +71,19 @@ def train(
     from omcda_deploy.training.run_folder import read_config
 
     if resume is not None:
-        if dataset is not None or out is not None:
-            raise ConfigError(
-                "--resume continues a run as it was begun: give neither a dataset nor --out with it"
-            )
-        config = read_config(resume)
-        run, path = resume, Path(config.dataset)
-        task, steps = config.team["task"], config.steps
+        _require_only(context, "resume", "dataset", "evaluate_every")
+        begun = read_config(resume)
+        run, path = resume, dataset or Path(begun.dataset)
+        task, steps, kept_every = begun.team["task"], begun.steps, begun.snapshot_every
     elif dataset is None or out is None:
         raise ConfigError("expected a dataset and --out for a new run, or --resume RUN to continue one")
     else:
         run, path = out, dataset
+        kept_every = next((n for n in (snapshot_every, evaluate_every) if n is not None), 5000)
+    if evaluate_every is not None:
+        _require_multiple(evaluate_every, kept_every)
     chosen = _settings(settings or [], d_tot)
-    if resume is None:
-        _check_request(algo, chosen, run)
+    hidden = 0 if resume else _check_request(algo, chosen, run)
     recorded = read_dataset(path, task)
 
     from omcda_deploy.training import loop
@@ -93,12 +103,12 @@ def train(
                 steps=steps,
                 seed=seed,
                 settings=chosen,
-                behavior=BehaviorConfig(steps=behavior_steps),
+                behavior=BehaviorConfig(steps=behavior_steps, hidden=hidden),
                 device=device,
                 threads=threads,
                 time_limit_is_terminal=time_limit_is_terminal,
                 checkpoint_every=checkpoint_every,
-                snapshot_every=evaluate_every or snapshot_every,
+                snapshot_every=kept_every,
                 on_behavior=view.behavior,
                 on_log=view.log,
                 on_snapshot=evaluator,
@@ -122,68 +132,115 @@ def _settings(pairs: list[str], d_tot: float | None) -> dict[str, Any]:
     return chosen
 
 
-def _check_request(algo: str, settings: Mapping[str, Any], out: Path) -> None:
-    """What can be refused before a large dataset is read."""
+def _require_multiple(evaluate_every: int, kept_every: int) -> None:
+    from omcda_deploy.errors import ConfigError
+
+    if evaluate_every < 1:
+        raise ConfigError(f"evaluate_every: expected at least 1, got {evaluate_every}")
+    if kept_every > 0 and evaluate_every % kept_every:
+        raise ConfigError(
+            f"evaluate_every: expected a multiple of {kept_every}, as policies are kept, got {evaluate_every}"
+        )
+
+
+def _require_only(context: typer.Context, *allowed: str) -> None:
+    """Refuse what ``--resume`` would otherwise ignore."""
+    from omcda_deploy.errors import ConfigError
+
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name != "DEFAULT" and parameter.name not in allowed:
+            raise ConfigError(
+                f"--resume continues a run as it was begun: leave {parameter.opts[0]} out, or start a new run"
+            )
+
+
+def _check_request(algo: str, settings: Mapping[str, Any], out: Path) -> int:
+    """Refuse what can be refused before a large dataset is read; returns the networks' hidden size."""
     from omcda_deploy.errors import ConfigError
     from omcda_deploy.registry import load_algorithm
     from omcda_deploy.training.settings import build
 
-    build(load_algorithm(algo).Config, settings)
+    config = build(load_algorithm(algo).Config, settings)
     if out.exists():
         raise ConfigError(
             f"{out} exists already: choose another --out, or continue it with  train --resume {out}"
         )
+    return int(config.hidden)
 
 
 class TrainingView:
-    """Progress and the numbers that matter: a live table on a terminal, a line now and then elsewhere."""
+    """Progress and the numbers that matter: a bar and a table on a terminal, about twenty lines elsewhere."""
 
     _PER_AGENT = (("KL", "kl", 4), ("d", "budget", 4), ("alpha", "alpha", 3), ("m", "influence", 3))
-    _SCALARS = (("mean exp z", "z/mean_exp"), ("above z_max", "z/above_max"), ("dual", "dual_active"))
+    _SCALARS = (
+        ("mean exp z", "z/mean_exp"),
+        ("z above its maximum", "z/above_max"),
+        ("z clamped", "z/clamped"),
+    )
 
     def __init__(self, steps: int, agents: tuple[str, ...]) -> None:
         self._steps, self._agents = steps, agents
-        self._terminal = sys.stderr.isatty()
-        self._live = Live(console=errors, transient=True, auto_refresh=False)
+        self._printed = -1  # twentieths of the run
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=errors,
+            )
+            self._cloning = self._bar.add_task("cloning the behaviour policy", visible=False)
+            self._training = self._bar.add_task("training", total=steps)
+            self._live = Live(self._bar, console=errors, auto_refresh=False)
 
     def __enter__(self) -> TrainingView:
-        if self._terminal:
+        if self._bar:
             self._live.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._terminal:
+        if self._bar:
             self._live.__exit__(*error)
 
     def behavior(self, step: int, steps: int, loss: float) -> None:
-        line = f"cloning the behaviour policy: step {step} of at most {steps}, held-out NLL {loss:.3f} nats"
-        if self._terminal:
-            self._live.update(line, refresh=True)
+        if self._bar:
+            text = f"cloning the behaviour policy, held-out NLL {loss:.3f} nats"
+            self._bar.update(self._cloning, completed=step, total=steps, description=text, visible=True)
+            self._live.refresh()
         else:
-            errors.print(line, highlight=False)
+            self._print(
+                f"cloning the behaviour policy: step {step} of at most {steps}, held-out NLL {loss:.3f}"
+            )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._terminal:
-            self._live.update(self._table(step, metrics), refresh=True)
-        elif step % max(1, self._steps // 20) < 100 or step == self._steps:
-            losses = ", ".join(
-                f"{k.removeprefix('loss/')} {v:.3g}" for k, v in metrics.items() if "loss/" in k
-            )
+        losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3g}" for k, v in metrics.items() if "loss/" in k)
+        if self._bar:
+            self._bar.update(self._cloning, visible=False)
+            self._bar.update(self._training, completed=step)
+            scalars = [f"{title} {metrics[key]:.3g}" for title, key in self._SCALARS if key in metrics]
+            if metrics.get("dual_active", 1.0) < 0.5:
+                scalars.append("prices wait for the reward critic")
+            lines = (Text(f"losses: {losses}", "dim"), Text("  ".join(scalars), "dim"))
+            self._live.update(Group(self._bar, self._table(metrics), *lines), refresh=True)
+        elif (twentieth := 20 * step // self._steps) > self._printed:
+            self._printed = twentieth
             kl = sum(metrics.get(f"kl/{agent}", 0.0) for agent in self._agents)
-            errors.print(f"step {step} of {self._steps}: {losses}; sum of KL {kl:.4f} nats", highlight=False)
+            self._print(f"step {step} of {self._steps}: {losses}  sum of KL {kl:.4f} nats")
 
-    def _table(self, step: int, metrics: Mapping[str, float]) -> Table:
+    def _print(self, line: str) -> None:
+        errors.print(line, highlight=False, soft_wrap=True)
+
+    def _table(self, metrics: Mapping[str, float]) -> Table:
         shown = [entry for entry in self._PER_AGENT if f"{entry[1]}/{self._agents[0]}" in metrics]
-        table = Table(title=f"step {step} of {self._steps}  ({step / self._steps:.0%})", title_justify="left")
+        table = Table(box=None, pad_edge=False)
         table.add_column("agent")
         for title, *_ in shown:
             table.add_column(title, justify="right")
         for agent in self._agents:
-            bound = " (at bound)" if metrics.get(f"alpha_at_bound/{agent}", 0.0) > 0.5 else ""
+            bound = " (alpha at its bound)" if metrics.get(f"alpha_at_bound/{agent}", 0.0) > 0.5 else ""
             table.add_row(
                 agent + bound, *(f"{metrics[f'{key}/{agent}']:.{digits}f}" for _, key, digits in shown)
             )
-        losses = [f"{k.removeprefix('loss/')} {v:.3g}" for k, v in metrics.items() if k.startswith("loss/")]
-        scalars = [f"{title} {metrics[key]:.3g}" for title, key in self._SCALARS if key in metrics]
-        table.caption = "  ".join(losses) + "\n" + "  ".join(scalars)
         return table

@@ -39,7 +39,7 @@ class Dataset:
     spec: TeamSpec
     observations: Float  # [R, N, O], zeros behind the observations of agents that see less
     states: Float  # [R, S], a view of `observations` where the state is all of them joined
-    actions: Float  # [R, N, A]
+    actions: NDArray[Any]  # float32 [R, N, A], or int64 [R, N] for discrete actions
     rewards: Float  # [R]
     transitions: NDArray[np.int64]  # [M] rows
     terminal: NDArray[np.bool_]  # [M] the task ended with this transition
@@ -51,8 +51,8 @@ class Dataset:
     episode_behaviors: NDArray[np.int64] | None  # [E] indices into `behaviors`, where known
     behaviors: tuple[str, ...]  # labels of the policies that acted
     metadata: Mapping[str, Scalar]
-    digest: str  # ContentDigest of observations, actions, rewards and episode ends
-    action_masks: NDArray[np.uint8] | None = None  # [R, N, A], discrete tasks
+    digest: str  # ContentDigest of observations, actions, rewards, episode ends and masks
+    action_masks: NDArray[np.uint8] | None = None  # [R, N, A] in discrete tasks, 1 where available
 
     def done(self, time_limit_is_terminal: bool) -> NDArray[np.bool_]:
         """[M] transitions that are not bootstrapped from; True is the convention of OMIGA's published code."""
@@ -60,15 +60,19 @@ class Dataset:
 
 
 class ContentDigest:
-    """sha256 of named float32 arrays that come in blocks: of contents, not of any file's bytes."""
+    """sha256 of named arrays that come in blocks: of contents, not of any file's bytes.
+
+    Floating numbers count as little-endian float32, integers as they are.
+    """
 
     def __init__(self) -> None:
         self._hashes: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def update(self, name: str, block: Float) -> None:
+    def update(self, name: str, block: NDArray[Any]) -> None:
         """Append rows to the array ``name``."""
-        flat = np.ascontiguousarray(block, "<f4").reshape(-1)
+        kind = np.dtype("<f4") if block.dtype.kind == "f" else block.dtype.newbyteorder("<")
+        flat = np.ascontiguousarray(block, kind).reshape(-1)
         self._hashes.setdefault(name, hashlib.sha256()).update(flat.data)
         rows = self._shapes.get(name, (0,))[0]
         self._shapes[name] = (rows + block.shape[0], *block.shape[1:])
@@ -120,3 +124,23 @@ def require_finite(block: NDArray[Any], first_row: int, array: str, where: str) 
             f"{where}: array {array} holds NaN or infinity, first in row {row}: record the data again, or cut out "
             "the episode"
         )
+
+
+def require_available(
+    actions: NDArray[Any], masks: NDArray[Any], rows: NDArray[np.int64], where: str, first_row: int = 0
+) -> None:
+    """Raise :class:`DatasetError` naming the first of ``rows`` in which an agent did what it could not do.
+
+    ``actions`` [R, N] are choices among the A of ``masks`` [R, N, A]; ``first_row`` is the number of their row 0.
+    """
+    for block in blocks(len(rows)):
+        chosen, mask = actions[rows[block]], masks[rows[block]]
+        inside = (chosen >= 0) & (chosen < mask.shape[-1])
+        picked = np.take_along_axis(mask, np.where(inside, chosen, 0)[..., None], -1)[..., 0]
+        if (wrong := ~inside | (picked == 0)).any():
+            at, agent = np.argwhere(wrong)[0].tolist()
+            raise DatasetError(
+                f"{where}: row {first_row + int(rows[block][at])}: expected one of the actions "
+                f"{np.flatnonzero(mask[at, agent]).tolist()} that are available to agent number {agent}, got "
+                f"{chosen[at, agent]}: record the data again"
+            )

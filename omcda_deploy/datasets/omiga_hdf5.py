@@ -1,12 +1,19 @@
 """OMIGA's HDF5 files, read and written (Wang et al., 2023; its loader is described in baselines.md 10.1).
 
-| array | shape     | |
-|-------|-----------|-|
-| `o`   | [R, N, O] | observations |
-| `s`   | [R, N, S] | each agent's state; equal to `o` in the published files |
-| `a`   | [R, N, A] | actions; may exceed [-1, 1], and are kept so |
-| `r`   | [R, 1]    | team reward |
-| `d`   | [R, 1]    | 1 on the row behind each episode, at time limits too: its final observation |
+| array   | shape     | |
+|---------|-----------|-|
+| `o`     | [R, N, O] | observations |
+| `s`     | [R, N, S] | each agent's state; equal to `o` in the published files |
+| `a`     | [R, N, A] | actions; may exceed [-1, 1], and are kept so |
+| `r`     | [R, 1]    | team reward |
+| `d`     | [R, 1]    | 1 on the row behind each episode, at time limits too: its final observation |
+
+Discrete actions, which OMIGA publishes in no HDF5, are ours: the same file with
+
+| array   | shape     | |
+|---------|-----------|-|
+| `a`     | [R, N, 1] | int64, the choice |
+| `avail` | [R, N, A] | uint8, 1 where a choice is available, in final rows too; 0 behind an agent's own choices |
 
 Rows are flat over time: row t with d=0 is a transition to row t+1, done where d[t+1]=1. A tail that no d=1 closes
 keeps its transitions, as in OMIGA's loader, and is not among the episodes.
@@ -26,19 +33,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.datasets import (
+    BLOCK,
     ContentDigest,
     Dataset,
     Float,
     RowIndex,
     Scalar,
     blocks,
+    require_available,
     require_finite,
 )
 from omcda_deploy.errors import ContractError, DatasetError, MissingExtraError, OmcdaError
@@ -49,16 +58,16 @@ GROUP = "omcda"
 FORMAT_VERSION = 1
 PUBLISHED_LIMIT = 1000  # transitions
 
-# Published files by the start of their names, and by (N, O, A).
+# Published files by the start of their names, and by (N, O, A, discrete).
 _BY_NAME = {
     "Hopper-v2-3x1-": "mamujoco/hopper-3x1",
     "Ant-v2-2x4-": "mamujoco/ant-2x4",
     "HalfCheetah-v2-6x1-": "mamujoco/halfcheetah-6x1",
 }
 _BY_SHAPE = {
-    (3, 14, 1): "mamujoco/hopper-3x1",
-    (2, 113, 4): "mamujoco/ant-2x4",
-    (6, 23, 1): "mamujoco/halfcheetah-6x1",
+    (3, 14, 1, False): "mamujoco/hopper-3x1",
+    (2, 113, 4, False): "mamujoco/ant-2x4",
+    (6, 23, 1, False): "mamujoco/halfcheetah-6x1",
 }
 _OWN_ATTRIBUTES = {"spec", "digest", "format_version", "state"}
 
@@ -67,18 +76,19 @@ def read(path: str | Path, task: str | None = None) -> Dataset:
     """Read and check a file; one float32 copy of each array is held, whatever the file's types.
 
     ``task`` is what the data must fit. Without it the file's own spec counts, or the task is told from the file's
-    name or shapes. Raises :class:`DatasetError` for a missing or damaged file, wrong shapes, NaN or infinity, data
-    that changed since it was written, or a task that the data do not fit.
+    name or shapes. Raises :class:`DatasetError` for a missing or damaged file, wrong shapes, NaN or infinity, a
+    recorded choice that was not available, data that changed since it was written, or a task that the data do not
+    fit.
     """
     path = Path(path)
     with _opened(path) as file:
-        shape = agents, observation_size, action_size = _shape(file, path)
+        shape = _shape(file, path)
         rows = len(file["o"])
         group = file.get(GROUP)
         spec = _spec(group, task, path, shape)
         digest = ContentDigest()
-        observations = np.empty((rows, agents, observation_size), np.float32)
-        actions = np.empty((rows, agents, action_size), np.float32)
+        observations = np.empty((rows, *shape.observation), np.float32)
+        actions = np.empty((rows, *shape.action), np.int64 if shape.discrete else np.float32)
         rewards, final_flags = np.empty((rows, 1), np.float32), np.empty((rows, 1), np.float32)
         for name, target in (("o", observations), ("a", actions), ("r", rewards), ("d", final_flags)):
             for block in blocks(rows):
@@ -95,6 +105,12 @@ def read(path: str | Path, task: str | None = None) -> Dataset:
             raise DatasetError(
                 f"{path}: no episode ends: expected d=1 on the row behind each episode's last transition"
             )
+        masks = None
+        if shape.discrete:
+            masks = _masks(file["avail"], spec, path)
+            digest.update("avail", masks)
+            actions = actions[..., 0]
+            require_available(actions, masks, index.transitions, str(path))
         stored = str(group.attrs["digest"]) if group and "digest" in group.attrs else None
         if stored not in (None, digest.hexdigest()):
             raise DatasetError(
@@ -132,6 +148,7 @@ def read(path: str | Path, task: str | None = None) -> Dataset:
         behaviors=behaviors,
         metadata=metadata,
         digest=digest.hexdigest(),
+        action_masks=masks,
     )
 
 
@@ -187,8 +204,6 @@ class Writer:
     """
 
     def __init__(self, path: str | Path, spec: TeamSpec, metadata: Mapping[str, Scalar]) -> None:
-        if spec.action_kind != "continuous":
-            raise DatasetError(f"OMIGA's HDF5 holds continuous actions, those of {spec.task} are discrete")
         self.path = Path(path)
         self.spec = spec
         self.digest = ""
@@ -196,7 +211,10 @@ class Writer:
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self._digest = ContentDigest()
         self._rows = 0
+        self._waiting: dict[str, list[NDArray[Any]]] = {}  # appended, not yet in the file
+        self._written = 0  # rows in the file
         self._joined = True
+        self._discrete = spec.action_kind == "discrete"
         self._behaviors: list[str] = []
         self._episodes: dict[str, list[Any]] = {
             name: [] for name in ("returns", "timeouts", "seeds", "behaviors")
@@ -222,22 +240,22 @@ class Writer:
             self._file = h5py.File(self._partial, "w")
         except OSError as error:
             raise DatasetError(f"{self.path} cannot be written: {error}") from error
-        for name, shape in (
-            ("o", (count, observation_size)),
-            ("a", (count, action_size)),
-            ("r", (1,)),
-            ("d", (1,)),
-        ):
-            self._create(name, shape)
+        self._create("o", (count, observation_size))
+        self._create("a", (count, 1) if self._discrete else (count, action_size), self._action_type)
+        self._create("r", (1,))
+        self._create("d", (1,))
+        if self._discrete:
+            self._create("avail", (count, action_size), "u1")
         return self
 
     def append(
         self,
         observations: Float,
         states: Float,
-        actions: Float,
+        actions: NDArray[Any],
         rewards: NDArray[Any],
         *,
+        action_masks: NDArray[np.uint8] | None = None,
         timeout: bool,
         episode_return: float,
         seed: int | None = None,
@@ -246,9 +264,16 @@ class Writer:
         """One whole episode of T transitions.
 
         ``observations`` [T+1, N, O] and ``states`` [T+1, S] end with the final ones; ``actions`` [T, N, A] and
-        ``rewards`` [T]; ``behavior`` as :meth:`behavior` gave it. Raises :class:`DatasetError` for NaN or infinity.
+        ``rewards`` [T]; ``behavior`` as :meth:`behavior` gave it. A discrete task has ``actions`` int64 [T, N] and
+        ``action_masks`` [T+1, N, A]. Raises :class:`DatasetError` for NaN or infinity, and for choices that were
+        not available.
         """
         steps = len(actions)
+        if self._discrete != (action_masks is not None):
+            raise DatasetError(
+                f"{self.path}: {self.spec.task} has {self.spec.action_kind} actions: expected action masks with "
+                "discrete ones, and with no others"
+            )
         joined = states.size == observations.size and np.array_equal(
             states.reshape(observations.shape), observations
         )
@@ -259,25 +284,31 @@ class Writer:
             raise DatasetError(
                 f"{self.path}: the state was all observations joined before row {self._rows}, and no longer is"
             )
-        final = np.zeros((1, *actions.shape[1:]), np.float32)
+        if action_masks is not None:
+            _require_masks(action_masks, self._rows, self.spec, self.path)
+            require_available(actions, action_masks, np.arange(steps), str(self.path), self._rows)
+            actions = actions[..., None]
+        final = np.zeros((1, *actions.shape[1:]), self._action_type)
         ends = np.zeros((steps + 1, 1), np.float32)
         ends[-1] = 1
-        parts = {
+        parts: dict[str, NDArray[Any]] = {
             "o": observations,
             "a": np.concatenate([actions, final]),
             "r": np.append(rewards, 0).astype(np.float32)[:, None],
             "d": ends,
         }
+        if action_masks is not None:
+            parts["avail"] = action_masks
         if not self._joined:
             parts["s"] = np.repeat(states[:, None], len(self.spec.agents), axis=1)
         for name, part in parts.items():
             require_finite(part, self._rows, name, str(self.path))
             if name != "s":
                 self._digest.update(name, part)
-            target = self._file[name]
-            target.resize(self._rows + steps + 1, axis=0)
-            target[self._rows :] = part
+            self._waiting.setdefault(name, []).append(np.array(part))  # the caller may reuse its own
         self._rows += steps + 1
+        if self._rows - self._written >= BLOCK:
+            self._flush()
         for key, value in (
             ("returns", episode_return),
             ("timeouts", timeout),
@@ -301,14 +332,28 @@ class Writer:
             self._file.close()
             self._partial.unlink(missing_ok=True)
 
-    def _create(self, name: str, shape: tuple[int, ...]) -> None:
+    @property
+    def _action_type(self) -> str:
+        return "<i8" if self._discrete else "<f4"
+
+    def _create(self, name: str, shape: tuple[int, ...], kind: str = "<f4") -> None:
         self._file.create_dataset(
-            name, (0, *shape), "<f4", maxshape=(None, *shape), chunks=(1024, *shape), fillvalue=None
+            name, (0, *shape), kind, maxshape=(None, *shape), chunks=(1024, *shape), fillvalue=None
         )
+
+    def _flush(self) -> None:
+        # Writes of a few rows would take most of the time where episodes are short.
+        for name, parts in self._waiting.items():
+            target = self._file[name]
+            target.resize(self._rows, axis=0)
+            target[self._written :] = np.concatenate(parts)
+        self._waiting.clear()
+        self._written = self._rows
 
     def _finish(self) -> None:
         if not self._rows:
             raise DatasetError(f"{self.path}: expected at least one episode to write, got none")
+        self._flush()
         if self._joined:
             self._file["s"] = self._file["o"]
         self.digest = self._digest.hexdigest()
@@ -345,6 +390,7 @@ def _append(writer: Writer, dataset: Dataset, behaviors: Sequence[int]) -> None:
             dataset.states[rows],
             dataset.actions[steps],
             dataset.rewards[steps],
+            action_masks=None if dataset.action_masks is None else dataset.action_masks[rows],
             timeout=bool(timeouts[episode]),
             episode_return=float(dataset.episode_returns[episode]),
             seed=None if dataset.episode_seeds is None else int(dataset.episode_seeds[episode]),
@@ -380,8 +426,25 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _shape(file: Any, path: Path) -> tuple[int, int, int]:
-    """(N, O, A). Raises :class:`DatasetError` for the first array that is missing or does not fit the others."""
+class _Shape(NamedTuple):
+    agents: int
+    observation_size: int
+    action_size: int
+    discrete: bool
+
+    @property
+    def observation(self) -> tuple[int, int]:
+        """Of a row of `o`."""
+        return self.agents, self.observation_size
+
+    @property
+    def action(self) -> tuple[int, int]:
+        """Of a row of `a`."""
+        return self.agents, 1 if self.discrete else self.action_size
+
+
+def _shape(file: Any, path: Path) -> _Shape:
+    """Raises :class:`DatasetError` for the first array that is missing or does not fit the others."""
     for name in "osard":
         if not hasattr(file.get(name), "dtype"):
             raise DatasetError(f"{path}: expected arrays o, s, a, r, d, found no {name} among {sorted(file)}")
@@ -403,10 +466,23 @@ def _shape(file: Any, path: Path) -> tuple[int, int, int]:
         shape = file[name].shape
         if shape not in ((rows,), (rows, 1)):
             raise DatasetError(f"{path}: array {name}: expected shape [{rows}, 1], got {list(shape)}")
-    return agents, size, file["a"].shape[2]
+    if "avail" not in file:
+        return _Shape(agents, size, file["a"].shape[2], discrete=False)
+    choices, masks = file["a"], file["avail"]
+    if choices.dtype.kind not in "iu" or choices.shape[2] != 1:
+        raise DatasetError(
+            f"{path}: array a: expected integers of shape [{rows}, {agents}, 1] beside an array avail, got "
+            f"{choices.dtype} of shape {list(choices.shape)}"
+        )
+    if not hasattr(masks, "dtype") or masks.dtype.kind not in "iub" or masks.shape[:-1] != (rows, agents):
+        raise DatasetError(
+            f"{path}: array avail: expected integers of shape [{rows}, {agents}, …], got "
+            f"{getattr(masks, 'dtype', 'a group')} of shape {list(getattr(masks, 'shape', ()))}"
+        )
+    return _Shape(agents, size, masks.shape[2], discrete=True)
 
 
-def _spec(group: Any, task: str | None, path: Path, shape: tuple[int, int, int]) -> TeamSpec:
+def _spec(group: Any, task: str | None, path: Path, shape: _Shape) -> TeamSpec:
     """The spec of ``task``, of the file itself, or of the published file that it is, held against ``shape``."""
     stored = _stored_spec(group, path)
     if task is None and stored is None:
@@ -414,8 +490,8 @@ def _spec(group: Any, task: str | None, path: Path, shape: tuple[int, int, int])
         task = next(named, None) or _BY_SHAPE.get(shape)
         if task is None:
             raise DatasetError(
-                f"{path} does not say of which task it is, and {shape[0]} agents with observations of {shape[1]} "
-                f"and actions of {shape[2]} numbers fit none of OMIGA's: name the task"
+                f"{path} does not say of which task it is, and {shape.agents} agents with observations of "
+                f"{shape.observation_size} and {_actions(shape)} fit none of OMIGA's: name the task"
             )
     spec = cast(TeamSpec, stored) if task is None else registry.team_spec(task)
     if stored is not None:
@@ -423,13 +499,21 @@ def _spec(group: Any, task: str | None, path: Path, shape: tuple[int, int, int])
             require_same_contract(stored, spec, str(path), "the task asked for")
         except ContractError as error:
             raise DatasetError(str(error)) from error
-    expected = (len(spec.agents), spec.observation_size, spec.action_size)
+    discrete = spec.action_kind == "discrete"
+    expected = _Shape(len(spec.agents), spec.observation_size, spec.action_size, discrete)
     if expected != shape:
         raise DatasetError(
-            f"{path}: {spec.task} has {expected[0]} agents with observations of {expected[1]} and actions of "
-            f"{expected[2]} numbers, the file {shape[0]} with {shape[1]} and {shape[2]}: name the data's own task"
+            f"{path}: {spec.task} has {expected.agents} agents with observations of {expected.observation_size} "
+            f"and {_actions(expected)}, the file {shape.agents} with {shape.observation_size} and "
+            f"{_actions(shape)}: name the data's own task"
         )
     return spec
+
+
+def _actions(shape: _Shape) -> str:
+    if shape.discrete:
+        return f"{shape.action_size} choices (arrays a and avail)"
+    return f"actions of {shape.action_size} numbers"
 
 
 def _stored_spec(group: Any, path: Path) -> TeamSpec | None:
@@ -443,7 +527,29 @@ def _stored_spec(group: Any, path: Path) -> TeamSpec | None:
         raise DatasetError(f"{path}: its team spec is damaged: {error}") from error
 
 
-def _fill(target: Float, source: Any, block: slice) -> None:
+def _masks(source: Any, spec: TeamSpec, path: Path) -> NDArray[np.uint8]:
+    """[R, N, A]; errors as :func:`_require_masks`."""
+    masks = np.empty(source.shape, np.uint8)
+    for block in blocks(len(masks)):
+        part = source[block]  # in the file's own type: HDF5 would clip what is neither 0 nor 1
+        _require_masks(part, block.start, spec, path)
+        masks[block] = part
+    return masks
+
+
+def _require_masks(block: NDArray[Any], first_row: int, spec: TeamSpec, path: Path) -> None:
+    """Raise :class:`DatasetError` for other values than 0 and 1, and for choices that an agent does not have."""
+    own = np.arange(spec.action_size) < np.array([[agent.action.size] for agent in spec.agents])
+    if (wrong := (block != 0) & ((block != 1) | ~own)).any():
+        row, agent, choice = np.argwhere(wrong)[0].tolist()
+        raise DatasetError(
+            f"{path}: array avail: expected 0 or 1 for the {spec.agents[agent].action.size} choices of "
+            f"{spec.names[agent]} and 0 behind them, got {block[row, agent, choice]} for choice {choice} in row "
+            f"{first_row + row}"
+        )
+
+
+def _fill(target: NDArray[Any], source: Any, block: slice) -> None:
     """Read rows straight into ``target``; HDF5 converts other number types on the way."""
     if source.ndim == target.ndim - 1:  # r and d of shape [R]
         target = target[:, 0]

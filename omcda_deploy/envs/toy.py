@@ -9,9 +9,11 @@ agent (omcda.md section 7). The centralised state is all one-hots one after anot
 * ``toy/chain``: 2 agents, 4 states, 3 actions, stochastic transitions.
 * ``toy/chain-single``: the first of these chains alone.
 * ``toy/chain-mixed``: 3 agents whose observation and action sizes all differ.
+* ``toy/masked``: 3 agents, 3 states, 4 actions, some of them unavailable: which ones depends on agent and state.
 
 A task name fixes the seed of its game: a task is one MDP, and :func:`game` returns it. :func:`transitions`
-enumerates a game's transitions with their probabilities, so that expectations can be taken without sampling.
+enumerates a game's transitions with their probabilities, so that expectations can be taken without sampling;
+:func:`exact_return` is what any policies earn, and :func:`best_return` the most that can be earned.
 
 Shapes beside those of :mod:`omcda_deploy.spec`: X local states, K actions of one agent.
 """
@@ -46,6 +48,11 @@ class Chain:
     transitions: Table  # [X, K, X], each row a distribution
     behavior: Table  # [X, K], each row a distribution
     start: Table  # [X]
+
+    @property
+    def available(self) -> NDArray[np.bool_]:
+        """[X, K]; what the behaviour never does cannot be done."""
+        return self.behavior > 0
 
 
 @dataclass(frozen=True)
@@ -118,15 +125,19 @@ def chain_game(
     branching: int = 2,
     gamma: float = 0.9,
     stop: float = 0.1,
+    masked: float = 0.0,
 ) -> ChainGame:
     """Random chains; ``states`` and ``actions`` may be one number per agent.
 
     ``branching`` successors follow each state and action (1: deterministic), with random probabilities.
-    Rewards and behaviour are drawn as in :func:`one_step_game`. Raises :class:`ConfigError` for sizes out of
-    range.
+    Rewards and behaviour are drawn as in :func:`one_step_game`. Each action is unavailable with probability
+    ``masked``, save one drawn for each state. Raises :class:`ConfigError` for sizes and probabilities out of range.
     """
-    if not 0.0 <= gamma < 1.0 or not 0.0 <= stop <= 1.0:
-        raise ConfigError(f"chain_game: expected gamma in [0, 1) and stop in [0, 1], got {gamma} and {stop}")
+    if not 0.0 <= gamma < 1.0 or not 0.0 <= stop <= 1.0 or not 0.0 <= masked <= 1.0:
+        raise ConfigError(
+            "chain_game: expected gamma in [0, 1), stop and masked in [0, 1], "
+            f"got {gamma}, {stop} and {masked}"
+        )
     rng = np.random.default_rng(seed)
     chains = []
     for scale, size, choices in zip(
@@ -137,14 +148,13 @@ def chain_game(
         order = rng.permuted(np.tile(np.arange(size), (size, choices, 1)), axis=-1)[..., :branching]
         transitions = np.zeros((size, choices, size))
         np.put_along_axis(transitions, order, rng.dirichlet(np.ones(branching), (size, choices)), axis=-1)
-        chains.append(
-            Chain(
-                rewards=scale * rng.standard_normal((size, choices)),
-                transitions=transitions,
-                behavior=_softmax(rng.standard_normal((size, choices))),
-                start=np.full(size, 1.0 / size),
-            )
-        )
+        rewards = scale * rng.standard_normal((size, choices))
+        logits = rng.standard_normal((size, choices))
+        if masked > 0.0:
+            unavailable = rng.random((size, choices)) < masked
+            unavailable[np.arange(size), rng.integers(choices, size=size)] = False
+            logits[unavailable] = -np.inf
+        chains.append(Chain(rewards, transitions, _softmax(logits), start=np.full(size, 1.0 / size)))
     return ChainGame(tuple(chains), gamma, stop)
 
 
@@ -154,6 +164,7 @@ _GAMES: Mapping[str, Callable[[], Game]] = {
     "toy/chain": lambda: chain_game(2),
     "toy/chain-single": lambda: chain_game(2, agents=1),
     "toy/chain-mixed": lambda: chain_game(3, agents=3, states=(2, 4, 3), actions=(3, 2, 4)),
+    "toy/masked": lambda: chain_game(6, agents=3, states=3, actions=4, masked=0.4),
 }
 TASKS = tuple(_GAMES)
 
@@ -195,7 +206,8 @@ class Transitions:
     terminals: NDArray[np.bool_]  # [B]
     next_observations: Float  # [B, N, O]
     next_states: Float  # [B, S]
-    action_masks: NDArray[np.uint8]  # [B, N, A]
+    action_masks: NDArray[np.uint8]  # [B, N, A], at the observations
+    next_action_masks: NDArray[np.uint8]  # [B, N, A], at the next ones
     weights: Table  # [B]
 
     def __len__(self) -> int:
@@ -234,9 +246,11 @@ def transitions(game: Game) -> Transitions:
     rewards = np.sum(
         [chain.rewards[state[:, i], action[:, i]] for i, chain in enumerate(game.chains)], axis=0
     )
-    masks = np.zeros((len(spec.agents), spec.action_size), np.uint8)
-    for i, agent in enumerate(spec.agents):
-        masks[i, : agent.action.size] = 1
+    masks = np.zeros((len(spec.agents), spec.observation_size, spec.action_size), np.uint8)
+    for i, chain in enumerate(game.chains):
+        states, actions = chain.available.shape
+        masks[i, :states, :actions] = chain.available
+    team = np.arange(len(spec.agents))
     width = np.eye(spec.observation_size, dtype=np.float32)
     return Transitions(
         observations=width[state],
@@ -246,13 +260,56 @@ def transitions(game: Game) -> Transitions:
         terminals=np.array([is_end for is_end, _ in ends])[end],
         next_observations=width[successor],
         next_states=_centralised(game, successor, context),
-        action_masks=np.broadcast_to(masks, (len(weights), *masks.shape)).copy(),
+        action_masks=masks[team, state],
+        next_action_masks=masks[team, successor],
         weights=weights,
     )
 
 
+def exact_return(game: Game, policies: Sequence[Table]) -> float:
+    """The expected undiscounted return of an episode in which agent i acts by ``policies[i]`` [X, K].
+
+    That is what ``omcda-deploy evaluate`` estimates: the mean sum of rewards over the environment's start
+    distribution, its transitions, its random end and its episode limit, without discount. Raises
+    :class:`ContractError` for tables that are not one distribution over available actions per state.
+    """
+    _require_policies(game, policies)
+    limit = team_spec("", game).episode_limit
+    total = 0.0
+    for chain, policy in zip(game.chains, policies, strict=True):
+        reward = (policy * chain.rewards).sum(-1)
+        step = (1.0 - game.stop) * np.einsum("xk,xky->xy", policy, chain.transitions)
+        occupancy = chain.start  # probability of being in x and of the episode still running
+        for _ in range(limit):
+            total += float(occupancy @ reward)
+            occupancy = occupancy @ step
+    return float(game.state_scales.mean()) * total
+
+
+def best_return(game: Game) -> float:
+    """The most that any policies can earn in expectation, by backward induction per agent.
+
+    These policies know how many steps are left: no table of probabilities earns more, and none need earn as much,
+    because near the episode limit another action may be the best one in a state.
+    """
+    limit = team_spec("", game).episode_limit
+    total = 0.0
+    for chain in game.chains:
+        rewards = np.where(chain.available, chain.rewards, -np.inf)
+        value = np.zeros(len(chain.start))
+        for _ in range(limit):
+            value = (rewards + (1.0 - game.stop) * chain.transitions @ value).max(-1)
+        total += float(chain.start @ value)
+    return float(game.state_scales.mean()) * total
+
+
 def make(task: str, **options: Any) -> TabularTeam:
     return TabularTeam(task, **options)
+
+
+def behavior_team(task: str) -> TabularPolicies:
+    """The behaviour policies that a task is defined with: ``collect --tier behavior`` records them."""
+    return TabularPolicies(task)
 
 
 class TabularTeam:
@@ -285,6 +342,11 @@ class TabularTeam:
     def step(self, actions: Mapping[str, Any]) -> StepResult:
         positions = self._present()
         choices = joint_choice(self.spec, actions)
+        for name, mask, a in zip(self.spec.names, self._available(), choices, strict=True):
+            if not mask[a]:
+                raise ContractError(
+                    f"action of {name}: expected one of the available {np.flatnonzero(mask).tolist()}, got {a}"
+                )
         reward = float(self.game.state_scales[self._context]) * sum(
             float(chain.rewards[x, a]) for chain, x, a in zip(self._chains, positions, choices, strict=True)
         )
@@ -340,7 +402,12 @@ class TabularTeam:
         }
 
     def _infos(self) -> dict[str, dict[str, Any]]:
-        return {a.name: {"action_mask": np.ones(a.action.size, np.uint8)} for a in self.spec.agents}
+        masks = zip(self.spec.names, self._available(), strict=True)
+        return {name: {"action_mask": mask.astype(np.uint8)} for name, mask in masks}
+
+    def _available(self) -> list[NDArray[np.bool_]]:
+        """Per agent [K_i], at the present states."""
+        return [chain.available[x] for chain, x in zip(self._chains, self._present(), strict=True)]
 
 
 class TabularPolicies:
@@ -355,14 +422,10 @@ class TabularPolicies:
         self.spec = team_spec(task, played)
         behavior = [chain.behavior for chain in played.chains]
         tables = behavior if policies is None else policies
-        if [table.shape for table in tables] != [table.shape for table in behavior]:
-            raise ContractError(
-                f"{task}: expected tables of shapes {[t.shape for t in behavior]}, "
-                f"got {[t.shape for t in tables]}"
-            )
+        _require_policies(played, tables)
         with np.errstate(divide="ignore"):
             self._logits = [np.log(table) for table in tables]
-        self._behavior_logits = [np.log(table) for table in behavior]
+            self._behavior_logits = [np.log(table) for table in behavior]
 
     def reset(self) -> None:
         pass
@@ -379,10 +442,11 @@ class TabularPolicies:
             x = np.argmax(observations[name], axis=-1)
             logits, behavior = self._logits[i][x], self._behavior_logits[i][x]
             scores = logits if noise is None else logits + noise[name]
-            terms = np.where(np.isfinite(logits), np.exp(logits) * (logits - behavior), 0.0)
+            taken = np.isfinite(logits)
+            ratio = np.subtract(logits, behavior, where=taken, out=np.zeros_like(logits))
             decisions[name] = Decision(
                 action=np.argmax(scores, axis=-1),
-                divergence=np.asarray(terms.sum(-1), np.float32),
+                divergence=np.asarray((np.exp(logits) * ratio).sum(-1), np.float32),
                 parameters={
                     "behavior_action": np.argmax(behavior, axis=-1),
                     "logits": logits.astype(np.float32),
@@ -390,6 +454,20 @@ class TabularPolicies:
                 },
             )
         return decisions
+
+
+def _require_policies(game: Game, policies: Sequence[Table]) -> None:
+    """Raise :class:`ContractError` unless there is one table per agent, of distributions over available actions."""
+    shapes = [chain.rewards.shape for chain in game.chains]
+    if [table.shape for table in policies] != shapes:
+        raise ContractError(f"expected tables of shapes {shapes}, got {[table.shape for table in policies]}")
+    for i, (chain, table) in enumerate(zip(game.chains, policies, strict=True)):
+        for x, row in enumerate(table):
+            if not (row >= 0).all() or abs(row.sum() - 1.0) > 1e-5 or row[~chain.available[x]].any():
+                raise ContractError(
+                    f"policy of agent {i} in state {x}: expected probabilities of the available actions "
+                    f"{np.flatnonzero(chain.available[x]).tolist()} that sum to 1, got {row.tolist()}"
+                )
 
 
 def _enumerate(chain: Chain) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], Table]:

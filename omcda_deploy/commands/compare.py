@@ -1,0 +1,257 @@
+"""``compare``: trained runs against each other, by the last policy of each.
+
+Every finished run is exported and played once, beside itself: run ``R`` gets the bundle ``R-bundle`` and the
+measurements ``R-evaluation.json``, so that comparing again takes no time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from omcda_deploy.commands import console, errors, progress_bar
+from omcda_deploy.errors import ConfigError, OmcdaError
+
+if TYPE_CHECKING:
+    from omcda_deploy.comparison import Comparison, Result, Variant
+    from omcda_deploy.training.run_folder import RunConfig
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or folders with run folders anywhere below.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, results.md and the CSV files.")],
+    episodes: Annotated[int, typer.Option(help="Episodes per run.")] = 20,
+    seed: Annotated[int, typer.Option(help="Episode k starts from a seed made of this and k.")] = 0,
+    num_envs: Annotated[int, typer.Option(help="Episodes played side by side.")] = 10,
+    workers: Annotated[int, typer.Option(help="Processes that step the simulators; 0 for none.")] = 0,
+) -> None:
+    """Export and play the last policy of every run, and write tables and figures over seeds."""
+    from omcda_deploy.comparison import Comparison, LeftOut, summarise
+    from omcda_deploy.comparison_report import write_comparison
+    from omcda_deploy.measurements import require_at_least
+
+    for value, least, what in ((episodes, 1, "episodes"), (seed, 0, "seed"), (num_envs, 1, "num_envs")):
+        require_at_least(value, least, what)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: expected a folder to write to")
+    folders = find_runs(runs)
+    results: list[Result] = []
+    left_out: list[LeftOut] = []
+    failures: list[OmcdaError] = []
+    for index, folder in enumerate(folders):
+        what = "?"
+        try:
+            config, step = _last_step(folder)
+            what = f"{config.algorithm}, seed {config.seed}"
+            if step < config.steps:
+                reason = f"unfinished: its last policy is of step {step:,} of {config.steps:,}"
+                left_out.append(LeftOut(str(folder), what, reason))
+                continue
+            with progress_bar(f"run {index + 1} of {len(folders)}: {folder}") as progress:
+                evaluation = evaluate_run(
+                    folder, config, step, episodes, seed, num_envs, workers, progress=progress
+                )
+            results.append(_result(folder, config, evaluation))
+        except OmcdaError as error:
+            failures.append(error)
+            left_out.append(LeftOut(str(folder), what, f"failed: {error}"))
+            errors.print(f"left out: {folder}: {error}", highlight=False, soft_wrap=True, markup=False)
+    if not results:
+        first = (
+            f"the first failed: {failures[0]}" if failures else f"{left_out[0].run} is {left_out[0].reason}"
+        )
+        raise ConfigError(f"none of {len(folders)} runs can be compared; {first}")
+    summaries, repeated = summarise(results)
+    conditions = {
+        "Evaluation": f"{episodes} deterministic episodes per run, seed {seed}, "
+        f"{min(num_envs, episodes)} environments in step."
+    }
+    comparison = Comparison(summaries, [*left_out, *repeated], conditions)
+    write_comparison(comparison, out)
+    _print(comparison)
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def find_runs(places: Sequence[Path]) -> list[Path]:
+    """All run folders at and below ``places``, each once. Raises :class:`ConfigError` for a place without any."""
+    found: dict[Path, Path] = {}
+    for place in places:
+        if not place.is_dir():
+            raise ConfigError(f"{place} is not a folder: expected a run folder, or a folder with runs in it")
+        own = []
+        for at, below, _ in os.walk(place):
+            if _is_run(Path(at)):
+                own.append(Path(at))
+                below.clear()
+            below[:] = sorted(
+                name for name in below if not name.startswith(".")
+            )  # a run in the making is hidden
+        if not own:
+            raise ConfigError(f"no run folder in {place}: expected {place}/…/config.json beside policies/")
+        for folder in own:
+            found.setdefault(folder.resolve(), folder)
+    return list(found.values())
+
+
+def _is_run(folder: Path) -> bool:
+    from omcda_deploy.training.run_folder import CONFIG, POLICIES
+
+    return (folder / CONFIG).is_file() and (folder / POLICIES).is_dir()
+
+
+def _last_step(folder: Path) -> tuple[RunConfig, int]:
+    """A run's configuration and the step of its last policy, 0 where there is none."""
+    from omcda_deploy.training.run_folder import read_config, snapshot_steps
+
+    return read_config(folder), max(snapshot_steps(folder), default=0)
+
+
+def evaluate_run(
+    folder: Path,
+    config: RunConfig,
+    step: int,
+    episodes: int,
+    seed: int,
+    num_envs: int,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """What ``omcda-deploy evaluate`` measures of a run's policy, from ``<run>-evaluation.json`` or played now.
+
+    The file is used where it is of this policy (by its sha256) and of the same episodes, seed and number of
+    environments. Raises :class:`OmcdaError` where the run cannot be exported or played.
+    """
+    from omcda_deploy.bundle import sha256
+    from omcda_deploy.evaluate import evaluate
+    from omcda_deploy.local import LocalTeam
+    from omcda_deploy.measurements import write_json
+    from omcda_deploy.training.run_folder import snapshot_path
+
+    run = folder.resolve()
+    measured = run.with_name(f"{run.name}-evaluation.json")
+    wanted = {
+        "policy": {"step": step, "sha256": sha256(snapshot_path(run, step))},
+        "episodes": episodes,
+        "seed": seed,
+        "num_envs": min(num_envs, episodes),
+    }
+    saved = _read(measured)
+    if all(saved.get(name) == value for name, value in wanted.items()):
+        return saved
+    bundle = _export(run, step, saved.get("team", {}).get("bundle_digest"))
+    evaluation = evaluate(
+        LocalTeam(bundle),
+        config.spec.task,
+        episodes=episodes,
+        seed=seed,
+        num_envs=num_envs,
+        workers=workers,
+        progress=progress,
+    )
+    result = {"policy": wanted["policy"], **evaluation.to_json()}
+    write_json(measured, result)
+    return result
+
+
+def _read(measured: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(measured.read_text())
+    except (OSError, ValueError):  # none yet, or none that can be read: played again
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def _export(run: Path, step: int, known: str | None) -> Path:
+    """``<run>-bundle``, made new unless the same graphs are there. ``known``: digest of the one made here before.
+
+    Another bundle of that name is somebody's, and raises :class:`ConfigError`.
+    """
+    from omcda_deploy.bundle import read_bundle
+    from omcda_deploy.commands.export import export_run
+
+    bundle = run.with_name(f"{run.name}-bundle")
+    with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.", dir=run.parent) as scratch:
+        made = export_run(run, Path(scratch) / bundle.name, step)
+        if os.path.lexists(bundle):
+            present = read_bundle(bundle)
+            if present.manifest["files"] == made.manifest["files"]:
+                return bundle
+            if present.digest != known:
+                raise ConfigError(
+                    f"{bundle} is not what step {step} of {run.name} exports to: move it away and compare again"
+                )
+            bundle.rename(Path(scratch) / "before")
+        made.path.rename(bundle)
+    return bundle
+
+
+def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> Result:
+    from omcda_deploy.comparison import Curves, Result
+
+    metrics = folder / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{metrics} cannot be read ({error}): train the run again") from error
+    curves = Curves.of(config.spec.names, lines)
+    return Result(
+        _variant(config), str(folder), config.seed, config.settings, config.versions, evaluation, curves
+    )
+
+
+def _variant(config: RunConfig) -> Variant:
+    from omcda_deploy.comparison import Variant
+
+    task = config.spec.task
+    label = Path(config.dataset).stem.removeprefix(task.replace("/", "-") + "-")
+    settings = tuple(_changed(config).items())
+    return Variant(task, label, config.dataset_digest, config.algorithm, settings, config.steps)
+
+
+def _changed(config: RunConfig) -> dict[str, Any]:
+    """Settings that differ from the defaults: the algorithm's, then those of cloning and of the data."""
+    from omcda_deploy.registry import load_algorithm
+    from omcda_deploy.training.behavior_model import BehaviorConfig
+
+    defaults = asdict(load_algorithm(config.algorithm).Config())
+    changed = {
+        name: value
+        for name, value in config.settings.items()
+        if name not in defaults or value != defaults[name]
+    }
+    cloning = BehaviorConfig(hidden=config.settings["hidden"])
+    for field in fields(BehaviorConfig):
+        value = config.behavior.get(field.name, getattr(cloning, field.name))
+        if value != getattr(cloning, field.name):
+            changed[f"behavior.{field.name}"] = value
+    if config.time_limit_is_terminal:
+        changed["time_limit_is_terminal"] = True
+    return changed
+
+
+def _print(comparison: Comparison) -> None:
+    for (task, _), own in comparison.datasets.items():
+        title = f"{task}, {comparison.dataset(own[0].variant)}"
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for column in ("runs of", "seeds", "mean", "std over seeds"):
+            table.add_column(column)
+        for summary in own:
+            spread = f"{summary.std:.4g}" if summary.values.size > 1 else "one seed"
+            table.add_row(
+                comparison.name(summary.variant), str(summary.values.size), f"{summary.mean:.5g}", spread
+            )
+        console.print(table)
+    for left in comparison.left_out:
+        console.print(
+            f"left out of the means: {left.run}: {left.reason}", highlight=False, soft_wrap=True, markup=False
+        )

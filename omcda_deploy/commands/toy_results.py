@@ -1,0 +1,264 @@
+"""``toy-results``: the table of docs/toy-results.md, from nothing.
+
+Records each game's own behaviour policies, trains every algorithm that handles discrete actions with the shipped
+networks, reads the learned policy off at every observation there is, and computes what it earns exactly
+(:func:`omcda_deploy.envs.toy.exact_return`). So the numbers carry no noise of evaluation: what remains is the
+sampling of the dataset and of training. One process, one thread; nothing is kept but the table.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import numpy as np
+import typer
+
+from omcda_deploy.commands import console, errors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from omcda_deploy.datasets import Dataset
+    from omcda_deploy.envs import toy
+
+Settings: TypeAlias = Mapping[str, Any]
+
+GAMES = ("toy/one-step", "toy/chain", "toy/masked")
+IMITATORS = ("bc",)  # expected to earn what the behaviour policies earn; all others more
+TOLERANCE = 0.01  # of the way from the behaviour policies to the best play, for imitators
+
+COMMON: Settings = {"hidden": 32, "batch_size": 128, "lr": 1e-3}
+# Prices and temperatures are in units of return, so they follow the games and not the published benchmarks.
+OWN: Mapping[str, Settings] = {
+    "bc": {"batch_size": 1024},
+    "omcda": {"d_tot": 1.0, "alpha0": 3.0},
+    "omiga": {"alpha": 1.0},
+    "icq": {"critic_temperature": 3.0, "policy_temperature": 1.0},
+    "comadice": {"alpha": 1.0},
+}
+PER_GAME: Mapping[tuple[str, str], Settings] = {}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm on one game: what its learned policies earn, or why there are none."""
+
+    algorithm: str
+    earned: float | None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class GameResult:
+    """All rows of a game, and what they are to be read against."""
+
+    task: str
+    dataset: Dataset
+    behavior: float  # exact expected return of the behaviour policies
+    best: float  # most that any policies can earn
+    rows: tuple[Row, ...]
+
+    def gain(self, earned: float) -> float:
+        """Share of the way from the behaviour policies to the best play."""
+        return (earned - self.behavior) / (self.best - self.behavior)
+
+    def violations(self) -> list[str]:
+        """What was expected of an algorithm and did not come, one line each."""
+        lines = []
+        for row in self.rows:
+            if row.earned is None:
+                lines.append(f"{self.task}: {row.algorithm} failed ({row.failure})")
+            elif row.algorithm in IMITATORS:
+                if abs(self.gain(row.earned)) > TOLERANCE:
+                    lines.append(
+                        f"{self.task}: {row.algorithm} earns {row.earned:.3f}, expected within {TOLERANCE:.0%} of the "
+                        f"way from behaviour ({self.behavior:.3f}) to best play ({self.best:.3f}), got "
+                        f"{self.gain(row.earned):+.1%}"
+                    )
+            elif row.earned <= self.behavior:
+                lines.append(
+                    f"{self.task}: {row.algorithm} earns {row.earned:.3f}, expected more than the behaviour "
+                    f"policies' {self.behavior:.3f}"
+                )
+        return lines
+
+
+def toy_results(
+    table: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/toy-results.md"),
+    games: Annotated[list[str] | None, typer.Option("--game", help="Only these; repeatable.")] = None,
+    algorithms: Annotated[list[str] | None, typer.Option("--algo", help="Only these; repeatable.")] = None,
+    transitions: Annotated[int, typer.Option(help="Recorded per game.")] = 20_000,
+    steps: Annotated[int, typer.Option(help="Gradient steps per run.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the datasets and of training.")] = 0,
+) -> None:
+    """Train every discrete algorithm on the toy games and write the table of exact expected returns."""
+    from omcda_deploy import registry
+
+    discrete = [name for name in registry.algorithms() if "discrete" in registry.load_algorithm(name).ACTIONS]
+    chosen = algorithms or discrete
+    for name in chosen:
+        registry.load_algorithm(name)
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for task in games or GAMES:
+            results.append(
+                play_game(task, chosen, Path(scratch) / task, transitions=transitions, steps=steps, seed=seed)
+            )
+    write_table(table, results, transitions=transitions, steps=steps, seed=seed)
+    console.print(f"wrote {table}")
+    for line in (line for result in results for line in result.violations()):
+        errors.print(f"not as expected: {line}", highlight=False, soft_wrap=True)
+
+
+def play_game(
+    task: str, algorithms: Sequence[str], folder: Path, *, transitions: int, steps: int, seed: int
+) -> GameResult:
+    """Record the game and train the algorithms in ``folder``; a run that fails becomes a row that says so."""
+    from omcda_deploy.collect import collect
+    from omcda_deploy.datasets.omiga_hdf5 import read
+    from omcda_deploy.envs import toy
+
+    played = toy.game(task)
+    path = folder / "dataset.hdf5"
+    collect(
+        task,
+        toy.behavior_team(task),
+        path,
+        transitions=transitions,
+        seed=seed,
+        behavior="behavior",
+        workers=0,
+    )
+    dataset = read(path, task)
+    rows = []
+    for algorithm in algorithms:
+        try:
+            tables = learn(dataset, path, algorithm, folder / algorithm, steps=steps, seed=seed)
+            row = Row(algorithm, toy.exact_return(played, tables))
+        except Exception as error:  # shown in the table: one algorithm must not cost the others' rows
+            row = Row(algorithm, None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        rows.append(row)
+        shown = row.failure if row.earned is None else f"{row.earned:.3f}"
+        errors.print(f"{task}: {algorithm} {shown}", highlight=False, soft_wrap=True)
+    behavior = toy.exact_return(played, [chain.behavior for chain in played.chains])
+    return GameResult(task, dataset, behavior, toy.best_return(played), tuple(rows))
+
+
+def settings_of(algorithm: str, task: str) -> dict[str, Any]:
+    return {**COMMON, **OWN.get(algorithm, {}), **PER_GAME.get((algorithm, task), {})}
+
+
+def learn(
+    dataset: Dataset, path: Path, algorithm: str, run: Path, *, steps: int, seed: int
+) -> list[toy.Table]:
+    """Train one run and return its policies, per agent a table [X, K]."""
+    from omcda_deploy.envs import toy
+    from omcda_deploy.training import loop
+    from omcda_deploy.training.behavior_model import BehaviorConfig
+    from omcda_deploy.training.run_folder import read_snapshot
+
+    task = dataset.spec.task
+    loop.train(
+        dataset,
+        algorithm,
+        run,
+        dataset_path=str(path),
+        steps=steps,
+        seed=seed,
+        settings=settings_of(algorithm, task),
+        behavior=BehaviorConfig(hidden=COMMON["hidden"], lr=COMMON["lr"], steps=steps),
+        log_every=steps,
+        checkpoint_every=steps,
+        snapshot_every=steps,
+    )
+    return policy_tables(read_snapshot(run).policy, toy.game(task))
+
+
+def policy_tables(actor: nn.Module, game: toy.Game) -> list[toy.Table]:
+    """Probabilities [X, K] of a discrete actor, per agent: one-hot observations are all that agents ever see."""
+    import torch
+
+    from omcda_deploy.envs import toy
+
+    spec = toy.team_spec("", game)
+    agents, states, actions = len(spec.agents), spec.observation_size, spec.action_size
+    observation = torch.eye(states)[:, None].expand(states, agents, states)
+    mask = torch.zeros(states, agents, actions, dtype=torch.uint8)
+    for i, chain in enumerate(game.chains):
+        own_states, own_actions = chain.available.shape
+        mask[:own_states, i, :own_actions] = torch.from_numpy(chain.available)
+    with torch.no_grad():
+        probabilities = actor(observation, mask).double().exp().numpy()
+    return [
+        np.ascontiguousarray(probabilities[: chain.rewards.shape[0], i, : chain.rewards.shape[1]])
+        for i, chain in enumerate(game.chains)
+    ]
+
+
+def write_table(
+    path: Path, results: Sequence[GameResult], *, transitions: int, steps: int, seed: int
+) -> None:
+    """The Markdown table: one row per algorithm, per game its exact return and its gain."""
+    from omcda_deploy.measurements import machine, now, write_text
+    from omcda_deploy.training.run_folder import git_revision
+
+    tasks = [result.task for result in results]
+    violated = [line for result in results for line in result.violations()]
+    lines = [
+        "# Exact returns on the toy games",
+        "",
+        "Written by `omcda-deploy toy-results`; do not edit. Each entry is the exact expected undiscounted return of",
+        "an episode (`omcda_deploy.envs.toy.exact_return`) under the learned policies, stochastic ones as they are,",
+        "greedy ones with all probability on their choice. In brackets the gain: the share of the way from the",
+        "behaviour policies (0 %) to the best play (100 %). No evaluation, no selection; one seed.",
+        "",
+        *(
+            f"* `{r.task}`: {r.dataset.transitions.size:,} transitions of the game's own behaviour policies, which "
+            f"differ in quality and entropy between agents; digest `{r.dataset.digest}`"
+            for r in results
+        ),
+        f"* {steps:,} steps of every algorithm, last policy; seed {seed}; {_shown(COMMON)}; settings not named are "
+        "the defaults",
+        f"* commit `{git_revision()}`, {machine()}, {now()[:10]}",
+        "",
+        f"| | {' | '.join(f'`{task}`' for task in tasks)} | settings |",
+        "|---|" + "---|" * (len(tasks) + 1),
+        f"| best play | {' | '.join(f'{r.best:.3f}' for r in results)} | |",
+        f"| behaviour policies | {' | '.join(f'{r.behavior:.3f}' for r in results)} | |",
+    ]
+    for index, row in enumerate(results[0].rows):
+        cells = [_cell(result, result.rows[index]) for result in results]
+        lines.append(f"| {row.algorithm} | {' | '.join(cells)} | {_own_settings(row.algorithm, tasks)} |")
+    lines += [
+        "",
+        "Best play is an upper bound: it knows how many steps are left, which no learned policy sees.",
+        "",
+        f"Expected: every algorithm but {', '.join(IMITATORS)} earns more than the behaviour policies, and "
+        f"{', '.join(IMITATORS)} as much, within {TOLERANCE:.0%} of the way to the best play.",
+        *(["Not so:", "", *(f"* {line}" for line in violated)] if violated else ["It is so."]),
+        "",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "\n".join(lines))
+
+
+def _cell(result: GameResult, row: Row) -> str:
+    if row.earned is None:
+        return f"failed: {row.failure}"
+    return f"{row.earned:.3f} ({result.gain(row.earned):+.1%})"
+
+
+def _own_settings(algorithm: str, tasks: Sequence[str]) -> str:
+    own = _shown(OWN.get(algorithm, {}))
+    differences = [
+        f"on `{task}` {_shown(PER_GAME[algorithm, task])}" for task in tasks if (algorithm, task) in PER_GAME
+    ]
+    return "; ".join(part for part in [own, *differences] if part)
+
+
+def _shown(settings: Settings) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())

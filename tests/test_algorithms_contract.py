@@ -1,0 +1,212 @@
+"""What every algorithm of the registry must do, whatever it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omcda_deploy import registry
+from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.export.bundle import export_bundle
+from omcda_deploy.local import LocalTeam
+from omcda_deploy.spec import ActionKind
+from omcda_deploy.training.checkpoint import load_state, save_state
+from omcda_deploy.training.loop import Algorithm
+from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.settings import build
+from tests.synthetic import HIDDEN, differing, make_learner, random_batch, spec_of
+
+ALGORITHMS = registry.algorithms()
+KINDS: tuple[ActionKind, ...] = ("continuous", "discrete")
+CASES = [
+    (name, kind) for name in ALGORITHMS for kind in KINDS if kind in registry.load_algorithm(name).ACTIONS
+]
+UPDATES = 5
+
+Metrics = list[dict[str, torch.Tensor]]
+
+
+def learner(name: str, kind: ActionKind, **changes: Any) -> Algorithm:
+    return make_learner(name, spec_of(kind), **changes)
+
+
+def update(algorithm: Algorithm, kind: ActionKind, first: int = 0, count: int = UPDATES) -> Metrics:
+    return [algorithm.update(random_batch(spec_of(kind), seed=seed)) for seed in range(first, first + count)]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_module_says_what_it_is(name: str) -> None:
+    module = registry.load_algorithm(name)
+    assert module.ACTIONS
+    assert set(KINDS) >= module.ACTIONS
+    assert set(module.DIVERGENCE) == module.ACTIONS
+    assert module.SUMMARY == module.SUMMARY.strip() != ""
+    assert module.PAPER
+    assert module.__doc__ is not None
+    config = module.Config()
+    assert config.hidden > 0
+    assert config.batch_size > 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hidden = 1
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_updates_count_steps_change_the_policy_and_report_finite_numbers(name: str, kind: ActionKind) -> None:
+    algorithm = learner(name, kind)
+    agents = len(spec_of(kind).agents)
+    before = {key: value.clone() for key, value in algorithm.state_dict()["policy"].items()}
+    history = update(algorithm, kind)
+    assert algorithm.step == UPDATES
+    assert differing(before, algorithm.state_dict()["policy"])
+    for metrics in history:
+        assert any(key.startswith("loss/") for key in metrics)
+        for key, value in metrics.items():
+            assert value.shape in ((), (agents,)), key
+            assert bool(torch.isfinite(value).all()), key
+            assert not value.requires_grad, f"{key} keeps the whole graph of its step in memory"
+    for values in (algorithm.budgets, algorithm.alpha):
+        assert values is None or (values.shape == (agents,) and bool((values > 0).all()))
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_equal_seeds_give_equal_learners(name: str, kind: ActionKind) -> None:
+    first, second = learner(name, kind), learner(name, kind)
+    ours = update(first, kind)
+    torch.manual_seed(99)  # what else happens in the process must not matter
+    theirs = [second.update(random_batch(spec_of(kind), seed=seed)) for seed in range(UPDATES)]
+    assert all(differing(a, b) == set() for a, b in zip(ours, theirs, strict=True))
+    assert differing(first.state_dict(), second.state_dict()) == set()
+    other = learner(name, kind, seed=1)
+    update(other, kind)
+    assert differing(first.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_saved_learner_goes_on_as_if_never_stopped(name: str, kind: ActionKind, tmp_path: Path) -> None:
+    algorithm = learner(name, kind)
+    update(algorithm, kind)
+    save_state(tmp_path / "resume.pt", algorithm.state_dict())
+    ahead = update(algorithm, kind, first=UPDATES, count=12)
+    resumed = learner(name, kind)
+    update(resumed, kind, first=50, count=3)  # nothing of which may survive
+    resumed.load_state_dict(load_state(tmp_path / "resume.pt"))
+    assert resumed.step == UPDATES
+    again = update(resumed, kind, first=UPDATES, count=12)
+    for a, b in zip(ahead, again, strict=True):
+        assert differing(a, b) == set()
+    assert differing(algorithm.state_dict(), resumed.state_dict()) == set()
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_training_leaves_the_behavior_model_alone(name: str, kind: ActionKind) -> None:
+    algorithm = learner(name, kind)
+    before = {key: value.clone() for key, value in algorithm.behavior.state_dict().items()}
+    update(algorithm, kind)
+    assert differing(before, algorithm.behavior.state_dict()) == set()
+    assert not any(parameter.requires_grad for parameter in algorithm.behavior.parameters())
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_its_policy_is_exported_with_parity_and_acts(name: str, kind: ActionKind, tmp_path: Path) -> None:
+    spec, algorithm = spec_of(kind), learner(name, kind)
+    update(algorithm, kind)
+    module = registry.load_algorithm(name)
+    # The module that a snapshot is read back into takes the learner's weights.
+    config = build(module.Config, {"hidden": HIDDEN})
+    policy = module.make_policy(config, NetworkFactory(spec, HIDDEN))
+    policy.load_state_dict(algorithm.policy.state_dict())
+    batch = random_batch(spec, size=1000)
+    bundle = export_bundle(
+        tmp_path / "bundle",
+        spec,
+        policy,
+        algorithm.behavior,
+        observations=batch.observation.numpy(),
+        action_masks=None if batch.mask is None else batch.mask.numpy(),
+        divergence_kind=module.DIVERGENCE[kind],
+        budgets=dict.fromkeys(spec.names),
+        alphas=dict.fromkeys(spec.names),
+        provenance={"algorithm": name},
+    )
+    team = LocalTeam(bundle)
+    observations = {
+        agent.name: batch.observation[:8, i, : agent.observation_size].numpy()
+        for i, agent in enumerate(spec.agents)
+    }
+    masks = None
+    if batch.mask is not None:
+        masks = {a.name: batch.mask[:8, i, : a.action.size].numpy() for i, a in enumerate(spec.agents)}
+    for agent in spec.agents:
+        decision = team.act(observations, action_masks=masks)[agent.name]
+        assert np.isfinite(decision.divergence).all()
+        if masks is None:
+            assert decision.action.shape == (8, agent.action.size)
+            assert (np.abs(decision.action) <= 1.0).all()
+        else:
+            assert masks[agent.name][np.arange(8), decision.action].all(), "an unavailable action"
+
+
+NUMBERS = [
+    (name, field.name)
+    for name in ALGORITHMS
+    for field in dataclasses.fields(registry.load_algorithm(name).Config)
+    if field.type in ("int", "float")
+]
+
+
+@pytest.mark.parametrize(("name", "field"), NUMBERS)
+def test_numbers_out_of_range_are_refused_by_name_and_value(name: str, field: str) -> None:
+    config = registry.load_algorithm(name).Config
+    whole = {f.name: f.type for f in dataclasses.fields(config)}[field] == "int"
+    for value in (-1, 10**12) if whole else (-1.0, math.nan, math.inf):
+        expected = rf"^{name}\.{field}: expected .*, got {re.escape(repr(value))}$"
+        with pytest.raises(ConfigError, match=expected):
+            config(**{field: value})
+    with pytest.raises(ConfigError, match=rf"^{name}\.{field}: expected (int|float), got 'many'$"):
+        build(config, {field: "many"})
+    default = getattr(config(), field)
+    assert getattr(build(config, {field: str(default)}), field) == default  # as --set and recipes give it
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_unknown_settings_are_refused_with_the_nearest_name(name: str) -> None:
+    config = registry.load_algorithm(name).Config
+    with pytest.raises(
+        UnknownNameError, match=f"unknown setting of {name} 'batchsize': did you mean 'batch_size'"
+    ):
+        build(config, {"batchsize": 4})
+
+
+def test_switches_are_true_or_false() -> None:
+    config = registry.load_algorithm("omcda").Config
+    assert build(config, {"decoupled": "False"}).decoupled is False
+    assert build(config, {"decoupled": True}).decoupled is True
+    with pytest.raises(ConfigError, match=r"omcda\.decoupled: expected bool, got 'maybe'"):
+        build(config, {"decoupled": "maybe"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"allocation": name} for name in ("uniform", "random", "optimal")]
+    + [{"decoupled": False}, {"divergence_mixer": "identity"}, {"metric": "fisher"}],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_variant_of_omcda_trains_and_resumes(
+    settings: dict[str, Any], kind: ActionKind, tmp_path: Path
+) -> None:
+    algorithm = learner("omcda", kind, settings=settings)
+    update(algorithm, kind)
+    save_state(tmp_path / "resume.pt", algorithm.state_dict())
+    ahead = update(algorithm, kind, first=UPDATES)
+    resumed = learner("omcda", kind, settings=settings)
+    resumed.load_state_dict(load_state(tmp_path / "resume.pt"))
+    again = update(resumed, kind, first=UPDATES)
+    assert all(differing(a, b) == set() for a, b in zip(ahead, again, strict=True))
+    assert all(bool(torch.isfinite(v).all()) for metrics in ahead for v in metrics.values())

@@ -1,0 +1,462 @@
+"""Comparing runs: which are averaged, what stays out and why, and what is written, against hand computation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from omcda_deploy import cli
+from omcda_deploy.commands import compare as command
+from omcda_deploy.commands.compare import compare, evaluate_run, find_runs
+from omcda_deploy.comparison import Comparison, Curves, Result, Variant, summarise
+from omcda_deploy.comparison_report import write_comparison
+from omcda_deploy.datasets import Dataset
+from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.errors import ConfigError, ExportError
+from omcda_deploy.evaluate import evaluate
+from omcda_deploy.figures import Bar, Curve, curves_figure, grouped_bars_figure
+from omcda_deploy.local import LocalTeam
+from omcda_deploy.registry import team_spec
+from omcda_deploy.training import loop
+from omcda_deploy.training.behavior_model import BehaviorConfig
+from omcda_deploy.training.run_folder import read_config
+from tests.synthetic import write_dataset
+
+TASK = "mamujoco/hopper-3x1"
+STEPS = 20
+SMALL = {"hidden": 8, "batch_size": 8}
+FILES = ("returns.csv", "summary.csv", "influence.csv", "d_tot.csv", "results.md", "report.html")
+
+
+def train(
+    dataset: Dataset, out: Path, algorithm: str, seed: int, steps: int = STEPS, **settings: Any
+) -> Path:
+    """A real run folder. Its dataset is called like the task and its tier, as ``collect`` calls them."""
+    loop.train(
+        dataset,
+        algorithm,
+        out,
+        dataset_path="data/mamujoco-hopper-3x1-medium.hdf5",
+        steps=steps,
+        seed=seed,
+        settings={**SMALL, **settings},
+        behavior=BehaviorConfig(steps=10, check_every=10, hidden=8),
+        log_every=5,
+        checkpoint_every=STEPS // 2,
+        snapshot_every=STEPS // 2,
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Runs of two algorithms, three budgets and two datasets of one name, as sweeps lay them out."""
+    root = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMCDA_CACHE", str(root / "cache"))
+        one, other = (
+            read(write_dataset(root / f"{k}.hdf5", team_spec(TASK), [40, 20] * 2, seed=k)) for k in range(2)
+        )
+        runs = root / "runs"
+        for seed in (0, 1, 2):
+            train(one, runs / "bc" / f"seed{seed}", "bc", seed)
+        train(one, runs / "omcda" / "seed0", "omcda", 0, mixer_hidden=4)
+        train(one, runs / "omcda-d_tot=1.2" / "seed0", "omcda", 0, mixer_hidden=4, d_tot=1.2)
+        train(other, runs / "other" / "seed0", "bc", 0)
+        yield runs
+
+
+@pytest.fixture
+def runs(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "runs"))
+
+
+RETURNS = {0: [10.0, 30.0], 1: [40.0, 60.0], 2: [70.0, 130.0]}  # by seed: means 20, 50, 100
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Simulators stand still: two episodes per run, known by its seed. Yields the runs that were played."""
+    names: list[str] = []
+
+    def evaluation(folder: Path, config: Any, step: int, *_: Any, **__: Any) -> dict[str, Any]:
+        names.append(f"{folder.parent.name}/{folder.name} at {step}")
+        return evaluation_of(RETURNS[config.seed])
+
+    monkeypatch.setattr(command, "evaluate_run", evaluation)
+    return names
+
+
+def evaluation_of(returns: Sequence[float]) -> dict[str, Any]:
+    return {
+        "returns": list(returns),
+        "lengths": [7] * len(returns),
+        "episode_seeds": list(range(100, 100 + len(returns))),
+        "ended_by": ["terminal"] * len(returns),
+        "versions": {"numpy": "2"},
+        "machine": "a processor, 2 cores",
+        "date": "2026-01-02T03:04:05Z",
+    }
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -- which runs -----------------------------------------------------------------------------------------------
+
+
+def test_runs_are_found_once_wherever_they_lie(tmp_path: Path) -> None:
+    for name in ("a/seed1", "a/seed0", "b", "b/inner", ".hidden/seed0", "a/.seed2.x/seed2"):
+        (tmp_path / name / "policies").mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+    (tmp_path / "behavior").mkdir()
+    (tmp_path / "behavior" / "config.json").touch()  # of another kind of training
+    expected = [tmp_path / name for name in ("a/seed0", "a/seed1", "b")]
+    assert find_runs([tmp_path]) == expected
+    assert find_runs([tmp_path / "b", tmp_path, tmp_path / "a" / ".." / "b"]) == [expected[2], *expected[:2]]
+    with pytest.raises(ConfigError, match="none is not a folder: expected a run folder"):
+        find_runs([tmp_path / "none"])
+    with pytest.raises(
+        ConfigError, match=r"no run folder in .*behavior: expected .*config\.json beside policies"
+    ):
+        find_runs([tmp_path, tmp_path / "behavior"])
+
+
+def test_runs_are_averaged_by_dataset_algorithm_and_settings(
+    runs: Path, tmp_path: Path, played: list[str]
+) -> None:
+    compare([runs], tmp_path / "out")
+    assert len(played) == 6
+    assert all(name.endswith(f" at {STEPS}") for name in played)  # the last policy of several
+    rows = rows_of(tmp_path / "out" / "summary.csv")
+    one, other = (read_config(runs / name / "seed0").dataset_digest for name in ("bc", "other"))
+    assert one != other
+    small = "batch_size 8, hidden 8"
+    cloned = "behavior.steps 10, behavior.check_every 10"
+    assert {
+        (row["dataset_digest"], row["algorithm"], row["settings"], row["runs"], row["mean"], row["std"])
+        for row in rows
+        if row["task"] == TASK
+    } == {
+        (one, "bc", f"{small}, {cloned}", "3", str(170 / 3), str(float(np.std([20, 50, 100])))),
+        (other, "bc", f"{small}, {cloned}", "1", "20.0", ""),
+        (one, "omcda", f"{small}, mixer_hidden 4, {cloned}", "1", "20.0", ""),
+        (one, "omcda", f"d_tot 1.2, {small}, mixer_hidden 4, {cloned}", "1", "20.0", ""),
+    }
+
+    [overall] = [row for row in rows if row["task"] == "*"]  # bc alone is on two datasets
+    assert (overall["datasets"], overall["runs"], overall["mean"]) == ("2", "4", "")
+    scores = 100 * (np.array([20, 50, 100, 20]) - 19.1) / (2452.02 - 19.1)
+    assert float(overall["score_iqm"]) == pytest.approx(np.sort(scores)[1:3].mean())
+    assert overall["score_iqm_low"] == ""  # one of the datasets has one seed
+    [first] = [row for row in rows if row["runs"] == "3"]
+    assert float(first["iqm"]) == pytest.approx(170 / 3)
+    assert 20 <= float(first["iqm_low"]) < float(first["iqm"]) < float(first["iqm_high"]) <= 100
+    assert float(first["score_mean"]) == pytest.approx(scores[:3].mean())
+
+
+def test_what_is_written(runs: Path, tmp_path: Path, played: list[str]) -> None:
+    out = tmp_path / "deep" / "out"
+    compare([runs], out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    returns = rows_of(out / "returns.csv")
+    assert len(returns) == 12
+    [row] = [row for row in returns if row["run"].endswith("bc/seed2") and row["episode"] == "1"]
+    assert (row["return"], row["episode_seed"], row["length"], row["ended_by"]) == (
+        *("130.0", "101", "7", "terminal"),
+    )
+    assert (row["task"], row["dataset"], row["seed"], row["steps"]) == (TASK, "medium", "2", str(STEPS))
+    assert row["commit"] == read_config(runs / "bc" / "seed2").versions["git"]
+
+    lines = [
+        json.loads(line) for line in (runs / "omcda" / "seed0" / "metrics.jsonl").read_text().splitlines()
+    ]
+    influence = [row for row in rows_of(out / "influence.csv") if "d_tot 1.2" not in row["settings"]]
+    assert len(influence) == 4 * 3  # logged steps, agents
+    for row in influence:
+        line = next(line for line in lines if line["step"] == int(row["step"]))
+        agent = row["agent"]
+        for name in ("influence", "budget", "kl"):
+            assert float(row[name]) == line[f"{name}/{agent}"]
+        assert float(row["share"]) == pytest.approx(line[f"budget/{agent}"] / 0.3, rel=1e-5)
+
+    scan = rows_of(out / "d_tot.csv")
+    assert sorted((row["d_tot"], row["mean"], row["std"]) for row in scan) == [
+        ("0.3", "20.0", ""),
+        ("1.2", "20.0", ""),
+    ]
+    assert len({row["allocation"] for row in scan}) == 1
+    assert scan[0]["allocation"].startswith("influence, ")
+
+    digests = [read_config(runs / name / "seed0").dataset_digest for name in ("bc", "other")]
+    for text in ((out / "results.md").read_text(), (out / "report.html").read_text()):
+        for digest in digests:
+            assert digest in text
+            assert f"medium ({digest[:8]})" in text  # two datasets of one name
+        assert "a processor, 2 cores" in text
+        assert read_config(runs / "bc" / "seed0").versions["git"] in text
+        assert "one seed: none" in text
+    figures = figures_of(out / "report.html")
+    assert len(figures) == 1 + 1 + 2 * 4  # returns, the scan, influence of two variants
+    assert "http" not in (out / "report.html").read_text().replace("http://www.w3.org", "")
+
+
+def figures_of(report: Path) -> list[ElementTree.Element]:
+    return [
+        ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", report.read_text(), re.DOTALL)
+    ]
+
+
+def edit(run: Path, **changes: Any) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_what_is_left_out_is_named(
+    runs: Path,
+    tmp_path: Path,
+    played: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An unfinished run, one that failed, one damaged, and one twice: none of them in a mean, all of them said."""
+    edit(runs / "bc" / "seed2", steps=4000)
+    shutil.copytree(runs / "bc" / "seed1", runs / "copy" / "seed1")
+    (runs / "other" / "seed0" / "config.json").write_text("{")
+    original = command.evaluate_run
+
+    def failing(folder: Path, *rest: Any, **options: Any) -> dict[str, Any]:
+        if folder.parent.name == "omcda":
+            raise ExportError("no parity")
+        return original(folder, *rest, **options)
+
+    monkeypatch.setattr(command, "evaluate_run", failing)
+    out = tmp_path / "out"
+    compare([runs], out)
+    [row] = [row for row in rows_of(out / "summary.csv") if row["algorithm"] == "bc"]
+    assert (row["runs"], row["mean"]) == ("2", "35.0")
+    assert not any("seed2" in name for name in played)
+    said = " ".join(capsys.readouterr().out.split())
+    for text in (said, (out / "results.md").read_text(), (out / "report.html").read_text()):
+        assert "unfinished: its last policy is of step 20 of 4,000" in text
+        assert "failed: no parity" in text
+        assert re.search(r"failed: .*other/seed0/config\.json is damaged", text)
+        assert re.search(r"repeats .*bc/seed1: the same dataset, settings, steps and seed", text)
+
+
+def test_other_steps_and_other_ways_of_training_are_other_variants(
+    runs: Path, tmp_path: Path, played: list[str]
+) -> None:
+    edit(runs / "bc" / "seed1", time_limit_is_terminal=True)
+    edit(runs / "bc" / "seed2", steps=STEPS // 2)
+    compare([runs / "bc"], tmp_path / "out")
+    rows = rows_of(tmp_path / "out" / "summary.csv")
+    assert sorted((row["steps"], row["mean"], "time_limit" in row["settings"]) for row in rows) == [
+        ("10", "100.0", False),
+        ("20", "20.0", False),
+        ("20", "50.0", True),
+    ]
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "behavior.check_every 10, 10 steps" in text  # bars that differ in nothing else
+    assert "behavior.check_every 10, 20 steps" in text
+
+
+def test_nothing_to_compare_is_an_error(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(runs / "omcda" / "seed0", steps=4000)
+    with pytest.raises(
+        ConfigError, match=r"none of 1 runs can be compared; .*seed0 is unfinished: .* 20 of 4,000"
+    ):
+        compare([runs / "omcda"], tmp_path / "out")
+    with pytest.raises(ConfigError, match="episodes: expected at least 1, got 0"):
+        compare([runs], tmp_path / "out", episodes=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file: expected a folder"):
+        compare([runs], tmp_path / "file")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", ["omcda-deploy", "compare", str(tmp_path / "none"), "--out", "x"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+# -- exported and played ----------------------------------------------------------------------------------------
+
+
+def test_each_run_is_exported_and_played_once(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the simulator: as ``evaluate --bundle``; then from the files beside the run, while they are of it."""
+    run = runs / "bc" / "seed0"
+    compare([run], tmp_path / "first", episodes=3, seed=5, num_envs=2)
+    bundle, measured = run.with_name("seed0-bundle"), run.with_name("seed0-evaluation.json")
+    expected = evaluate(LocalTeam(bundle), TASK, episodes=3, seed=5, num_envs=2)
+    returns = [float(row["return"]) for row in rows_of(tmp_path / "first" / "returns.csv")]
+    assert returns == expected.returns.tolist()
+    assert LocalTeam(bundle).bundle.manifest["training"]["step"] == STEPS
+
+    with monkeypatch.context() as patch:
+        patch.setattr("omcda_deploy.commands.export.export_run", _never)
+        patch.setattr("omcda_deploy.evaluate.evaluate", _never)
+        compare([runs / "bc" / ".." / "bc" / "seed0"], tmp_path / "again", episodes=3, seed=5, num_envs=2)
+        assert rows_of(tmp_path / "again" / "summary.csv") == rows_of(tmp_path / "first" / "summary.csv")
+        for other in ({"episodes": 4}, {"seed": 6}, {"num_envs": 3}):
+            with pytest.raises(AssertionError, match="again"):
+                compare([run], tmp_path / "again", **{"episodes": 3, "seed": 5, "num_envs": 2, **other})
+
+    # Another policy in the same place: what was made of the old one is replaced.
+    digest = LocalTeam(bundle).bundle.digest
+    policy = f"policies/step-{STEPS:08d}.pt"
+    shutil.copy(runs / "bc" / "seed1" / policy, run / policy)
+    evaluate_run(run, read_config(run), STEPS, 3, 5, 2)
+    assert LocalTeam(bundle).bundle.digest != digest
+    assert json.loads(measured.read_text())["team"]["bundle_digest"] == LocalTeam(bundle).bundle.digest
+    assert sorted(path.name for path in run.parent.iterdir() if "seed0" in path.name) == [
+        *("seed0", "seed0-bundle", "seed0-evaluation.json"),
+    ]
+
+    # A bundle that was not made here is not touched.
+    theirs = runs / "bc" / "seed1-bundle"
+    shutil.copytree(bundle, theirs)
+    shutil.copy(runs / "bc" / "seed2" / policy, runs / "bc" / "seed1" / policy)
+    with pytest.raises(
+        ConfigError, match="seed1-bundle is not what step 20 of seed1 exports to: move it away"
+    ):
+        evaluate_run(runs / "bc" / "seed1", read_config(runs / "bc" / "seed1"), STEPS, 3, 5, 2)
+    assert LocalTeam(theirs).bundle.digest == LocalTeam(bundle).bundle.digest
+
+
+def _never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("exported or played again")
+
+
+# -- what metrics say -----------------------------------------------------------------------------------------
+
+AGENTS = ("agent_0", "agent_1")
+
+
+def lines_of(count: int, extra: Mapping[str, Sequence[float]] | None = None) -> list[dict[str, float]]:
+    """Influence k and -k, budgets 1 and 3, KL 0.5 and 2 at line k."""
+    lines = []
+    for k in range(count):
+        values = {"influence": (k, -k), "budget": (1, 3), "kl": (0.5, 2.0), **(extra or {})}
+        line = {f"{name}/{agent}": own[i] for name, own in values.items() for i, agent in enumerate(AGENTS)}
+        lines.append({"step": 10 * (k + 1), **line})
+    return lines
+
+
+def test_contributions_are_measured_or_estimated() -> None:
+    estimated = Curves.of(AGENTS, lines_of(3))
+    assert estimated is not None
+    assert estimated.steps.tolist() == [10, 20, 30]
+    assert estimated.contribution.tolist() == [[0, 0], [0.5, -2], [1, -4]]  # m KL
+    assert not estimated.measured
+    assert estimated.share.tolist() == [[0.25, 0.75]] * 3
+    measured = Curves.of(AGENTS, lines_of(3, {"value/reward": (8, 9)}))
+    assert measured is not None
+    assert measured.contribution.tolist() == [[8, 9]] * 3
+    assert measured.measured
+    assert Curves.of(AGENTS, [{"step": 10, "loss/policy": 1.0}]) is None
+    # Long runs are averaged in groups, each shown at its last step.
+    long = Curves.of(AGENTS, lines_of(250))
+    assert long is not None
+    assert len(long.steps) == 100
+    assert long.steps[-1] == 2500
+    assert long.influence[0, 0] == 1.0  # lines 0, 1 and 2
+    assert long.steps[0] == 30
+
+
+def result(seed: int, returns: Sequence[float], **changes: Any) -> Result:
+    variant = replace(Variant(TASK, "medium", "d" * 64, "omcda", (), 100), **changes)
+    settings = {"d_tot": 0.3, "allocation": "influence", **dict(variant.settings)}
+    curves = Curves.of(AGENTS, lines_of(4))
+    return Result(variant, f"runs/{seed}", seed, settings, {"git": "c0ffee"}, evaluation_of(returns), curves)
+
+
+def test_a_scan_has_a_line_per_allocation_and_everything_else(tmp_path: Path) -> None:
+    results = [
+        result(seed, [mean + 10 * seed], settings=settings)
+        for seed in (0, 1)
+        for mean, settings in (
+            (100.0, ()),
+            (200.0, (("d_tot", 1.2),)),
+            (50.0, (("allocation", "uniform"),)),
+            (70.0, (("d_tot", 1.2), ("allocation", "uniform"))),
+            (60.0, (("d_tot", 1.2), ("decoupled", False))),
+        )
+    ]
+    summaries, repeated = summarise(results)
+    assert repeated == []
+    write_comparison(Comparison(summaries, [], {"Evaluation": "one episode"}), tmp_path)
+    rows = {(row["allocation"], row["d_tot"]): row for row in rows_of(tmp_path / "d_tot.csv")}
+    assert {key: row["mean"] for key, row in rows.items()} == {
+        ("influence", "0.3"): "105.0",
+        ("influence", "1.2"): "205.0",
+        ("uniform", "0.3"): "55.0",
+        ("uniform", "1.2"): "75.0",
+        ("influence, decoupled False", "1.2"): "65.0",
+    }
+    assert rows["uniform", "1.2"]["std"] == "5.0"
+    [scan] = [
+        svg for svg in figures_of(tmp_path / "report.html") if "against d_tot" in svg.get("aria-label", "")
+    ]
+    ticks = [text.text for text in scan.iter("text") if text.get("class") == "tick"]
+    assert {"0.3", "1.2"} <= set(ticks)
+    assert len([path for path in scan.iter("path")]) == 2  # decoupled has one budget: a point, no line
+
+
+# -- figures ----------------------------------------------------------------------------------------------------
+
+
+def test_bars_stand_for_their_means() -> None:
+    values = np.array([1.0, 3.0])
+    groups = {
+        "medium": {"a": Bar(2.0, 1.0, values), "<b>": Bar(-1.0, float("nan"), np.array([-1.0]))},
+        "expert": {"a": Bar(4.0, 0.0, np.array([4.0]))},
+    }
+    svg = ElementTree.fromstring(grouped_bars_figure(groups, "return", ["z", "a", "<b>"]))
+    bars = [rect for rect in svg.iter("rect") if rect.find("title") is not None]
+    heights = [float(bar.get("height", "")) for bar in bars]
+    assert heights[0] / heights[1] == pytest.approx(2.0, rel=0.01)
+    assert heights[2] / heights[0] == pytest.approx(2.0, rel=0.01)
+    zero = float(bars[0].get("y", "")) + heights[0]
+    assert float(bars[1].get("y", "")) == pytest.approx(zero, abs=0.2)  # the negative one hangs from zero
+    assert [bar.findtext("title") for bar in bars] == [
+        *("medium, a: 2 ± 1", "medium, <b>: \u22121", "expert, a: 4 ± 0"),
+    ]
+    assert [bar.get("class") for bar in bars] == ["filled s1", "filled s2", "filled s1"]
+    dots = sorted(float(dot.get("cy", "")) for dot in svg.iter("circle") if dot.get("class") == "run")
+    unit = heights[0] / 2
+    assert dots == pytest.approx([zero - unit * value for value in (4, 3, 1, -1)], abs=0.3)
+    stems = [
+        line for line in svg.iter("line") if line.get("class") == "error" and line.get("x1") == line.get("x2")
+    ]
+    ends = [float(stems[0].get(name, "")) for name in ("y1", "y2")]
+    assert ends == pytest.approx([zero - unit, zero - 3 * unit], abs=0.3)
+    assert len(stems) == 2  # one bar has no spread
+
+
+def test_curves_leave_out_what_is_not_finite() -> None:
+    curve = Curve(np.array([1.0, 2.0, 3.0]), np.array([0.0, np.nan, 1.0]), np.array([0.1, np.nan, np.nan]))
+    svg = ElementTree.fromstring(curves_figure({"a & b": curve}, "step", "m"))
+    [path] = list(svg.iter("path"))
+    assert path.get("d", "").count("L") == 1
+    assert len(list(svg.iter("circle"))) == 2
+    assert len([line for line in svg.iter("line") if line.get("class") == "stroked s0"]) == 3  # one whisker
+    single = ElementTree.fromstring(curves_figure({"a": Curve(np.ones(1), np.ones(1))}, "step", "m"))
+    assert len(list(single.iter("circle"))) == 1

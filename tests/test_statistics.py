@@ -1,0 +1,134 @@
+"""Statistics over runs against numbers worked out by hand, by enumeration and by known distributions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from omcda_deploy.envs.vector import VectorEnvironment
+from omcda_deploy.statistics import (
+    REFERENCES,
+    Interval,
+    bootstrap_interval,
+    interquartile_mean,
+    normalised_score,
+    std,
+)
+
+# -- interquartile mean ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([7.0], 7.0),
+        ([1.0, 4.0], 2.5),
+        ([0.0, 1.0, 11.0], 4.0),  # floor(3/4) = 0: nothing is cut
+        ([-100.0, 1.0, 3.0, 100.0], 2.0),
+        ([-100.0, 1.0, 2.0, 6.0, 100.0], 3.0),  # floor(5/4) = 1, not a weight of 1.25
+        ([-100.0, 1.0, 2.0, 3.0, 6.0, 100.0], 3.0),
+        ([-100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 100.0], 3.0),
+        ([-100.0, -90.0, 1.0, 2.0, 3.0, 6.0, 90.0, 100.0], 3.0),
+    ],
+)
+def test_the_middle_half_is_averaged(values: list[float], expected: float) -> None:
+    for order in (values, values[::-1], np.random.default_rng(0).permutation(values)):
+        assert interquartile_mean(order) == pytest.approx(expected)
+
+
+def test_it_is_taken_along_the_last_axis() -> None:
+    rows = np.array([[4.0, 0.0, 2.0, 50.0], [1.0, 3.0, -9.0, 9.0]])
+    np.testing.assert_allclose(interquartile_mean(rows), [3.0, 2.0])
+
+
+def test_std_is_that_of_the_published_tables() -> None:
+    assert std([1.0, 3.0]) == 1.0  # divided by two runs, not by one
+    assert math.isnan(std([5.0]))
+
+
+# -- bootstrap --------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_the_percentiles_of_all_resamples() -> None:
+    """Four runs can be drawn in 4^4 equally likely ways; the interval has the percentiles of these."""
+    values = np.array([0.0, 1.0, 4.0, 9.0])
+    every = [sum(sorted(values[list(drawn)])[1:3]) / 2 for drawn in itertools.product(range(4), repeat=4)]
+    for confidence in (0.5, 0.8, 0.95):
+        tail = 50 * (1 - confidence)
+        interval = bootstrap_interval([values], confidence=confidence)
+        assert interval is not None
+        assert [interval.low, interval.high] == pytest.approx(
+            np.percentile(every, [tail, 100 - tail]), abs=0.26
+        )
+
+
+def test_runs_are_drawn_within_their_task() -> None:
+    """Tasks of very different returns whose runs agree leave no doubt, which drawing tasks or joint runs would."""
+    assert bootstrap_interval([[0.0, 0.0], [50.0, 50.0, 50.0], [1000.0, 1000.0]]) == Interval(230.0, 230.0)
+
+
+def test_quartiles_are_of_all_tasks_together() -> None:
+    """Three zeros among eight runs are seen by that task's own quartiles, and cut among sixteen."""
+    some, none = [0.0, *[10.0] * 7], [10.0] * 8
+    assert bootstrap_interval([some, none]) == Interval(10.0, 10.0)
+    alone = bootstrap_interval([some])
+    assert alone is not None
+    assert alone.low < 10.0
+
+
+def test_coverage_of_a_known_distribution() -> None:
+    """Twenty normal runs: about 95 % of the intervals hold the true mean (1.1 % standard error of this test)."""
+    generator = np.random.default_rng(3)
+    held = 0
+    for trial in range(400):
+        interval = bootstrap_interval([generator.normal(100.0, 15.0, 20)], seed=trial, replications=400)
+        assert interval is not None
+        held += interval.low <= 100.0 <= interval.high
+    assert 0.91 < held / 400 < 0.98
+
+
+def test_the_seed_decides_the_interval() -> None:
+    runs = [np.random.default_rng(0).normal(size=9)]
+    assert bootstrap_interval(runs, replications=200) == bootstrap_interval(runs, replications=200)
+    assert bootstrap_interval(runs, replications=200) != bootstrap_interval(runs, seed=1, replications=200)
+
+
+@pytest.mark.parametrize("tasks", [[], [[5.0]], [[1.0, 2.0, 3.0], [4.0]]])
+def test_there_is_no_interval_without_a_second_run(tasks: list[list[float]]) -> None:
+    assert bootstrap_interval(tasks) is None
+
+
+# -- normalised score -----------------------------------------------------------------------------------------
+
+
+def test_the_references_are_the_ends_of_the_scale() -> None:
+    for task, reference in REFERENCES.items():
+        ends = [reference.low, (reference.low + reference.high) / 2, reference.high]
+        np.testing.assert_allclose(normalised_score(task, ends), [0.0, 50.0, 100.0], atol=1e-9)  # type: ignore[arg-type]
+        assert f"{reference.low:g}" in reference.source
+        assert f"{reference.high:g}" in reference.source
+    assert normalised_score("mamujoco/halfcheetah-6x1", 1249.95) == pytest.approx(50.0)
+    assert normalised_score("toy/chain", [1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "episodes", "spread"),  # std of one episode's return, as measured with the reference
+    [("mamujoco/hopper-3x1", 40, 19.0), ("mamujoco/ant-2x4", 4, 85.0), ("mamujoco/halfcheetah-6x1", 4, 77.0)],
+)
+def test_random_actions_score_nothing(task: str, episodes: int, spread: float) -> None:
+    generator = np.random.default_rng(11)
+    with VectorEnvironment(task, episodes) as environment:
+        environment.reset({index: 1000 + index for index in range(episodes)})
+        active, returns = np.ones(episodes, np.bool_), np.zeros(episodes)
+        while active.any():
+            actions = {
+                agent.name: generator.uniform(-1, 1, (episodes, agent.action.size)).astype(np.float32)
+                for agent in environment.spec.agents
+            }
+            step = environment.step(actions, active)
+            returns[active] += step.reward[active]
+            active &= ~(step.terminated | step.truncated)
+    assert abs(returns.mean() - REFERENCES[task].low) < 3.5 * spread / math.sqrt(episodes)

@@ -1,0 +1,552 @@
+"""Training runs: what a kill leaves, what is refused, and what a run folder holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omcda_deploy.datasets import Dataset
+from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.errors import ConfigError, ContractError, OmcdaError, UnknownNameError
+from omcda_deploy.registry import team_spec
+from omcda_deploy.spec import TeamSpec
+from omcda_deploy.training import evaluation, loop
+from omcda_deploy.training.batches import TransitionSampler
+from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model, cache_folder
+from omcda_deploy.training.checkpoint import load_state, save_state
+from omcda_deploy.training.distributions import TanhGaussian, policy_of
+from omcda_deploy.training.evaluation import EVALUATIONS, Evaluator, SnapshotTeam
+from omcda_deploy.training.metrics import DivergedError, MetricsWriter, Window
+from omcda_deploy.training.run_folder import read_config, read_snapshot, snapshot_steps
+from tests.synthetic import continuous_spec, differing, write_dataset
+
+STEPS, EVERY = 60, 20
+SETTINGS = {"hidden": 8, "mixer_hidden": 4, "batch_size": 8, "reallocate_every": 5, "d_tot": 0.01, "tau": 0.2}
+BEHAVIOR = BehaviorConfig(steps=20, batch_size=16, hidden=8, check_every=10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for the file, never the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMCDA_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hopper's shapes, random numbers: 8 episodes of 240 transitions in all."""
+    path = tmp_path_factory.mktemp("data") / "hopper.hdf5"
+    return write_dataset(path, team_spec("mamujoco/hopper-3x1"), [40, 20] * 4)
+
+
+@pytest.fixture(scope="module")
+def dataset(file: Path) -> Dataset:
+    return read(file)
+
+
+def train(dataset: Dataset, out: Path, algorithm: str = "omcda", **changes: Any) -> Path:
+    settings = {k: v for k, v in SETTINGS.items() if algorithm == "omcda" or k in ("hidden", "batch_size")}
+    arguments: dict[str, Any] = {
+        "dataset_path": "data.hdf5",
+        "steps": STEPS,
+        "settings": settings,
+        "behavior": BEHAVIOR,
+        "log_every": 5,
+        "checkpoint_every": EVERY,
+        "snapshot_every": EVERY,
+        **changes,
+    }
+    loop.train(dataset, algorithm, out, **arguments)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    return train(dataset, tmp_path_factory.mktemp("runs") / "run")
+
+
+# -- killed and resumed ---------------------------------------------------------------------------------------
+
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.training import checkpoint, loop
+from tests.test_training_loop import train
+
+file, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+
+def stop():
+    print("now", flush=True)
+    time.sleep(60)
+
+def on_log(step, metrics):
+    if moment == "between checkpoints" and step == 35:
+        stop()
+
+if moment == "while saving":
+    # Step 60's checkpoint is written, but not yet in its place.
+    os.fsync = lambda handle: stop() if any(out.glob(".resume.pt.*")) else None
+if out.exists():
+    loop.resume(read(file), out, on_log=on_log)
+else:
+    train(read(file), out, on_log=on_log)
+"""
+
+
+def kill(file: Path, out: Path, moment: str) -> None:
+    """Train or resume in a process of its own, and SIGKILL it at the given moment."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(file), str(out), moment],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL
+
+
+def test_a_killed_run_resumes_as_if_it_had_never_stopped(
+    file: Path, dataset: Dataset, run: Path, tmp_path: Path
+) -> None:
+    """SIGKILL at step 35 of 60, again while a checkpoint is being written, then to the end: every bit is equal."""
+    out = tmp_path / "killed"
+    kill(file, out, "between checkpoints")
+    assert load_state(out / "resume.pt")["step"] == 20
+    assert last_step(out) == 35  # seven lines were written, three of which are beyond the checkpoint
+    kill(file, out, "while saving")
+    assert load_state(out / "resume.pt")["step"] == 20
+    assert last_step(out) == 40
+    with (out / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 45, "loss/pol')  # what a kill during a write leaves
+    loop.resume(dataset, out)
+
+    assert differing(load_state(run / "resume.pt"), load_state(out / "resume.pt")) == set()
+    assert snapshot_steps(out) == snapshot_steps(run) == [20, 40, 60]
+    for step in snapshot_steps(run):
+        name = f"policies/step-{step:08d}.pt"
+        assert differing(load_state(run / name), load_state(out / name)) == set()
+    assert (out / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
+    assert (out / "config.json").read_text() == (run / "config.json").read_text()
+
+
+def last_step(run: Path) -> int:
+    return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(
+    dataset: Dataset, run: Path, tmp_path: Path
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def die(step: int, metrics: Any) -> None:
+        if step == 15:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(dataset, tmp_path / "run", on_log=die)
+    assert not (tmp_path / "run" / "resume.pt").exists()
+    loop.resume(dataset, tmp_path / "run")
+    assert differing(load_state(run / "resume.pt"), load_state(tmp_path / "run" / "resume.pt")) == set()
+
+
+def test_resuming_a_finished_run_changes_nothing(dataset: Dataset, run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*.*") if "tensorboard" not in str(path)}
+    loop.resume(dataset, run)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_seed_decides_the_run(dataset: Dataset, tmp_path: Path) -> None:
+    first, again, other = (
+        load_state(train(dataset, tmp_path / name, steps=10, seed=seed) / "resume.pt")
+        for name, seed in (("first", 5), ("again", 5), ("other", 6))
+    )
+    assert differing(first, again) == set()
+    assert {f"actor/mlp.{layer}.weight" for layer in ("first", "second", "last")} <= differing(first, other)
+
+
+# -- what a run holds -----------------------------------------------------------------------------------------
+
+
+def test_every_checkpoint_is_tensors_and_plain_values(run: Path) -> None:
+    files = sorted(run.rglob("*.pt"))
+    assert [file.name for file in files] == [
+        "behavior.pt",
+        *(f"step-{step:08d}.pt" for step in (20, 40, 60)),
+        "resume.pt",
+    ]
+    for file in files:
+        torch.load(file, weights_only=True)
+
+
+def test_metrics_are_lines_of_finite_json(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(5, STEPS + 1, 5))
+    for line in lines:
+        assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in line.values())
+        assert {
+            f"{name}/agent_{i}" for name in ("kl", "budget", "alpha", "influence") for i in range(3)
+        } <= set(line)
+        assert {"loss/policy", "loss/reward_critic", "z/mean_exp", "alpha_at_bound/agent_0"} <= set(line)
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_windows_hold_means_per_agent_and_of_what_was_measured() -> None:
+    window = Window(("a", "b"))
+    window.add({"x": torch.tensor(1.0), "kl": torch.tensor([1.0, 2.0])})
+    window.add({"x": torch.tensor(4.0), "kl": torch.tensor([3.0, 2.0]), "rare": torch.tensor(7.0)})
+    assert window.close(2) == {"x": 2.5, "kl/a": 2.0, "kl/b": 2.0, "rare": 7.0}
+    assert window.close(3) == {}
+
+
+def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0)
+    for step in (5, 10, 15):
+        writer.write(step, {"x": float(step)})
+    writer.close()
+    MetricsWriter(tmp_path, 10).close()
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == [{"step": 5, "x": 5.0}, {"step": 10, "x": 10.0}]
+
+
+def test_a_snapshot_is_the_policy_with_its_prices_and_budgets(dataset: Dataset, run: Path) -> None:
+    state, snapshot = load_state(run / "resume.pt"), read_snapshot(run)
+    assert snapshot.step == STEPS
+    assert differing(state["policy"], snapshot.policy.state_dict()) == set()
+    assert differing(load_state(run / "behavior.pt")["model"], snapshot.behavior.state_dict()) == set()
+    shares = state["allocation"]["shares"]
+    assert snapshot.budgets == dict(zip(dataset.spec.names, (0.01 * shares).tolist(), strict=True))
+    prices = state["dual"]["log_alpha"].exp().tolist()
+    assert snapshot.alphas == dict(zip(dataset.spec.names, prices, strict=True))
+    assert snapshot.observations.shape == (1000, 3, 14)
+    recorded = {row.tobytes() for row in dataset.observations}
+    assert all(row.tobytes() in recorded for row in snapshot.observations)
+    assert read_snapshot(run, 20).step == 20
+    with pytest.raises(ConfigError, match="holds no policy of step 30: it has 20, 40, 60"):
+        read_snapshot(run, 30)
+
+
+def test_bc_has_neither_prices_nor_budgets(dataset: Dataset, tmp_path: Path) -> None:
+    snapshot = read_snapshot(train(dataset, tmp_path / "bc", "bc", steps=20))
+    assert snapshot.budgets is None
+    assert snapshot.alphas is None
+
+
+def test_files_of_a_run_can_be_read_by_others(run: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in run.rglob("*.pt"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path.name
+
+
+# -- what is refused ------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
+    path = write_dataset(
+        tmp_path / "huge.hdf5", team_spec("mamujoco/hopper-3x1"), [30, 30], reward_scale=1e30
+    )
+    with pytest.raises(DivergedError, match=r"diverged before step 5: loss/reward_critic is (inf|nan)"):
+        train(read(path), tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    assert not (tmp_path / "run" / "resume.pt").exists()
+
+
+def test_an_existing_folder_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("…")
+    with pytest.raises(ConfigError, match=r"mine exists already: choose another --out.* --resume"):
+        train(dataset, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_another_dataset_is_refused_on_resuming(run: Path, tmp_path: Path) -> None:
+    other = read(write_dataset(tmp_path / "o.hdf5", team_spec("mamujoco/hopper-3x1"), [40, 20], seed=9))
+    with pytest.raises(ConfigError, match=r"was trained on a dataset of digest \w{12}…, got \w{12}…"):
+        loop.resume(other, run)
+
+
+Refusal = tuple[dict[str, Any], type[OmcdaError], str]
+REFUSALS: list[Refusal] = [
+    ({"steps": 0}, ConfigError, "steps"),
+    ({"seed": -1}, ConfigError, "seed: expected 0 to .*, got -1"),
+    ({"threads": 0}, ConfigError, "threads: expected at least 1, got 0"),
+    ({"checkpoint_every": 0}, ConfigError, "checkpoint_every"),
+    ({"checkpoint_every": 7}, ConfigError, "checkpoint_every: expected a multiple of 5, .* got 7"),
+    ({"snapshot_every": -5}, ConfigError, "snapshot_every"),
+    ({"log_every": 0}, ConfigError, "log_every"),
+    ({"device": "tpu"}, ConfigError, "device: expected cpu, cuda or cuda:N, got 'tpu'"),
+    ({"algorithm": "omcdaa"}, UnknownNameError, "did you mean 'omcda'"),
+    (
+        {"settings": {"d_tott": 1}},
+        UnknownNameError,
+        "unknown setting of omcda 'd_tott': did you mean 'd_tot'",
+    ),
+    ({"settings": {"d_tot": -1.0}}, ConfigError, r"omcda\.d_tot: expected .*, got -1"),
+    ({"settings": {"hidden": 8.5}}, ConfigError, r"omcda\.hidden: expected int, got 8\.5"),
+    ({"settings": {"hidden": 8, "grad_clip": "inf"}}, ConfigError, r"omcda\.grad_clip: expected .*, got inf"),
+    ({"behavior": BehaviorConfig(hidden=16)}, ConfigError, "expected behavior hidden 8"),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), REFUSALS)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    dataset: Dataset, tmp_path: Path, changes: dict[str, Any], kind: type[OmcdaError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        train(dataset, tmp_path / "run", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sees no GPU\. Use --device cpu"):
+        train(dataset, tmp_path / "run", device="cuda:0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_algorithm_that_does_not_handle_the_actions_is_refused(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from omcda_deploy.training.algorithms import bc
+
+    monkeypatch.setattr(bc, "ACTIONS", frozenset({"discrete"}))
+    with pytest.raises(ContractError, match=r"bc handles discrete actions, .* has continuous ones"):
+        train(dataset, tmp_path / "run", "bc")
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a run folder: it has no config\.json"):
+        loop.resume(dataset, tmp_path)
+    (tmp_path / "config.json").write_text('{"algorithm": "bc"')
+    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        loop.resume(dataset, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "resume.pt"
+    cut.write_bytes((run / "resume.pt").read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"resume\.pt is damaged .*: restore it from a copy, or remove it"):
+        load_state(cut)
+    with pytest.raises(ConfigError, match=r"none\.pt does not exist"):
+        load_state(tmp_path / "none.pt")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"x": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(ConfigError, match="is damaged"):
+        load_state(tmp_path / "bomb.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_saving_that_fails_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "resume.pt"
+    save_state(path, {"step": 1})
+
+    def full(handle: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_state(path, {"step": 2})
+    assert load_state(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_folder_appears_whole(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no moment is there a folder at --out that can neither be resumed nor started anew."""
+    out = tmp_path / "run"
+    seen: list[bool] = []
+
+    def watch(path: Path, state: dict[str, Any]) -> None:
+        save_state(path, state)
+        seen.append(out.exists())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_state", watch)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, out)
+    assert seen == [False]
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- behaviour model ------------------------------------------------------------------------------------------
+
+
+def test_the_behavior_model_is_cloned_once_per_dataset(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
+    calls: list[int] = []
+    for name in ("omcda", "bc"):
+        train(dataset, tmp_path / name, name, steps=5, on_behavior=lambda step, *_: calls.append(step))
+        assert calls == [10, 20]  # of the first run
+    [cached] = (tmp_path / "cache").rglob("*.pt")
+    models = [load_state(path)["model"] for path in (cached, *sorted(tmp_path.glob("*/behavior.pt")))]
+    assert len(models) == 3
+    assert differing(models[0], models[1]) == differing(models[0], models[2]) == set()
+    # Another dataset or another setting is another model.
+    other = read(write_dataset(tmp_path / "o.hdf5", team_spec("mamujoco/hopper-3x1"), [40, 20], seed=9))
+    behavior_model(other, BEHAVIOR)
+    behavior_model(dataset, dataclasses.replace(BEHAVIOR, seed=1))
+    assert len(list((tmp_path / "cache").rglob("*.pt"))) == 3
+
+
+def test_the_cache_follows_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMCDA_CACHE", "/somewhere/else")
+    assert cache_folder() == Path("/somewhere/else")
+    monkeypatch.delenv("OMCDA_CACHE")
+    assert cache_folder() == Path.home() / ".cache" / "omcda-deploy"
+
+
+def test_cloning_keeps_the_best_held_out_model_and_stops(dataset: Dataset) -> None:
+    """Random actions cannot be predicted: past a few looks the held-out likelihood only falls."""
+    config = BehaviorConfig(steps=5000, batch_size=64, hidden=32, check_every=20, patience=3, lr=5e-3)
+    looks: list[tuple[int, float]] = []
+    from omcda_deploy.training.behavior_model import fit
+
+    model, report = fit(dataset, config, progress=lambda step, steps, loss: looks.append((step, loss)))
+    best_step, best = min(looks, key=lambda look: look[1])
+    assert report["best_step"] == best_step
+    assert report["held_out_nll"] == best
+    assert report["last_step"] == looks[-1][0] == best_step + 3 * 20 < 5000
+    again, _ = fit(dataset, config)
+    assert differing(model.state_dict(), again.state_dict()) == set()
+
+
+# -- batches --------------------------------------------------------------------------------------------------
+
+
+def test_the_time_limit_option_changes_not_done_only(dataset: Dataset) -> None:
+    every = np.arange(len(dataset.transitions))
+    ours = TransitionSampler(dataset, 4, 0).gather(every)
+    published = TransitionSampler(dataset, 4, 0, time_limit_is_terminal=True).gather(every)
+    assert differing(vars(ours), vars(published)) == {"not_done"}
+    assert np.flatnonzero(ours.not_done == 0).tolist() == np.flatnonzero(dataset.terminal).tolist()
+    ends = dataset.terminal | dataset.timeout
+    assert np.flatnonzero(published.not_done == 0).tolist() == np.flatnonzero(ends).tolist()
+    assert dataset.terminal.sum() == dataset.timeout.sum() == 4
+
+
+def test_no_transition_crosses_an_episodes_end(dataset: Dataset) -> None:
+    sampler = TransitionSampler(dataset, 64, 0)
+    assert len(sampler) == 240
+    episode_of = np.repeat(np.arange(8), dataset.episode_length + 1)  # of each row, final ones included
+    rows = {row.tobytes(): index for index, row in enumerate(dataset.observations)}
+    seen = set()
+    for step in range(40):
+        batch = sampler.sample(step)
+        for o, o2, a, r in zip(
+            batch.observation.numpy(),
+            batch.next_observation.numpy(),
+            batch.action.numpy(),
+            batch.reward.numpy(),
+            strict=True,
+        ):
+            row, following = rows[o.tobytes()], rows[o2.tobytes()]
+            assert following == row + 1
+            assert episode_of[row] == episode_of[following]
+            assert np.array_equal(a, dataset.actions[row])
+            assert r == dataset.rewards[row]
+            seen.add(row)
+        assert np.array_equal(batch.state.numpy(), batch.observation.numpy().reshape(64, -1))
+    assert len(seen) == 240  # every transition is drawn
+
+
+def test_batches_depend_on_seed_and_step_alone(dataset: Dataset) -> None:
+    sampler = TransitionSampler(dataset, 8, 3)
+    forward = {step: sampler.sample(step) for step in (0, 1, 255, 256, 1000)}
+    other = TransitionSampler(dataset, 8, 3)
+    for step in (1000, 0, 256, 255, 1):
+        assert differing(vars(forward[step]), vars(other.sample(step))) == set()
+    assert differing(vars(forward[0]), vars(forward[1]))
+    assert differing(vars(forward[0]), vars(TransitionSampler(dataset, 8, 4).sample(0)))
+
+
+def test_a_state_of_its_own_is_kept_apart(tmp_path: Path) -> None:
+    """Where the state is not all observations joined, batches hold the recorded one."""
+    spec: TeamSpec = continuous_spec()
+    recorded = read(write_dataset(tmp_path / "d.hdf5", spec, [20, 20]))
+    batch = TransitionSampler(recorded, 4, 0).gather(np.array([0, 19, 20]))
+    assert np.array_equal(batch.state.numpy(), recorded.states[[0, 19, 21]])
+    assert np.array_equal(batch.next_state.numpy(), recorded.states[[1, 20, 22]])
+
+
+# -- evaluation beside training -------------------------------------------------------------------------------
+
+
+def test_a_snapshot_acts_as_its_policy_does(run: Path, dataset: Dataset) -> None:
+    team, snapshot = SnapshotTeam(run, 40), read_snapshot(run, 40)
+    rows = dataset.observations[:7]
+    decisions = team.act({name: rows[:, i] for i, name in enumerate(team.spec.names)})
+    with torch.no_grad():
+        policy = policy_of(snapshot.policy, torch.from_numpy(rows), None)
+        behavior = policy_of(snapshot.behavior, torch.from_numpy(rows), None)
+    assert isinstance(policy, TanhGaussian)
+    assert isinstance(behavior, TanhGaussian)
+    for i, name in enumerate(team.spec.names):
+        np.testing.assert_array_equal(decisions[name].action, torch.tanh(policy.mean).numpy()[:, i])
+        np.testing.assert_array_equal(decisions[name].divergence, policy.kl(behavior).numpy()[:, i])
+
+
+def test_a_snapshot_is_played_and_its_returns_are_noted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in ("20", "60"):
+        monkeypatch.setattr(sys, "argv", ["evaluation", str(run), step, "--episodes", "2"])
+        evaluation.main()
+    lines = [json.loads(line) for line in (run / EVALUATIONS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 60]
+    for line in lines:
+        assert len(line["returns"]) == 2
+        np.testing.assert_allclose(line["mean"], np.mean(line["returns"]))
+
+
+def test_the_evaluator_starts_one_process_per_chosen_snapshot(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **options: Any) -> None:
+            started.append(command)
+            self.waited = False
+
+        def wait(self) -> int:
+            self.waited = True
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    evaluator = Evaluator(run, 40)
+    for step in (20, 40, 60, 80):
+        evaluator(step)
+    assert [command[-2:] for command in started] == [[str(run), "40"], [str(run), "80"]]
+    evaluator.wait()
+    assert all(process.waited for process in evaluator._running)  # type: ignore[attr-defined]
+    assert read_config(run).steps == STEPS

@@ -1,0 +1,264 @@
+"""ComaDICE: offline MARL regularised in stationary distributions (Bui et al., ICLR 2025, 2410.01954).
+
+The ratio w of the policy's state-action occupancy to the data's is found through its dual, whose multipliers are
+the values v_i; actions are then cloned with weight w. One linear mixer serves q and v. Losses on dataset actions
+(bars: target networks, sg: no gradient, m = 1 - terminal, s_0: first states of episodes):
+
+    y     = r + gamma m ( sum_i wbar_i(s') vbar_i(o'_i) + bbar(s') )
+    L_q   = ( sum_i w_i q_i + b - y )^2
+    e_i   = w_i (q_i - v_i) + gamma m w_i(s') ( v_i(o'_i) - sg v_i(o'_i) ),  no gradient through w and q
+    x_i   = (e_i - lambda_v)/alpha,  ratio(x) = argmax_{w >= 0} ( w x - f(w) )
+    L_v   = mean_i [ -alpha f(ratio(x_i)) + ratio(x_i) (e_i - lambda_v) ] + lambda_v
+            + mean_i kappa_i E_{s_0}[w_i v_i]
+    W_i   = ratio( (wbar_i (qbar_i - v_i) - lambda_e)/alpha ),  lambda_e minimises L_v's first line there
+    L_pi  = -sg(W_i) log pi_i(a_i|o_i)
+
+``ratio`` is the maximiser, so dL_v/de_i = ratio(x_i) (envelope theorem) and dL_v/dlambda_v = 1 - mean ratio: both
+lambdas make the weights average to one. f is soft_chi2 (w log w - w + 1 below w = 1, (w-1)^2/2 above), chi2
+((w-1)^2/2) or kl (w log w). A nonlinear mixer has no w_i, so ``mixer=qmix`` is refused.
+
+Deviations from the published code:
+
+* The gradient of L_v there is x ratio'(x), since f and e are detached instead of ratio: it vanishes at x = 0 and v
+  regresses to the mean of q. ``paper_code_vloss`` restores it, with its initial term (1-gamma) E_{s_0}[v_i]; where
+  episodes terminate, v and lambda_v may then drift apart without end (seen in one-step games).
+* With q held constant the dual has no minimum: v rises and lambda_v falls for ever, because nothing carries the
+  flow into s'. The second term of e_i, zero in value, does; it is dq_i/dv_i of the Bellman equation behind q.
+* kappa_i = mean[ratio (w_i - gamma m w_i(s'))]/(mean[ratio] E_{s_0}[w_i]) is what flows in at s_0: 1 - gamma, as
+  published, under constant w and without terminals; otherwise 1 - gamma contradicts lambda_v's mean of one.
+* s_0 are drawn on their own (batch.initial_observation); published are those that chance puts in a batch.
+* Each agent is cloned with its own weight. ``paper_code_weights``: with the sum over agents, all of them.
+* lambda_e uses the e of its own weights throughout; gradients of the lambdas are clipped as all others are.
+* W is capped at ``weight_max`` for continuous actions too; published is 2 for SMAC and no cap for MA-MuJoCo.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omcda_deploy.errors import ConfigError
+from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.distributions import divergence, policy_of
+from omcda_deploy.training.learner import Group, Learner, parameters_of
+from omcda_deploy.training.losses import mix
+from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.settings import require, require_choice
+
+PAPER = (
+    "ComaDICE: Offline Cooperative Multi-Agent RL with Stationary Distribution Shift Regularization (2025)"
+)
+SUMMARY = "occupancy ratios by a dual; cloning weighted by them"
+ACTIONS = frozenset({"continuous", "discrete"})
+DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
+
+F_DIVERGENCES = ("soft_chi2", "chi2", "kl")
+_RATIO_MAX = math.exp(10.0)  # of kl, whose ratio is exponential; beyond, its dual continues linearly
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of ComaDICE as published for MA-MuJoCo."""
+
+    alpha: float = 10.0  # price of D_f between occupancies
+    f_divergence: str = "soft_chi2"  # soft_chi2 | chi2 | kl
+    mixer: str = "linear"  # linear | vdn
+    weight_max: float = 100.0  # cap of W_i; 2 as published for SMAC
+    paper_code_vloss: bool = False  # the released code's gradient of L_v
+    paper_code_weights: bool = False  # the sum of all agents' weights for each of them
+    lr: float = 1e-4  # of networks and lambdas
+    gamma: float = 0.99
+    tau: float = 0.005
+    grad_clip: float = 1.0
+    batch_size: int = 128
+    hidden: int = 256
+    mixer_hidden: int = 64
+
+    def __post_init__(self) -> None:
+        if self.mixer == "qmix":
+            raise ConfigError(
+                "comadice.mixer: expected linear or vdn, got 'qmix': an agent's e_i = w_i (q_i - v_i) needs a "
+                "weight per agent, which a nonlinear mixer does not have"
+            )
+        require_choice(self, f_divergence=F_DIVERGENCES, mixer=("linear", "vdn"))
+        require(
+            self,
+            alpha=(1e-6, 1e6),
+            weight_max=(1.0, 1e6),
+            lr=(0.0, 1.0),
+            gamma=(0.0, 1.0),
+            tau=(1e-6, 1.0),
+            grad_clip=(1e-6, math.inf),
+            batch_size=(1, 10**6),
+            hidden=(1, 65536),
+            mixer_hidden=(1, 65536),
+        )
+
+
+def occupancy_ratio(x: Tensor, kind: str) -> Tensor:
+    """``argmax_{w >= 0} ( w x - f(w) )``, the inverse of f'."""
+    if kind == "kl":
+        return torch.exp((x - 1.0).clamp_max(math.log(_RATIO_MAX)))
+    if kind == "chi2":
+        return (x + 1.0).clamp_min(0.0)
+    return torch.where(x < 0, torch.exp(x.clamp_max(0.0)), x + 1.0)
+
+
+def f_value(ratio: Tensor, kind: str) -> Tensor:
+    """``f(w)`` for w >= 0, convex; 0 at w = 1."""
+    quadratic = 0.5 * (ratio - 1.0).square()
+    if kind == "chi2":
+        return quadratic
+    entropic = torch.xlogy(ratio, ratio)
+    if kind == "kl":
+        return entropic
+    return torch.where(ratio < 1.0, entropic - ratio + 1.0, quadratic)
+
+
+def dual_loss(e: Tensor, lagrange: Tensor, alpha: float, kind: str, paper_code: bool = False) -> Tensor:
+    """``mean[ -alpha f(w) + w (e - lambda) ] + lambda`` with ``w = ratio((e - lambda)/alpha)``; ``e`` [B, N].
+
+    Its gradient is w(x) in e, and ``1 - mean w`` in lambda. ``paper_code`` has the same value; its gradient is
+    ``x w'(x)`` in e and ``1 - mean( w + x w'(x) )`` in lambda.
+    """
+    ratio = occupancy_ratio((e - lagrange) / alpha, kind)
+    penalty = alpha * f_value(ratio.detach(), kind)
+    gain = ratio * (e.detach() - lagrange) if paper_code else ratio.detach() * (e - lagrange)
+    return (gain - penalty).mean() + lagrange
+
+
+def inflow(ratio: Tensor, weights: Tensor, discounted_next: Tensor, initial: Tensor) -> Tensor:
+    """``kappa_i`` [N] from ``ratio``, ``w_i(s)``, ``gamma m w_i(s')`` and ``w_i(s_0)``, each [B, N].
+
+    With it the gradient of L_v in a shift of v_i is proportional to ``1 - mean ratio_i``, whatever terminates.
+    """
+    flow = (ratio * (weights - discounted_next)).mean(0)
+    return flow / (ratio.mean(0) * initial.mean(0)).clamp_min(1e-6)
+
+
+def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
+    """The module that is snapshotted and exported."""
+    return networks.actor()
+
+
+class Algorithm:
+    """ComaDICE's learner: one :meth:`update` is one gradient step on a batch."""
+
+    def __init__(
+        self,
+        config: Config,
+        networks: NetworkFactory,
+        behavior: nn.Module,
+        *,
+        steps: int,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        """``behavior`` is not trained on; it is what the exported divergence is measured against."""
+        self.config = config
+        self.q, self.v = networks.q(), networks.v()
+        self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
+        self.policy = make_policy(config, networks).to(device)
+        self.behavior = behavior.to(device).requires_grad_(False)
+        self.online = nn.ModuleList((self.q, self.v, self.mixer)).to(device)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.q_target, self.v_target, self.mixer_target = self.target
+        self.lambdas = nn.ParameterDict({"v": torch.zeros(()), "e": torch.zeros(())}).to(device)
+        self._learner = Learner(
+            [
+                Group(parameters_of(self.policy), config.lr),
+                Group(parameters_of(self.q, self.mixer), config.lr),
+                Group(parameters_of(self.v), config.lr),
+                *(Group([multiplier], config.lr) for multiplier in self.lambdas.values()),
+            ],
+            config.grad_clip,
+            averages=[(self.target, self.online)],
+            tau=config.tau,
+        )
+        self.step = 0
+
+    @property
+    def budgets(self) -> None:
+        """ComaDICE has no budget per agent."""
+        return None
+
+    @property
+    def alpha(self) -> None:
+        return None
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        c = self.config
+        first, first_state = batch.initial_observation, batch.initial_state
+        if first is None or first_state is None:
+            first, first_state = batch.observation, batch.state
+        count = len(batch.reward)
+        discount = c.gamma * batch.not_done
+        with torch.no_grad():
+            w_bar, _ = self.mixer_target(batch.state)  # [B, N]
+            w2_bar, b2_bar = self.mixer_target(batch.next_state)
+            q_bar = self.q_target(batch.observation, batch.action)
+            y = batch.reward + discount * mix(w2_bar, self.v_target(batch.next_observation), b2_bar)
+            w2, w0 = self.mixer(torch.cat((batch.next_state, first_state)))[0].split(count)
+        w_on, b_on = self.mixer(batch.state)
+        q = self.q(batch.observation, batch.action)
+        v, v2, v0 = self.v(torch.cat((batch.observation, batch.next_observation, first))).split(count)
+
+        weights = w_on.detach()
+        e = weights * (q.detach() - v)
+        if c.paper_code_vloss:
+            initial = (1.0 - c.gamma) * v0.mean()
+        else:
+            next_weights = discount.unsqueeze(-1) * w2
+            e = e + next_weights * (v2 - v2.detach())
+            ratio = occupancy_ratio((e.detach() - self.lambdas["v"].detach()) / c.alpha, c.f_divergence)
+            initial = (inflow(ratio, weights, next_weights, w0) * (w0 * v0).mean(0)).mean()
+        dual = dual_loss(e, self.lambdas["v"], c.alpha, c.f_divergence, c.paper_code_vloss)
+
+        e_bar = w_bar * (q_bar - v.detach())
+        free = occupancy_ratio((e_bar - self.lambdas["e"].detach()) / c.alpha, c.f_divergence)
+        cloning = free.clamp_max(c.weight_max)
+        if c.paper_code_weights:
+            cloning = cloning.sum(-1, keepdim=True)
+        policy = policy_of(self.policy, batch.observation, batch.mask)
+        losses = {
+            "policy": -(cloning * policy.log_prob(batch.action)).mean(),
+            "critic": (mix(w_on, q, b_on) - y).square().mean(),
+            "value": dual + initial,
+            "normaliser": dual_loss(e_bar, self.lambdas["e"], c.alpha, c.f_divergence),
+        }
+        self._learner.descend(losses)
+        self.step += 1
+        with torch.no_grad():
+            behavior = policy_of(self.behavior, batch.observation, batch.mask)
+            return {
+                **{f"loss/{name}": loss.detach() for name, loss in losses.items()},
+                "kl": divergence(policy, behavior).mean(0),
+                "value/reward_total": mix(w_on, v, b_on).mean(),
+                "ratio/mean": free.mean(),
+                "ratio/capped": (free > c.weight_max).float().mean(),
+                "lambda/v": self.lambdas["v"].clone(),
+                "lambda/e": self.lambdas["e"].clone(),
+            }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.state_dict(),
+            "online": self.online.state_dict(),
+            "target": self.target.state_dict(),
+            "lambdas": self.lambdas.state_dict(),
+            "learner": self._learner.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.online.load_state_dict(state["online"])
+        self.target.load_state_dict(state["target"])
+        self.lambdas.load_state_dict(state["lambdas"])
+        self._learner.load_state_dict(state["learner"])
+        self.step = state["step"]

@@ -1,0 +1,246 @@
+"""ICQ: implicit constraint Q-learning for teams (Yang et al., NeurIPS 2021, 2106.03400; baselines.md section 4).
+
+Q is never asked for an action that the data do not hold: the target values the *recorded* next action and weighs it
+by how much likelier the improved policy would take it, and the policy clones recorded actions, so weighted. With
+``Q_tot = sum_i w_i(s) q_i(o_i,a_i) + b(s)`` and ``pi* = pi_b exp(Q_tot/T)/Z`` the policy factors into agents
+(bars: target networks, no gradient; m = 1 - terminal; B rows in a batch; sg: no gradient):
+
+    A_i   = q_i(o_i,a_i) - v_i(o_i)
+    rho   = min( B softmax_batch( sum_i wbar_i(s') Abar_i(o'_i,a'_i) / T_Q ), rho_max )
+    L_Q   = (Q_tot(s,a) - [r + gamma m rho Qbar_tot(s',a')])^2
+    W_i   = B softmax_batch( w_i(s) A_i / T_pi )
+    L_pi  = -sg(W_i) log pi_i(a_i|o_i);   at its minimum pi_i = pi_b^i exp(w_i q_i/T_pi)/Z_i
+
+q_i is the smaller of two critics everywhere, as published with the linear mixer. v_i, which makes weights of
+different states comparable, is q_i under the present policy: its mean over available actions (discrete, exact) or
+its value at the policy's mode (continuous). Without it rho favours good states instead of good actions, a discount
+above 1 there, and Q grows without bound (tried on HalfCheetah 6x1 at T_Q 10 and 1000). W_i needs a weight w_i per
+agent, so ``mixer=qmix`` is refused.
+
+The last transition before a time limit bootstraps, but no action was taken after it: such rows are left out of L_Q
+and of rho's softmax. Rows that do not bootstrap are left out of that softmax too.
+
+Deviations from the published team code with a linear mixer: both softmaxes average to 1 over the batch, as in the
+original ICQ-MA, where the port's sum to 1 and cut the bootstrap to 1/B; both see advantages, not raw values; rho is
+capped; squared errors are not decayed along the shuffled batch as though it were a trajectory. ``as_released``
+restores all four, since published numbers may depend on them. From ICQ-MA itself this differs by one-step targets,
+a feed-forward actor, masks before the softmax and no exploration floor in log pi.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omcda_deploy.errors import ConfigError
+from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.distributions import Categorical, Distribution, divergence, policy_of
+from omcda_deploy.training.learner import Group, Learner, parameters_of
+from omcda_deploy.training.losses import mix
+from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.settings import require, require_choice
+
+PAPER = "Believe What You See: Implicit Constraint Approach for Offline Multi-Agent RL (2021)"
+SUMMARY = "values and clones recorded actions only, weighted by a softmax over the batch"
+ACTIONS = frozenset({"continuous", "discrete"})
+DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
+
+RELEASED_LAMBDA = 0.8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of ICQ as published for MA-MuJoCo; the original's temperatures on SMAC are 1000 and 0.1."""
+
+    critic_temperature: float = 10.0  # T_Q, in units of return
+    policy_temperature: float = 100.0  # T_pi, in units of return
+    rho_max: float = 10.0
+    as_released: bool = False  # the published code's weights and decay; see the module's docstring
+    mixer: str = "linear"  # linear | vdn
+    lr: float = 5e-4
+    gamma: float = 0.99
+    tau: float = 0.005
+    grad_clip: float = 1.0  # norm, per group of parameters
+    batch_size: int = 128
+    hidden: int = 256
+    mixer_hidden: int = 64
+
+    def __post_init__(self) -> None:
+        if self.mixer == "qmix":
+            raise ConfigError(
+                "icq.mixer: expected linear or vdn, got 'qmix': pi_b exp(Q_tot/T) factors into agents, each with "
+                "its weight w_i, only where Q_tot is linear in their values"
+            )
+        require_choice(self, mixer=("linear", "vdn"))
+        require(
+            self,
+            critic_temperature=(1e-6, 1e9),
+            policy_temperature=(1e-6, 1e9),
+            rho_max=(1.0, 1e6),
+            lr=(0.0, 1.0),
+            gamma=(0.0, 1.0),
+            tau=(1e-6, 1.0),
+            grad_clip=(1e-6, math.inf),
+            batch_size=(1, 10**6),
+            hidden=(1, 65536),
+            mixer_hidden=(1, 65536),
+        )
+
+
+class TwinQ(nn.Module):
+    """Two critics of which the smaller value counts."""
+
+    def __init__(self, networks: NetworkFactory) -> None:
+        super().__init__()
+        self.first: Any = networks.q()
+        self.second: Any = networks.q()
+
+    def forward(self, observation: Tensor, action: Tensor, policy: Distribution) -> tuple[Tensor, Tensor]:
+        """``(q_i(o_i,a_i), v_i(o_i))``, both [B, N]; v_i under ``policy`` and without gradient."""
+        if isinstance(policy, Categorical):
+            values = torch.minimum(self.first.values(observation), self.second.values(observation))
+            expected = (policy.log_probs.exp() * values).sum(-1).detach()
+            return values.gather(-1, action.unsqueeze(-1)).squeeze(-1), expected
+        q = torch.minimum(self.first(observation, action), self.second(observation, action))
+        with torch.no_grad():
+            mode = torch.tanh(policy.mean)
+            return q, torch.minimum(self.first(observation, mode), self.second(observation, mode))
+
+
+def batch_weights(scores: Tensor, counted: Tensor | None = None) -> Tensor:
+    """``B softmax(scores)`` over axis 0 [B, …].
+
+    With ``counted`` [B], 0 or 1, the mean is 1 over the rows that count, and others have weight 0.
+    """
+    if counted is None:
+        return len(scores) * torch.softmax(scores, 0)
+    lowest = torch.finfo(scores.dtype).min
+    return counted * counted.sum() * torch.softmax(scores.masked_fill(counted == 0, lowest), 0)
+
+
+def effective_share(weights: Tensor) -> Tensor:
+    """``(sum W)^2 / (B sum W^2)`` [N]: the share of the batch [B, N] that carries the weight."""
+    return weights.sum(0).square() / (len(weights) * weights.square().sum(0))
+
+
+def released_decay(not_done: Tensor, gamma: float) -> Tensor:
+    """``(0.8 gamma)^(2 j)`` [B], j counted through the shuffled batch and begun anew where ``not_done`` is 0."""
+    position = torch.arange(len(not_done), device=not_done.device)
+    begun = torch.where(not_done == 0, position, 0).cummax(0).values
+    decay: Tensor = (RELEASED_LAMBDA * gamma) ** (2 * (position - begun))
+    return decay
+
+
+def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
+    """The module that is snapshotted and exported."""
+    return networks.actor()
+
+
+class Algorithm:
+    """ICQ's learner: one :meth:`update` is one gradient step on a batch."""
+
+    def __init__(
+        self,
+        config: Config,
+        networks: NetworkFactory,
+        behavior: nn.Module,
+        *,
+        steps: int,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        """``behavior`` is not trained on; it is what the exported divergence is measured against."""
+        self.config = config
+        self.q, self.mixer = TwinQ(networks), networks.mixer(config.mixer_hidden, config.mixer)
+        self.policy = make_policy(config, networks).to(device)
+        self.behavior = behavior.to(device).requires_grad_(False)
+        self.online = nn.ModuleList((self.q, self.mixer)).to(device)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.q_target, self.mixer_target = self.target
+        self._learner = Learner(
+            [
+                Group(parameters_of(self.policy), config.lr),
+                Group(parameters_of(self.online), config.lr),
+            ],
+            config.grad_clip,
+            averages=[(self.target, self.online)],
+            tau=config.tau,
+        )
+        self.step = 0
+
+    @property
+    def budgets(self) -> None:
+        """ICQ has no budget per agent."""
+        return None
+
+    @property
+    def alpha(self) -> None:
+        return None
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        c = self.config
+        policy = policy_of(self.policy, batch.observation, batch.mask)
+        y, rho = self._target(batch)
+        q, v = self.q(batch.observation, batch.action, policy)
+        w, b = self.mixer(batch.state)
+        q_tot = mix(w, q, b)
+        error = (q_tot - y).square()
+        if c.as_released:
+            weights = torch.softmax((w * q).detach() / c.policy_temperature, 0)
+            error = error * released_decay(batch.not_done, c.gamma)
+        else:
+            weights = batch_weights((w * (q - v)).detach() / c.policy_temperature)
+        # A transition that bootstraps, but after which no action was taken, has no target.
+        counted = 1.0 - batch.not_done * (1.0 - batch.next_action_known)
+        losses = {
+            "policy": -(weights * policy.log_prob(batch.action)).mean(),
+            "critic": (counted * error).sum() / counted.sum().clamp_min(1.0),
+        }
+        self._learner.descend(losses)
+        self.step += 1
+        with torch.no_grad():
+            behavior = policy_of(self.behavior, batch.observation, batch.mask)
+            return {
+                **{f"loss/{name}": loss.detach() for name, loss in losses.items()},
+                "kl": divergence(policy, behavior).mean(0),
+                "value/reward_total": q_tot.mean(),
+                "weights/effective_share": effective_share(weights),
+                "weights/rho_capped": (rho >= c.rho_max).float().mean(),
+            }
+
+    @torch.no_grad()
+    def _target(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``(y, rho)``, both [B]."""
+        c = self.config
+        policy = policy_of(self.policy, batch.next_observation, batch.next_mask)
+        q, v = self.q_target(batch.next_observation, batch.next_action, policy)
+        w, b = self.mixer_target(batch.next_state)
+        q_tot = mix(w, q, b)
+        if c.as_released:
+            rho = torch.softmax(q_tot / c.critic_temperature, 0)
+        else:
+            advantage = (w * (q - v)).sum(-1)
+            bootstraps = batch.not_done * batch.next_action_known
+            rho = batch_weights(advantage / c.critic_temperature, bootstraps).clamp_max(c.rho_max)
+        return batch.reward + c.gamma * batch.not_done * rho * q_tot, rho
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.state_dict(),
+            "online": self.online.state_dict(),
+            "target": self.target.state_dict(),
+            "learner": self._learner.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.online.load_state_dict(state["online"])
+        self.target.load_state_dict(state["target"])
+        self._learner.load_state_dict(state["learner"])
+        self.step = state["step"]
