@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -67,27 +68,30 @@ def test_an_allocation_leaves_the_first_step_as_it_is(allocation: str, budget_di
     assert differing(ours.state_dict(), other.state_dict()) == shares | one_price
 
 
+@functools.cache
+def history(allocation: str) -> list[dict[str, torch.Tensor]]:
+    return run(learner(allocation=allocation))
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "random", "optimal"])
 def test_an_allocation_changes_budgets_then_prices_then_the_rest(allocation: str) -> None:
-    ours, other = learner(), learner(allocation=allocation)
-    history, theirs = run(ours), run(other)
-    pairs = [differing(a, b) for a, b in zip(history, theirs, strict=True)]
+    ours, theirs = history("influence"), history(allocation)
+    pairs = [differing(a, b) for a, b in zip(ours, theirs, strict=True)]
     # While the price stands still, a budget touches nothing else.
     assert set().union(*pairs[:WARM]) == {"budget"}
-    assert ours.allocation.released, "the policy did not move, so this test shows nothing"
     # The step that starts the dual: only the dual sees the budgets.
     assert pairs[WARM] <= {"budget", "alpha", "loss/dual"}
     # From then on prices differ, and through them all that z weighs.
     assert {"alpha", "loss/policy", "loss/reward_value", "kl"} <= pairs[-1]
-    assert [step["dual_active"].item() for step in history] == [0.0] * WARM + [1.0] * (STEPS - WARM)
+    assert [step["dual_active"].item() for step in ours] == [0.0] * WARM + [1.0] * (STEPS - WARM)
 
 
 def test_only_influence_moves_its_shares() -> None:
     for allocation, strategy in STRATEGIES.items():
-        budgets = torch.stack([step["budget"] for step in run(learner(allocation=allocation))])
+        budgets = torch.stack([step["budget"] for step in history(allocation)])
         moved = not torch.equal(budgets[0], budgets[-1])
         assert moved == strategy.follows_influence == (allocation == "influence"), allocation
-        torch.testing.assert_close(budgets.sum(-1), torch.full((STEPS,), learner().config.d_tot))
+        torch.testing.assert_close(budgets.sum(-1), torch.full((STEPS,), omcda.Config().d_tot))
 
 
 def test_without_decoupling_the_first_step_differs_in_critics_z_and_influence_only() -> None:
@@ -306,18 +310,11 @@ def test_prices_stay_within_their_bounds_and_say_when_they_sit_on_one() -> None:
 
 
 def test_the_dual_waits_for_the_reward_critic_or_the_end_of_the_warm_up() -> None:
-    def first_active(**settings: Any) -> int:
-        active = [step["dual_active"].item() for step in run(learner(**settings))]
-        return active.index(1.0)
-
-    assert first_active(settled=0.0, warmup=0.4) == 20  # never settled: a share of the planned steps
-    assert first_active(settled=1e9, warmup=1.0) == 0  # settled at once
-    steps = run(learner(settled=0.0, warmup=0.4))
     initial = torch.full((3,), 0.3)
-    for index, step in enumerate(steps):
+    for index, step in enumerate(history("influence")):  # never settled: a share of the planned steps
         moved = not torch.allclose(step["alpha"], initial, rtol=1e-6)
-        assert moved == (index >= 20)
-        assert ("loss/dual" in step) == (index >= 20)
+        assert moved == ("loss/dual" in step) == bool(step["dual_active"]) == (index >= WARM)
+    assert "loss/dual" in learner(settled=1e9, warmup=1.0).update(random_batch(SPEC))  # settled at once
 
 
 def test_a_dual_once_started_stays_on_after_resuming() -> None:

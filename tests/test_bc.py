@@ -44,7 +44,7 @@ def test_it_ends_at_the_frequencies_of_the_data() -> None:
         Config(lr=0.05, grad_clip=1e9), TabularFactory(game), behavior_table(game), steps=1, seed=0
     )
     batch = exact_batch(game)
-    for _ in range(400):
+    for _ in range(250):
         metrics = algorithm.update(batch)
     learned = np.stack([table[0] for table in policy_table(algorithm.policy, game)])
     np.testing.assert_allclose(learned, game.behavior, atol=1e-3)

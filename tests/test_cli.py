@@ -27,7 +27,7 @@ from tests.synthetic import write_dataset
 
 HOPPER = "mamujoco/hopper-3x1"
 TINY = ("--set", "hidden=8", "--set", "batch_size=8", "--behavior-steps", 5, "--steps", 10)
-LIMIT_S = 20
+LIMIT_S = 60
 DOWN = "127.0.0.1:9"  # the discard port: nothing listens there
 
 Refuse = Callable[..., str]
@@ -194,7 +194,7 @@ CASES: list[Case] = [
     ("train --out new", "expected a dataset and --out for a new run, or --resume RUN"),
     (f"collect {HOPPER} --transitions 0 --out new.hdf5", "transitions of at least 1"),
     (f"collect {HOPPER} --seed -1 --out new.hdf5", "seed of at least 0"),
-    (f"collect {HOPPER} --num-envs 0 --out new.hdf5", "at least 1"),
+    (f"collect {HOPPER} --workers 0 --num-envs 0 --out new.hdf5", "at least 1"),
     (f"evaluate {HOPPER} --bundle bundle --episodes 0", "episodes: expected at least 1, got 0"),
     ("replay data.hdf5 --bundle bundle --batch 0", "batch: expected at least 1, got 0"),
     # folders that are there, or are not what they should be
@@ -235,7 +235,7 @@ CASES: list[Case] = [
         r"the team .* and the simulator .* do not fit together: agents: 6 entries",
     ),
     ("replay data.hdf5 --bundle cheetah", "do not fit together: agents: "),
-    (f"collect {HOPPER} --bundle cheetah --out new.hdf5", "do not fit together: agents: "),
+    (f"collect {HOPPER} --workers 0 --bundle cheetah --out new.hdf5", "do not fit together: agents: "),
     ("train data.hdf5 --task mamujoco/halfcheetah-6x1 --out new", "do not fit together: agents: "),
     # outputs
     (

@@ -93,7 +93,8 @@ def test_the_corrected_soft_maximum_is_the_integral_over_actions() -> None:
     with torch.no_grad():
         algorithm.q.mlp.last.weight.mul_(20.0)  # far from constant in the action
         # Broad, so that 1/density has a small variance: std near 2 before the tanh.
-        algorithm.policy.mlp.last.weight.mul_(0.1)  # type: ignore[union-attr, operator]
+        # Its mean depends on the observation: densities at o and at o' must not be taken for each other.
+        algorithm.policy.mlp.last.weight.mul_(torch.tensor([[10.0], [0.1]]))  # type: ignore[union-attr, operator]
         algorithm.policy.mlp.last.bias.copy_(torch.tensor([0.2, 0.7]))  # type: ignore[union-attr, operator]
     batch = random_batch(spec, size=8)
     grid = torch.linspace(-1.0, 1.0, 401)
@@ -132,6 +133,7 @@ def test_the_continuous_target_is_of_the_policy_at_the_next_observation() -> Non
     with torch.no_grad():
         algorithm.policy.mlp.last.weight.mul_(10.0)  # type: ignore[union-attr, operator]
         algorithm.policy.mlp.last.bias[2:] = -50.0  # type: ignore[union-attr, operator]  # std e^-5
+        algorithm.target[0].mlp.first.weight[:, -2:].mul_(10.0)  # type: ignore[union-attr, index]
         mean, _ = algorithm.policy(batch.next_observation)
         following = algorithm.target[0](batch.next_observation, torch.tanh(mean)).double().numpy()
         q = algorithm.q(batch.observation, batch.action).double().numpy()

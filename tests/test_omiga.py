@@ -35,7 +35,7 @@ def trained(state_scales: tuple[float, ...]) -> tuple[Algorithm, Game]:
     config = Config(alpha=ALPHA, lr=0.05, tau=0.05, gamma=0.9, grad_clip=1e9)
     algorithm = Algorithm(config, TabularFactory(played), behavior_table(played), steps=1, seed=0)
     batch = exact_batch(played)
-    for rate, steps in ((0.05, 350), (0.005, 150)):
+    for rate, steps in ((0.05, 250), (0.005, 100)):
         for group in algorithm._learner._optimizer.param_groups:
             group["lr"] = rate
         for _ in range(steps):

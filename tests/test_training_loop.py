@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from omcda_deploy.datasets.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, ContractError, OmcdaError, UnknownNameError
 from omcda_deploy.registry import team_spec
 from omcda_deploy.spec import TeamSpec
+from omcda_deploy.training import behavior_model as behavior_model_file
 from omcda_deploy.training import evaluation, loop
 from omcda_deploy.training.batches import TransitionSampler
 from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model, cache_folder
@@ -418,6 +421,25 @@ def test_the_behavior_model_is_cloned_once_per_dataset(
     behavior_model(other, BEHAVIOR)
     behavior_model(dataset, dataclasses.replace(BEHAVIOR, seed=1))
     assert len(list((tmp_path / "cache").rglob("*.pt"))) == 3
+
+
+def test_runs_that_start_together_clone_once(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path))
+    clone = behavior_model_file.fit
+    clones: list[int] = []
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        clones.append(1)
+        time.sleep(0.2)  # long enough for the others to look into the empty cache, were they let in
+        return clone(*args, **kwargs)
+
+    monkeypatch.setattr(behavior_model_file, "fit", slow)
+    with ThreadPoolExecutor(3) as pool:
+        models = [model for model, _ in pool.map(lambda _: behavior_model(dataset, BEHAVIOR), range(3))]
+    assert len(clones) == 1
+    assert differing(models[0].state_dict(), models[2].state_dict()) == set()
 
 
 def test_the_cache_follows_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:

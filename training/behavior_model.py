@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
@@ -71,14 +72,18 @@ def behavior_model(
     ``progress`` is called with (step, steps, held-out negative log-likelihood per agent and step, nats).
     """
     path = cache_folder() / "behavior" / f"{config.key(dataset)}.pt"
-    if path.is_file():
-        saved = load_state(path)
-        model = NetworkFactory(dataset.spec, config.hidden).actor()
-        model.load_state_dict(saved["model"])
-        return model.to(device), saved["report"]
-    model, report = fit(dataset, config, device=device, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_state(path, {"model": model.state_dict(), "report": report})
+    # Runs that start together on one dataset wait here for the first, which clones for all; the system drops the
+    # lock of a process that is killed.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.is_file():
+            saved = load_state(path)
+            model = NetworkFactory(dataset.spec, config.hidden).actor()
+            model.load_state_dict(saved["model"])
+            return model.to(device), saved["report"]
+        model, report = fit(dataset, config, device=device, progress=progress)
+        save_state(path, {"model": model.state_dict(), "report": report})
     return model, report
 
 

@@ -138,7 +138,12 @@ def read_snapshot(run: Path, step: int | None = None) -> Snapshot:
     module = load_algorithm(config.algorithm)
     settings = build(module.Config, config.settings)
     policy = module.make_policy(settings, NetworkFactory(spec, settings.hidden))
-    policy.load_state_dict(saved["policy"])
+    try:
+        policy.load_state_dict(saved["policy"])
+    except RuntimeError as error:  # torch's word for tensors that do not fit
+        raise ConfigError(
+            f"{snapshot_path(run, step)} does not fit the {config.algorithm} of this version: train the run again"
+        ) from error
     behavior = NetworkFactory(spec, config.behavior["hidden"]).actor()
     shared = load_state(run / BEHAVIOR)
     behavior.load_state_dict(shared["model"])

@@ -186,12 +186,7 @@ def run_job(job: Job) -> None:
 def run_queue(
     jobs: Iterable[Job], at_once: int, run: Callable[[Job], None] = run_job
 ) -> list[tuple[Job, str]]:
-    """Run all jobs, ``at_once`` (0: one per core) together; returns those that failed, and why.
-
-    The first job of each dataset runs before the others of that dataset: it clones the behaviour model, which
-    they take from the cache.
-    """
-    jobs = list(jobs)
+    """Run all jobs, ``at_once`` (0: one per core) together; returns those that failed, and why."""
     failed: list[tuple[Job, str]] = []
 
     def attempt(job: Job) -> None:
@@ -203,10 +198,8 @@ def run_queue(
         else:
             errors.print(f"done: {job.run}", highlight=False, soft_wrap=True, markup=False)
 
-    first = {job.dataset: job for job in reversed([job for job in jobs if not job.finished])}
     with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:
-        list(pool.map(attempt, first.values()))
-        list(pool.map(attempt, (job for job in jobs if job not in first.values())))
+        list(pool.map(attempt, jobs))
     return failed
 
 

@@ -1,7 +1,7 @@
 """ICQ: implicit constraint Q-learning for teams (Yang et al., NeurIPS 2021, 2106.03400; baselines.md section 4).
 
-Q is never asked for an action that the data do not hold: the target values the *recorded* next action and weighs it
-by how much likelier the improved policy would take it, and the policy clones recorded actions, so weighted. With
+No target holds the value of an action that the data do not: it values the *recorded* next action, weighed by how
+much likelier the improved policy would take it, and the policy clones recorded actions, so weighted. With
 ``Q_tot = sum_i w_i(s) q_i(o_i,a_i) + b(s)`` and ``pi* = pi_b exp(Q_tot/T)/Z`` the policy factors into agents
 (bars: target networks, no gradient; m = 1 - terminal; B rows in a batch; sg: no gradient):
 
@@ -13,9 +13,11 @@ by how much likelier the improved policy would take it, and the policy clones re
 
 q_i is the smaller of two critics everywhere, as published with the linear mixer. v_i, which makes weights of
 different states comparable, is q_i under the present policy: its mean over available actions (discrete, exact) or
-its value at the policy's mode (continuous). Without it rho favours good states instead of good actions, a discount
-above 1 there, and Q grows without bound (tried on HalfCheetah 6x1 at T_Q 10 and 1000). W_i needs a weight w_i per
-agent, so ``mixer=qmix`` is refused.
+its value at the policy's mode (continuous). Without it rho favours good states instead of good actions, which makes
+the discount exceed 1 there, and Q runs away (on HalfCheetah 6x1 at T_Q 10 and at 1000). Since rho is normalised
+over the batch and not in each state, the same happens, more slowly, where T_Q is well below the spread of the
+team's advantages (on a chain game at 1 and 2, not at 5). W_i needs a weight w_i per agent, so ``mixer=qmix`` is
+refused.
 
 The last transition before a time limit bootstraps, but no action was taken after it: such rows are left out of L_Q
 and of rho's softmax. Rows that do not bootstrap are left out of that softmax too.

@@ -187,6 +187,7 @@ class DecoupledCritic:
         with torch.no_grad():
             total = torch.einsum("k,bk->b", alpha, mix_divergence(w_con, v_c, b_con))
             metrics = {
+                "value/reward": (w_on * v_r).mean(0),  # each agent's part of V^r_tot
                 "value/reward_total": mix(w_on, v_r, b_on).mean(),
                 "value/divergence_total": total.mean(),  # at most 0 in theory: watched, not clamped
                 "value/kappa_capped": (kappa_free > c.kappa_max).float().mean(),
@@ -233,7 +234,10 @@ class EntangledCritic:
             "reward_critic": (q_tot - y).square().mean(),
             "reward_value": (exp_linear(z, c.z_max) + w * v / alpha).mean(),
         }
-        metrics = {"value/reward_total": mix(w_on, v, b_on).detach().mean()}
+        metrics = {
+            "value/reward": (w_on * v).detach().mean(0),
+            "value/reward_total": mix(w_on, v, b_on).detach().mean(),
+        }
         return CriticStep(z.detach(), torch.exp(z.detach().clamp_max(c.z_max)), losses, y, metrics)
 
     def reward_values(self, batch: Batch, action: Tensor | None) -> Tensor:
