@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -67,10 +68,8 @@ R(["127.0.0.1:{base + 5}"])' 2>&1 | grep -q "agent_0"; do sleep 0.3; done"""
     try:
         output, _ = process.communicate(timeout=240)
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     assert process.returncode == 0, output
     assert re.search(r"return -?\d+\.\d, divergence now \d+\.\d+ nats", output), output
     assert (tmp_path / "report.html").stat().st_size > 10_000
