@@ -43,9 +43,7 @@ def results(
     dataset = out / f"{task.replace('/', '-')}-{tier}.hdf5"
     if not dataset.exists():
         _run("collect", task, "--tier", tier, "--transitions", transitions, "--out", dataset)
-    grid: dict[str, dict[str, list[Any]]] = {
-        "omcda": {"d_tot": [d_tot], "divergence_mixer": ["learned", "identity"]}
-    }
+    grid: dict[str, dict[str, list[Any]]] = {"omcda": {"d_tot": [d_tot]}}
     points = [steps // 2, steps]
     sweep = Sweep([str(dataset)], ["bc", "omiga", "omcda"], list(range(seeds)), steps, points[0], grid)
     queue = jobs_of(sweep, out)
