@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import itertools
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -48,12 +49,10 @@ OPSET = (
     17  # the newest that TorchScript's exporter knows in every torch we support, and any onnxruntime reads
 )
 PARITY_ROWS = 1000
+_PARITY_BLOCK = 111  # rows
 _NEAR_TIE = 1e-4  # a discrete choice may differ where the runner-up is nearer than this
 
 Arrays = Mapping[str, NDArray[Any]]
-
-
-_FIRST, _REST = slice(0, 1), slice(1, None)
 
 
 class _Tolerance(NamedTuple):
@@ -278,9 +277,7 @@ def _check_parity(
         team = split_decisions(spec, _serve(models[TEAM], joined))
         for agent in spec.agents:
             served = _serve(models[agent.name], inputs[agent.name])
-            with torch.no_grad():
-                outputs = graphs[agent.name](*map(torch.from_numpy, inputs[agent.name].values()))
-            wanted = {key: value.numpy() for key, value in zip(output_names(spec), outputs, strict=True)}
+            wanted = _run(graphs[agent.name], spec, inputs[agent.name])
             part = team[agent.name]
             of_team = {"action": part.action, "divergence": part.divergence, **part.parameters}
             graph, feed = graphs[agent.name], inputs[agent.name]
@@ -296,17 +293,34 @@ def _check_parity(
 
 
 def _serve(model: OnnxModel, feeds: Arrays) -> dict[str, NDArray[Any]]:
-    """The first row alone and then the rest: a batch size baked into the graph shows in one of them."""
+    """The model's outputs on all rows."""
     try:
-        first, rest = (
-            model.run({key: rows[part] for key, rows in feeds.items()}) for part in (_FIRST, _REST)
-        )
+        answers = [model.run(block) for block in _blocks(feeds)]
     except Exception as error:  # onnxruntime raises its own unexported types
         raise ExportError(
             f"onnxruntime cannot run the exported graph on batches of 1 and of many: {str(error).splitlines()[0]}. "
             "Keep batch sizes out of the actors' arithmetic"
         ) from error
-    return {key: np.concatenate([first[key], rest[key]]) for key in first}
+    return {key: np.concatenate([answer[key] for answer in answers]) for key in answers[0]}
+
+
+def _run(graph: PolicyGraph, spec: TeamSpec, feeds: Arrays) -> dict[str, NDArray[Any]]:
+    """The same of the torch module."""
+    with torch.no_grad():
+        answers = [graph(*map(torch.from_numpy, block.values())) for block in _blocks(feeds)]
+    columns = zip(*answers, strict=True)
+    return {key: torch.cat(column).numpy() for key, column in zip(output_names(spec), columns, strict=True)}
+
+
+def _blocks(feeds: Arrays) -> Iterator[dict[str, NDArray[Any]]]:
+    """The first row alone and then the rest in blocks.
+
+    A batch size baked into the graph shows in one of them, and a policy that weighs a hundred actions per row fits
+    into memory.
+    """
+    rows = len(next(iter(feeds.values())))
+    for start, end in itertools.pairwise((0, *range(1, rows, _PARITY_BLOCK), rows)):
+        yield {key: values[start:end] for key, values in feeds.items()}
 
 
 def _settle_ties(graph: PolicyGraph, feed: Arrays, got: Arrays, want: Arrays) -> Arrays:
