@@ -88,7 +88,7 @@ def toy_results(
     table: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/toy-results.md"),
     games: Annotated[list[str] | None, typer.Option("--game", help="Only these; repeatable.")] = None,
     algorithms: Annotated[list[str] | None, typer.Option("--algo", help="Only these; repeatable.")] = None,
-    transitions: Annotated[int, typer.Option(help="Recorded per game.")] = 20_000,
+    transitions: Annotated[int, typer.Option(help="Recorded per game.")] = 200_000,
     steps: Annotated[int, typer.Option(help="Gradient steps per run.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of the datasets and of training.")] = 0,
 ) -> None:
