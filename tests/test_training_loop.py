@@ -32,7 +32,7 @@ from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.distributions import TanhGaussian, policy_of
 from omcda_deploy.training.evaluation import EVALUATIONS, Evaluator, SnapshotTeam
 from omcda_deploy.training.metrics import DivergedError, MetricsWriter, Window
-from omcda_deploy.training.run_folder import read_config, read_snapshot, snapshot_steps
+from omcda_deploy.training.run_folder import read_config, read_snapshot, snapshot_steps, training_seconds
 from tests.synthetic import continuous_spec, differing, write_dataset
 
 STEPS, EVERY = 60, 20
@@ -141,7 +141,9 @@ def test_a_killed_run_resumes_as_if_it_had_never_stopped(
     assert last_step(out) == 40
     with (out / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 45, "loss/pol')  # what a kill during a write leaves
+    spent = training_seconds(out)
     loop.resume(dataset, out)
+    assert training_seconds(out) > spent > 0  # of the 20 steps that count, then of all
 
     assert differing(load_state(run / "resume.pt"), load_state(out / "resume.pt")) == set()
     assert snapshot_steps(out) == snapshot_steps(run) == [20, 40, 60]

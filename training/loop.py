@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -30,11 +31,14 @@ from omcda_deploy.training.run_folder import (
     BEHAVIOR,
     POLICIES,
     RESUME,
+    TIMING,
     RunConfig,
     read_config,
     snapshot_path,
+    training_seconds,
     versions,
     write_config,
+    write_json,
 )
 from omcda_deploy.training.settings import build
 
@@ -184,6 +188,7 @@ def resume(
     agents = config.spec.names
     window = Window(agents)
     writer = MetricsWriter(run, learner.step)
+    started = perf_counter() - training_seconds(run)
     try:
         while learner.step < config.steps:
             window.add(learner.update(sampler.sample(learner.step)))
@@ -200,6 +205,7 @@ def resume(
                     on_snapshot(step)
             if step % config.checkpoint_every == 0 or last:
                 save_state(run / RESUME, learner.state_dict())
+                write_json(run / TIMING, {"step": step, "seconds": perf_counter() - started})
     finally:
         writer.close()
 

@@ -4,6 +4,7 @@ config.json                    how the run was made (:class:`RunConfig`)
 behavior.pt                    the behaviour model that divergence is measured against
 metrics.jsonl  tensorboard/    one line per logging interval
 resume.pt                      the newest full training state
+timing.json                    seconds spent on training up to it, in all processes that resumed the run
 policies/step-00010000.pt      policy snapshots: actor, prices, budgets
 evaluations.jsonl              returns measured beside training, where asked for
 """
@@ -33,6 +34,7 @@ from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.settings import build
 
 CONFIG, RESUME, BEHAVIOR, POLICIES = "config.json", "resume.pt", "behavior.pt", "policies"
+TIMING = "timing.json"
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,12 @@ def read_config(run: Path) -> RunConfig:
 
 def write_config(run: Path, config: RunConfig) -> None:
     write_json(run / CONFIG, dataclasses.asdict(config))
+
+
+def training_seconds(run: Path) -> float:
+    """Wall-clock seconds of training up to the newest checkpoint, 0 before it; cloning is not among them."""
+    path = run / TIMING
+    return float(json.loads(path.read_text())["seconds"]) if path.is_file() else 0.0
 
 
 def snapshot_path(run: Path, step: int) -> Path:
