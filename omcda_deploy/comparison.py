@@ -123,6 +123,7 @@ class Result:
     versions: Mapping[str, str]  # that it was trained with, the commit as ``git`` among them
     evaluation: Mapping[str, Any]
     curves: Curves | None
+    seconds: float  # wall clock of its training; 0 where the run did not record it
 
     @property
     def value(self) -> float:
@@ -166,6 +167,24 @@ class Summary:
     @cached_property
     def interval(self) -> Interval | None:
         return bootstrap_interval([self.values])
+
+    @property
+    def std_of_episodes(self) -> float:
+        """Mean over runs of the std over a run's episodes."""
+        return float(np.mean([np.std(result.evaluation["returns"]) for result in self.results]))
+
+    @property
+    def won(self) -> Values | None:
+        """[R] each run's share of episodes won, None where the simulator does not tell."""
+        told = [result.evaluation.get("won") for result in self.results]
+        shares = [float(np.mean(won)) for won in told if won is not None]
+        return np.array(shares) if len(shares) == len(told) else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Mean wall clock of a run's training, None where a run did not record it."""
+        spent = [result.seconds for result in self.results]
+        return float(np.mean(spent)) if all(spent) else None
 
     @property
     def scores(self) -> Values | None:

@@ -385,7 +385,9 @@ def result(seed: int, returns: Sequence[float], **changes: Any) -> Result:
     variant = replace(Variant(TASK, "medium", "d" * 64, "omcda", (), 100), **changes)
     settings = {"d_tot": 0.3, "allocation": "influence", **dict(variant.settings)}
     curves = Curves.of(AGENTS, lines_of(4))
-    return Result(variant, f"runs/{seed}", seed, settings, {"git": "c0ffee"}, evaluation_of(returns), curves)
+    return Result(
+        variant, f"runs/{seed}", seed, settings, {"git": "c0ffee"}, evaluation_of(returns), curves, 90.0
+    )
 
 
 def test_a_scan_has_a_line_per_allocation_and_everything_else(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from omcda_deploy.commands import console, errors, progress_bar
 from omcda_deploy.errors import ConfigError, OmcdaError
 
 if TYPE_CHECKING:
-    from omcda_deploy.comparison import Comparison, Result, Variant
+    from omcda_deploy.comparison import Comparison, LeftOut, Result, Variant
     from omcda_deploy.training.run_folder import RunConfig
 
 
@@ -36,7 +36,6 @@ def compare(
     workers: Annotated[int, typer.Option(help="Processes that step the simulators; 0 for none.")] = 0,
 ) -> None:
     """Export and play the last policy of every run, and write tables and figures over seeds."""
-    from omcda_deploy.comparison import Comparison, LeftOut, summarise
     from omcda_deploy.comparison_report import write_comparison
     from omcda_deploy.measurements import require_at_least
 
@@ -44,7 +43,22 @@ def compare(
         require_at_least(value, least, what)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: expected a folder to write to")
-    folders = find_runs(runs)
+    comparison = compare_runs(find_runs(runs), episodes, seed, num_envs, workers)
+    write_comparison(comparison, out)
+    _print(comparison)
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def compare_runs(
+    folders: Sequence[Path], episodes: int, seed: int, num_envs: int, workers: int = 0
+) -> Comparison:
+    """Export and play the last policy of every run, and group the runs by variant.
+
+    A run that is unfinished or cannot be played is left out, and the comparison says so. Raises
+    :class:`ConfigError` where none is left.
+    """
+    from omcda_deploy.comparison import Comparison, LeftOut, summarise
+
     results: list[Result] = []
     left_out: list[LeftOut] = []
     failures: list[OmcdaError] = []
@@ -76,10 +90,7 @@ def compare(
         "Evaluation": f"{episodes} deterministic episodes per run, seed {seed}, "
         f"{min(num_envs, episodes)} environments in step."
     }
-    comparison = Comparison(summaries, [*left_out, *repeated], conditions)
-    write_comparison(comparison, out)
-    _print(comparison)
-    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    return Comparison(summaries, [*left_out, *repeated], conditions)
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
@@ -197,6 +208,7 @@ def _export(run: Path, step: int, known: str | None) -> Path:
 
 def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> Result:
     from omcda_deploy.comparison import Curves, Result
+    from omcda_deploy.training.run_folder import training_seconds
 
     metrics = folder / "metrics.jsonl"
     try:
@@ -205,7 +217,14 @@ def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> R
         raise ConfigError(f"{metrics} cannot be read ({error}): train the run again") from error
     curves = Curves.of(config.spec.names, lines)
     return Result(
-        _variant(config), str(folder), config.seed, config.settings, config.versions, evaluation, curves
+        _variant(config),
+        str(folder),
+        config.seed,
+        config.settings,
+        config.versions,
+        evaluation,
+        curves,
+        training_seconds(folder),
     )
 
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omcda_deploy.commands import console, progress_bar
+from omcda_deploy.commands import (
+    SimulatorFactory,
+    SimulatorPython,
+    console,
+    progress_bar,
+    simulator_options,
+)
 
 if TYPE_CHECKING:
     from omcda_deploy.collect import Source
@@ -41,6 +47,8 @@ def collect(
     num_envs: Annotated[int, typer.Option(help="Environments stepped together.")] = 32,
     workers: Annotated[int, typer.Option(help="Processes that step them; 0 for none.")] = 2,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Record mean actions.")] = False,
+    simulator_python: SimulatorPython = None,
+    simulator_factory: SimulatorFactory = None,
 ) -> None:
     """Record a dataset in OMIGA's HDF5 format with the task's behaviour policies, acting stochastically."""
     from omcda_deploy import registry
@@ -51,11 +59,11 @@ def collect(
         raise DatasetError(f"{out} exists already: choose another --out, or remove it first")
     if task not in registry.tasks():
         raise UnknownNameError("task", task, registry.tasks())
-    sources = _sources(task, tier, bundle)
+    recorded_by = sources(task, tier, bundle)
     with progress_bar(f"recording {task}") as report:
         summary = collect_mixture(
             task,
-            sources,
+            recorded_by,
             out,
             transitions=transitions,
             seed=seed,
@@ -64,11 +72,12 @@ def collect(
             workers=workers,
             stochastic=not deterministic,
             progress=report,
+            options=simulator_options(simulator_python, simulator_factory),
         )
     console.print_json(json.dumps(summary))
 
 
-def _sources(task: str, tier: str, bundle: Path | None) -> list[Source]:
+def sources(task: str, tier: str, bundle: Path | None = None) -> list[Source]:
     from omcda_deploy import registry
     from omcda_deploy.collect import Source
     from omcda_deploy.errors import UnknownNameError

@@ -1,128 +1,146 @@
-"""``results``: the table of docs/results.md, from nothing.
+"""``results``: a page of docs/results, from nothing.
 
-Records the dataset, trains every algorithm and seed (:mod:`omcda_deploy.commands.sweep`), exports the policies of
-the chosen steps, plays them, and writes the table with everything that its numbers depend on. What is finished is
-not done again, and a killed run is resumed: run the command again to go on.
+A page is a TOML file beside which its table is written, with the extension ``.md``::
+
+    title = "HalfCheetah-6x1, medium"
+    task = "mamujoco/halfcheetah-6x1"
+    tier = "medium"              # behaviour policies that record the dataset
+    transitions = 200000
+    episodes = 20                # per run, deterministic
+
+    [[runs]]                     # as in a sweep file; several where algorithms train for different lengths
+    algorithms = ["bc", "omiga", "omcda"]
+    seeds = [0, 1, 2]
+    steps = 20000
+
+The dataset is recorded, every run is trained, exported and played, and the table is written with everything that
+its numbers depend on. What is finished is not done again and a killed run is resumed: run the command again to go
+on. A run that fails stands in the table as failed.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
-from omcda_deploy.commands import console, errors
-from omcda_deploy.commands.sweep import Job, Sweep, jobs_of, run_queue
-from omcda_deploy.errors import OmcdaError
+from omcda_deploy.commands import console, errors, progress_bar
+from omcda_deploy.commands.compare import compare_runs
+from omcda_deploy.commands.sweep import Job, Sweep, jobs_of, read_toml, run_queue, sweep_of
+from omcda_deploy.errors import ConfigError, UnknownNameError
 
-EPISODES = 20
+if TYPE_CHECKING:
+    from omcda_deploy.datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Page:
+    """The contents of a page's file."""
+
+    title: str
+    task: str
+    tier: str
+    transitions: int
+    runs: list[dict[str, Any]]
+    seed: int = 0  # of the dataset
+    episodes: int = 20
+    num_envs: int = 20  # episodes played side by side
 
 
 def results(
+    page: Annotated[Path, typer.Argument(help="A page's TOML file; the table is written beside it as .md.")],
     out: Annotated[Path, typer.Option(help="Folder for datasets, runs and bundles.")] = Path("results"),
-    table: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/results.md"),
-    task: Annotated[str, typer.Option()] = "mamujoco/halfcheetah-6x1",
-    tier: Annotated[str, typer.Option(help="Behaviour policies that record the dataset.")] = "medium-replay",
-    transitions: Annotated[int, typer.Option()] = 200_000,
-    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, … per algorithm.")] = 3,
-    steps: Annotated[int, typer.Option(help="Evaluated at half of these and at the end.")] = 20_000,
-    d_tot: Annotated[float, typer.Option(help="OMCDA's total budget in nats.")] = 0.3,
     jobs: Annotated[int, typer.Option(help="Runs at once; one per core if 0.")] = 0,
 ) -> None:
-    """Train BC, OMIGA and OMCDA over seeds, evaluate their last policies and write the results table."""
+    """Train and play every run of a results page, and write its table."""
+    from omcda_deploy.comparison import LeftOut
+    from omcda_deploy.comparison_report import markdown
+    from omcda_deploy.measurements import write_text
     from omcda_deploy.registry import read_dataset
 
-    out.mkdir(parents=True, exist_ok=True)
-    dataset = out / f"{task.replace('/', '-')}-{tier}.hdf5"
-    if not dataset.exists():
-        _run("collect", task, "--tier", tier, "--transitions", transitions, "--out", dataset)
-    grid: dict[str, dict[str, list[Any]]] = {"omcda": {"d_tot": [d_tot]}}
-    points = [steps // 2, steps]
-    sweep = Sweep([str(dataset)], ["bc", "omiga", "omcda"], list(range(seeds)), steps, points[0], grid)
-    queue = jobs_of(sweep, out)
-    if failed := run_queue(queue, jobs):
-        raise OmcdaError(f"{len(failed)} of {len(queue)} runs failed, the first: {failed[0][1]}")
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        rows = list(pool.map(lambda job: [_evaluate(job, task, point) for point in points], queue))
-    write_table(table, task, tier, read_dataset(dataset), points, queue, rows)
+    made = read_page(page)
+    dataset = out / f"{made.task.replace('/', '-')}-{made.tier}.hdf5"
+    sweeps = _sweeps(made, dataset, page)  # refuses before minutes are spent on recording
+    _record(made, dataset)
+    queue = [job for sweep in sweeps for job in jobs_of(sweep, out)]
+    failed = run_queue(queue, jobs)
+    ended_early = {job.run for job, _ in failed}
+    comparison = compare_runs(
+        [job.run for job in queue if job.run not in ended_early], made.episodes, 0, made.num_envs
+    )
+    failures = [LeftOut(str(job.run), _what(job), f"failed: {why}") for job, why in failed]
+    comparison = dataclasses.replace(
+        comparison,
+        left_out=[*failures, *comparison.left_out],
+        conditions={"Data": _described(made, read_dataset(dataset)), **comparison.conditions},
+    )
+    table = page.with_suffix(".md")
+    write_text(table, markdown(comparison, made.title, f"omcda-deploy results {page}"))
     console.print(f"wrote {table}")
 
 
-def _evaluate(job: Job, task: str, step: int) -> dict[str, Any]:
-    bundle = job.run.with_name(f"{job.run.name}-bundle-{step}")
-    measured = job.run.with_name(f"{job.run.name}-evaluation-{step}.json")
-    if not measured.exists():
-        if not bundle.exists():
-            _run("export", job.run, "--step", step, "--out", bundle)
-        _run(
-            *("evaluate", task, "--bundle", bundle, "--episodes", EPISODES, "--num-envs", EPISODES),
-            *("--json", measured),
-        )
-    result: dict[str, Any] = json.loads(measured.read_text())
-    return result
+def read_page(path: Path) -> Page:
+    """Raises :class:`ConfigError` for a file that is missing, no TOML or no page."""
+    values = read_toml(path, "a results page")
+    fields = dataclasses.fields(Page)
+    for name in values:
+        if name not in {field.name for field in fields}:
+            raise UnknownNameError(f"entry of {path}", name, [field.name for field in fields])
+    kinds: Mapping[str, type] = {"title": str, "task": str, "tier": str, "runs": list}
+    for field in fields:
+        kind = kinds.get(field.name, int)
+        if field.name not in values:
+            if field.default is dataclasses.MISSING:
+                raise ConfigError(f"{path}: expected an entry {field.name}, there is none")
+        elif type(values[field.name]) is not kind:
+            raise ConfigError(f"{path}: {field.name}: expected {kind.__name__}, got {values[field.name]!r}")
+    page = Page(**values)
+    if not page.runs or not all(isinstance(table, dict) for table in page.runs):
+        raise ConfigError(f"{path}: expected one or more tables [[runs]], got {page.runs!r}")
+    return page
 
 
-def _run(*words: object) -> None:
-    arguments = [str(word) for word in words]
-    errors.print("$ omcda-deploy " + " ".join(arguments), highlight=False, soft_wrap=True)
-    command = [sys.executable, "-m", "omcda_deploy.cli", *arguments]
-    finished = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if finished.returncode:
-        errors.print(finished.stderr, highlight=False)
-        raise SystemExit(finished.returncode)
+def _record(page: Page, dataset: Path) -> None:
+    from omcda_deploy.collect import collect_mixture
+    from omcda_deploy.commands.data import sources
+
+    if not dataset.exists():
+        dataset.parent.mkdir(parents=True, exist_ok=True)
+        with progress_bar(f"recording {page.task}") as report:
+            collect_mixture(
+                page.task,
+                sources(page.task, page.tier),
+                dataset,
+                transitions=page.transitions,
+                seed=page.seed,
+                behavior=page.tier,
+                progress=report,
+            )
+        errors.print(f"recorded {dataset}", highlight=False, soft_wrap=True)
 
 
-def write_table(
-    path: Path,
-    task: str,
-    tier: str,
-    dataset: Any,
-    points: list[int],
-    queue: list[Job],
-    rows: list[list[dict[str, Any]]],
-) -> None:
-    """The Markdown table: per algorithm and step the mean return of every seed, then mean and std over seeds."""
-    from omcda_deploy.measurements import machine, now, write_text
-    from omcda_deploy.training.run_folder import read_config
+def _sweeps(page: Page, dataset: Path, path: Path) -> list[Sweep]:
+    tables = []
+    for index, table in enumerate(page.runs):
+        if "datasets" in table:
+            raise ConfigError(
+                f"{path}: runs[{index}]: datasets: a page has the one that it records, leave it out"
+            )
+        tables.append(sweep_of({"datasets": [str(dataset)], **table}, f"{path}: runs[{index}]"))
+    return tables
 
-    seeds = sorted({job.seed for job in queue})
+
+def _described(page: Page, dataset: Dataset) -> str:
     returns = dataset.episode_returns
-    commits = sorted({read_config(job.run).versions["git"] for job in queue})
-    lines = [
-        "# Results",
-        "",
-        "Written by `omcda-deploy results`; do not edit. Mean return over "
-        f"{EPISODES} deterministic episodes per seed, last policy of each length, no selection.",
-        "",
-        f"* task `{task}`, dataset `{tier}`: {len(returns)} episodes, {len(dataset.transitions)} transitions, mean "
-        f"return {returns.mean():.1f} ± {returns.std():.1f} (best {returns.max():.1f})",
-        f"* dataset digest `{dataset.digest}`",
-        f"* trained at commit {', '.join(f'`{commit}`' for commit in commits)}, {machine()}, {now()[:10]}, "
-        "evaluation seed 0",
-        "",
-        "| algorithm | steps | "
-        + " | ".join(f"seed {seed}" for seed in seeds)
-        + " | mean ± std over seeds |",
-        "|---|---|" + "---|" * len(seeds) + "---|",
-    ]
-    variants: dict[tuple[str, tuple[tuple[str, Any], ...]], dict[int, list[dict[str, Any]]]] = {}
-    for job, measured in zip(queue, rows, strict=True):
-        variants.setdefault((job.algorithm, job.settings), {})[job.seed] = measured
-    for (algorithm, settings), by_seed in variants.items():
-        label = ", ".join((algorithm.upper(), *(f"{key} {value}" for key, value in settings)))
-        for index, point in enumerate(points):
-            own = [by_seed[seed][index]["returns"] for seed in seeds]
-            means = np.mean(own, axis=1)
-            cells = [f"{np.mean(values):.0f} ± {np.std(values):.0f}" for values in own]
-            total = f"**{means.mean():.0f} ± {means.std():.0f}**"
-            lines.append(f"| {label} | {point:,} | " + " | ".join([*cells, total]) + " |")
-    lines += ["", "Cells are mean ± standard deviation over episodes; the last column is over seeds.", ""]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n".join(lines))
+    return (
+        f"{returns.size:,} episodes, {dataset.transitions.size:,} transitions of the {page.tier} policies (seed "
+        f"{page.seed}), return {returns.mean():.1f} ± {returns.std():.1f}, best {returns.max():.1f}"
+    )
+
+
+def _what(job: Job) -> str:
+    return ", ".join([job.algorithm, *(f"{key} {value}" for key, value in job.settings), f"seed {job.seed}"])

@@ -101,23 +101,32 @@ def _is_list(value: object, kind: type) -> bool:
 
 def read_sweep(path: Path) -> Sweep:
     """Raises :class:`ConfigError` for a file that is missing, no TOML or no sweep."""
+    return sweep_of(read_toml(path, "a sweep file"), str(path))
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Raises :class:`ConfigError` for a file that is missing or no TOML."""
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist: expected a sweep file (TOML)")
+        raise ConfigError(f"{path} does not exist: expected {what} (TOML)")
     try:
-        values = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except ValueError as error:  # also bytes that are no text
         raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def sweep_of(values: Mapping[str, Any], where: str) -> Sweep:
+    """Raises :class:`ConfigError` for entries that are missing or wrong, :class:`UnknownNameError` for others."""
     known = set(Sweep.__dataclass_fields__)
     for name in values:
         if name not in known:
-            raise UnknownNameError(f"entry of {path}", name, known)
+            raise UnknownNameError(f"entry of {where}", name, known)
     for name in ("datasets", "algorithms", "seeds", "steps"):
         if name not in values:
-            raise ConfigError(f"{path}: expected datasets, algorithms, seeds and steps, {name} is missing")
+            raise ConfigError(f"{where}: expected datasets, algorithms, seeds and steps, {name} is missing")
     try:
         return Sweep(**values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def jobs_of(sweep: Sweep, out: Path) -> list[Job]:

@@ -1,0 +1,103 @@
+"""Results pages: what their files may say, and the table of a real run beside one that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from omcda_deploy.cli import app
+from omcda_deploy.commands import results
+from omcda_deploy.commands.results import read_page
+from omcda_deploy.commands.sweep import Job
+from omcda_deploy.errors import ConfigError, OmcdaError
+from omcda_deploy.registry import read_dataset
+from omcda_deploy.training import loop
+from omcda_deploy.training.behavior_model import BehaviorConfig
+
+PAGE = """
+title = "Toy"
+task = "toy/masked"
+tier = "behavior"
+transitions = 1200
+episodes = 3
+
+[[runs]]
+algorithms = ["bc"]
+seeds = [0, 1]
+steps = 20
+[runs.grid.bc]
+hidden = [8]
+
+[[runs]]
+algorithms = ["cql"]
+seeds = [0]
+steps = 10
+"""
+
+
+def train(jobs: Iterable[Job], at_once: int) -> list[tuple[Job, str]]:
+    """BC in this process; everything else fails."""
+    failed = []
+    for job in jobs:
+        if job.algorithm != "bc":
+            failed.append((job, "training diverged"))
+        elif not job.finished:
+            loop.train(
+                read_dataset(job.dataset),
+                job.algorithm,
+                job.run,
+                dataset_path=str(job.dataset),
+                steps=job.steps,
+                seed=job.seed,
+                settings=dict(job.settings),
+                behavior=BehaviorConfig(steps=20, hidden=8, check_every=10),
+            )
+    return failed
+
+
+def test_a_page_shows_runs_and_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(results, "run_queue", train)
+    page = tmp_path / "toy.toml"
+    page.write_text(PAGE)
+    words = ["results", str(page), "--out", str(tmp_path / "results")]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    text = (tmp_path / "toy.md").read_text()
+    dataset = read_dataset(tmp_path / "results" / "toy-masked-behavior.hdf5")
+    assert dataset.digest in text
+    assert f"return {dataset.episode_returns.mean():.1f} ±" in text
+    [row] = [line for line in text.splitlines() if line.startswith("| bc, hidden 8")]
+    assert "| 20 | 0, 1 |" in row
+    assert "(cql, seed 0): failed: training diverged" in text
+    # Again: nothing is recorded or trained anew, and the table has the same row.
+    before = (tmp_path / "results" / "toy-masked-behavior.hdf5").stat().st_mtime_ns
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    assert (tmp_path / "results" / "toy-masked-behavior.hdf5").stat().st_mtime_ns == before
+    assert row in (tmp_path / "toy.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('title = "Toy"', ""), "title"),
+        (("transitions = 1200", 'transitions = "many"'), "transitions: expected int, got 'many'"),
+        (("episodes = 3", "epsiodes = 3"), "did you mean 'episodes'"),
+        (("[[runs]]", "[runs]"), "TOML"),
+    ],
+)
+def test_a_wrong_page_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    page = tmp_path / "page.toml"
+    page.write_text(PAGE.replace(*change))
+    with pytest.raises(OmcdaError, match=message):
+        read_page(page)
+
+
+def test_a_page_records_its_own_dataset(tmp_path: Path) -> None:
+    page = tmp_path / "page.toml"
+    page.write_text(PAGE.replace("steps = 10", 'steps = 10\ndatasets = ["a.hdf5"]'))
+    with pytest.raises(ConfigError, match=r"runs\[1\]: datasets"):
+        results.results(page, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
