@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,24 +85,31 @@ class SquashedBody(gymnasium.Env[Any, Any]):
         return observation.astype(np.float32), reward, terminated, truncated, {}
 
 
-class _Checkpoints(BaseCallback):
-    def __init__(self, out: Path, every: int, statistics: VecNormalize) -> None:
+class Checkpoints(BaseCallback):
+    """Every ``every`` environment steps, ``save`` a checkpoint and note the last episodes.
+
+    ``rows_per_step``: how many of SB3's steps are one of an environment.
+    """
+
+    def __init__(self, out: Path, every: int, save: Callable[[Path], None], rows_per_step: int = 1) -> None:
         super().__init__()
-        self._out, self._every, self._statistics, self._next = out, every, statistics, every
+        self._out, self._every, self._save, self._next = out, every, save, every
+        self._rows_per_step = rows_per_step
 
     def _on_step(self) -> bool:
-        if self.num_timesteps >= self._next:
+        steps = self.num_timesteps // self._rows_per_step
+        if steps >= self._next:
             self._next += self._every
             episodes = [episode["r"] for episode in self.model.ep_info_buffer or []]
+            wins = list(self.model.ep_success_buffer or [])  # of simulators that tell
             line = {
-                "steps": self.num_timesteps,
+                "steps": steps,
                 "return_mean": float(np.mean(episodes)) if episodes else None,
                 "return_std": float(np.std(episodes)) if episodes else None,
                 "episodes": len(episodes),
+                **({"win_rate": float(np.mean(wins))} if wins else {}),
             }
-            save_checkpoint(
-                self._out / f"checkpoint-{self.num_timesteps:08d}.npz", self.model, self._statistics
-            )
+            self._save(self._out / f"checkpoint-{steps:08d}.npz")
             with (self._out / "progress.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             log.info("%s", line)
@@ -126,9 +134,22 @@ def save_checkpoint(path: Path, model: Any, statistics: VecNormalize) -> None:
     arrays["observation_mean"] = np.asarray(moments.mean, np.float64)
     arrays["observation_var"] = np.asarray(moments.var, np.float64) + statistics.epsilon
     arrays["observation_clip"] = np.asarray(statistics.clip_obs, np.float64)
+    write_checkpoint(path, arrays)
+
+
+def write_checkpoint(path: Path, arrays: dict[str, Any]) -> None:
+    """Write named arrays as a whole file or none."""
     temporary = path.with_suffix(".tmp.npz")
     np.savez(temporary, **arrays)
     temporary.replace(path)
+
+
+def new_run(out: Path, task: str, seed: int, config: Any) -> None:
+    """Make the folder ``out`` with its ``config.json``. Raises :class:`ConfigError` where it exists."""
+    if out.exists():
+        raise ConfigError(f"{out} exists already: choose another --out, or remove it first")
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps({"task": task, "seed": seed, **asdict(config)}, indent=1))
 
 
 def default_config(task: str) -> PpoConfig:
@@ -141,10 +162,7 @@ def default_config(task: str) -> PpoConfig:
 def train(task: str, out: Path, seed: int, config: PpoConfig) -> None:
     """Train on ``task`` (``mamujoco/<body>``) and leave checkpoints in the new folder ``out``."""
     name = task.removeprefix("mamujoco/")
-    if out.exists():
-        raise ConfigError(f"{out} exists already: choose another --out, or remove it first")
-    out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps({"task": task, "seed": seed, **asdict(config)}, indent=1))
+    new_run(out, task, seed, config)
     envs = DummyVecEnv([lambda: Monitor(SquashedBody(name)) for _ in range(config.num_envs)])
     statistics = VecNormalize(envs, gamma=config.gamma)
     rate = config.learning_rate
@@ -164,4 +182,7 @@ def train(task: str, out: Path, seed: int, config: PpoConfig) -> None:
         seed=seed,
         device="cpu",
     )
-    model.learn(config.steps, callback=_Checkpoints(out, config.checkpoint_every, statistics))
+    checkpoints = Checkpoints(
+        out, config.checkpoint_every, lambda path: save_checkpoint(path, model, statistics)
+    )
+    model.learn(config.steps, callback=checkpoints)

@@ -27,6 +27,7 @@ from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.metrics import MetricsWriter, Window
 from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.recipes import recipe
 from omcda_deploy.training.run_folder import (
     BEHAVIOR,
     POLICIES,
@@ -104,7 +105,10 @@ def train(
     on_log: OnLog | None = None,
     on_snapshot: OnSnapshot | None = None,
 ) -> None:
-    """Start a run in the new folder ``out``. Raises :class:`ConfigError` for settings, folders and devices."""
+    """Start a run in the new folder ``out``, with ``settings`` before those of the task's recipe.
+
+    Raises :class:`ConfigError` for settings, folders and devices.
+    """
     if out.exists():
         raise ConfigError(
             f"{out} exists already: choose another --out, or continue it with  train --resume {out}"
@@ -125,7 +129,7 @@ def train(
             f"{algorithm} handles {' and '.join(sorted(module.ACTIONS))} actions, {dataset.spec.task} has "
             f"{dataset.spec.action_kind} ones: choose another algorithm"
         )
-    config = build(module.Config, settings or {})
+    config = build(module.Config, {**recipe(dataset.spec.task, algorithm), **(settings or {})})
     _use_device(device, threads)
     if behavior is None:
         behavior = BehaviorConfig(hidden=config.hidden)

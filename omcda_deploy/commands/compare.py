@@ -238,11 +238,13 @@ def _variant(config: RunConfig) -> Variant:
 
 
 def _changed(config: RunConfig) -> dict[str, Any]:
-    """Settings that differ from the defaults: the algorithm's, then those of cloning and of the data."""
+    """Settings that differ from the task's recipe, then those of cloning and of the data that are no defaults."""
     from omcda_deploy.registry import load_algorithm
     from omcda_deploy.training.behavior_model import BehaviorConfig
+    from omcda_deploy.training.recipes import recipe
 
-    defaults = asdict(load_algorithm(config.algorithm).Config())
+    known = recipe(config.spec.task, config.algorithm)
+    defaults = asdict(load_algorithm(config.algorithm).Config(**known))
     changed = {
         name: value
         for name, value in config.settings.items()

@@ -85,6 +85,8 @@ def train(
     chosen = _settings(settings or [], d_tot)
     hidden = 0 if resume else _check_request(algo, chosen, run)
     recorded = read_dataset(path, task)
+    if resume is None:
+        _announce_recipe(recorded.spec.task, algo, chosen)
 
     from omcda_deploy.training import loop
     from omcda_deploy.training.behavior_model import BehaviorConfig
@@ -167,6 +169,15 @@ def _check_request(algo: str, settings: Mapping[str, Any], out: Path) -> int:
             f"{out} exists already: choose another --out, or continue it with  train --resume {out}"
         )
     return int(config.hidden)
+
+
+def _announce_recipe(task: str, algo: str, chosen: Mapping[str, Any]) -> None:
+    from omcda_deploy.training.recipes import recipe
+
+    used = {name: value for name, value in recipe(task, algo).items() if name not in chosen}
+    if used:
+        shown = " ".join(f"{name}={value}" for name, value in used.items())
+        errors.print(f"recipe of {task.partition('/')[0]}: {shown}", highlight=False, soft_wrap=True)
 
 
 class TrainingView:

@@ -68,7 +68,7 @@ class Config:
     alpha: float = 10.0  # price of D_f between occupancies
     f_divergence: str = "soft_chi2"  # soft_chi2 | chi2 | kl
     mixer: str = "linear"  # linear | vdn
-    weight_max: float = 100.0  # cap of W_i; 2 as published for SMAC
+    weight_max: float = 100.0  # cap of W_i
     paper_code_vloss: bool = False  # the released code's gradient of L_v
     paper_code_weights: bool = False  # the sum of all agents' weights for each of them
     lr: float = 1e-4  # of networks and lambdas

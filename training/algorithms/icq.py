@@ -57,7 +57,7 @@ RELEASED_LAMBDA = 0.8
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of ICQ as published for MA-MuJoCo; the original's temperatures on SMAC are 1000 and 0.1."""
+    """Settings of ICQ as published for MA-MuJoCo."""
 
     critic_temperature: float = 10.0  # T_Q, in units of return
     policy_temperature: float = 100.0  # T_pi, in units of return

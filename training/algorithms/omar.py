@@ -61,7 +61,7 @@ LOG_FLOOR = 1e-5  # in the discrete policy's loss, which is otherwise unbounded 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of OMAR as published for MA-MuJoCo; alpha is 5 on SMAC."""
+    """Settings of OMAR as published for MA-MuJoCo."""
 
     alpha: float = 1.0  # weight of the conservative penalty
     coefficient: float = 0.5  # c: 0 climbs the critic alone, 1 imitates the search alone

@@ -1,0 +1,62 @@
+"""Recipes name settings that exist, differ from the defaults, and are trained with unless a user says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from omcda_deploy import registry
+from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
+from omcda_deploy.training import loop
+from omcda_deploy.training.behavior_model import BehaviorConfig
+from omcda_deploy.training.recipes import recipe, recipes
+from omcda_deploy.training.run_folder import read_config
+from omcda_deploy.training.settings import build
+from tests.synthetic import write_dataset
+
+ENTRIES = [
+    (name, algorithm, setting)
+    for name, values in recipes().items()
+    for algorithm, table in values.items()
+    if algorithm != "families"
+    for setting in table
+]
+
+
+@pytest.mark.parametrize(("name", "algorithm", "setting"), ENTRIES)
+def test_an_entry_is_a_setting_and_differs_from_its_default(name: str, algorithm: str, setting: str) -> None:
+    values = recipes()[name][algorithm]
+    kind = registry.load_algorithm(algorithm).Config
+    assert asdict(build(kind, values))[setting] != asdict(kind())[setting]
+    # The behaviour model's size is settled before a task is known.
+    assert setting != "hidden"
+
+
+def test_a_family_has_one_recipe() -> None:
+    families = [family for values in recipes().values() for family in values["families"]]
+    assert len(families) == len(set(families))
+    assert recipe("mamujoco/hopper-3x1", "omcda") == recipe("toy/masked", "omcda") == {}
+    assert recipe("smac/corridor", "omar") == {"alpha": 5.0}
+
+
+def test_a_run_uses_its_recipe_below_what_the_user_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
+    agents = tuple(AgentSpec(f"agent_{i}", 3, ActionSpec("continuous", 2)) for i in range(2))
+    spec = TeamSpec("smac/5m_vs_6m", agents, state_size=6, control_rate=1.0, episode_limit=10)
+    dataset = read(write_dataset(tmp_path / "data.hdf5", spec, [6] * 5))
+    loop.train(
+        dataset,
+        "omcda",
+        tmp_path / "run",
+        dataset_path="data.hdf5",
+        steps=10,
+        settings={"hidden": 8, "batch_size": 8, "alpha0": 2.5},
+        behavior=BehaviorConfig(steps=10, hidden=8, check_every=10),
+    )
+    settings = read_config(tmp_path / "run").settings
+    assert (settings["d_tot"], settings["alpha0"], settings["lr"]) == (1.8, 2.5, 5e-4)
