@@ -23,7 +23,7 @@ from omcda_deploy.datasets import Dataset
 from omcda_deploy.datasets.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, ContractError, OmcdaError, UnknownNameError
 from omcda_deploy.registry import team_spec
-from omcda_deploy.spec import TeamSpec
+from omcda_deploy.spec import ActionSpec, TeamSpec
 from omcda_deploy.training import behavior_model as behavior_model_file
 from omcda_deploy.training import evaluation, loop
 from omcda_deploy.training.batches import TransitionSampler
@@ -275,6 +275,15 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
         train(read(path), tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
     assert not (tmp_path / "run" / "resume.pt").exists()
+
+
+def test_unequal_continuous_actions_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+    first, *others = dataset.spec.agents
+    agents = (dataclasses.replace(first, action=ActionSpec("continuous", 3)), *others)
+    uneven = dataclasses.replace(dataset, spec=dataclasses.replace(dataset.spec, agents=agents))
+    with pytest.raises(ContractError, match="expected one action size for all agents"):
+        train(uneven, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_folder_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:

@@ -129,6 +129,12 @@ def train(
             f"{algorithm} handles {' and '.join(sorted(module.ACTIONS))} actions, {dataset.spec.task} has "
             f"{dataset.spec.action_kind} ones: choose another algorithm"
         )
+    sizes = {agent.name: agent.action.size for agent in dataset.spec.agents}
+    if dataset.spec.action_kind == "continuous" and len(set(sizes.values())) > 1:
+        # Entries that pad a short action would count in densities and divergences.
+        raise ContractError(
+            f"expected one action size for all agents of a continuous task, {dataset.spec.task} has {sizes}"
+        )
     config = build(module.Config, {**recipe(dataset.spec.task, algorithm), **(settings or {})})
     _use_device(device, threads)
     if behavior is None:
