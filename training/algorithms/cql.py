@@ -83,7 +83,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.mixer == "qmix":
             raise ConfigError(
-                "Config.mixer: expected linear or vdn, got 'qmix': the soft maximum over joint actions is a sum "
+                "cql.mixer: expected linear or vdn, got 'qmix': the soft maximum over joint actions is a sum "
                 "over agents only where Q_tot is linear in their values"
             )
         require_choice(self, improvement=("soft_q", "q_weighted_cloning"), mixer=("linear", "vdn"))
