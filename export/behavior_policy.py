@@ -7,7 +7,7 @@ raw vector is ``(z - z0) / (z1 - z0)``, exactly, and every agent can evaluate th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,16 @@ _ARRAYS = (
 )
 
 
-def read_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a ``checkpoint-*.npz``. Raises :class:`ConfigError` when it is not one."""
+def read_checkpoint(path: Path, arrays: Sequence[str] = _ARRAYS) -> dict[str, NDArray[Any]]:
+    """The named ``arrays`` of a ``checkpoint-*.npz``. Raises :class:`ConfigError` when it is not one."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in _ARRAYS}
+            return {name: file[name] for name in arrays}
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: expected a checkpoint-<steps>.npz") from None
     except Exception as error:  # numpy and zipfile raise many types on a damaged file
         raise ConfigError(
-            f"{path} is not a behaviour policy's checkpoint ({error}): expected a .npz with {', '.join(_ARRAYS)}"
+            f"{path} is not a behaviour policy's checkpoint ({error}): expected a .npz with {', '.join(arrays)}"
         ) from error
 
 
@@ -139,6 +139,27 @@ def export_behavior_policy(
         observations = _play(actor, env, PARITY_ROWS, seed)
     finally:
         env.close()
+    return write_behavior_bundle(
+        out, spec, actor, checkpoint, tier, provenance or {}, observations=observations
+    )
+
+
+def write_behavior_bundle(
+    out: Path,
+    spec: TeamSpec,
+    actor: nn.Module,
+    checkpoint: Path,
+    tier: str,
+    provenance: Mapping[str, Any],
+    *,
+    observations: Float,
+    action_masks: NDArray[np.uint8] | None = None,
+) -> Bundle:
+    """Write ``actor``, read from ``checkpoint``, as a team that is its own behaviour policy.
+
+    ``observations`` [M, N, O] and ``action_masks`` [M, N, A] are for the parity check. Raises what
+    :func:`omcda_deploy.export.bundle.export_bundle` raises.
+    """
     nothing: dict[str, float | None] = dict.fromkeys(spec.names)
     return export_bundle(
         out,
@@ -153,8 +174,9 @@ def export_behavior_policy(
             "tier": tier,
             "checkpoint": checkpoint.name,
             "checkpoint_sha256": sha256(checkpoint),
-            **(provenance or {}),
+            **provenance,
         },
+        action_masks=action_masks,
     )
 
 

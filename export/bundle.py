@@ -7,6 +7,7 @@ each time. What is served is compared with torch on real observations before the
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -41,6 +42,7 @@ from omcda_deploy.bundle import (
 )
 from omcda_deploy.errors import BundleError, ConfigError, ExportError
 from omcda_deploy.export.graph import PolicyGraph
+from omcda_deploy.guard import Reference
 from omcda_deploy.local import OnnxModel, split_decisions
 from omcda_deploy.policy import Float, NoiseSource
 from omcda_deploy.spec import AgentSpec, TeamSpec
@@ -124,13 +126,22 @@ def export_bundle(
             file.write_bytes(model.SerializeToString(deterministic=True))
             onnx.checker.check_model(str(file), full_check=True)
             (folder / name / CONFIG_FILE).write_text(triton_config(model, name))
-        parity = _check_parity(spec, graphs, folder, feeds)
+        parity, divergence = _check_parity(spec, graphs, folder, feeds)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "contract_hash": spec.contract_hash,
             "team": spec.to_json(),
             "divergence_kind": divergence_kind,
-            "agents": {name: {"budget": budgets[name], "alpha": alphas[name]} for name in spec.names},
+            "agents": {
+                agent.name: {
+                    "budget": budgets[agent.name],
+                    "alpha": alphas[agent.name],
+                    "reference": dataclasses.asdict(
+                        Reference.of(spec, agent, feeds[agent.name][0], divergence[agent.name])
+                    ),
+                }
+                for agent in spec.agents
+            },
             "training": dict(provenance),
             "parity": parity,
             "exporter": {
@@ -258,12 +269,16 @@ def _check_parity(
     graphs: Mapping[str, PolicyGraph],
     folder: Path,
     feeds: Mapping[str, tuple[NDArray[Any], ...]],
-) -> dict[str, Any]:
-    """Compare every agent's model with torch and the team's with the agents'; returns the largest errors."""
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Compare every agent's model with torch and the team's with the agents'.
+
+    Returns the largest errors, and each agent's divergence [M] under its deterministic action.
+    """
     rows = len(feeds[spec.names[0]][0])
     models = {name: OnnxModel(folder / name / MODEL_FILE) for name in graphs}
     against_torch = _Comparison("onnxruntime", "torch", _ACTION, _PARAMETER)
     team_against_agents = _Comparison("the team's graph", "the agent's graph", _TEAM, _TEAM)
+    divergence: dict[str, NDArray[Any]] = {}
     still = {agent.name: np.zeros((rows, agent.action.size), np.float32) for agent in spec.agents}
     for case, noise in (("zero noise", still), ("random noise", NoiseSource(spec, seed=0).draw(rows))):
         inputs = {
@@ -277,6 +292,7 @@ def _check_parity(
         team = split_decisions(spec, _serve(models[TEAM], joined))
         for agent in spec.agents:
             served = _serve(models[agent.name], inputs[agent.name])
+            divergence.setdefault(agent.name, served["divergence"])
             wanted = _run(graphs[agent.name], spec, inputs[agent.name])
             part = team[agent.name]
             of_team = {"action": part.action, "divergence": part.divergence, **part.parameters}
@@ -289,7 +305,7 @@ def _check_parity(
         "rows": rows,
         "against_torch": against_torch.largest,
         "team_against_agents": team_against_agents.largest,
-    }
+    }, divergence
 
 
 def _serve(model: OnnxModel, feeds: Arrays) -> dict[str, NDArray[Any]]:

@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omcda_deploy.bundle import DivergenceKind
-from omcda_deploy.spec import TeamSpec
+from omcda_deploy.spec import LEAST_VARIANCE, TeamSpec
 
-# Below this an observation's entries are equal up to float32 rounding; it is standardised to (nearly) zeros.
-_CONSTANT_VARIANCE = 1e-12
 _HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
 
 
@@ -214,7 +212,7 @@ def _standardize(rows: Tensor, layout: _Layout) -> Tensor:
     else:
         centered = (rows - rows.sum(-1, keepdim=True) / layout.counts) * layout.valid
         variance = (centered * centered).sum(-1, keepdim=True) / layout.counts
-    return centered / variance.clamp(min=_CONSTANT_VARIANCE).sqrt()
+    return centered / variance.clamp(min=LEAST_VARIANCE).sqrt()
 
 
 def _gaussian_kl(mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from omcda_deploy.errors import BundleError
+from omcda_deploy.guard import Reference
 from omcda_deploy.spec import TeamSpec
 
 DivergenceKind = Literal["kl", "neg_log_behavior"]
@@ -98,6 +99,12 @@ class Bundle:
         return {name: entry["budget"] for name, entry in self.manifest["agents"].items()}
 
     @property
+    def references(self) -> dict[str, Reference]:
+        """What the training data of each agent say; of a bundle that was not made from data, nothing."""
+        entries = {name: entry.get("reference") for name, entry in self.manifest["agents"].items()}
+        return {name: Reference(**entry) for name, entry in entries.items() if entry is not None}
+
+    @property
     def digest(self) -> str:
         """sha256 of the manifest, which holds the sha256 of everything else."""
         return sha256(self.path / MANIFEST)
@@ -122,6 +129,9 @@ def read_bundle(path: str | Path) -> Bundle:
         declared_hash = manifest["contract_hash"]
         spec = TeamSpec.from_json(manifest["team"])
         agents = set(manifest["agents"])
+        for entry in manifest["agents"].values():
+            if entry.get("reference") is not None:
+                Reference(**entry["reference"])
         kind = manifest["divergence_kind"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{manifest_path} is damaged ({error}): export the run again") from error

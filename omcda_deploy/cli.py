@@ -16,6 +16,7 @@ from omcda_deploy.commands import (
     behavior,
     benchmark,
     compare,
+    convert,
     data,
     demo,
     play,
@@ -40,6 +41,7 @@ app.add_typer(behavior.app, name="behavior")
 app.add_typer(benchmark.app, name="bench")
 app.command("tasks")(data.tasks)
 app.command("collect")(data.collect)
+app.command("convert")(convert.convert)
 app.command("algorithms")(train.algorithms)
 app.command("train")(train.train)
 app.command("export")(export_command.export)

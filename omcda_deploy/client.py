@@ -23,7 +23,7 @@ from omcda_deploy.errors import ContractError, EndpointError, OmcdaError
 from omcda_deploy.local import batch_of, decision_of, first_row, observation_of, split_decisions
 from omcda_deploy.policy import Decision, Float
 from omcda_deploy.protos.policy_pb2 import ActRequest, ActResponse, GetContractRequest, GetContractResponse
-from omcda_deploy.protos.tensors import input_tensors, output_tensors
+from omcda_deploy.protos.tensors import answer_tensors, input_tensors
 from omcda_deploy.spec import AgentSpec, TeamSpec, require_same_contract
 
 CONNECT_LIMIT_S = 5.0
@@ -280,7 +280,7 @@ class _Model:
         self._contract_hash = server.contract_hash
         self._deadline_s = deadline_s
         self._inputs = {tensor.name: tensor for tensor in input_tensors(server.team, model)}
-        self._outputs = output_tensors(server.team, model)
+        self._outputs = answer_tensors(server.team, model)
         self._line: _Calls | _Stream = (_Stream if stream else _Calls)(server.channel, deadline_s)
         self._step = 0
         self._first = True

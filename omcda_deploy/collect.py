@@ -6,12 +6,12 @@ that has enough transitions. Taking the first episodes to *finish* instead would
 failures where falling ends an episode. So long episodes are waited for, and what runs beyond the K-th is dropped as
 soon as it is certain not to be needed; neither ``num_envs`` nor ``workers`` changes which episodes a dataset holds.
 (A policy's answers may differ in the last digit between batch sizes, so files are equal to the last digit only at
-equal ``num_envs``.)
+equal ``num_envs``.) An episode that its simulator loses (info ``discarded``) is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from omcda_deploy import registry
 from omcda_deploy.datasets import Float, Scalar
 from omcda_deploy.datasets.omiga_hdf5 import Writer
-from omcda_deploy.envs.vector import VectorEnvironment, VectorStep
+from omcda_deploy.envs.vector import BatchedEnvironment, VectorStep, vectorize
 from omcda_deploy.errors import ConfigError, ContractError
+from omcda_deploy.measurements import DiscardCount
 from omcda_deploy.policy import NoiseSource, TeamPolicy
 from omcda_deploy.spec import require_same_contract
 
@@ -51,13 +52,15 @@ def collect(
     workers: int = 2,
     stochastic: bool = True,
     progress: Progress | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Record whole episodes of ``policy`` until they hold at least ``transitions``, as HDF5 at ``out``.
 
     ``behavior`` labels the policy in the file. The file appears when it is complete; an exception, Ctrl-C
-    included, leaves nothing behind. Returns what was recorded: path, episodes, transitions, the mean and standard
-    deviation of returns, digest. Raises :class:`ConfigError`, :class:`ContractError` for a policy of another task,
-    and what :class:`VectorEnvironment` raises.
+    included, leaves nothing behind. ``options`` go to the task's simulator. Returns what was recorded: path,
+    episodes, transitions, the mean and standard deviation of returns, digest, and how many episodes the simulator
+    lost. Raises :class:`ConfigError`, :class:`ContractError` for a policy of another task,
+    :class:`SimulatorError` where the simulator loses one episode after another, and what :func:`vectorize` raises.
     """
     return collect_mixture(
         task,
@@ -70,6 +73,7 @@ def collect(
         workers=workers,
         stochastic=stochastic,
         progress=progress,
+        options=options,
     )
 
 
@@ -85,6 +89,7 @@ def collect_mixture(
     workers: int = 2,
     stochastic: bool = True,
     progress: Progress | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """As :func:`collect`, with several policies one after another, each for its share of the transitions.
 
@@ -98,7 +103,7 @@ def collect_mixture(
         raise ConfigError(
             f"expected transitions of at least 1 and a seed of at least 0, got {transitions} and {seed}"
         )
-    with VectorEnvironment(task, num_envs, workers=workers) as vector:
+    with vectorize(task, num_envs, workers=workers, **(options or {})) as vector:
         for source in sources:
             require_same_contract(source.policy.spec, vector.spec, f"policy {source.behavior}", "the task")
         metadata: dict[str, Scalar] = {
@@ -126,6 +131,7 @@ def collect_mixture(
         "return_mean": float(returns.mean()),
         "return_std": float(returns.std()),
         "digest": writer.digest,
+        "discarded": recorder.discards.total,
     }
 
 
@@ -148,7 +154,7 @@ class _Recorder:
 
     def __init__(
         self,
-        vector: VectorEnvironment,
+        vector: BatchedEnvironment,
         writer: Writer,
         seed: int,
         stochastic: bool,
@@ -157,6 +163,8 @@ class _Recorder:
     ) -> None:
         self.written = 0  # transitions
         self.returns: list[float] = []  # of written episodes
+        self.discards = DiscardCount()
+        self._upcoming = 0  # the number behind the last one written
         self._vector, self._writer = vector, writer
         self._seed, self._stochastic = seed, stochastic
         self._transitions, self._progress = transitions, progress
@@ -187,13 +195,14 @@ class _Recorder:
         seeds: dict[int, int] = {}
         started: dict[int, int] = {}  # unwritten episodes in order, and the transitions of each so far
         finished: dict[int, _Episode] = {}
-        upcoming = len(self.returns)
+        upcoming = self._upcoming
         shown = self._vector.reset({})
         while self.written < target:
             certain = self.written
             for episode in list(started):
                 if certain >= target:  # the episodes before this one suffice
                     running[running == episode] = -1
+                    upcoming = min(upcoming, episode)  # played after all where one before it is lost
                     del started[episode]
                     finished.pop(episode, None)
                 else:
@@ -228,6 +237,7 @@ class _Recorder:
             self._rewards[slots, age[slots]] = shown.reward[slots]
             age[slots] += 1
             ended = (shown.terminated | shown.truncated) & active
+            lost = ended & np.asarray(shown.info.get("discarded", False), np.bool_)
             if (overdue := active & ~ended & (age >= spec.episode_limit)).any():
                 raise ContractError(
                     f"{spec.task}: environment {np.argmax(overdue)} did not end within {spec.episode_limit} steps, "
@@ -237,6 +247,11 @@ class _Recorder:
                 started[int(running[slot])] = int(age[slot])
             self._see(np.flatnonzero(ended), age, shown)
             for slot in np.flatnonzero(ended).tolist():
+                self.discards.add(bool(lost[slot]))
+                if lost[slot]:
+                    del started[int(running[slot])]
+                    running[slot] = -1
+                    continue
                 finished[int(running[slot])] = self._copy(
                     slot,
                     int(age[slot]),
@@ -279,7 +294,7 @@ class _Recorder:
         )
 
     def _write(self, started: dict[int, int], finished: dict[int, _Episode], target: int, label: int) -> None:
-        while self.written < target and (number := len(self.returns)) in finished:
+        while self.written < target and started and (number := next(iter(started))) in finished:
             episode = finished.pop(number)
             self._writer.append(
                 episode.observations,
@@ -294,4 +309,5 @@ class _Recorder:
             )
             self.written += len(episode)
             self.returns.append(float(episode.rewards.sum()))
+            self._upcoming = number + 1
             del started[number]

@@ -4,13 +4,15 @@ A batch of environments is kept in step and the team is asked once per control s
 that ends before the others stays in the batch with its last observation, its answers unused, until the round is
 over: every call has the same batch size. Matrix products of another batch size may be summed in another order, so
 that is what makes a served team and the same bundle in process play the same episodes to the last digit.
+
+An episode that its simulator loses (info ``discarded``) counts nowhere; a later round plays one more instead.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.envs.vector import VectorEnvironment
+from omcda_deploy.envs.vector import BatchedEnvironment, vectorize
 from omcda_deploy.errors import ConfigError, MissingExtraError, OmcdaError
 from omcda_deploy.measurements import (
+    DiscardCount,
     Divergence,
     Latency,
     TeamDescription,
@@ -76,6 +79,7 @@ class Evaluation:
     versions: dict[str, str]
     machine: str
     date: str
+    discarded: int = 0  # episodes that the simulator lost; none of them is among the E
 
     @property
     def mean(self) -> float:
@@ -101,6 +105,7 @@ class Evaluation:
             "seed": self.seed,
             "stochastic": self.stochastic,
             "episodes": self.returns.size,
+            "discarded": self.discarded,
             "num_envs": self.num_envs,
             "return": {
                 "mean": number(self.mean),
@@ -138,6 +143,7 @@ def evaluate(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     video: Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Play ``episodes`` episodes of ``task`` and measure.
 
@@ -147,16 +153,18 @@ def evaluate(
 
     ``num_envs`` (default 10) is never more than ``episodes``. ``progress(done, total)`` is called after every
     control step; ``total`` supposes that every round lasts to the time limit. ``video`` is an mp4 of the first
-    episode, in real time; for it ``MUJOCO_GL`` is set to ``egl`` where it is unset.
+    episode, in real time; for it ``MUJOCO_GL`` is set to ``egl`` where it is unset. ``options`` go to the task's
+    simulator (:func:`omcda_deploy.registry.make_environment`).
 
-    Raises :class:`ContractError` when team and task do not fit or an answer cannot be played, and
-    :class:`ConfigError` for a setting out of range or where nothing can be rendered.
+    Raises :class:`ContractError` when team and task do not fit or an answer cannot be played,
+    :class:`ConfigError` for a setting out of range or where nothing can be rendered, and :class:`SimulatorError`
+    where the simulator loses one episode after another.
     """
     require_at_least(episodes, 1, "episodes")
     require_at_least(seed, 0, "seed")
     num_envs = min(episodes, DEFAULT_NUM_ENVS if num_envs is None else num_envs)
     require_at_least(num_envs, 1, "num_envs")
-    options: dict[str, Any] = {}
+    options = dict(options or {})
     if video is not None:
         if video.suffix != ".mp4" or not os.access(video.parent, os.W_OK):
             raise ConfigError(f"video: expected an .mp4 file in a folder that can be written, got {video}")
@@ -164,7 +172,7 @@ def evaluate(
         options["render_mode"] = "rgb_array"
 
     with _renderable(task) if video else nullcontext():
-        simulator = VectorEnvironment(task, num_envs, workers=workers, **options)
+        simulator = vectorize(task, num_envs, workers=workers, **options)
     with simulator as environment:
         spec = environment.spec
         require_same_contract(team.spec, spec, "the team", "the simulator")
@@ -174,7 +182,7 @@ def evaluate(
 
 def _play(
     team: TeamPolicy,
-    environment: VectorEnvironment,
+    environment: BatchedEnvironment,
     task: str,
     episodes: int,
     seed: int,
@@ -185,27 +193,33 @@ def _play(
     spec, num_envs = environment.spec, environment.num_envs
     description = describe(team)
     noise_source = NoiseSource(spec, seed) if stochastic else None
-    seeds = tuple(episode_seed(seed, k) for k in range(episodes))
-    returns = np.zeros(episodes)
-    lengths = np.zeros(episodes, np.int64)
-    terminated = np.zeros(episodes, np.bool_)
-    won = np.zeros(episodes, np.bool_)
+    seeds: list[int] = []  # of the episodes that count; so are the next three
+    returns: list[NDArray[np.float64]] = []
+    lengths: list[NDArray[np.int64]] = []
+    terminated: list[NDArray[np.bool_]] = []
+    won: list[NDArray[np.bool_]] = []
     knows_won = False
+    discards = DiscardCount()
     steps: list[NDArray[np.int64]] = []
     divergence: list[NDArray[np.float64]] = []
     saturations = dict.fromkeys(spec.names, 0)
     step_seconds: list[float] = []
     agent_seconds: dict[str, list[float]] = {}
-    rounds = math.ceil(episodes / num_envs)
+    first = round_index = 0
     started = perf_counter()
 
-    for round_index in range(rounds):
-        first = round_index * num_envs
-        playing = min(num_envs, episodes - first)
+    while len(seeds) < episodes:
+        playing = min(num_envs, episodes - len(seeds))
+        rounds = round_index + math.ceil((episodes - len(seeds)) / num_envs)
         active = np.arange(num_envs) < playing
-        now_playing = np.arange(first, first + num_envs)  # episode of each environment; read where active
+        counts = active.copy()  # False where the episode was lost
+        sums, ages = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+        terminal, victory = np.zeros(num_envs, np.bool_), np.zeros(num_envs, np.bool_)
+        diverged: list[NDArray[np.float64]] = []  # [E, N] each step; a row is read while its episode runs
+        saturated_entries = np.zeros((num_envs, len(spec.agents)), np.int64)
+        round_seeds = [episode_seed(seed, first + i) for i in range(playing)]
         team.reset()
-        step = environment.reset({i: seeds[first + i] for i in range(playing)})
+        step = environment.reset(dict(enumerate(round_seeds)))
         if recording and round_index == 0:
             recording.add(environment)
         t = 0
@@ -218,34 +232,50 @@ def _play(
                 agent_seconds.setdefault(name, []).append(latency)
             require_answer(spec, decisions, num_envs)
 
-            running = now_playing[active]
-            steps.append(np.full(running.size, t))
-            divergence.append(
-                np.stack([np.asarray(decisions[name].divergence, np.float64)[active] for name in spec.names])
+            diverged.append(
+                np.stack([np.asarray(decisions[name].divergence, np.float64) for name in spec.names], axis=1)
             )
             if spec.action_kind == "continuous":
-                for agent in spec.agents:
-                    entries = saturated(decisions[agent.name].action[active], agent.action)
-                    saturations[agent.name] += int(entries.sum())
+                for index, agent in enumerate(spec.agents):
+                    entries = saturated(decisions[agent.name].action, agent.action).sum(axis=1)
+                    saturated_entries[active, index] += entries[active]
 
             step = environment.step({name: decisions[name].action for name in spec.names}, active)
             t += 1
-            returns[running] += step.reward[active]
-            lengths[running] = t
+            sums[active] += step.reward[active]
+            ages[active] = t
             ended = active & (step.terminated | step.truncated)
-            terminated[now_playing[ended]] = step.terminated[ended]
+            terminal[ended] = step.terminated[ended]
             if "won" in step.info:
                 knows_won = True
-                won[now_playing[ended]] = np.asarray(step.info["won"], np.bool_)[ended]
+                victory[ended] = np.asarray(step.info["won"], np.bool_)[ended]
+            if "discarded" in step.info:
+                counts &= ~(ended & np.asarray(step.info["discarded"], np.bool_))
+            for lost in (~counts[ended]).tolist():
+                discards.add(lost)
             if recording and round_index == 0 and active[0] and t % recording.stride == 0:
                 recording.add(environment)
             active = active & ~ended
             if progress:
                 progress(round_index * spec.episode_limit + t, rounds * spec.episode_limit)
-    if progress:
-        progress(rounds * spec.episode_limit, rounds * spec.episode_limit)
 
-    played = int(lengths.sum())
+        seeds += [episode for episode, count in zip(round_seeds, counts, strict=False) if count]
+        returns.append(sums[counts])
+        lengths.append(ages[counts])
+        terminated.append(terminal[counts])
+        won.append(victory[counts])
+        for age, values in enumerate(diverged):
+            running = counts & (ages > age)
+            steps.append(np.full(int(running.sum()), age))
+            divergence.append(values[running].T)
+        for index, name in enumerate(spec.names):
+            saturations[name] += int(saturated_entries[counts, index].sum())
+        first += playing
+        round_index += 1
+    if progress:
+        progress(round_index * spec.episode_limit, round_index * spec.episode_limit)
+
+    played = int(np.concatenate(lengths).sum())
     return Evaluation(
         task=task,
         spec=spec,
@@ -253,11 +283,11 @@ def _play(
         seed=seed,
         stochastic=stochastic,
         num_envs=num_envs,
-        episode_seeds=seeds,
-        returns=returns,
-        lengths=lengths,
-        terminated=terminated,
-        won=won if knows_won else None,
+        episode_seeds=tuple(seeds),
+        returns=np.concatenate(returns),
+        lengths=np.concatenate(lengths),
+        terminated=np.concatenate(terminated),
+        won=np.concatenate(won) if knows_won else None,
         divergence=divergences(spec, steps, divergence, description.budgets),
         saturation={
             agent.name: saturations[agent.name] / (played * agent.action.size)
@@ -271,6 +301,7 @@ def _play(
         versions={**installed_versions(), **registry.simulator_versions(task)},
         machine=machine(),
         date=now(),
+        discarded=discards.total,
     )
 
 
@@ -297,7 +328,7 @@ class _Recording:
         self._writer = writer
         self.stride = stride  # control steps per frame
 
-    def add(self, environment: VectorEnvironment) -> None:
+    def add(self, environment: BatchedEnvironment) -> None:
         """Append the present frame of the first environment."""
         with _renderable(environment.spec.task):
             frame = environment.render(0)

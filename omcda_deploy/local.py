@@ -166,6 +166,7 @@ def split_decisions(spec: TeamSpec, outputs: Mapping[str, NDArray[Any]]) -> dict
                 "behavior_action": outputs["behavior_action"][:, own],
                 **{name: outputs[name][:, wide] for name in parameter_names(spec)},
             },
+            outputs["policy_weight"][:, index] if "policy_weight" in outputs else None,
         )
     return decisions
 
@@ -176,6 +177,7 @@ def decision_of(outputs: Mapping[str, NDArray[Any]], parameters: tuple[str, ...]
         outputs["action"],
         outputs["divergence"],
         {name: outputs[name] for name in ("behavior_action", *parameters)},
+        outputs.get("policy_weight"),
     )
 
 
@@ -185,6 +187,7 @@ def first_row(decision: Decision) -> Decision:
         decision.action[0],
         decision.divergence[0],
         {name: values[0] for name, values in decision.parameters.items()},
+        None if decision.policy_weight is None else decision.policy_weight[0],
     )
 
 

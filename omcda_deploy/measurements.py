@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.errors import ConfigError, ContractError
+from omcda_deploy.errors import ConfigError, ContractError, SimulatorError
 from omcda_deploy.policy import Decision, TeamPolicy
 from omcda_deploy.spec import ActionSpec, TeamSpec
 
+DISCARDED_IN_A_ROW = 10  # episodes lost to crashes of a simulator after which it is taken to be broken
 _PACKAGES = ("omcda-deploy", "numpy", "onnxruntime", "grpcio")
 
 
@@ -144,6 +145,24 @@ def saturated(actions: NDArray[Any], spec: ActionSpec) -> NDArray[np.bool_]:
     """Which entries of continuous ``actions`` lie within 0.1 % of a bound (|a| > 0.999 for actions in [-1, 1])."""
     centred = (2.0 * actions - (spec.low + spec.high)) / (spec.high - spec.low)
     return np.asarray(np.abs(centred) > 0.999)
+
+
+class DiscardCount:
+    """Counts the episodes that a simulator lost, and gives up where it loses one after another."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._in_a_row = 0
+
+    def add(self, discarded: bool) -> None:
+        """An episode ended, ``discarded`` or not. Raises :class:`SimulatorError` for too many in a row."""
+        self.total += discarded
+        self._in_a_row = self._in_a_row + 1 if discarded else 0
+        if self._in_a_row >= DISCARDED_IN_A_ROW:
+            raise SimulatorError(
+                f"the simulator lost {self._in_a_row} episodes in a row: its warnings say how. See whether it runs "
+                "by itself, and with fewer environments (--num-envs)"
+            )
 
 
 def episode_seed(seed: int, episode: int) -> int:

@@ -27,11 +27,14 @@ class Decision:
     ``divergence``: float32 [B]; its meaning is the bundle's ``divergence_kind``.
     ``parameters``: the policy's and the behaviour policy's distributions and the behaviour action, under the
     names of the graph's outputs (:mod:`omcda_deploy.bundle`); empty for a policy that has none to tell.
+    ``policy_weight``: float32 [B], the policy's weight in what acted, below 1 where a guard stepped in
+    (:mod:`omcda_deploy.guard`); None where nothing guards.
     """
 
     action: NDArray[Any]
     divergence: Float
     parameters: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    policy_weight: Float | None = None
 
 
 class Policy(Protocol):

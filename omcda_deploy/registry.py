@@ -6,14 +6,22 @@ listing its folder; code outside the tree is found through the entry-point group
 file name and imported only when asked for, so that listing them never imports torch.
 
 A simulator's module defines ``TASKS`` and ``make(task, **options)``, and may define ``PACKAGES``, the distributions
-whose versions a recorded dataset should name, and ``behavior_team(task)``, the behaviour policies that its tasks
-are defined with. A format's module defines ``SUFFIXES`` and ``read(path, task)``.
+whose versions a recorded dataset should name, ``SPECS``, each task's spec where it is known without the simulator,
+``make_vector(task, num_envs, **options)``, many environments in one call, and ``behavior_team(task)``, the
+behaviour policies that its tasks are defined with. A format's module defines ``SUFFIXES`` and ``read(path, task)``.
+
+A foreign format's module is not read but converted, once, into one that is. Instead it defines ``SOURCE``, what a
+source of it is, in words; ``recognizes(path) -> bool``, which tells by what lies at an existing path and is quick;
+and ``open_recording(path, task)``, a context manager that yields a :class:`~omcda_deploy.datasets.Recording`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+import shlex
+from collections.abc import Callable, Mapping
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +29,7 @@ from typing import Any
 
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.envs import Environment
-from omcda_deploy.errors import DatasetError, UnknownNameError
+from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.policy import TeamPolicy
 from omcda_deploy.spec import TeamSpec
 
@@ -36,13 +44,39 @@ def tasks() -> tuple[str, ...]:
 
 
 def make_environment(task: str, **options: Any) -> Environment:
-    """Create one environment. Raises :class:`UnknownNameError`, or MissingExtraError without its simulator."""
-    environment: Environment = _environment(task).make(task, **options)
+    """Create one environment.
+
+    Raises :class:`UnknownNameError`, MissingExtraError without its simulator, and :class:`ConfigError` for an
+    option that its simulator does not have.
+    """
+    make = _environment(task).make
+    require_options(task, make, options)
+    environment: Environment = make(task, **options)
     return environment
 
 
+def require_options(task: str, make: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` for ``options`` that ``make`` does not take; options are what has a default."""
+    parameters = inspect.signature(make).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    if not open_ended and (unknown := sorted(options.keys() - set(known))):
+        raise ConfigError(
+            f"{task} has no option {', '.join(unknown)}: expected {' or '.join(known) or 'none'}; leave it out"
+        )
+
+
+def vector_factory(task: str) -> Callable[..., Any] | None:
+    """``make_vector(task, num_envs, **options)`` of the task's simulator, where it batches by itself."""
+    make: Callable[..., Any] | None = getattr(_environments().get(task), "make_vector", None)
+    return make
+
+
 def team_spec(task: str, **options: Any) -> TeamSpec:
-    """The task's spec, as its environment states it."""
+    """The task's spec: what its simulator's module states, else what an environment made with ``options`` has."""
+    stated: Mapping[str, TeamSpec] = getattr(_environments().get(task), "SPECS", {})
+    if task in stated:
+        return stated[task]
     environment = make_environment(task, **options)
     try:
         return environment.spec
@@ -84,18 +118,40 @@ def load_dataset_format(name: str) -> ModuleType:
 
 
 def read_dataset(path: str | Path, task: str | None = None) -> Dataset:
-    """Read a dataset of any format, told by the end of its name. Raises :class:`DatasetError`."""
+    """Read a dataset of any format, told by the end of its name.
+
+    Raises :class:`DatasetError`; for a source of a foreign format it names the command that converts it.
+    """
     path = Path(path)
+    if (foreign := foreign_format_of(path)) is not None:
+        quoted, out = shlex.quote(str(path)), shlex.quote(f"{path.absolute().stem}-converted.hdf5")
+        raise DatasetError(
+            f"{path} is a {load_dataset_format(foreign).SOURCE}: convert it first, with  "
+            f"omcda-deploy convert {quoted} --out {out}"
+        )
     suffixes = {}
     for name in dataset_formats():
         module = load_dataset_format(name)
-        for suffix in module.SUFFIXES:
+        for suffix in getattr(module, "SUFFIXES", ()):
             if path.name.endswith(suffix):
                 dataset: Dataset = module.read(path, task)
                 return dataset
             suffixes[suffix] = name
     known = ", ".join(f"{suffix} ({name})" for suffix, name in sorted(suffixes.items()))
     raise DatasetError(f"{path}: expected a file name ending in one of {known}")
+
+
+def foreign_formats() -> dict[str, ModuleType]:
+    """The formats that are converted instead of read, by name."""
+    modules = {name: load_dataset_format(name) for name in dataset_formats()}
+    return {name: module for name, module in modules.items() if hasattr(module, "open_recording")}
+
+
+def foreign_format_of(path: Path) -> str | None:
+    """The foreign format in which ``path`` is, if any."""
+    if not path.exists():
+        return None
+    return next((name for name, module in foreign_formats().items() if module.recognizes(path)), None)
 
 
 def _environments() -> dict[str, ModuleType]:

@@ -67,7 +67,7 @@ def evaluation_section(evaluation: Evaluation, heading: str = "Evaluation") -> S
         (
             "mean return",
             _with_error(e.mean, e.standard_error),
-            f"{e.returns.size} episodes, ± standard error",
+            f"{e.returns.size} episodes, ± standard error{_lost(e)}",
         ),
         ("spread", _number(e.std), f"std; {_number(e.returns.min())} to {_number(e.returns.max())}"),
         (
@@ -174,11 +174,17 @@ def comparison_table(rows: Mapping[str, Evaluation | Returns], title: str = "Ret
     return table
 
 
+def _lost(evaluation: Evaluation) -> str:
+    lost = evaluation.discarded
+    return f"; {_count(lost, 'episode')} lost by the simulator and left out" if lost else ""
+
+
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Per agent: divergence beside its budget, saturation, latency; the returns in the title."""
     e = evaluation
     table = _agents(
-        f"{e.task}: return {_with_error(e.mean, e.standard_error)} over {_count(e.returns.size, 'episode')}\n"
+        f"{e.task}: return {_with_error(e.mean, e.standard_error)} over {_count(e.returns.size, 'episode')}"
+        f"{_lost(e)}\n"
         f"one answer of the team: {_latency_words(e.step_latency)}",
         "|a|>0.999",
         _timed(e.divergence, e.agent_latency),

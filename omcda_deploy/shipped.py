@@ -1,9 +1,9 @@
 """The behaviour policies that come with the package: bundles under ``policies/<task>/<tier>/``.
 
 ``medium`` and ``expert`` hold one policy each, ``medium-replay`` the checkpoints of the same training run up to
-medium in numbered folders, and ``medium-expert`` is half of each. ``policies/README.md`` says how they were made
-and what they return. Tasks that are defined with behaviour policies of their own (``toy/…``) have the one tier
-``behavior``.
+medium in numbered folders, and ``medium-expert`` is half of each; ``smax/…`` has ``good``, ``medium`` and ``poor``,
+as far as they were reached. ``policies/README.md`` says how they were made and what they return. Tasks that are
+defined with behaviour policies of their own (``toy/…``) have the one tier ``behavior``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from omcda_deploy.errors import UnknownNameError
 
 POLICIES = Path(__file__).parent / "policies"
 TIERS = ("expert", "medium", "medium-replay", "medium-expert")
+BATTLE_TIERS = ("good", "medium", "poor")  # of SMAX, after SMAC's datasets
 BEHAVIOR = "behavior"
 
 
@@ -31,26 +32,35 @@ class ShippedPolicy:
 
 def shipped_tasks() -> tuple[str, ...]:
     """Tasks with shipped behaviour policies."""
-    return tuple(sorted(str(path.parent.relative_to(POLICIES)) for path in POLICIES.glob("*/*/medium")))
+    folders = {path.parent for path in POLICIES.glob("*/*/*") if path.name in (*TIERS, *BATTLE_TIERS)}
+    return tuple(sorted(str(folder.relative_to(POLICIES)) for folder in folders))
 
 
 def tiers(task: str) -> tuple[str, ...]:
     """The tiers that datasets of a task can be recorded with; none where it has no behaviour policies."""
     if registry.behavior_team(task) is not None:
         return (BEHAVIOR,)
-    return TIERS if task in shipped_tasks() else ()
+    return _shipped_tiers(task) if task in shipped_tasks() else ()
 
 
 def behavior_policies(task: str, tier: str) -> list[ShippedPolicy]:
     """The policies of a tier, in the order in which they record. Raises :class:`UnknownNameError`."""
-    if tier not in TIERS:
-        raise UnknownNameError("tier", tier, TIERS)
+    if tier not in (*TIERS, *BATTLE_TIERS):
+        raise UnknownNameError("tier", tier, {*TIERS, *BATTLE_TIERS})
     folder = POLICIES / task
     if task not in shipped_tasks():
         raise UnknownNameError("task with shipped behaviour policies", task, shipped_tasks())
+    if tier not in _shipped_tiers(task):
+        raise UnknownNameError(f"tier of {task}", tier, _shipped_tiers(task))
     if tier == "medium-expert":
         return [ShippedPolicy(name, folder / name, 0.5) for name in ("medium", "expert")]
     if tier == "medium-replay":
         found = sorted(path.parent for path in (folder / tier).glob(f"*/{MANIFEST}"))
         return [ShippedPolicy(f"{tier}/{path.name}", path, 1.0) for path in found]
     return [ShippedPolicy(tier, folder / tier, 1.0)]
+
+
+def _shipped_tiers(task: str) -> tuple[str, ...]:
+    if task.startswith("smax/"):
+        return tuple(tier for tier in BATTLE_TIERS if (POLICIES / task / tier / MANIFEST).is_file())
+    return TIERS

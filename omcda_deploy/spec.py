@@ -16,9 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from omcda_deploy.errors import ConfigError, ContractError
 
 ActionKind = Literal["continuous", "discrete"]
+LEAST_VARIANCE = (
+    1e-12  # below it a vector's entries are equal up to float32 rounding, and become (nearly) zeros
+)
 DTYPE = "float32"  # of every observation, noise and continuous action, in files, graphs and on the wire
 
 
@@ -60,6 +66,15 @@ class Normalizer:
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.kind.encode()).hexdigest()[:16]
+
+    def apply(self, vectors: NDArray[Any]) -> NDArray[Any]:
+        """Normalised observations: ``[..., O] -> [..., O]``, of the same floating type."""
+        if self.kind == "none":
+            return vectors
+        centered = vectors - vectors.mean(axis=-1, keepdims=True)
+        variance = (centered * centered).mean(axis=-1, keepdims=True)
+        normalised: NDArray[Any] = centered / np.sqrt(np.maximum(variance, LEAST_VARIANCE))
+        return normalised
 
 
 @dataclass(frozen=True)

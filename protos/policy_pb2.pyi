@@ -60,7 +60,7 @@ class ActRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., model_version: _Optional[str] = ..., contract_hash: _Optional[str] = ..., step_id: _Optional[int] = ..., reset: bool = ..., batch: _Optional[int] = ..., observation: _Optional[bytes] = ..., noise: _Optional[bytes] = ..., action_mask: _Optional[bytes] = ...) -> None: ...
 
 class ActResponse(_message.Message):
-    __slots__ = ("step_id", "model_version", "batch", "action", "divergence", "behavior_action", "mean", "log_std", "behavior_mean", "behavior_log_std", "logits", "behavior_logits")
+    __slots__ = ("step_id", "model_version", "batch", "action", "divergence", "behavior_action", "mean", "log_std", "behavior_mean", "behavior_log_std", "logits", "behavior_logits", "policy_weight")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class ActResponse(_message.Message):
     BEHAVIOR_LOG_STD_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     BEHAVIOR_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    POLICY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     model_version: str
     batch: int
@@ -85,4 +86,5 @@ class ActResponse(_message.Message):
     behavior_log_std: bytes
     logits: bytes
     behavior_logits: bytes
-    def __init__(self, step_id: _Optional[int] = ..., model_version: _Optional[str] = ..., batch: _Optional[int] = ..., action: _Optional[bytes] = ..., divergence: _Optional[bytes] = ..., behavior_action: _Optional[bytes] = ..., mean: _Optional[bytes] = ..., log_std: _Optional[bytes] = ..., behavior_mean: _Optional[bytes] = ..., behavior_log_std: _Optional[bytes] = ..., logits: _Optional[bytes] = ..., behavior_logits: _Optional[bytes] = ...) -> None: ...
+    policy_weight: bytes
+    def __init__(self, step_id: _Optional[int] = ..., model_version: _Optional[str] = ..., batch: _Optional[int] = ..., action: _Optional[bytes] = ..., divergence: _Optional[bytes] = ..., behavior_action: _Optional[bytes] = ..., mean: _Optional[bytes] = ..., log_std: _Optional[bytes] = ..., behavior_mean: _Optional[bytes] = ..., behavior_log_std: _Optional[bytes] = ..., logits: _Optional[bytes] = ..., behavior_logits: _Optional[bytes] = ..., policy_weight: _Optional[bytes] = ...) -> None: ...

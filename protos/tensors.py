@@ -76,5 +76,11 @@ def output_tensors(spec: TeamSpec, model: str) -> tuple[Tensor, ...]:
     )
 
 
+def answer_tensors(spec: TeamSpec, model: str) -> tuple[Tensor, ...]:
+    """What a server answers: the graph's outputs after its guard, and how much of the policy acted."""
+    per_agent = len(_agents(spec, model)) if model == TEAM else None
+    return (*output_tensors(spec, model), Tensor("policy_weight", "FP32", per_agent))
+
+
 def _agents(spec: TeamSpec, model: str) -> tuple[AgentSpec, ...]:
     return spec.agents if model == TEAM else (spec.agent(model),)

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from omcda_deploy.serve.status import StoppingError, status_of
+from omcda_deploy.serve.config import Limits
+from omcda_deploy.serve.status import ExhaustedError, StoppingError, status_of
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -28,10 +29,26 @@ STOPPING = "the server is stopping: use another one, or try again later"
 class Traffic:
     """The calls that pass through a server, and their end when it is to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.stopping = False
         self.calls = 0  # unary ones that reached a handler
+        self._limits = limits
+        self._streams = 0
         self._waiting: set[Context] = set()
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Around a control stream. Raises :class:`ExhaustedError` where there are as many as there may be."""
+        if self._streams >= self._limits.streams:
+            raise ExhaustedError(
+                f"expected at most {self._limits.streams} control streams, and so many are open: close one, or "
+                "raise limits.streams"
+            )
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
 
     @contextmanager
     def waiting(self, context: Context) -> Iterator[None]:
@@ -84,12 +101,13 @@ def stream(request_type: type[Request], answer: Callable[[Request], Message], tr
     # read() and write() rather than an async generator: a tenth less CPU per message
     async def handle(_: object, context: Context) -> None:
         try:
-            while True:
-                with traffic.waiting(context):
-                    data = await context.read()
-                if data is grpc.aio.EOF:
-                    return
-                await context.write(answer(_parse(request_type, data)).SerializeToString())
+            with traffic.stream():
+                while True:
+                    with traffic.waiting(context):
+                        data = await context.read()
+                    if data is grpc.aio.EOF:
+                        return
+                    await context.write(answer(_parse(request_type, data)).SerializeToString())
         except grpc.aio.BaseError:  # the call has ended under us
             raise
         except Exception as error:

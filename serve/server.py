@@ -19,6 +19,7 @@ import grpc
 from omcda_deploy.bundle import read_bundle
 from omcda_deploy.errors import EndpointError, OmcdaError
 from omcda_deploy.serve import introspection, oip, policy_service
+from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.handlers import Traffic
 from omcda_deploy.serve.session import Models
 
@@ -33,6 +34,7 @@ def serve(
     host: str = LOOPBACK,
     port: int = 0,
     *,
+    config: ServerConfig | None = None,
     grace_s: float = GRACE_S,
 ) -> None:
     """Serve ``models`` (agents, or ``team``; none: all) of a bundle until SIGTERM or SIGINT.
@@ -40,12 +42,15 @@ def serve(
     Port 0 takes a free one; the line printed when the server is ready says which. On a signal, health turns
     NOT_SERVING, what is in flight is answered for up to ``grace_s`` seconds, and the function returns.
 
-    Raises :class:`BundleError`, :class:`UnknownNameError` for a model that the bundle has not, and
-    :class:`EndpointError` where the address cannot be taken.
+    Raises :class:`BundleError`, :class:`UnknownNameError` for a model that the bundle has not,
+    :class:`ConfigError` for a guard that it cannot have, and :class:`EndpointError` where the address cannot be
+    taken.
     """
     require_free(host, port)
-    loaded = Models(read_bundle(bundle_path), models)
-    asyncio.run(_serve(loaded, host, port, grace_s))
+    config = config or ServerConfig()
+    bundle = read_bundle(bundle_path)
+    loaded = Models(bundle, models, config.guards_of(bundle.spec.names))
+    asyncio.run(_serve(loaded, host, port, config.limits, grace_s))
 
 
 def require_free(host: str, port: int) -> None:
@@ -70,14 +75,20 @@ def address_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _serve(models: Models, host: str, port: int, grace_s: float) -> None:
+async def _serve(models: Models, host: str, port: int, limits: Limits, grace_s: float) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    traffic = Traffic()
-    # gRPC shares a port between servers by default: a second server would take half of the first one's calls
-    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+    traffic = Traffic(limits)
+    server = grpc.aio.server(
+        options=(
+            # gRPC shares a port between servers by default: a second one would take half of the first one's calls
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", limits.message_bytes),
+        ),
+        maximum_concurrent_rpcs=limits.concurrent_calls + limits.streams,
+    )
     inference = oip.InferenceService(models)
     policy = policy_service.PolicyService(models)
     server.add_generic_rpc_handlers((inference.handlers(traffic), policy.handlers(traffic)))
@@ -115,10 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--host", default=LOOPBACK)
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
+    parser.add_argument("--config", type=Path, help="TOML file: guard, limits")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds for what is in flight")
     given = parser.parse_args(arguments)
     try:
-        serve(given.bundle, given.model, given.host, given.port, grace_s=given.grace)
+        config = read_server_config(given.config)
+        serve(given.bundle, given.model, given.host, given.port, config=config, grace_s=given.grace)
     except OmcdaError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.errors import ContractError, UnknownNameError
+from omcda_deploy.guard import Guard, GuardSetting
 from omcda_deploy.local import OnnxModel
-from omcda_deploy.protos.tensors import DTYPES, input_tensors, output_tensors
+from omcda_deploy.protos.tensors import DTYPES, answer_tensors, input_tensors
 from omcda_deploy.serve.status import RangeError, RequestError
 
 VERSION = "1"  # of every model: the folder of the bundle that holds it
@@ -25,13 +26,15 @@ class Session:
     Runs where it is called, in the event loop: a run takes tens of microseconds, less than a thread hop costs.
     """
 
-    def __init__(self, bundle: Bundle, name: str) -> None:
+    def __init__(self, bundle: Bundle, name: str, guards: Mapping[str, GuardSetting]) -> None:
         self.name = name
         self.version = VERSION
         self.inputs = {tensor.name: tensor for tensor in input_tensors(bundle.spec, name)}
-        self.outputs = {tensor.name: tensor for tensor in output_tensors(bundle.spec, name)}
+        self.outputs = {tensor.name: tensor for tensor in answer_tensors(bundle.spec, name)}
         self._model = OnnxModel(bundle.model_path(name))
         self._agents = bundle.spec.agents if name == TEAM else (bundle.spec.agent(name),)
+        self._guard = Guard(bundle.spec, self._agents, bundle.divergence_kind, guards, bundle.references)
+        self._distance_limits = self._guard.distance_limits
         self._warm_up()
 
     def answer(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -67,7 +70,23 @@ class Session:
                 f"{self.name}: the action for this observation is not finite; its largest entry is "
                 f"{np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
             )
-        return outputs
+        guarded = self._guard(feeds["observation"], feeds["noise"], outputs)
+        self._require_near(guarded.distance)
+        weight = guarded.policy_weight
+        return outputs | {
+            "action": guarded.action,
+            "policy_weight": weight if self.name == TEAM else weight.reshape(-1),
+        }
+
+    def _require_near(self, distance: NDArray[np.float64] | None) -> None:
+        if distance is None or not (far := distance > self._distance_limits).any():
+            return
+        row, agent = np.argwhere(far)[0].tolist()
+        raise RangeError(
+            f"{self._agents[agent].name}: expected observations within {self._distance_limits[agent]:g} of the "
+            f"training data, got one at {distance[row, agent]:.3g} in row {row}: act by other means, or raise "
+            "distance_limit"
+        )
 
     def _require_choice(self, mask: NDArray[Any]) -> None:
         if mask.max() > 1:
@@ -83,7 +102,7 @@ class Session:
                 )
 
     def _warm_up(self) -> None:
-        self.answer(
+        self._model.run(
             {
                 name: np.full(tensor.shape(1), tensor.datatype == "UINT8", DTYPES[tensor.datatype])
                 for name, tensor in self.inputs.items()
@@ -94,7 +113,9 @@ class Session:
 class Models:
     """The models that one server answers for, all of one bundle."""
 
-    def __init__(self, bundle: Bundle, names: Iterable[str]) -> None:
+    def __init__(
+        self, bundle: Bundle, names: Iterable[str], guards: Mapping[str, GuardSetting] | None = None
+    ) -> None:
         known = (*bundle.spec.names, TEAM)
         names = tuple(dict.fromkeys(names)) or known
         for name in names:
@@ -103,7 +124,7 @@ class Models:
         self.bundle = bundle
         self.digest = bundle.digest  # now: the files on disk may change later
         self.contract_hash = bundle.spec.contract_hash
-        self.sessions = {name: Session(bundle, name) for name in names}
+        self.sessions = {name: Session(bundle, name, guards or {}) for name in names}
 
     def find(self, name: str, version: str) -> Session:
         """The session of a model; an empty version is the current one. Raises :class:`UnknownNameError`."""

@@ -22,6 +22,10 @@ class RangeError(OmcdaError):
     """A request of the right form for which the policy has no finite action."""
 
 
+class ExhaustedError(OmcdaError):
+    """A limit of the server is reached."""
+
+
 class StoppingError(OmcdaError):
     """The server is about to stop and takes no further control steps."""
 
@@ -32,6 +36,7 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (UnknownNameError, grpc.StatusCode.NOT_FOUND),
     (RangeError, grpc.StatusCode.OUT_OF_RANGE),
     (ContractError, grpc.StatusCode.FAILED_PRECONDITION),
+    (ExhaustedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StoppingError, grpc.StatusCode.UNAVAILABLE),
 )
 

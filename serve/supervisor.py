@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from omcda_deploy.bundle import read_bundle
 from omcda_deploy.client import open_channel
 from omcda_deploy.errors import EndpointError
+from omcda_deploy.serve.config import read_server_config
 from omcda_deploy.serve.server import GRACE_S, LOOPBACK, NOTICE_S, address_of, require_free, say
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,12 @@ class AgentServer:
 
 
 def serve_team(
-    bundle_path: str | Path, host: str = LOOPBACK, base_port: int = 8500, *, grace_s: float = GRACE_S
+    bundle_path: str | Path,
+    host: str = LOOPBACK,
+    base_port: int = 8500,
+    *,
+    config_path: Path | None = None,
+    grace_s: float = GRACE_S,
 ) -> None:
     """Serve every agent of a bundle in a process of its own, agent i on ``base_port`` + i, until SIGTERM or SIGINT.
 
@@ -50,6 +56,7 @@ def serve_team(
     stopped) or all have died.
     """
     bundle = read_bundle(bundle_path)
+    read_server_config(config_path).guards_of(bundle.spec.names)  # one complaint rather than one per process
     ports = {name: base_port + index for index, name in enumerate(bundle.spec.names)}
     for port in ports.values():
         require_free(host, port)
@@ -57,7 +64,7 @@ def serve_team(
         servers: list[AgentServer] = []
         try:
             for agent, port in ports.items():
-                servers.append(_start(bundle.path, agent, host, port, grace_s))
+                servers.append(_start(bundle.path, agent, host, port, config_path, grace_s))
             _wait_until_ready(servers, stop)
             if not stop.is_set():
                 for server in servers:
@@ -67,9 +74,13 @@ def serve_team(
             _stop(servers, grace_s)
 
 
-def _start(bundle: Path, agent: str, host: str, port: int, grace_s: float) -> AgentServer:
+def _start(
+    bundle: Path, agent: str, host: str, port: int, config_path: Path | None, grace_s: float
+) -> AgentServer:
     command = [sys.executable, "-m", "omcda_deploy.serve.server", str(bundle)]
     command += ["--model", agent, "--host", host, "--port", str(port), "--grace", str(grace_s)]
+    if config_path is not None:
+        command += ["--config", str(config_path)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return AgentServer(agent, address_of(host, port), process)
 

@@ -21,10 +21,13 @@ class ServerProcess:
 
 @contextmanager
 def server_process(
-    bundle: Bundle, *models: str, start: Sequence[str] = ("-m", "omcda_deploy.serve.server")
+    bundle: Bundle,
+    *models: str,
+    start: Sequence[str] = ("-m", "omcda_deploy.serve.server"),
+    options: Sequence[str] = (),
 ) -> Iterator[ServerProcess]:
     """A server of ``models`` on a free port, ready; stopped at the end unless the test has done so."""
-    command = [sys.executable, *start, str(bundle.path)]
+    command = [sys.executable, *start, str(bundle.path), *options]
     command += [argument for model in models for argument in ("--model", model)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -134,7 +134,7 @@ class StubTeam:
 @pytest.fixture
 def environments(monkeypatch: pytest.MonkeyPatch) -> list[CountingEnvironment]:
     CountingEnvironment.instances = []
-    monkeypatch.setattr(module, "VectorEnvironment", CountingEnvironment)
+    monkeypatch.setattr(module, "vectorize", CountingEnvironment)
     monkeypatch.setattr(
         module, "registry", SimpleNamespace(simulator_versions=lambda task: {"counting": "7"})
     )

@@ -41,7 +41,7 @@ def test_a_stock_client_reads_the_server(continuous_bundle: Bundle, continuous_s
         {"name": "noise", "datatype": "FP32", "shape": ["-1", "2"]},
     ]
     outputs = {entry["name"]: (entry["datatype"], entry["shape"]) for entry in metadata["outputs"]}
-    assert tuple(outputs) == output_names(continuous_bundle.spec)
+    assert tuple(outputs) == (*output_names(continuous_bundle.spec), "policy_weight")
     assert outputs["action"] == ("FP32", ["-1", "2"])
     assert outputs["divergence"] == ("FP32", ["-1"])
 
@@ -295,7 +295,7 @@ def test_typed_masks_do_not_wrap_around(discrete_server: ServerProcess) -> None:
 def test_typed_contents_and_denormals_are_valid(call: Call) -> None:
     assert call("ModelInfer", typed()) == call("ModelInfer", good())
     denormal = np.full((2, 4), np.finfo(FLOAT).smallest_subnormal, FLOAT)
-    assert len(call("ModelInfer", with_raw(denormal.tobytes())).outputs) == 7
+    assert len(call("ModelInfer", with_raw(denormal.tobytes())).outputs) == 8
 
 
 def test_finite_inputs_without_a_finite_action_are_out_of_range(

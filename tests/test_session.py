@@ -10,7 +10,7 @@ from omcda_deploy.serve.status import DETAILS_LIMIT, RequestError, status_of
 
 
 def test_every_agent_of_the_team_needs_an_available_action(discrete_bundle: Bundle) -> None:
-    session = Session(discrete_bundle, TEAM)  # agent_0 has 3 actions, agent_1 has 4
+    session = Session(discrete_bundle, TEAM, {})  # agent_0 has 3 actions, agent_1 has 4
     observation = np.zeros((2, 9), np.float32)
     mask = np.array([[1, 0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0, 0]], np.uint8)
     with pytest.raises(RequestError, match=r"action_mask of agent_1: .* none in row 1"):
@@ -24,7 +24,7 @@ def test_every_agent_of_the_team_needs_an_available_action(discrete_bundle: Bund
 
 
 def test_absent_noise_is_no_noise(continuous_bundle: Bundle) -> None:
-    session = Session(continuous_bundle, "agent_1")
+    session = Session(continuous_bundle, "agent_1", {})
     observation = np.ones((3, 5), np.float32)
     ours = session.answer({"observation": observation})
     theirs = session.answer({"observation": observation, "noise": np.zeros((3, 2), np.float32)})

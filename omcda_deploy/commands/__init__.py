@@ -5,12 +5,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console()
 errors = Console(stderr=True)
+
+SimulatorPython = Annotated[
+    str | None,
+    typer.Option(help="SMAC only: the bin/python of the virtual environment that SMAC is installed in."),
+]
+SimulatorFactory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:CALLABLE", help="SMAC only: what makes the environment there, instead of SMAC itself."
+    ),
+]
+
+
+def simulator_options(python: str | None, factory: str | None) -> dict[str, str]:
+    """The options of a task's simulator, without those that were not given."""
+    return {name: value for name, value in (("python", python), ("factory", factory)) if value is not None}
 
 
 @contextmanager

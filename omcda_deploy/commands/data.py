@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omcda_deploy.commands import console, progress_bar
+from omcda_deploy.commands import (
+    SimulatorFactory,
+    SimulatorPython,
+    console,
+    progress_bar,
+    simulator_options,
+)
 
 if TYPE_CHECKING:
     from omcda_deploy.collect import Source
@@ -41,6 +47,8 @@ def collect(
     num_envs: Annotated[int, typer.Option(help="Environments stepped together.")] = 32,
     workers: Annotated[int, typer.Option(help="Processes that step them; 0 for none.")] = 2,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Record mean actions.")] = False,
+    simulator_python: SimulatorPython = None,
+    simulator_factory: SimulatorFactory = None,
 ) -> None:
     """Record a dataset in OMIGA's HDF5 format with the task's behaviour policies, acting stochastically."""
     from omcda_deploy import registry
@@ -64,6 +72,7 @@ def collect(
             workers=workers,
             stochastic=not deterministic,
             progress=report,
+            options=simulator_options(simulator_python, simulator_factory),
         )
     console.print_json(json.dumps(summary))
 

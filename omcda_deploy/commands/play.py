@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omcda_deploy.commands import console, progress_bar
+from omcda_deploy.commands import (
+    SimulatorFactory,
+    SimulatorPython,
+    console,
+    progress_bar,
+    simulator_options,
+)
 
 if TYPE_CHECKING:
     from omcda_deploy.policy import TeamPolicy
@@ -41,6 +47,8 @@ def evaluate(
     stream: Annotated[
         bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
     ] = False,
+    simulator_python: SimulatorPython = None,
+    simulator_factory: SimulatorFactory = None,
     video: Annotated[Path | None, typer.Option(help="Write the first episode as mp4 (MuJoCo).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
@@ -62,6 +70,7 @@ def evaluate(
             workers=workers,
             progress=progress,
             video=video,
+            options=simulator_options(simulator_python, simulator_factory),
         )
     console.print(evaluation_table(evaluation))
     if json_file:

@@ -19,6 +19,9 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; loopback unless told otherwise.")
     ] = "127.0.0.1",
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file: divergence guard, limits (docs/serving.md).")
+    ] = None,
     grace: Annotated[
         float, typer.Option(help="Seconds that SIGTERM leaves to answer what is in flight.")
     ] = 5.0,
@@ -30,10 +33,12 @@ def serve(
         raise ConfigError("expected --agent or --team, got both: serve them with two commands")
     if agent or team:
         from omcda_deploy.bundle import TEAM
+        from omcda_deploy.serve.config import read_server_config
         from omcda_deploy.serve.server import serve as serve_models
 
-        serve_models(bundle, [agent or TEAM], host, port, grace_s=grace)
+        settings = read_server_config(config)
+        serve_models(bundle, [agent or TEAM], host, port, config=settings, grace_s=grace)
     else:
         from omcda_deploy.serve.supervisor import serve_team
 
-        serve_team(bundle, host, base_port, grace_s=grace)
+        serve_team(bundle, host, base_port, config_path=config, grace_s=grace)

@@ -1,7 +1,8 @@
 """Recorded episodes of a team in memory. One file of this folder per file format.
 
 A format's module defines ``SUFFIXES``, the ends of its files' names, and ``read(path, task) -> Dataset``; the
-registry finds it by listing this folder, or through the entry-point group ``omcda_deploy.datasets``.
+registry finds it by listing this folder, or through the entry-point group ``omcda_deploy.datasets``. A format that
+is converted once instead of read defines ``SOURCE``, ``recognizes`` and ``open_recording``; see registry.py.
 
 Shapes: R rows (transitions plus one final observation per episode), M transitions, E episodes, N agents,
 O observation size, A action size, S state size.
@@ -57,6 +58,28 @@ class Dataset:
     def done(self, time_limit_is_terminal: bool) -> NDArray[np.bool_]:
         """[M] transitions that are not bootstrapped from; True is the convention of OMIGA's published code."""
         return self.terminal | self.timeout if time_limit_is_terminal else self.terminal
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One episode of T transitions, as a foreign format recorded it."""
+
+    label: str  # where it stands: a file, or a number within one
+    observations: Float  # [T+1, N, O], the final one behind the last transition
+    states: Float  # [T+1, S], or [T+1, N, S / N] where the state is what all agents know, joined
+    actions: NDArray[np.int64]  # [T, N]
+    action_masks: NDArray[np.uint8]  # [T+1, N, A]
+    rewards: NDArray[np.float64]  # [T]
+    timeout: bool  # the time limit ended it
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """An open source of a foreign format; ``episodes`` come one at a time, so that it need not fit into memory."""
+
+    spec: TeamSpec
+    episode_count: int
+    episodes: Iterator[Episode]
 
 
 class ContentDigest:

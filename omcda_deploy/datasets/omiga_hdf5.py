@@ -19,7 +19,8 @@ Rows are flat over time: row t with d=0 is a transition to row t+1, done where d
 keeps its transitions, as in OMIGA's loader, and is not among the episodes.
 
 Files of ours store `s` as a hard link to `o` where the state is all observations joined; a centralised state of its
-own is stored as N equal copies, and the group's attribute `state` says `shared`. The group `omcda` holds, as
+own is stored as N equal copies, and the group's attribute `state` says `shared`; agents' own states, which joined
+are the centralised one, are stored as they are (`agents`). The group `omcda` holds, as
 attributes, the task, the team spec (JSON), the digest, the seed, the behaviour and the simulator's versions, and,
 as arrays of length E, `episode_returns`, `episode_timeouts`, `episode_seeds` and `episode_behaviors` (indices
 into `behaviors`). In a file without it an episode of exactly 1,000 transitions was ended by the time limit.
@@ -213,7 +214,7 @@ class Writer:
         self._rows = 0
         self._waiting: dict[str, list[NDArray[Any]]] = {}  # appended, not yet in the file
         self._written = 0  # rows in the file
-        self._joined = True
+        self._joined, self._shared = True, False
         self._discrete = spec.action_kind == "discrete"
         self._behaviors: list[str] = []
         self._episodes: dict[str, list[Any]] = {
@@ -263,7 +264,8 @@ class Writer:
     ) -> None:
         """One whole episode of T transitions.
 
-        ``observations`` [T+1, N, O] and ``states`` [T+1, S] end with the final ones; ``actions`` [T, N, A] and
+        ``observations`` [T+1, N, O] and ``states`` [T+1, S], or [T+1, N, S / N] where the state is those of all
+        agents joined (all episodes of a file alike), end with the final ones; ``actions`` [T, N, A] and
         ``rewards`` [T]; ``behavior`` as :meth:`behavior` gave it. A discrete task has ``actions`` int64 [T, N] and
         ``action_masks`` [T+1, N, A]. Raises :class:`DatasetError` for NaN or infinity, and for choices that were
         not available.
@@ -278,8 +280,9 @@ class Writer:
             states.reshape(observations.shape), observations
         )
         if self._rows == 0 and not joined:
-            self._joined = False
-            self._create("s", (len(self.spec.agents), self.spec.state_size))
+            self._joined, self._shared = False, states.ndim == 2
+            count = len(self.spec.agents)
+            self._create("s", (count, self.spec.state_size // (1 if self._shared else count)))
         if self._joined and not joined:
             raise DatasetError(
                 f"{self.path}: the state was all observations joined before row {self._rows}, and no longer is"
@@ -300,7 +303,7 @@ class Writer:
         if action_masks is not None:
             parts["avail"] = action_masks
         if not self._joined:
-            parts["s"] = np.repeat(states[:, None], len(self.spec.agents), axis=1)
+            parts["s"] = np.repeat(states[:, None], len(self.spec.agents), axis=1) if self._shared else states
         for name, part in parts.items():
             require_finite(part, self._rows, name, str(self.path))
             if name != "s":
@@ -364,7 +367,7 @@ class Writer:
                 "format_version": FORMAT_VERSION,
                 "spec": json.dumps(self.spec.to_json(), sort_keys=True),
                 "digest": self.digest,
-                "state": "observations" if self._joined else "shared",
+                "state": "observations" if self._joined else "shared" if self._shared else "agents",
             }
         )
         group["episode_returns"] = np.asarray(self._episodes["returns"], np.float64)

@@ -51,15 +51,14 @@ _BODIES = {
     ),
     "halfcheetah-6x1": _Body("HalfCheetah-v5", 6, 1, 17, 0, 20.0, {}),
 }
+NORMALIZER = Normalizer("per-vector-standardize")
 TASKS = tuple(f"mamujoco/{name}" for name in _BODIES)
 PACKAGES = ("mujoco", "gymnasium")
 
 
 def standardize(vectors: NDArray[Any]) -> Float:
     """Standardise each vector over its own entries: ``[..., O] -> float32 [..., O]``. Idempotent."""
-    mean = vectors.mean(axis=-1, keepdims=True)
-    std = vectors.std(axis=-1, keepdims=True)
-    standardized: Float = ((vectors - mean) / std).astype(np.float32)
+    standardized: Float = NORMALIZER.apply(vectors).astype(np.float32)
     return standardized
 
 
@@ -106,8 +105,8 @@ class JointBody:
         self._env.close()
 
 
-def make(task: str, **options: Any) -> MultiAgentMujoco:
-    return MultiAgentMujoco(task, **options)
+def make(task: str, render_mode: str | None = None) -> MultiAgentMujoco:
+    return MultiAgentMujoco(task, render_mode)
 
 
 class MultiAgentMujoco:
@@ -127,7 +126,7 @@ class MultiAgentMujoco:
             ),
             state_size=width * body.agents,
             control_rate=body.control_rate,
-            normalizer=Normalizer("per-vector-standardize"),
+            normalizer=NORMALIZER,
             episode_limit=EPISODE_LIMIT,
         )
         self._vectors = np.zeros((body.agents, width))

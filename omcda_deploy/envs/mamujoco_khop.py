@@ -57,8 +57,8 @@ TASKS = tuple(f"mamujoco-khop1/{name}" for name in _BODIES)
 PACKAGES = ("mujoco", "gymnasium", "gymnasium-robotics")
 
 
-def make(task: str, **options: Any) -> DecentralizedMujoco:
-    return DecentralizedMujoco(task, **options)
+def make(task: str, render_mode: str | None = None) -> DecentralizedMujoco:
+    return DecentralizedMujoco(task, render_mode)
 
 
 class DecentralizedMujoco:

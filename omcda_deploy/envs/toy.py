@@ -303,8 +303,8 @@ def best_return(game: Game) -> float:
     return float(game.state_scales.mean()) * total
 
 
-def make(task: str, **options: Any) -> TabularTeam:
-    return TabularTeam(task, **options)
+def make(task: str, render_mode: str | None = None) -> TabularTeam:
+    return TabularTeam(task, render_mode)
 
 
 def behavior_team(task: str) -> TabularPolicies:

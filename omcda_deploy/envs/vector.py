@@ -1,8 +1,9 @@
-"""Many environments of one task, stepped together in this process or in worker processes.
+"""Many environments of one task, stepped together: :func:`vectorize`.
 
-Workers share one block of memory with the caller and own disjoint rows of it: a control step costs two short
-messages per worker, whatever the sizes of observations. Rows never influence one another, so results are the same
-for any number of workers.
+A simulator that steps many environments by itself brings its own :class:`BatchedEnvironment`; of any other,
+:class:`VectorEnvironment` holds single ones, in this process or in worker processes. Workers share one block of
+memory with the caller and own disjoint rows of it: a control step costs two short messages per worker, whatever the
+sizes of observations. Rows never influence one another, so results are the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +50,59 @@ class VectorStep:
     info: dict[str, NDArray[Any]]  # [E]
 
 
-class VectorEnvironment:
+class BatchedEnvironment(Protocol):
     """E environments of one task in step. Nothing is reset automatically.
+
+    Raises :class:`ContractError` for actions that do not fit, or an environment stepped before its reset or after
+    its end.
+    """
+
+    spec: TeamSpec
+    num_envs: int
+
+    def reset(self, seeds: Mapping[int, int]) -> VectorStep:
+        """Start new episodes in the environments named by ``seeds``; the others keep their present observation."""
+        ...
+
+    def step(
+        self, actions: Mapping[str, NDArray[Any]], active: NDArray[np.bool_] | None = None
+    ) -> VectorStep:
+        """Apply ``actions`` ([E, A_i], or [E] if discrete) in the environments of ``active`` [E] (default all).
+
+        The others are not stepped: they keep their last observation, with reward 0 and both flags False.
+        """
+        ...
+
+    def render(self, index: int) -> NDArray[np.uint8]:
+        """The present frame of one environment, uint8 [height, width, 3]."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def vectorize(task: str, num_envs: int, *, workers: int = 0, **options: Any) -> BatchedEnvironment:
+    """``num_envs`` environments of ``task`` in the fastest form that its simulator has.
+
+    ``workers`` and the errors are those of :class:`VectorEnvironment`; a simulator that batches by itself needs no
+    workers and starts none. ``options`` go to the simulator.
+    """
+    require_counts(num_envs, workers)
+    make = registry.vector_factory(task)
+    if make is None:
+        return VectorEnvironment(task, num_envs, workers=workers, **options)
+    registry.require_options(task, make, options)
+    batched: BatchedEnvironment = make(task, num_envs, **options)
+    return batched
+
+
+class VectorEnvironment:
+    """Single environments as a :class:`BatchedEnvironment`.
 
     ``workers`` spawned processes each step an equal share, 0 steps all of them in this process. ``options`` go to
     the task's ``make``. Raises UnknownNameError or MissingExtraError as making one environment does,
@@ -59,10 +111,7 @@ class VectorEnvironment:
     """
 
     def __init__(self, task: str, num_envs: int, *, workers: int = 0, **options: Any) -> None:
-        if num_envs < 1 or workers < 0:
-            raise ConfigError(
-                f"expected num_envs of at least 1 and workers of at least 0, got {num_envs} and {workers}"
-            )
+        require_counts(num_envs, workers)
         self.spec: TeamSpec = registry.team_spec(task, **options)
         self.num_envs = num_envs
         self._ended = np.ones(num_envs, np.bool_)
@@ -103,9 +152,7 @@ class VectorEnvironment:
             raise
 
     def reset(self, seeds: Mapping[int, int]) -> VectorStep:
-        """Start new episodes in the environments named by ``seeds``; the others keep their present observation."""
-        if outside := [index for index in seeds if not 0 <= index < self.num_envs]:
-            raise ContractError(f"expected environments 0 to {self.num_envs - 1}, got {outside[0]}")
+        require_indices(seeds, self.num_envs)
         for name in ("reward", "terminated", "truncated"):
             self._arrays[name][:] = 0
         self._ended[list(seeds)] = False
@@ -114,29 +161,9 @@ class VectorEnvironment:
     def step(
         self, actions: Mapping[str, NDArray[Any]], active: NDArray[np.bool_] | None = None
     ) -> VectorStep:
-        """Apply ``actions`` ([E, A_i], or [E] if discrete) in the environments of ``active`` [E] (default all).
-
-        The others are not stepped: they keep their last observation, with reward 0 and both flags False.
-        """
-        active = np.ones(self.num_envs, np.bool_) if active is None else np.asarray(active, np.bool_)
-        if active.shape != (self.num_envs,):
-            raise ContractError(f"active: expected shape [{self.num_envs}], got {list(active.shape)}")
-        if (ended := np.flatnonzero(active & self._ended)).size:
-            raise ContractError(
-                f"environment {ended[0]} is between episodes: reset it, or leave it out of `active`"
-            )
+        active, columns = checked_actions(self.spec, self.num_envs, self._ended, actions, active)
         discrete = self.spec.action_kind == "discrete"
-        for index, agent in enumerate(self.spec.agents):
-            if agent.name not in actions:
-                raise ContractError(
-                    f"no action for {agent.name}: expected one per agent, got {sorted(actions)}"
-                )
-            action = np.asarray(actions[agent.name])
-            expected = (self.num_envs,) if discrete else (self.num_envs, agent.action.size)
-            if action.shape != expected:
-                raise ContractError(
-                    f"action of {agent.name}: expected shape {list(expected)}, got {list(action.shape)}"
-                )
+        for index, action in enumerate(columns):
             self._arrays["action"][:, index if discrete else self._columns.actions[index]] = action
         self._arrays["active"][:] = active
         answer = self._answer(self._call("step"))
@@ -144,9 +171,7 @@ class VectorEnvironment:
         return answer
 
     def render(self, index: int) -> NDArray[np.uint8]:
-        """The present frame of one environment, uint8 [height, width, 3]."""
-        if not 0 <= index < self.num_envs:
-            raise ContractError(f"expected environments 0 to {self.num_envs - 1}, got {index}")
+        require_indices([index], self.num_envs)
         if self._shares:
             return self._shares[0].render(index)
         worker = next(worker for worker in self._workers if index in worker.rows)
@@ -211,6 +236,56 @@ class VectorEnvironment:
             terminated=self._arrays["terminated"].copy(),
             truncated=self._arrays["truncated"].copy(),
             info=_info_arrays(info, self.num_envs),
+        )
+
+
+def require_indices(indices: Iterable[int], num_envs: int) -> None:
+    """Raise :class:`ContractError` for the number of an environment that is not there."""
+    if outside := [index for index in indices if not 0 <= index < num_envs]:
+        raise ContractError(f"expected environments 0 to {num_envs - 1}, got {outside[0]}")
+
+
+def checked_actions(
+    spec: TeamSpec,
+    num_envs: int,
+    ended: NDArray[np.bool_],
+    actions: Mapping[str, NDArray[Any]],
+    active: NDArray[np.bool_] | None,
+) -> tuple[NDArray[np.bool_], list[NDArray[Any]]]:
+    """The arguments of a step as (active [E], one array of ``actions`` per agent in team order).
+
+    ``ended`` [E] marks environments between episodes. Raises :class:`ContractError` where one of these is active,
+    or a shape or type does not fit; values are left to the simulator.
+    """
+    active = np.ones(num_envs, np.bool_) if active is None else np.asarray(active, np.bool_)
+    if active.shape != (num_envs,):
+        raise ContractError(f"active: expected shape [{num_envs}], got {list(active.shape)}")
+    if (between := np.flatnonzero(active & ended)).size:
+        raise ContractError(
+            f"environment {between[0]} is between episodes: reset it, or leave it out of `active`"
+        )
+    columns = []
+    for agent in spec.agents:
+        if agent.name not in actions:
+            raise ContractError(f"no action for {agent.name}: expected one per agent, got {sorted(actions)}")
+        action = np.asarray(actions[agent.name])
+        discrete = agent.action.kind == "discrete"
+        expected = (num_envs,) if discrete else (num_envs, agent.action.size)
+        if action.shape != expected:
+            raise ContractError(
+                f"action of {agent.name}: expected shape {list(expected)}, got {list(action.shape)}"
+            )
+        if discrete and action.dtype.kind not in "iu":
+            raise ContractError(f"action of {agent.name}: expected integers, got {action.dtype}")
+        columns.append(action)
+    return active, columns
+
+
+def require_counts(num_envs: int, workers: int = 0) -> None:
+    """Raise :class:`ConfigError` for numbers that are out of range."""
+    if num_envs < 1 or workers < 0:
+        raise ConfigError(
+            f"expected num_envs of at least 1 and workers of at least 0, got {num_envs} and {workers}"
         )
 
 
@@ -344,7 +419,8 @@ def _work(
         name = multiprocessing.current_process().name
         text = f"worker with {name} failed: {type(error).__name__}: {error}"
         with suppress(OSError):  # the parent may be gone, and its end of the pipe what failed
-            connection.send((error if isinstance(error, ContractError) else SimulatorError(text), None))
+            told = isinstance(error, ContractError | ConfigError)
+            connection.send((error if told else SimulatorError(text), None))
     finally:
         if share:
             share.close()

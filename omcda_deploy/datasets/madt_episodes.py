@@ -1,0 +1,149 @@
+"""Folders of torch-pickled SMAC episodes, one per file: MADT's data (Meng et al., 2021), which OMIGA trains on.
+
+They are pickles, so they are loaded by a process of its own (_torch_episodes.py) that can make nothing but arrays
+of them; files are taken in the order of their names. What the files do not say:
+
+- No final observation was recorded. The last one stands in for it, as in OMIGA's loader; only the bootstrap at a
+  time limit ever looks at it.
+- Done flags do not tell a time limit, and are true for dead agents: an episode ends with its file, and one as long
+  as the map's limit was ended by it.
+- The centralised state is all agents' states joined, as OMIGA's mixer takes it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.datasets import Episode, Recording
+from omcda_deploy.datasets._smac import checked_episode, team_spec
+from omcda_deploy.errors import DatasetError, MissingExtraError
+
+SOURCE = "folder of torch-pickled episodes (MADT, OMIGA)"
+
+_LOADER = Path(__file__).with_name("_torch_episodes.py")
+_FRAME = struct.Struct("<cQ")
+_ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF"  # of torch.save since 1.6, and before
+_Arrays = dict[str, NDArray[Any]]
+
+
+def recognizes(path: Path) -> bool:
+    """Whether the folder's first file begins as torch's do."""
+    files = _files(path)
+    if not files:
+        return False
+    with files[0].open("rb") as file:
+        return file.read(len(_LEGACY)).startswith((_ZIP, _LEGACY))
+
+
+@contextmanager
+def open_recording(path: Path, task: str | None) -> Iterator[Recording]:
+    """Raises :class:`DatasetError` naming the file that is no episode, and as :func:`_smac.team_spec` does."""
+    files = _files(path)
+    if not files:
+        raise DatasetError(f"{path}: expected a {SOURCE}, found no files in it")
+    with _loaded(files) as loaded:
+        first = next(loaded)
+        _, arrays = first
+        states, observations, masks = (arrays[name] for name in ("states", "observations", "action_masks"))
+        for name, values in (("states", states), ("observations", observations), ("availability", masks)):
+            if values.ndim != 3:
+                raise DatasetError(
+                    f"{files[0]}: {name}: expected one vector per step, got shape {values.shape[2:]}"
+                )
+        spec = team_spec(
+            path,
+            agents=observations.shape[1],
+            observation_size=observations.shape[2],
+            choices=masks.shape[2],
+            state_size=states.shape[1] * states.shape[2],
+            task=task,
+        )
+        yield Recording(
+            spec,
+            len(files),
+            (_episode(file, arrays, spec.episode_limit) for file, arrays in chain([first], loaded)),
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def _episode(file: Path, arrays: _Arrays, limit: int) -> Episode:
+    observations, actions, rewards = arrays["observations"], arrays["actions"], arrays["rewards"]
+    one_each = observations.shape[:2]  # action and reward of one agent in one step are arrays of length 1
+    if actions.size != rewards.size or actions.size != np.prod(one_each):
+        raise DatasetError(
+            f"{file}: expected one action and one reward per agent and step, got shapes {actions.shape[2:]} and "
+            f"{rewards.shape[2:]}"
+        )
+    return checked_episode(
+        str(file),
+        observations,
+        arrays["states"],
+        actions.reshape(one_each),
+        arrays["action_masks"],
+        rewards.reshape(one_each),
+        timeout=len(observations) == limit,
+    )
+
+
+@contextmanager
+def _loaded(files: Sequence[Path]) -> Iterator[Iterator[tuple[Path, _Arrays]]]:
+    """Yields an iterator of files with their arrays [T, N, …], loaded as they are asked for."""
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError("torch", "train")
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(
+            [sys.executable, "-I", str(_LOADER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+        ) as loader,
+    ):
+        try:
+            assert loader.stdin is not None
+            assert loader.stdout is not None
+            loader.stdin.write(json.dumps([str(file) for file in files]).encode())
+            loader.stdin.close()
+            yield _frames(files, loader.stdout, loader, said)
+        finally:
+            loader.kill()
+
+
+def _frames(
+    files: Sequence[Path], stream: IO[bytes], loader: subprocess.Popen[bytes], said: IO[bytes]
+) -> Iterator[tuple[Path, _Arrays]]:
+    for file in files:
+        header = stream.read(_FRAME.size)
+        kind, size = _FRAME.unpack(header) if len(header) == _FRAME.size else (b"", 1)
+        content = stream.read(size) if kind else b""
+        if len(content) < size:
+            status = loader.wait()
+            said.seek(0)
+            last = (said.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            raise DatasetError(
+                f"{file}: the process that loads torch files ended with status {status} ({last}): check that this "
+                "Python can import torch, and that there is memory for one file"
+            )
+        if kind == b"E":
+            raise DatasetError(f"{file}: {content.decode()}")
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            yield file, dict(archive)

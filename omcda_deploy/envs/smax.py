@@ -1,0 +1,393 @@
+"""SMAX, JaxMARL's battles without StarCraft II: ``smax/{5m_vs_6m,6h_vs_8z,corridor}``.
+
+Allies against JaxMARL's scripted enemies, which move to the closest unit they see and shoot it. SMAX is not SMAC:
+``docs/smax.md`` says how they differ, and their numbers never stand in one table. ``corridor`` is SMAC's units on
+SMAX's open field (JaxMARL has no such map), so nothing of SMAC's choke point is left.
+
+Actions are 0-3 move, 4 stop, 5+k attack enemy k; the dead have ``stop`` alone. The reward is the share of the
+enemies' health that was taken off in the step, and 1 more in the step that wins. 100 steps are the limit.
+
+JaxMARL steps :data:`ROWS` environments at a time in one compiled program, whatever their number: XLA rounds
+differently for other shapes, and a battle amplifies the last digit, so this is what makes an episode a function of
+its seed and actions alone. It also means one compilation per map, kept in ``$OMCDA_CACHE/jax`` for later processes
+(unless jax already has a cache). Specs need no jax.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.envs import Float, Observations, StepResult, joint_choice
+from omcda_deploy.envs.vector import VectorStep, checked_actions, require_counts, require_indices
+from omcda_deploy.errors import ConfigError, ContractError, MissingExtraError, UnknownNameError
+from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
+
+_MAPS = {"5m_vs_6m": (5, 6), "6h_vs_8z": (6, 8), "corridor": (6, 24)}  # allies, enemies
+_ZEALOT, _ZERGLING = 3, 4
+_UNIT_TYPES = 6
+_SEEN_FEATURES = 7 + _UNIT_TYPES  # of each other unit in an observation
+_OWN_FEATURES = 4 + _UNIT_TYPES  # health, x, y, weapon cooldown, type; also of each unit in the state
+_STOP, _FIRST_ATTACK = 4, 5
+
+CONTROL_RATE = 2.0  # Hz: 8 world steps of 1/16 s to a control step
+EPISODE_LIMIT = 100
+ROWS = 32  # environments per call of the compiled programs
+MAP_SIZE = 32.0
+_PIXELS = 12  # per unit of length
+
+PACKAGES = ("jaxmarl", "jax")
+
+
+def _spec(name: str) -> TeamSpec:
+    allies, enemies = _MAPS[name]
+    observation = _SEEN_FEATURES * (allies + enemies - 1) + _OWN_FEATURES
+    actions = ActionSpec("discrete", _FIRST_ATTACK + enemies)
+    return TeamSpec(
+        task=f"smax/{name}",
+        agents=tuple(AgentSpec(f"agent_{i}", observation, actions) for i in range(allies)),
+        state_size=(_OWN_FEATURES + 2) * (allies + enemies),  # and each unit's team and type number
+        control_rate=CONTROL_RATE,
+        episode_limit=EPISODE_LIMIT,
+    )
+
+
+SPECS: Mapping[str, TeamSpec] = {f"smax/{name}": _spec(name) for name in _MAPS}
+TASKS = tuple(SPECS)
+
+
+def state_positions(spec: TeamSpec) -> list[tuple[int, int]]:
+    """Where each unit's x and y stand in the centralised state, from 0 to :data:`MAP_SIZE`."""
+    units = spec.state_size // (_OWN_FEATURES + 2)
+    return [(unit * _OWN_FEATURES + 1, unit * _OWN_FEATURES + 2) for unit in range(units)]
+
+
+def make(task: str, render_mode: str | None = None) -> Smax:
+    return Smax(task, render_mode)
+
+
+def make_vector(task: str, num_envs: int, render_mode: str | None = None) -> SmaxVector:
+    return SmaxVector(task, num_envs, render_mode)
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """One map's compiled functions of :data:`ROWS` environments; see :func:`_programs`."""
+
+    reset: Callable[..., Any]
+    keep: Callable[..., Any]
+    step: Callable[..., Any]
+    observe: Callable[..., Any]
+
+
+@dataclass
+class _Shown:
+    """What the environments show; E is a multiple of :data:`ROWS`."""
+
+    observation: Float  # [E, N, O]
+    state: Float  # [E, S]
+    action_mask: NDArray[np.uint8]  # [E, N, A]
+
+
+class SmaxVector:
+    """E battles in step, by the rules of :class:`omcda_deploy.envs.vector.VectorEnvironment`.
+
+    Info holds ``won`` [E]: all enemies are dead and an ally is not, so an end by mutual destruction is not won.
+    Seeds are those of ``jax.random.PRNGKey``: 0 to 2**64 - 1. ``render_mode="rgb_array"`` makes ``render`` work.
+    An action that the mask forbids is a :class:`ContractError`, and nothing was stepped then.
+    """
+
+    def __init__(self, task: str, num_envs: int, render_mode: str | None = None) -> None:
+        require_counts(num_envs)
+        if task not in SPECS:
+            raise UnknownNameError("task", task, SPECS)
+        if render_mode not in (None, "rgb_array"):
+            raise ConfigError(f"render_mode: expected 'rgb_array' or None, got {render_mode!r}")
+        self.spec = SPECS[task]
+        self.num_envs = num_envs
+        self._render_mode = render_mode
+        self._programs: _Programs | None = _programs(task)
+        self._ended = np.ones(num_envs, np.bool_)
+        blocks = -(-num_envs // ROWS)
+        self._carries: list[Any] = [None] * blocks
+        agents, rows = len(self.spec.agents), blocks * ROWS
+        self._shown = _Shown(
+            np.zeros((rows, agents, self.spec.observation_size), np.float32),
+            np.zeros((rows, self.spec.state_size), np.float32),
+            np.zeros((rows, agents, self.spec.action_size), np.uint8),
+        )
+
+    def reset(self, seeds: Mapping[int, int]) -> VectorStep:
+        programs = self._open()
+        require_indices(seeds, self.num_envs)
+        if outside := [seed for seed in seeds.values() if not 0 <= seed < 2**64]:
+            raise ContractError(f"expected seeds from 0 to 2**64 - 1, got {outside[0]}")
+        keys = np.zeros((len(self._shown.state), 2), np.uint32)
+        chosen = np.zeros(len(keys), np.bool_)
+        for row, seed in seeds.items():
+            keys[row], chosen[row] = divmod(seed, 2**32), True  # what jax.random.PRNGKey makes of it
+        for block, own in self._blocks(chosen):
+            fresh, before = programs.reset(keys[own]), self._carries[block]
+            self._carries[block] = fresh if before is None else programs.keep(chosen[own], fresh, before)
+            self._observe(programs, block, own)
+        self._ended[list(seeds)] = False
+        nothing = np.zeros(self.num_envs, np.bool_)
+        return self._answer(np.zeros(self.num_envs), nothing, nothing.copy(), nothing.copy())
+
+    def step(
+        self, actions: Mapping[str, NDArray[Any]], active: NDArray[np.bool_] | None = None
+    ) -> VectorStep:
+        programs = self._open()
+        active, columns = checked_actions(self.spec, self.num_envs, self._ended, actions, active)
+        joint = np.full((len(self._shown.state), len(columns)), _STOP, np.int32)
+        stepped = np.zeros(len(joint), np.bool_)
+        stepped[: self.num_envs] = active
+        joint[stepped] = self._available(np.stack(columns, axis=1), active)
+        reward = np.zeros(len(joint), np.float64)
+        terminated, truncated, won = (np.zeros(len(joint), np.bool_) for _ in range(3))
+        for block, own in self._blocks(stepped):
+            self._carries[block], outcome = programs.step(self._carries[block], joint[own], stepped[own])
+            reward[own], terminated[own], truncated[own], won[own] = outcome
+            self._observe(programs, block, own)
+        count = self.num_envs
+        answer = self._answer(reward[:count], terminated[:count], truncated[:count], won[:count])
+        self._ended |= answer.terminated | answer.truncated
+        return answer
+
+    def render(self, index: int) -> NDArray[np.uint8]:
+        """The present frame of one environment, uint8 [384, 384, 3]: allies blue, enemies red, the wounded pale."""
+        require_indices([index], self.num_envs)
+        if self._render_mode is None:
+            raise ConfigError("SMAX was made without render_mode: use render_mode='rgb_array'")
+        return _frame(self._shown.state[index], len(self.spec.agents))
+
+    def close(self) -> None:
+        self._programs, self._carries = None, []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> _Programs:
+        if self._programs is None:
+            raise ContractError("this SmaxVector is closed: make a new one")
+        return self._programs
+
+    def _blocks(self, concerned: NDArray[np.bool_]) -> list[tuple[int, slice]]:
+        """The blocks of ROWS rows that hold any row of ``concerned``."""
+        blocks = [(block, slice(block * ROWS, (block + 1) * ROWS)) for block in range(len(self._carries))]
+        return [(block, own) for block, own in blocks if concerned[own].any()]
+
+    def _observe(self, programs: _Programs, block: int, own: slice) -> None:
+        shown = self._shown
+        shown.observation[own], shown.state[own], shown.action_mask[own] = programs.observe(
+            self._carries[block]
+        )
+
+    def _available(self, choices: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[Any]:
+        """``choices`` [E, N] of the active rows, all of which their masks allow."""
+        masks = self._shown.action_mask[: self.num_envs][active]
+        chosen = choices[active]
+        inside = (chosen >= 0) & (chosen < self.spec.action_size)
+        allowed = np.take_along_axis(masks, np.where(inside, chosen, 0)[..., None], axis=-1)[..., 0] != 0
+        if (wrong := ~inside | ~allowed).any():
+            row, agent = np.argwhere(wrong)[0]
+            raise ContractError(
+                f"action of {self.spec.names[agent]} in environment {np.flatnonzero(active)[row]}: expected one of "
+                f"the available {np.flatnonzero(masks[row, agent]).tolist()}, got {chosen[row, agent]}"
+            )
+        return chosen
+
+    def _answer(
+        self,
+        reward: NDArray[np.float64],
+        terminated: NDArray[np.bool_],
+        truncated: NDArray[np.bool_],
+        won: NDArray[np.bool_],
+    ) -> VectorStep:
+        count, names = self.num_envs, self.spec.names
+        observation = self._shown.observation[:count].copy()
+        mask = self._shown.action_mask[:count].copy()
+        return VectorStep(
+            observations={name: observation[:, i] for i, name in enumerate(names)},
+            state=self._shown.state[:count].copy(),
+            action_masks={name: mask[:, i] for i, name in enumerate(names)},
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            info={"won": won},
+        )
+
+
+class Smax:
+    """One battle at a time: :class:`SmaxVector` of one. The first agent's info holds ``won``."""
+
+    def __init__(self, task: str, render_mode: str | None = None) -> None:
+        self._vector = SmaxVector(task, 1, render_mode)
+        self.spec = self._vector.spec
+        self._seeds = np.random.default_rng()
+        self._last: VectorStep | None = None
+
+    @property
+    def possible_agents(self) -> list[str]:
+        return list(self.spec.names)
+
+    def reset(self, seed: int | None = None) -> tuple[Observations, dict[str, dict[str, Any]]]:
+        self._last = self._vector.reset({0: int(self._seeds.integers(2**32)) if seed is None else seed})
+        return self._observations(self._last), self._infos(self._last)
+
+    def step(self, actions: Mapping[str, Any]) -> StepResult:
+        choices = joint_choice(self.spec, actions)
+        names = self.spec.names
+        last = self._last = self._vector.step(
+            {name: np.array([choice]) for name, choice in zip(names, choices, strict=True)}
+        )
+        return (
+            self._observations(last),
+            dict.fromkeys(names, float(last.reward[0])),
+            dict.fromkeys(names, bool(last.terminated[0])),
+            dict.fromkeys(names, bool(last.truncated[0])),
+            self._infos(last),
+        )
+
+    def state(self) -> Float:
+        if self._last is None:
+            raise ContractError("the environment has no state yet: call reset first")
+        state: Float = self._last.state[0].copy()
+        return state
+
+    def render(self) -> NDArray[np.uint8]:
+        return self._vector.render(0)
+
+    def close(self) -> None:
+        self._vector.close()
+
+    @staticmethod
+    def _observations(step: VectorStep) -> Observations:
+        return {name: values[0] for name, values in step.observations.items()}
+
+    @staticmethod
+    def _infos(step: VectorStep) -> dict[str, dict[str, Any]]:
+        infos: dict[str, dict[str, Any]] = {
+            name: {"action_mask": mask[0]} for name, mask in (step.action_masks or {}).items()
+        }
+        next(iter(infos.values()))["won"] = bool(step.info["won"][0])
+        return infos
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """jaxmarl prints while it is imported, and sets both streams to the ones Python started with."""
+    streams = sys.stdout, sys.stderr, sys.__stdout__
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.BytesIO())  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr, sys.__stdout__ = streams  # type: ignore[misc]
+
+
+def _import_smax() -> tuple[Any, Any]:
+    """jax and jaxmarl's smax, quiet, on the CPU and with a compilation cache, unless the user set jax up."""
+    # Read when jax starts: no search for accelerators, no memory taken in advance on one that was asked for.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        with _muted():
+            import jax
+            from jaxmarl.environments import smax
+    except ImportError as error:
+        raise MissingExtraError("jaxmarl", "smax") from error
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("OMCDA_CACHE") or Path.home() / ".cache" / "omcda-deploy")
+        config.update("jax_compilation_cache_dir", str(home / "jax"))
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return jax, smax
+
+
+@cache
+def _programs(task: str) -> _Programs:
+    """A row's carry is its random key and JaxMARL's state; ``observe`` alone decides what is shown of it.
+
+    reset: keys [ROWS, 2] -> carry. keep: chosen [ROWS], carry of the chosen, carry of the others -> carry.
+    step: carry, actions [ROWS, N], active [ROWS] -> carry, (reward, terminated, truncated, won).
+    observe: carry -> (observations [ROWS, N, O], state [ROWS, S], masks [ROWS, N, A]).
+    """
+    jax, smax = _import_smax()
+    jnp = jax.numpy
+    name = task.removeprefix("smax/")
+    allies, enemies = _MAPS[name]
+    if name == "corridor":
+        types = jnp.array(
+            [_ZEALOT] * allies + [_ZERGLING] * enemies, jnp.uint8
+        )  # JaxMARL takes no other type
+        smax.register_scenario(name, smax.Scenario(types, allies, enemies, False, False))
+    battle = smax.HeuristicEnemySMAX(scenario=smax.map_name_to_scenario(name))
+
+    def keep(chosen: Any, new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda ours, theirs: jnp.where(chosen, ours, theirs), new, old)
+
+    def reset(key: Any) -> Any:
+        key, own = jax.random.split(key)
+        carry = key, battle.reset(own)[1]
+        # Types as `step` returns them (jax counts a Python number's as weaker), or it is compiled twice.
+        return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), carry)
+
+    def step(carry: Any, actions: Any, active: Any) -> Any:
+        key, state = carry
+        key, own = jax.random.split(key)
+        named = dict(zip(battle.agents, actions, strict=True))
+        _, state, rewards, _, _ = battle.step_env(own, state, named)
+        alive = state.state.unit_alive
+        survivors, beaten = alive[:allies].any(), ~alive[allies:].any()
+        over = beaten | ~survivors
+        # JaxMARL's own end comes a step after its limit: it looks at the count before the step.
+        late = state.state.step >= EPISODE_LIMIT
+        outcome = (
+            jnp.where(active, rewards[battle.agents[0]], 0.0),
+            active & over,
+            active & late & ~over,
+            active & beaten & survivors,
+        )
+        return keep(active, (key, state), carry), outcome
+
+    def observe(carry: Any) -> Any:
+        _, state = carry
+        observations, masks = battle.get_obs(state), battle.get_avail_actions(state)
+        return (
+            jnp.stack([observations[agent] for agent in battle.agents]),
+            battle.get_world_state(state),
+            jnp.stack([masks[agent] for agent in battle.agents]),
+        )
+
+    return _Programs(*(jax.jit(jax.vmap(function)) for function in (reset, keep, step, observe)))
+
+
+def _frame(state: Float, allies: int) -> NDArray[np.uint8]:
+    size = int(MAP_SIZE * _PIXELS)
+    frame = np.full((size, size, 3), 235, np.uint8)
+    across, down = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
+    units = state[: state.size // (_OWN_FEATURES + 2) * _OWN_FEATURES].reshape(-1, _OWN_FEATURES)
+    for unit, (health, x, y, *_) in enumerate(units):
+        if health > 0:  # the dead are all zeros
+            inside = (across - x * _PIXELS) ** 2 + (down - (MAP_SIZE - y) * _PIXELS) ** 2 < (
+                0.6 * _PIXELS
+            ) ** 2
+            color = (40, 90, 220) if unit < allies else (210, 50, 40)
+            frame[inside] = 235 + (np.array(color) - 235) * (0.25 + 0.75 * health)
+    return frame

@@ -1,0 +1,235 @@
+"""``omcda-deploy convert``: what holds for every foreign format."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from omcda_deploy import registry
+from omcda_deploy.cli import app
+from omcda_deploy.convert import convert, return_to_go, source_digest
+from omcda_deploy.datasets import Episode, Recording, pymarl_hdf5
+from omcda_deploy.datasets._smac import team_spec
+from omcda_deploy.datasets.omiga_hdf5 import write
+from omcda_deploy.errors import ContractError, DatasetError, OmcdaError, UnknownNameError
+from omcda_deploy.spec import require_same_contract
+from tests.smac_episodes import SmacEpisode, pymarl_batch, random_episode, save_madt, save_pymarl
+
+EPISODES = [random_episode(steps, steps, mappo=False) for steps in (3, 4)]
+
+
+@pytest.fixture
+def stock(tmp_path: Path) -> Path:
+    """A file of oxwhirl's SMAC."""
+    batch = pymarl_batch(EPISODES, [False, False], [True, True])
+    return save_pymarl(tmp_path / "5m_vs_6m medium.h5", batch)
+
+
+@pytest.fixture(scope="module")
+def mappo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of its MAPPO variant, and our file of it beside."""
+    source = tmp_path_factory.mktemp("data") / "5m_vs_6m"
+    save_madt(source, a=random_episode(3, 0, mappo=True), b=random_episode(2, 1, mappo=True))
+    convert(source, source.with_suffix(".hdf5"))
+    return source
+
+
+def command(*arguments: str | Path) -> str:
+    """Standard output. Raises what the command raises."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_reading_a_foreign_file_names_the_command_that_converts_it(
+    stock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stock.parent)
+    with pytest.raises(
+        DatasetError, match=r"is a file of PyMARL's episodes .* convert it first, with  omcda-"
+    ) as told:
+        registry.read_dataset(stock)
+    words = shlex.split(str(told.value).partition("with  omcda-deploy ")[2])
+    summary = json.loads(command(*words))
+    dataset = registry.read_dataset(summary["path"])
+    assert (summary["episodes"], summary["transitions"]) == (2, 7)
+    assert summary["digest"] == dataset.digest
+    assert summary["return_mean"] == dataset.episode_returns.mean()
+    assert dataset.spec.task == "smac/5m_vs_6m"
+
+
+def test_return_to_go_replaces_rewards_and_not_returns(stock: Path) -> None:
+    assert return_to_go(np.array([1.0, 2.0, -4.0])).tolist() == [-1.0, -2.0, -4.0]
+    for mode in ("reward", "return_to_go"):
+        command("convert", stock, "--out", stock.with_name(f"{mode}.hdf5"), "--reward-mode", mode)
+    plain, rtg = (
+        registry.read_dataset(stock.with_name(f"{name}.hdf5")) for name in ("reward", "return_to_go")
+    )
+    for number, episode in enumerate(EPISODES):
+        start, steps = int(rtg.episode_start[number]), len(episode.rewards)
+        expected = [episode.rewards[t:].sum() for t in range(steps)]
+        assert rtg.rewards[start : start + steps].tolist() == expected
+        assert plain.rewards[start : start + steps].tolist() == episode.rewards.tolist()
+    assert rtg.episode_returns.tolist() == plain.episode_returns.tolist()
+    assert rtg.metadata["reward_mode"] == "return_to_go"
+    assert rtg.digest != plain.digest
+
+
+def test_the_two_variants_of_smac_do_not_mix(stock: Path, mappo: Path) -> None:
+    sizes = "observation_size: 124 against 55"
+    ours = registry.read_dataset(mappo.with_suffix(".hdf5"))
+    with pytest.raises(ContractError, match=sizes):
+        require_same_contract(ours.spec, registry.team_spec("smac/5m_vs_6m"), "the dataset", "the task")
+    with pytest.raises(DatasetError, match=sizes):
+        registry.read_dataset(mappo.with_suffix(".hdf5"), "smac/5m_vs_6m")
+    out = stock.with_name("out.hdf5")
+    with pytest.raises(ContractError, match=sizes):
+        convert(mappo, out, task="smac/5m_vs_6m")
+    with pytest.raises(ContractError, match="observation_size: 55 against 124"):
+        convert(stock, out, task="smac-mappo/5m_vs_6m")
+    assert convert(mappo, out, task="smac-mappo/5m_vs_6m")["task"] == "smac-mappo/5m_vs_6m"
+
+
+def test_the_map_comes_from_the_path_or_the_task(stock: Path) -> None:
+    unnamed = stock.rename(stock.with_name("data.h5"))
+    out = stock.with_name("out.hdf5")
+    with pytest.raises(
+        DatasetError, match=r"expected one of the maps 5m_vs_6m, 6h_vs_8z, corridor in the path"
+    ):
+        convert(unnamed, out)
+    with pytest.raises(UnknownNameError, match="did you mean 'smac/5m_vs_6m'"):
+        convert(unnamed, out, task="smac/5m_vs_6n")
+    with pytest.raises(
+        DatasetError, match=r"\(6, 78, 14\) of smac/6h_vs_8z or \(6, 172, 14\) of .* got \(5, 55, 12\)"
+    ):
+        convert(unnamed, out, task="smac/6h_vs_8z")
+    assert convert(unnamed, out, task="smac/5m_vs_6m")["task"] == "smac/5m_vs_6m"
+    inner = stock.with_name("corridor") / "15m_vs_6m" / "5m_vs_6m_x"
+    inner.mkdir(parents=True)
+    moved = unnamed.rename(inner / "5m_vs_6ms.h5")
+    assert convert(moved, stock.with_name("again.hdf5"))["task"] == "smac/5m_vs_6m"
+
+
+@pytest.mark.parametrize(
+    ("task", "observations", "choices", "state"),
+    [("5m_vs_6m", 124, 12, 780), ("6h_vs_8z", 172, 14, 1278), ("corridor", 346, 30, 2610)],
+)
+def test_the_mappo_variants_sizes_are_the_published_ones(
+    task: str, observations: int, choices: int, state: int
+) -> None:
+    stock = registry.team_spec(f"smac/{task}")
+    spec = team_spec(
+        Path(task),
+        agents=len(stock.agents),
+        observation_size=observations,
+        choices=choices,
+        state_size=state,
+        task=None,
+    )
+    assert (spec.task, spec.observation_size, spec.state_size) == (f"smac-mappo/{task}", observations, state)
+    assert (spec.episode_limit, spec.control_rate) == (stock.episode_limit, stock.control_rate)
+
+
+def test_agents_states_are_stored_once_each(mappo: Path, tmp_path: Path) -> None:
+    dataset = registry.read_dataset(mappo.with_suffix(".hdf5"))
+    with h5py.File(mappo.with_suffix(".hdf5")) as file:
+        assert file["s"].shape == (7, 5, 156)
+        np.testing.assert_array_equal(file["s"][:].reshape(7, -1), dataset.states)
+    assert write(tmp_path / "again.hdf5", dataset) == dataset.digest
+    np.testing.assert_array_equal(registry.read_dataset(tmp_path / "again.hdf5").states, dataset.states)
+
+
+def test_bad_arguments_leave_nothing(stock: Path) -> None:
+    out, empty = stock.with_name("out.hdf5"), stock.with_name("empty")
+    empty.mkdir()
+    before = sorted(stock.parent.iterdir())
+    attempts: list[tuple[type[OmcdaError], str, list[str | Path]]] = [
+        (DatasetError, "exists already", [stock, "--out", stock]),
+        (DatasetError, r"expected a name ending in \.hdf5", [stock, "--out", "out.npz"]),
+        (DatasetError, "no such file or folder", [stock.with_name("no.h5"), "--out", out]),
+        (DatasetError, "pymarl_hdf5: file of PyMARL's", [empty, "--out", out]),
+        (UnknownNameError, "did you mean 'og_vault'", [stock, "--out", out, "--format", "og_vaults"]),
+        (DatasetError, "found no files", [stock, "--out", out, "--format", "madt_episodes"]),
+    ]
+    for error, message, arguments in attempts:
+        with pytest.raises(error, match=message):
+            command("convert", *arguments)
+    assert sorted(stock.parent.iterdir()) == before
+
+
+def test_a_conversion_that_fails_late_leaves_nothing(stock: Path) -> None:
+    before = sorted(stock.parent.iterdir())
+    seen: list[tuple[int, int]] = []
+
+    def interrupt(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(stock, stock.with_name("out.hdf5"), progress=interrupt)
+    assert seen == [(1, 2), (2, 2)]
+    assert sorted(stock.parent.iterdir()) == before
+
+
+def test_episodes_that_do_not_fit_the_spec_are_named(stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attempt(first: SmacEpisode, **changed: object) -> None:
+        episode = Episode(
+            "here",
+            first.observations,
+            first.states,
+            first.actions,
+            first.masks.astype(np.uint8),
+            first.rewards,
+            timeout=False,
+        )
+        bad = replace(episode, **changed)  # type: ignore[arg-type]
+
+        @contextmanager
+        def opened(path: Path, task: str | None) -> Iterator[Recording]:
+            yield Recording(registry.team_spec("smac/5m_vs_6m"), 2, iter([episode, bad]))
+
+        monkeypatch.setattr(pymarl_hdf5, "open_recording", opened)
+        convert(stock, stock.with_name("out.hdf5"))
+
+    good = EPISODES[0]
+    with pytest.raises(
+        DatasetError, match=r"here: observations: expected shape \[4, 5, 55\].* got \[4, 5, 54\]"
+    ):
+        attempt(good, observations=good.observations[..., 1:])
+    with pytest.raises(DatasetError, match=r"here: states: expected shape \[4, 98\].* got \[3, 98\]"):
+        attempt(good, states=good.states[1:])
+    with pytest.raises(
+        DatasetError, match="expected 1 to 70 steps, the episode limit of smac/5m_vs_6m, got 0"
+    ):
+        attempt(good, actions=good.actions[:0])
+    long = random_episode(71, 0, mappo=False)
+    with pytest.raises(DatasetError, match=r"expected 1 to 70 steps, .* got 71"):
+        attempt(long)
+    assert not stock.with_name("out.hdf5").exists()
+
+
+def test_the_source_digest_is_of_names_and_contents(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder / "inner").mkdir(parents=True)
+        (tmp_path / folder / "inner" / "x").write_bytes(b"1")
+        (tmp_path / folder / "y").write_bytes(b"2")
+    digest = source_digest(tmp_path / "a")
+    assert digest == source_digest(tmp_path / "b")
+    (tmp_path / "b" / "y").write_bytes(b"3")
+    assert source_digest(tmp_path / "b") != digest
+    (tmp_path / "a" / "y").rename(tmp_path / "a" / "z")
+    assert source_digest(tmp_path / "a") != digest
+    assert source_digest(tmp_path / "b" / "inner" / "x") == (
+        "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+    )

@@ -1,0 +1,179 @@
+"""Server configurations: what files may say, and what guards and limits do to requests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from omcda_deploy.bundle import MANIFEST, TEAM, Bundle, read_bundle
+from omcda_deploy.client import RemoteTeam
+from omcda_deploy.errors import ConfigError, EndpointError, UnknownNameError
+from omcda_deploy.guard import GuardSetting, Reference
+from omcda_deploy.local import LocalTeam
+from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
+from omcda_deploy.serve.session import Models, Session
+from omcda_deploy.serve.status import RangeError
+from tests.bundles import continuous_spec, write_test_bundle
+from tests.server_process import server_process
+
+FILE = """
+[guard]
+mode = "fallback"
+threshold = 0.5
+
+[guard.agents.agent_2]
+mode = "blend"
+
+[limits]
+streams = 3
+"""
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(FILE)
+    config = read_server_config(path)
+    assert config.limits == Limits(streams=3)
+    assert config.guards_of(["agent_1", "agent_2"]) == {
+        "agent_1": GuardSetting("fallback", 0.5),
+        "agent_2": GuardSetting("blend"),
+    }
+    assert read_server_config(None) == ServerConfig()
+    with pytest.raises(UnknownNameError, match=r"\[guard.agents\] 'agent_2': did you mean 'agent_1'"):
+        config.guards_of(["agent_0", "agent_1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("[limits]", "[limit]"), "unknown table 'limit': did you mean 'limits'"),
+        (("streams = 3", "streams = true"), "limits.streams: expected a whole number from 1 on, got True"),
+        (('mode = "blend"', 'mode = "mix"'), "expected one of observe, fallback, blend, got 'mix'"),
+        (("threshold = 0.5", "threshold = nan"), "threshold: expected a number from 0 on, got nan"),
+        (("threshold", "treshold"), r"entry of \[guard\] 'treshold': did you mean 'threshold'"),
+        (("[guard.agents.agent_2]\nmode", "agents"), r"guard.agents: expected a table"),
+        (("[guard]", "[guard"), "is not TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(FILE.replace(*change))
+    with pytest.raises(ConfigError, match=message):
+        read_server_config(path)
+
+
+def with_references(bundle: Bundle) -> Bundle:
+    """The bundle with the references that an export of its data would have."""
+    generator = np.random.default_rng(5)
+    manifest = json.loads((bundle.path / MANIFEST).read_text())
+    observations = {a.name: generator.normal(size=(400, a.observation_size)) for a in bundle.spec.agents}
+    decisions = LocalTeam(bundle).act({name: rows.astype(np.float32) for name, rows in observations.items()})
+    for agent in bundle.spec.agents:
+        reference = Reference.of(
+            bundle.spec, agent, observations[agent.name], decisions[agent.name].divergence
+        )
+        manifest["agents"][agent.name]["reference"] = asdict(reference)
+    (bundle.path / MANIFEST).write_text(json.dumps(manifest))
+    return read_bundle(bundle.path)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return with_references(write_test_bundle(tmp_path / "bundle", continuous_spec()))
+
+
+def test_the_team_and_its_agents_are_guarded_alike(bundle: Bundle) -> None:
+    guards = {"agent_0": GuardSetting("fallback", 0.2), "agent_2": GuardSetting("blend")}
+    models = Models(bundle, (), guards)
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(50, sum(a.observation_size for a in bundle.spec.agents))).astype(np.float32)
+    team = models.sessions[TEAM].answer({"observation": rows})
+    start = width = 0
+    for index, agent in enumerate(bundle.spec.agents):
+        own = rows[:, start : start + agent.observation_size]
+        alone = models.sessions[agent.name].answer({"observation": own})
+        np.testing.assert_array_equal(team["policy_weight"][:, index], alone["policy_weight"])
+        np.testing.assert_allclose(
+            team["action"][:, width : width + agent.action.size], alone["action"], atol=1e-6
+        )
+        start, width = start + agent.observation_size, width + agent.action.size
+    acted = team["policy_weight"]
+    assert set(np.unique(acted[:, 0])) == {0.0, 1.0}
+    assert (acted[:, 1] == 1.0).all()
+    assert (acted[:, 2] > 0.0).all()
+    np.testing.assert_array_equal(acted[:, 0] == 0.0, team["divergence"][:, 0] > 0.2)
+
+
+def test_observations_far_from_the_data_are_refused_where_asked_for(bundle: Bundle) -> None:
+    session = Session(bundle, "agent_1", {"agent_1": GuardSetting(distance_limit=3.0)})
+    rows = np.zeros((2, 5), np.float32)
+    session.answer({"observation": rows})
+    rows[1] = 10.0
+    with pytest.raises(
+        RangeError, match=r"agent_1: expected observations within 3 .* got one at 9.* in row 1"
+    ):
+        session.answer({"observation": rows})
+
+
+def test_a_server_guards_and_says_so(bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text('[guard]\nmode = "fallback"\nthreshold = 0.0\n[limits]\nstreams = 1\n')
+    observations = {a.name: np.ones((3, a.observation_size), np.float32) for a in bundle.spec.agents}
+    with server_process(bundle, TEAM, options=("--config", str(path))) as server:
+        with RemoteTeam([server.endpoint], stream=True) as team:
+            decisions = team.act(observations)
+            for name, decision in decisions.items():
+                assert decision.policy_weight is not None, name
+                np.testing.assert_array_equal(decision.policy_weight, 0.0)
+                np.testing.assert_allclose(decision.action, decision.parameters["behavior_action"], atol=1e-6)
+            # The only stream is taken: a second one is refused at once, and the first goes on.
+            with (
+                RemoteTeam([server.endpoint], stream=True) as second,
+                pytest.raises(EndpointError, match=r"at most 1 control streams"),
+            ):
+                second.act(observations)
+            team.act(observations)
+            with RemoteTeam([server.endpoint]) as calls:
+                calls.act(observations)
+        with RemoteTeam([server.endpoint], stream=True) as third:  # its place is free again
+            third.act(observations)
+
+
+def test_a_message_beyond_the_limit_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text("[limits]\nmessage_bytes = 2000\n")
+    with (
+        server_process(bundle, "agent_0", options=("--config", str(path))) as server,
+        grpc.insecure_channel(server.endpoint) as channel,
+    ):
+        act: Any = channel.unary_unary("/omcda.v1.PolicyService/Act")
+        with pytest.raises(grpc.RpcError) as raised:
+            act(bytes(3000), timeout=5)
+    assert isinstance(raised.value, grpc.Call)
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_calls_beyond_the_limit_are_refused_at_once(bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text("[limits]\nconcurrent_calls = 1\nstreams = 1\n")
+    with (
+        server_process(bundle, "agent_0", options=("--config", str(path))) as server,
+        grpc.insecure_channel(server.endpoint) as channel,
+    ):
+        watch: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        watchers = [watch(b"", timeout=30) for _ in range(2)]
+        for watcher in watchers:
+            next(watcher)
+        ask: Any = channel.unary_unary("/omcda.v1.PolicyService/GetContract")
+        with pytest.raises(grpc.RpcError) as raised:
+            ask(b"", timeout=30)
+        assert isinstance(raised.value, grpc.Call)
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for watcher in watchers:
+            watcher.cancel()
