@@ -146,6 +146,7 @@ class Guard:
             ]
         )
         self._active = np.array([setting.mode != "observe" for setting in self.settings])
+        self._acts = bool(self._active.any())
         self._observations = list(pairwise(np.cumsum([0, *(a.observation_size for a in agents)]).tolist()))
         self._actions = list(pairwise(np.cumsum([0, *(a.action.size for a in agents)]).tolist()))
         self._known = None
@@ -166,7 +167,7 @@ class Guard:
         exceeded = divergence > self.thresholds
         weight = np.ones(divergence.shape, np.float32)
         action = outputs["action"]
-        if (stopped := exceeded & self._active).any():
+        if self._acts and (stopped := exceeded & self._active).any():
             action = action.copy()
             for index in np.flatnonzero(stopped.any(axis=0)).tolist():
                 rows = np.flatnonzero(stopped[:, index])
@@ -270,26 +271,28 @@ def _largest_weight(pair: _Gaussian | _Logits, threshold: float, rows: int) -> N
 
 
 class _Known:
-    """Distance of observations from the training data, for all agents of a model at once."""
+    """Distance of observations from the training data, for all agents of a model at once.
+
+    Means over each agent's own entries are products with constant matrices: fewer calls of numpy, which are what a
+    small batch costs.
+    """
 
     def __init__(self, spec: TeamSpec, sizes: Sequence[int], references: Sequence[Reference]) -> None:
         self._normalize = spec.normalizer.kind != "none"
-        self._sizes = np.array(sizes)
-        self._starts = np.cumsum([0, *sizes[:-1]])
-        self._mean = np.concatenate([reference.observation_mean for reference in references])
-        self._scale = 1.0 / np.concatenate([reference.observation_std for reference in references])
+        self._spread = np.repeat(np.eye(len(sizes)), sizes, axis=1)  # [k, sum O], each agent's number to its entries
+        self._average = (self._spread / np.array(sizes)[:, None]).T  # [sum O, k], the mean of its entries
+        self._center = np.eye(sum(sizes)) - self._average @ self._spread
+        std = np.concatenate([reference.observation_std for reference in references])
+        self._scale = 1.0 / std
+        self._shift = np.concatenate([reference.observation_mean for reference in references]) / std
 
     def distance(self, observation: NDArray[Any]) -> NDArray[np.float64]:
         """``[B, sum O] -> [B, k]``."""
         rows = observation.astype(np.float64)
-        if self._normalize:
-            # As Normalizer.apply, but over all agents of a joined vector at once.
-            rows = rows - np.repeat(self._means(rows), self._sizes, axis=1)
-            variance = np.maximum(self._means(rows * rows), LEAST_VARIANCE)
-            rows /= np.repeat(np.sqrt(variance), self._sizes, axis=1)
-        deviation = (rows - self._mean) * self._scale
-        return np.sqrt(self._means(deviation * deviation))
-
-    def _means(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        means: NDArray[np.float64] = np.add.reduceat(rows, self._starts, axis=1) / self._sizes
-        return means
+        if self._normalize:  # as Normalizer.apply
+            rows = rows @ self._center
+            variance = np.maximum((rows * rows) @ self._average, LEAST_VARIANCE)
+            rows *= (1.0 / np.sqrt(variance)) @ self._spread
+        deviation = rows * self._scale - self._shift
+        distance: NDArray[np.float64] = np.sqrt((deviation * deviation) @ self._average)
+        return distance

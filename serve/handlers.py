@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,6 +16,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from omcda_deploy.serve.config import Limits
+from omcda_deploy.serve.meter import MethodMeter
 from omcda_deploy.serve.status import ExhaustedError, StoppingError, status_of
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -32,23 +33,29 @@ class Traffic:
     def __init__(self, limits: Limits) -> None:
         self.stopping = False
         self.calls = 0  # unary ones that reached a handler
+        self.meters: list[MethodMeter] = []  # of every method served
         self._limits = limits
-        self._streams = 0
+        self.streams = 0
         self._waiting: set[Context] = set()
+
+    def meter(self, service: str, method: str, kind: str) -> MethodMeter:
+        """The counters of a method that is served from now on."""
+        self.meters.append(MethodMeter(service, method, kind))
+        return self.meters[-1]
 
     @contextmanager
     def stream(self) -> Iterator[None]:
         """Around a control stream. Raises :class:`ExhaustedError` where there are as many as there may be."""
-        if self._streams >= self._limits.streams:
+        if self.streams >= self._limits.streams:
             raise ExhaustedError(
                 f"expected at most {self._limits.streams} control streams, and so many are open: close one, or "
                 "raise limits.streams"
             )
-        self._streams += 1
+        self.streams += 1
         try:
             yield
         finally:
-            self._streams -= 1
+            self.streams -= 1
 
     @contextmanager
     def waiting(self, context: Context) -> Iterator[None]:
@@ -81,37 +88,71 @@ class Traffic:
                 await _abort(context, StoppingError(STOPPING))
 
 
-def unary(request_type: type[Request], answer: Callable[[Request], Message], traffic: Traffic) -> Handler:
+def methods(
+    service: str,
+    traffic: Traffic,
+    unary: Mapping[str, tuple[type[Any], Callable[[Any], Message]]],
+    streams: Mapping[str, tuple[type[Any], Callable[[Any], Message]]] | None = None,
+) -> grpc.GenericRpcHandler:
+    """The handlers of a service: per method its request's type and the function that answers one."""
+    handlers = {
+        name: _unary(request_type, answer, traffic, traffic.meter(service, name, "unary"))
+        for name, (request_type, answer) in unary.items()
+    }
+    for name, (request_type, answer) in (streams or {}).items():
+        handlers[name] = _stream(request_type, answer, traffic, traffic.meter(service, name, "bidi_stream"))
+    return grpc.method_handlers_generic_handler(service, handlers)
+
+
+def _unary(
+    request_type: type[Request], answer: Callable[[Request], Message], traffic: Traffic, meter: MethodMeter
+) -> Handler:
     """One response for one request."""
 
     async def handle(data: bytes, context: Context) -> bytes:
         traffic.calls += 1
+        meter.started += 1
+        started = time.perf_counter()
         try:
-            return answer(_parse(request_type, data)).SerializeToString()
+            response = answer(_parse(request_type, data)).SerializeToString()
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, meter)
             raise  # not reached: abort raises
+        meter.seconds.add(time.perf_counter() - started)
+        meter.handled["OK"] += 1
+        return response
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-def stream(request_type: type[Request], answer: Callable[[Request], Message], traffic: Traffic) -> Handler:
-    """One response for every request of a stream, in order; the first refusal ends the stream."""
+def _stream(
+    request_type: type[Request], answer: Callable[[Request], Message], traffic: Traffic, meter: MethodMeter
+) -> Handler:
+    """One response for every request of a stream, in order; the first refusal ends the stream.
+
+    The meter's seconds are those of single messages.
+    """
 
     # read() and write() rather than an async generator: a tenth less CPU per message
     async def handle(_: object, context: Context) -> None:
+        meter.started += 1
         try:
             with traffic.stream():
                 while True:
                     with traffic.waiting(context):
                         data = await context.read()
                     if data is grpc.aio.EOF:
+                        meter.handled["OK"] += 1
                         return
-                    await context.write(answer(_parse(request_type, data)).SerializeToString())
-        except grpc.aio.BaseError:  # the call has ended under us
+                    started = time.perf_counter()
+                    response = answer(_parse(request_type, data)).SerializeToString()
+                    meter.seconds.add(time.perf_counter() - started)
+                    await context.write(response)
+        except (grpc.aio.BaseError, asyncio.CancelledError):  # the call has ended under us
+            meter.handled["CANCELLED"] += 1
             raise
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, meter)
 
     return grpc.stream_stream_rpc_method_handler(handle)
 
@@ -125,6 +166,8 @@ def _parse(request_type: type[Request], data: bytes) -> Request:
         ) from None
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def _abort(context: Context, error: Exception, meter: MethodMeter | None = None) -> None:
     code, details = status_of(error)
+    if meter is not None:
+        meter.handled[code.name] += 1
     await context.abort(code, details)

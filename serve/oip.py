@@ -10,7 +10,7 @@ import grpc
 
 from omcda_deploy import __version__
 from omcda_deploy.protos import oip
-from omcda_deploy.serve.handlers import Traffic, unary
+from omcda_deploy.serve.handlers import Traffic, methods
 from omcda_deploy.serve.oip_messages import inputs_of, metadata_of, response_of, wanted_outputs
 from omcda_deploy.serve.session import VERSION, Models
 
@@ -47,18 +47,15 @@ class InferenceService:
         return response_of(request, session, wanted, session.answer(inputs_of(request, session)))
 
     def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
-        return grpc.method_handlers_generic_handler(
+        return methods(
             SERVICE,
+            traffic,
             {
-                "ServerLive": unary(
-                    oip.ServerLiveRequest, lambda _: oip.ServerLiveResponse(live=True), traffic
-                ),
-                "ServerReady": unary(
-                    oip.ServerReadyRequest, lambda _: oip.ServerReadyResponse(ready=self.ready), traffic
-                ),
-                "ModelReady": unary(oip.ModelReadyRequest, self.model_ready, traffic),
-                "ServerMetadata": unary(oip.ServerMetadataRequest, self.server_metadata, traffic),
-                "ModelMetadata": unary(oip.ModelMetadataRequest, self.model_metadata, traffic),
-                "ModelInfer": unary(oip.ModelInferRequest, self.model_infer, traffic),
+                "ServerLive": (oip.ServerLiveRequest, lambda _: oip.ServerLiveResponse(live=True)),
+                "ServerReady": (oip.ServerReadyRequest, lambda _: oip.ServerReadyResponse(ready=self.ready)),
+                "ModelReady": (oip.ModelReadyRequest, self.model_ready),
+                "ServerMetadata": (oip.ServerMetadataRequest, self.server_metadata),
+                "ModelMetadata": (oip.ModelMetadataRequest, self.model_metadata),
+                "ModelInfer": (oip.ModelInferRequest, self.model_infer),
             },
         )

@@ -7,7 +7,7 @@ import json
 import grpc
 
 from omcda_deploy.protos import policy_pb2
-from omcda_deploy.serve.handlers import Traffic, stream, unary
+from omcda_deploy.serve.handlers import Traffic, methods
 from omcda_deploy.serve.policy_messages import inputs_of, response_of
 from omcda_deploy.serve.session import VERSION, Models
 
@@ -37,11 +37,12 @@ class PolicyService:
         return response_of(request, session, session.answer(inputs_of(request, session)))
 
     def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
-        return grpc.method_handlers_generic_handler(
+        return methods(
             SERVICE,
+            traffic,
             {
-                "GetContract": unary(policy_pb2.GetContractRequest, self.get_contract, traffic),
-                "Act": unary(policy_pb2.ActRequest, self.act, traffic),
-                "ActStream": stream(policy_pb2.ActRequest, self.act, traffic),
+                "GetContract": (policy_pb2.GetContractRequest, self.get_contract),
+                "Act": (policy_pb2.ActRequest, self.act),
             },
+            {"ActStream": (policy_pb2.ActRequest, self.act)},
         )

@@ -11,7 +11,7 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -21,6 +21,7 @@ from omcda_deploy.errors import EndpointError, OmcdaError
 from omcda_deploy.serve import introspection, oip, policy_service
 from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.handlers import Traffic
+from omcda_deploy.serve.logs import log_json
 from omcda_deploy.serve.session import Models
 
 LOOPBACK = "127.0.0.1"
@@ -35,11 +36,13 @@ def serve(
     port: int = 0,
     *,
     config: ServerConfig | None = None,
+    metrics_port: int | None = None,
     grace_s: float = GRACE_S,
 ) -> None:
     """Serve ``models`` (agents, or ``team``; none: all) of a bundle until SIGTERM or SIGINT.
 
-    Port 0 takes a free one; the line printed when the server is ready says which. On a signal, health turns
+    Port 0 takes a free one; the line printed when the server is ready says which. ``metrics_port``: where
+    Prometheus may scrape ``/metrics``, on the same host; nowhere where it is None. On a signal, health turns
     NOT_SERVING, what is in flight is answered for up to ``grace_s`` seconds, and the function returns.
 
     Raises :class:`BundleError`, :class:`UnknownNameError` for a model that the bundle has not,
@@ -50,7 +53,7 @@ def serve(
     config = config or ServerConfig()
     bundle = read_bundle(bundle_path)
     loaded = Models(bundle, models, config.guards_of(bundle.spec.names))
-    asyncio.run(_serve(loaded, host, port, config.limits, grace_s))
+    asyncio.run(_serve(loaded, host, port, config.limits, metrics_port, grace_s))
 
 
 def require_free(host: str, port: int) -> None:
@@ -75,7 +78,9 @@ def address_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _serve(models: Models, host: str, port: int, limits: Limits, grace_s: float) -> None:
+async def _serve(
+    models: Models, host: str, port: int, limits: Limits, metrics_port: int | None, grace_s: float
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -100,6 +105,7 @@ async def _serve(models: Models, host: str, port: int, limits: Limits, grace_s: 
     except RuntimeError as error:
         raise EndpointError(f"cannot listen on {address_of(host, port)}: choose another port") from error
     await server.start()
+    stop_metrics = _start_metrics(traffic, models, host, metrics_port)
     say(f"serving {', '.join(models.sessions)} on {address_of(host, port)}")
     await stop.wait()
     inference.ready = False
@@ -108,6 +114,15 @@ async def _serve(models: Models, host: str, port: int, limits: Limits, grace_s: 
     await traffic.quiet(grace_s / 2)
     await traffic.stop()
     await server.stop(grace_s / 2)
+    stop_metrics()
+
+
+def _start_metrics(traffic: Traffic, models: Models, host: str, port: int | None) -> Callable[[], None]:
+    if port is None:
+        return lambda: None
+    from omcda_deploy.serve.metrics import ServerCollector, serve_metrics
+
+    return serve_metrics(ServerCollector(traffic, lambda: [models]), host, port)
 
 
 def say(line: str) -> None:
@@ -127,11 +142,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default=LOOPBACK)
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     parser.add_argument("--config", type=Path, help="TOML file: guard, limits")
+    parser.add_argument("--metrics-port", type=int, help="where Prometheus may scrape /metrics")
+    parser.add_argument("--log-json", action="store_true", help="log JSON lines to stderr")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds for what is in flight")
     given = parser.parse_args(arguments)
+    if given.log_json:
+        log_json()
     try:
         config = read_server_config(given.config)
-        serve(given.bundle, given.model, given.host, given.port, config=config, grace_s=given.grace)
+        serve(
+            given.bundle,
+            given.model,
+            given.host,
+            given.port,
+            config=config,
+            metrics_port=given.metrics_port,
+            grace_s=given.grace,
+        )
     except OmcdaError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from omcda_deploy.errors import ContractError, UnknownNameError
 from omcda_deploy.guard import Guard, GuardSetting
 from omcda_deploy.local import OnnxModel
 from omcda_deploy.protos.tensors import DTYPES, answer_tensors, input_tensors
+from omcda_deploy.serve.meter import ModelMeter
 from omcda_deploy.serve.status import RangeError, RequestError
 
 VERSION = "1"  # of every model: the folder of the bundle that holds it
@@ -33,8 +35,10 @@ class Session:
         self.outputs = {tensor.name: tensor for tensor in answer_tensors(bundle.spec, name)}
         self._model = OnnxModel(bundle.model_path(name))
         self._agents = bundle.spec.agents if name == TEAM else (bundle.spec.agent(name),)
-        self._guard = Guard(bundle.spec, self._agents, bundle.divergence_kind, guards, bundle.references)
-        self._distance_limits = self._guard.distance_limits
+        self.guard = Guard(bundle.spec, self._agents, bundle.divergence_kind, guards, bundle.references)
+        self._distance_limits = self.guard.distance_limits
+        self._thresholds = self.guard.thresholds.tolist()
+        self.meter = ModelMeter([agent.name for agent in self._agents])
         self._warm_up()
 
     def answer(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -43,6 +47,7 @@ class Session:
         Raises :class:`RequestError` for values that no policy can act on, :class:`RangeError` where the action
         is not finite.
         """
+        started = time.perf_counter()
         if missing := self.inputs.keys() - given.keys() - OPTIONAL_INPUTS:
             raise RequestError(
                 f"{self.name}: expected inputs {', '.join(self.inputs)}, got {', '.join(given) or 'none'}: "
@@ -70,9 +75,11 @@ class Session:
                 f"{self.name}: the action for this observation is not finite; its largest entry is "
                 f"{np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
             )
-        guarded = self._guard(feeds["observation"], feeds["noise"], outputs)
+        guarded = self.guard(feeds["observation"], feeds["noise"], outputs)
         self._require_near(guarded.distance)
         weight = guarded.policy_weight
+        divergence = outputs["divergence"].reshape(rows, -1)
+        self.meter.add(guarded, divergence, self._thresholds, time.perf_counter() - started)
         return outputs | {
             "action": guarded.action,
             "policy_weight": weight if self.name == TEAM else weight.reshape(-1),

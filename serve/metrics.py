@@ -1,0 +1,121 @@
+"""Prometheus metrics of a server, computed from its meters when they are asked for.
+
+RPCs have the names that go-grpc-prometheus gave them, ours start with ``omcda_``. Everything carries the labels
+``model`` (an agent, or ``team``), ``agent`` and ``version`` where it applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from omcda_deploy.errors import EndpointError
+from omcda_deploy.serve.handlers import Traffic
+from omcda_deploy.serve.session import Models
+
+_RPC = ("grpc_type", "grpc_service", "grpc_method")
+_AGENT = ("model", "agent", "version")
+
+
+class ServerCollector:
+    """What a scrape reads: the RPCs of ``traffic`` and the models held at that moment."""
+
+    def __init__(self, traffic: Traffic, held: Callable[[], Iterable[Models]]) -> None:
+        self._traffic, self._held = traffic, held
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._rpcs()
+        yield from self._models()
+
+    def _rpcs(self) -> Iterator[Metric]:
+        started = CounterMetricFamily("grpc_server_started", "RPCs started on the server.", labels=_RPC)
+        handled = CounterMetricFamily(
+            "grpc_server_handled", "RPCs completed on the server, by status.", labels=(*_RPC, "grpc_code")
+        )
+        seconds = HistogramMetricFamily(
+            "grpc_server_handling_seconds",
+            "From having a request, or a message of a stream, to having its response.",
+            labels=_RPC,
+        )
+        for meter in self._traffic.meters:
+            labels = [meter.kind, meter.service, meter.method]
+            started.add_metric(labels, meter.started)
+            for code, count in sorted(meter.handled.items()):
+                handled.add_metric([*labels, code], count)
+            seconds.add_metric(labels, meter.seconds.cumulative(), meter.seconds.sum)
+        streams = GaugeMetricFamily("omcda_control_streams", "Open control streams.")
+        streams.add_metric([], self._traffic.streams)
+        yield from (started, handled, seconds, streams)
+
+    def _models(self) -> Iterator[Metric]:
+        answers = CounterMetricFamily("omcda_answers", "Answered requests.", labels=("model", "version"))
+        rows = CounterMetricFamily("omcda_rows", "Rows of answered requests.", labels=("model", "version"))
+        divergence = CounterMetricFamily(
+            "omcda_divergence_nats", "Sum of the divergence over rows.", labels=_AGENT
+        )
+        budget = GaugeMetricFamily("omcda_divergence_budget_nats", "d_i, a mean over rows.", labels=_AGENT)
+        threshold = GaugeMetricFamily("omcda_guard_threshold_nats", "The guard's, per row.", labels=_AGENT)
+        exceeded = CounterMetricFamily(
+            "omcda_guard_exceeded_rows", "Rows with a divergence above the threshold.", labels=_AGENT
+        )
+        replaced = CounterMetricFamily(
+            "omcda_guard_replaced_rows", "Rows whose action the guard replaced.", labels=(*_AGENT, "mode")
+        )
+        ratio = HistogramMetricFamily(
+            "omcda_divergence_ratio", "Largest divergence of an answer by the threshold.", labels=_AGENT
+        )
+        distance = HistogramMetricFamily(
+            "omcda_observation_distance",
+            "Largest distance of an answer's observations from the training data.",
+            labels=_AGENT,
+        )
+        for models in self._held():
+            for session in models.sessions.values():
+                meter, version = session.meter, session.version
+                answers.add_metric([session.name, version], meter.answers)
+                rows.add_metric([session.name, version], meter.rows)
+                guard = session.guard
+                for index, agent in enumerate(meter.agents):
+                    labels = [session.name, agent, version]
+                    divergence.add_metric(labels, meter.divergence[index])
+                    if (own := models.bundle.budgets[agent]) is not None:
+                        budget.add_metric(labels, own)
+                    threshold.add_metric(labels, float(guard.thresholds[index]))
+                    exceeded.add_metric(labels, meter.exceeded[index])
+                    replaced.add_metric([*labels, guard.settings[index].mode], meter.replaced[index])
+                    for family, histograms in ((ratio, meter.ratios), (distance, meter.distances)):
+                        family.add_metric(labels, histograms[index].cumulative(), histograms[index].sum)
+        yield from (answers, rows, divergence, budget, threshold, exceeded, replaced, ratio, distance)
+
+
+def serve_metrics(collector: ServerCollector, host: str, port: int) -> Callable[[], None]:
+    """Answer ``GET /metrics`` from a thread of its own; returns what ends it.
+
+    Raises :class:`EndpointError` where the address cannot be taken.
+    """
+    registry = CollectorRegistry()
+    registry.register(collector)
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise EndpointError(
+            f"cannot serve metrics on {host}:{port}: {error.strerror}. Choose another port or stop what uses it"
+        ) from error
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return stop

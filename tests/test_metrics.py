@@ -1,0 +1,121 @@
+"""Metrics scraped from a real server after known requests."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from omcda_deploy.bundle import TEAM, Bundle
+from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.local import LocalTeam
+from omcda_deploy.serve.logs import JsonFormatter
+from omcda_deploy.serve.meter import RATE_S, Histogram, ModelMeter
+from tests.server_process import free_port, server_process
+
+Sample = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def scrape(port: int) -> Sample:
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(samples: Sample, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
+
+
+def test_a_scrape_adds_up(continuous_bundle: Bundle, tmp_path: Path) -> None:
+    bundle, port = continuous_bundle, free_port()
+    config = tmp_path / "serve.toml"
+    config.write_text('[guard.agents.agent_1]\nmode = "fallback"\nthreshold = 0.05\n')
+    options = ("--config", str(config), "--metrics-port", str(port))
+    generator = np.random.default_rng(2)
+    steps = [
+        {
+            a.name: generator.normal(size=(4, a.observation_size)).astype(np.float32)
+            for a in bundle.spec.agents
+        }
+        for _ in range(5)
+    ]
+    local = LocalTeam(bundle)
+    with server_process(bundle, "agent_1", TEAM, options=options) as server:
+        with RemoteTeam({TEAM: server.endpoint}, stream=True) as team:
+            for step in steps:
+                team.act(step)
+            assert value(scrape(port), "omcda_control_streams") == 1.0
+        with RemotePolicy(server.endpoint, "agent_1") as policy:
+            policy.act(steps[0]["agent_1"])
+        with grpc.insecure_channel(server.endpoint) as channel, pytest.raises(grpc.RpcError):
+            channel.unary_unary("/omcda.v1.PolicyService/Act")(b"\xff", timeout=5)  # type: ignore[arg-type]
+        samples = scrape(port)
+    act = {"grpc_service": "omcda.v1.PolicyService", "grpc_method": "Act", "grpc_type": "unary"}
+    stream = {**act, "grpc_method": "ActStream", "grpc_type": "bidi_stream"}
+    assert value(samples, "grpc_server_started_total", **act) == 2.0
+    assert value(samples, "grpc_server_handled_total", **act, grpc_code="OK") == 1.0
+    assert value(samples, "grpc_server_handled_total", **act, grpc_code="INVALID_ARGUMENT") == 1.0
+    assert value(samples, "grpc_server_handling_seconds_count", **stream) == 5.0
+    assert 0.0 < value(samples, "grpc_server_handling_seconds_sum", **stream) < 5.0
+    assert value(samples, "omcda_control_streams") == 0.0
+    assert value(samples, "omcda_answers_total", model=TEAM, version="1") == 5.0
+    assert value(samples, "omcda_rows_total", model=TEAM, version="1") == 20.0
+    agent = {"model": TEAM, "agent": "agent_1", "version": "1"}
+    divergence = np.concatenate([local.act(step)["agent_1"].divergence for step in steps])
+    above = int((divergence > 0.05).sum())
+    assert 0 < above < 20
+    assert value(samples, "omcda_guard_exceeded_rows_total", **agent) == above
+    assert value(samples, "omcda_guard_replaced_rows_total", **agent, mode="fallback") == above
+    assert value(samples, "omcda_divergence_nats_total", **agent) == pytest.approx(divergence.sum(), rel=1e-4)
+    assert value(samples, "omcda_guard_threshold_nats", **agent) == 0.05
+    assert value(samples, "omcda_divergence_budget_nats", **agent) == pytest.approx(0.2)
+    largest = divergence.reshape(5, 4).max(axis=1) / 0.05
+    for bound in ("0.5", "1.0", "2.0"):
+        counted = value(samples, "omcda_divergence_ratio_bucket", **agent, le=bound)
+        assert counted == (largest <= float(bound)).sum()
+    alone = {"model": "agent_1", "version": "1"}
+    assert value(samples, "omcda_answers_total", **alone) == 1.0
+
+
+def test_histograms_are_cumulative_with_closed_upper_bounds() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for number in (0.5, 1.0, 1.5, 2.0, 9.0):
+        histogram.add(number)
+    assert histogram.cumulative() == [("1.0", 2), ("2.0", 4), ("+Inf", 5)]
+    assert histogram.sum == 14.0
+
+
+def test_recent_calls_give_a_rate_and_percentiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = ModelMeter(["a"])
+    assert meter.recent() is None
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    meter._recent.extend((now - 2 * RATE_S, 0.5) for _ in range(10))  # too long ago for the rate
+    meter._recent.extend((now - index * 0.1, 0.001 * (index + 1)) for index in range(120))
+    recent = meter.recent()
+    assert recent is not None
+    assert recent.per_second == pytest.approx(2.0)
+    assert recent.p50_ms == pytest.approx(65.5, abs=1.0)
+
+
+def test_log_lines_are_json_with_their_fields() -> None:
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        record = logging.LogRecord("serve", logging.ERROR, "", 0, "agent %s", ("agent_1",), sys.exc_info())
+    record.fields = {"version": "3"}
+    line = json.loads(JsonFormatter().format(record))
+    assert (line["message"], line["level"], line["version"]) == ("agent agent_1", "ERROR", "3")
+    assert "ValueError: broken" in line["error"]
+    assert line["time"].endswith("+00:00")
