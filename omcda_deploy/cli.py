@@ -20,6 +20,7 @@ from omcda_deploy.commands import (
     data,
     demo,
     play,
+    release,
     results,
     sweep,
     toy_results,
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.add_typer(data.inspect_app, name="inspect")
 app.add_typer(behavior.app, name="behavior")
 app.add_typer(benchmark.app, name="bench")
+app.add_typer(release.app, name="release")
 app.command("tasks")(data.tasks)
 app.command("collect")(data.collect)
 app.command("convert")(convert.convert)
@@ -46,6 +48,7 @@ app.command("algorithms")(train.algorithms)
 app.command("train")(train.train)
 app.command("export")(export_command.export)
 app.command("serve")(serve_command.serve)
+app.command("status")(release.status)
 app.command("evaluate")(play.evaluate)
 app.command("replay")(play.replay)
 app.command("sweep")(sweep.sweep)

@@ -34,6 +34,10 @@ class EndpointError(OmcdaError):
     """A policy server cannot be reached, or answered with an error."""
 
 
+class MissedAnswerError(EndpointError):
+    """A policy server is gone, or its answer did not come before the deadline: what a fallback stands in for."""
+
+
 class SimulatorError(OmcdaError):
     """A simulator failed, or the process that ran it died."""
 

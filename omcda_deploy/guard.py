@@ -279,7 +279,9 @@ class _Known:
 
     def __init__(self, spec: TeamSpec, sizes: Sequence[int], references: Sequence[Reference]) -> None:
         self._normalize = spec.normalizer.kind != "none"
-        self._spread = np.repeat(np.eye(len(sizes)), sizes, axis=1)  # [k, sum O], each agent's number to its entries
+        self._spread = np.repeat(
+            np.eye(len(sizes)), sizes, axis=1
+        )  # [k, sum O], each agent's number to its entries
         self._average = (self._spread / np.array(sizes)[:, None]).T  # [sum O, k], the mean of its entries
         self._center = np.eye(sum(sizes)) - self._average @ self._spread
         std = np.concatenate([reference.observation_std for reference in references])

@@ -29,12 +29,15 @@ class Decision:
     names of the graph's outputs (:mod:`omcda_deploy.bundle`); empty for a policy that has none to tell.
     ``policy_weight``: float32 [B], the policy's weight in what acted, below 1 where a guard stepped in
     (:mod:`omcda_deploy.guard`); None where nothing guards.
+    ``fallback``: the policy that was asked did not answer, and the caller's fallback chose ``action``
+    (:mod:`omcda_deploy.fallback`); then ``divergence`` is nan and ``parameters`` is empty.
     """
 
     action: NDArray[Any]
     divergence: Float
     parameters: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     policy_weight: Float | None = None
+    fallback: bool = False
 
 
 class Policy(Protocol):

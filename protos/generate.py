@@ -44,6 +44,7 @@ def generate(target: Path) -> list[Path]:
                 f"--pyi_out={root}",
                 f"--grpc_python_out={root}",
                 f"{PACKAGE}/policy.proto",
+                f"{PACKAGE}/admin.proto",
             ],
             [
                 f"--descriptor_set_out={made / 'open_inference_grpc.binpb'}",

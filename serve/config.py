@@ -10,15 +10,29 @@
     [guard.agents.agent_2]     # instead of the above, for this agent
     mode = "blend"
 
+    [releases]
+    retire_s = 300.0           # how long a version that is no longer current waits for its last episodes
+
     [limits]
     concurrent_calls = 64      # waiting or answered at once, beside the streams
     streams = 16               # open control streams
     message_bytes = 4194304
+
+    [tls]                      # plaintext without this table
+    certificate = "server.pem"
+    key = "server.key"
+    client_ca = "clients.pem"  # every client must show a certificate of this authority; none need to where left out
+
+    [access]
+    token_file = "tokens"      # a bearer token per line; everybody may call where left out
+
+Files are looked for from the folder of this file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +41,7 @@ from typing import Any, TypeVar
 
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.guard import GuardSetting
+from omcda_deploy.serve.security import Tls
 
 C = TypeVar("C")
 
@@ -53,6 +68,9 @@ class ServerConfig:
     guard: GuardSetting = field(default_factory=GuardSetting)
     guards: Mapping[str, GuardSetting] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    retire_s: float = 300.0
+    tls: Tls | None = None
+    token_file: Path | None = None
 
     def guards_of(self, agents: Iterable[str]) -> dict[str, GuardSetting]:
         """Raises :class:`UnknownNameError` for a guard of an agent that is none of ``agents``."""
@@ -74,16 +92,48 @@ def read_server_config(path: Path | None) -> ServerConfig:
     except ValueError as error:  # also bytes that are no text
         raise ConfigError(f"{path} is not TOML: {error}") from error
     try:
-        _require_names("table", values, ("guard", "limits"))
+        _require_names("table", values, ("guard", "limits", "releases", "tls", "access"))
         guard = dict(_table("guard", values.get("guard", {})))
         agents = _table("guard.agents", guard.pop("agents", {}))
         return ServerConfig(
             _build(GuardSetting, "guard", guard),
             {name: _build(GuardSetting, f"guard.agents.{name}", table) for name, table in agents.items()},
             _build(Limits, "limits", values.get("limits", {})),
+            _retire_s(values.get("releases", {})),
+            _tls(values.get("tls"), path.parent),
+            _token_file(values.get("access", {}), path.parent),
         )
     except (ConfigError, UnknownNameError) as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _retire_s(values: Any) -> float:
+    _require_names("entry of [releases]", _table("releases", values), ("retire_s",))
+    seconds = values.get("retire_s", ServerConfig.retire_s)
+    if type(seconds) not in (int, float) or not 0.0 <= seconds < math.inf:
+        raise ConfigError(f"releases.retire_s: expected seconds from 0 on, got {seconds!r}")
+    return float(seconds)
+
+
+def _tls(values: Any, folder: Path) -> Tls | None:
+    if values is None:
+        return None
+    known = [entry.name for entry in dataclasses.fields(Tls)]
+    _require_names("entry of [tls]", _table("tls", values), known)
+    for name in known:
+        if name in values and not isinstance(values[name], str):
+            raise ConfigError(f"tls.{name}: expected the name of a PEM file, got {values[name]!r}")
+    if missing := {"certificate", "key"} - values.keys():
+        raise ConfigError(f"tls: expected certificate and key, {' and '.join(sorted(missing))} is missing")
+    return Tls(**{name: str(folder / value) for name, value in values.items()})
+
+
+def _token_file(values: Any, folder: Path) -> Path | None:
+    _require_names("entry of [access]", _table("access", values), ("token_file",))
+    file = values.get("token_file")
+    if file is not None and not isinstance(file, str):
+        raise ConfigError(f"access.token_file: expected the name of a file, got {file!r}")
+    return None if file is None else folder / file
 
 
 def _build(kind: type[C], name: str, values: Any) -> C:

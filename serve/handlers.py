@@ -85,7 +85,7 @@ class Traffic:
         self.stopping = True
         for context in tuple(self._waiting):
             with suppress(grpc.aio.AbortError):
-                await _abort(context, StoppingError(STOPPING))
+                await abort(context, StoppingError(STOPPING))
 
 
 def methods(
@@ -114,9 +114,9 @@ def _unary(
         meter.started += 1
         started = time.perf_counter()
         try:
-            response = answer(_parse(request_type, data)).SerializeToString()
+            response = answer(parse(request_type, data)).SerializeToString()
         except Exception as error:
-            await _abort(context, error, meter)
+            await abort(context, error, meter)
             raise  # not reached: abort raises
         meter.seconds.add(time.perf_counter() - started)
         meter.handled["OK"] += 1
@@ -145,19 +145,19 @@ def _stream(
                         meter.handled["OK"] += 1
                         return
                     started = time.perf_counter()
-                    response = answer(_parse(request_type, data)).SerializeToString()
+                    response = answer(parse(request_type, data)).SerializeToString()
                     meter.seconds.add(time.perf_counter() - started)
                     await context.write(response)
         except (grpc.aio.BaseError, asyncio.CancelledError):  # the call has ended under us
             meter.handled["CANCELLED"] += 1
             raise
         except Exception as error:
-            await _abort(context, error, meter)
+            await abort(context, error, meter)
 
     return grpc.stream_stream_rpc_method_handler(handle)
 
 
-def _parse(request_type: type[Request], data: bytes) -> Request:
+def parse(request_type: type[Request], data: bytes) -> Request:
     try:
         return request_type.FromString(data)
     except DecodeError:
@@ -166,7 +166,7 @@ def _parse(request_type: type[Request], data: bytes) -> Request:
         ) from None
 
 
-async def _abort(context: Context, error: Exception, meter: MethodMeter | None = None) -> None:
+async def abort(context: Context, error: Exception, meter: MethodMeter | None = None) -> None:
     code, details = status_of(error)
     if meter is not None:
         meter.handled[code.name] += 1

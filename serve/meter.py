@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,8 @@ class ModelMeter:
             Histogram(RATIO_BOUNDS) for _ in agents
         ]  # of divergence to threshold, an answer's largest
         self.distances = [Histogram(RATIO_BOUNDS) for _ in agents]  # an answer's largest; empty where unknown
+        self.compared = 0  # answers that a shadow gave too
+        self.difference = 0.0  # sum over them: mean absolute difference, or share of different choices
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # (when, seconds)
 
     def add(
@@ -106,6 +109,16 @@ class ModelMeter:
             for histogram, distance in zip(self.distances, far, strict=True):
                 histogram.add(distance)
         self._recent.append((time.monotonic(), seconds))
+
+    def compare(self, action: NDArray[Any], other: NDArray[Any]) -> None:
+        """Note what a shadow would have done instead."""
+        different = action != other if action.dtype.kind == "i" else np.abs(action - other)
+        if np.isfinite(mean := float(different.mean())):
+            self.compared += 1
+            self.difference += mean
+
+    def forget_comparison(self) -> None:
+        self.compared, self.difference = 0, 0.0
 
     def recent(self) -> Recent | None:
         """None before the first answer."""

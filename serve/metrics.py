@@ -6,7 +6,7 @@ RPCs have the names that go-grpc-prometheus gave them, ours start with ``omcda_`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import (
@@ -20,7 +20,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.serve.handlers import Traffic
-from omcda_deploy.serve.session import Models
+from omcda_deploy.serve.releases import Releases
 
 _RPC = ("grpc_type", "grpc_service", "grpc_method")
 _AGENT = ("model", "agent", "version")
@@ -29,8 +29,8 @@ _AGENT = ("model", "agent", "version")
 class ServerCollector:
     """What a scrape reads: the RPCs of ``traffic`` and the models held at that moment."""
 
-    def __init__(self, traffic: Traffic, held: Callable[[], Iterable[Models]]) -> None:
-        self._traffic, self._held = traffic, held
+    def __init__(self, traffic: Traffic, releases: Releases) -> None:
+        self._traffic, self._releases = traffic, releases
 
     def collect(self) -> Iterator[Metric]:
         yield from self._rpcs()
@@ -78,7 +78,7 @@ class ServerCollector:
             "Largest distance of an answer's observations from the training data.",
             labels=_AGENT,
         )
-        for models in self._held():
+        for models, _ in list(self._releases.held()):
             for session in models.sessions.values():
                 meter, version = session.meter, session.version
                 answers.add_metric([session.name, version], meter.answers)

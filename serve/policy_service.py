@@ -6,35 +6,44 @@ import json
 
 import grpc
 
+from omcda_deploy.errors import ContractError
 from omcda_deploy.protos import policy_pb2
 from omcda_deploy.serve.handlers import Traffic, methods
 from omcda_deploy.serve.policy_messages import inputs_of, response_of
-from omcda_deploy.serve.session import VERSION, Models
+from omcda_deploy.serve.releases import Releases
 
 SERVICE = policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name
 
 
 class PolicyService:
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    def __init__(self, releases: Releases) -> None:
+        self._releases = releases
 
     def get_contract(self, request: policy_pb2.GetContractRequest) -> policy_pb2.GetContractResponse:
-        self._models.require_version(request.model_version)
-        bundle = self._models.bundle
+        held = self._releases.models(request.model_version)
+        bundle = held.bundle
         return policy_pb2.GetContractResponse(
-            model_version=VERSION,
-            models=list(self._models.sessions),
+            model_version=held.version,
+            models=list(held.sessions),
             team=json.dumps(bundle.spec.to_json()),
-            contract_hash=self._models.contract_hash,
-            bundle_digest=self._models.digest,
+            contract_hash=held.contract_hash,
+            bundle_digest=held.digest,
             divergence_kind=bundle.divergence_kind,
             budgets={name: budget for name, budget in bundle.budgets.items() if budget is not None},
         )
 
     def act(self, request: policy_pb2.ActRequest) -> policy_pb2.ActResponse:
-        session = self._models.find(request.model, request.model_version)
-        self._models.require_contract(request.contract_hash)
-        return response_of(request, session, session.answer(inputs_of(request, session)))
+        session = self._releases.find(request.model, request.model_version)
+        self._require_contract(request.contract_hash)
+        return response_of(request, session, self._releases.answer(session, inputs_of(request, session)))
+
+    def _require_contract(self, stated: str) -> None:
+        """All versions have one contract. Raises :class:`ContractError` when the caller was built for another."""
+        if stated and stated != self._releases.contract_hash:
+            raise ContractError(
+                f"the caller was built for contract {stated[:12]}, this server's is "
+                f"{self._releases.contract_hash[:12]}: call GetContract and compare the team"
+            )
 
     def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
         return methods(

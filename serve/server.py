@@ -11,49 +11,68 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
-from omcda_deploy.bundle import read_bundle
 from omcda_deploy.errors import EndpointError, OmcdaError
 from omcda_deploy.serve import introspection, oip, policy_service
+from omcda_deploy.serve.admin import AdminService
 from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.handlers import Traffic
 from omcda_deploy.serve.logs import log_json
-from omcda_deploy.serve.session import Models
+from omcda_deploy.serve.releases import Releases
+from omcda_deploy.serve.security import TokenInterceptor, Tokens
 
 LOOPBACK = "127.0.0.1"
 GRACE_S = 5.0
+# gRPC shares a port between servers by default: a second one would take half of the first one's calls.
+_OPTIONS = (("grpc.so_reuseport", 0),)
 NOTICE_S = 0.1  # between NOT_SERVING and the first refusal: watchers are told, requests on their way arrive
 
 
+@dataclass(frozen=True)
+class Listen:
+    """Where a server listens; port 0 takes a free one, None is not listened on.
+
+    ``metrics_port``: ``/metrics`` for Prometheus, on ``host``. ``admin_port``: AdminService, on loopback whatever
+    ``host`` is.
+    """
+
+    host: str = LOOPBACK
+    port: int = 0
+    metrics_port: int | None = None
+    admin_port: int | None = None
+
+
 def serve(
-    bundle_path: str | Path,
+    source: str | Path,
     models: Sequence[str],
-    host: str = LOOPBACK,
-    port: int = 0,
+    listen: Listen | None = None,
     *,
     config: ServerConfig | None = None,
-    metrics_port: int | None = None,
     grace_s: float = GRACE_S,
 ) -> None:
-    """Serve ``models`` (agents, or ``team``; none: all) of a bundle until SIGTERM or SIGINT.
+    """Serve ``models`` (agents, or ``team``; none: all) until SIGTERM or SIGINT.
 
-    Port 0 takes a free one; the line printed when the server is ready says which. ``metrics_port``: where
-    Prometheus may scrape ``/metrics``, on the same host; nowhere where it is None. On a signal, health turns
-    NOT_SERVING, what is in flight is answered for up to ``grace_s`` seconds, and the function returns.
+    ``source`` is a bundle, or a folder of bundles by version (:mod:`omcda_deploy.serve.releases`). The line printed
+    when the server is ready says on which port. On a signal, health turns NOT_SERVING, what is in flight is
+    answered for up to ``grace_s`` seconds, and the function returns.
 
     Raises :class:`BundleError`, :class:`UnknownNameError` for a model that the bundle has not,
-    :class:`ConfigError` for a guard that it cannot have, and :class:`EndpointError` where the address cannot be
+    :class:`ConfigError` for a guard that it cannot have, and :class:`EndpointError` where an address cannot be
     taken.
     """
-    require_free(host, port)
-    config = config or ServerConfig()
-    bundle = read_bundle(bundle_path)
-    loaded = Models(bundle, models, config.guards_of(bundle.spec.names))
-    asyncio.run(_serve(loaded, host, port, config.limits, metrics_port, grace_s))
+    listen, config = listen or Listen(), config or ServerConfig()
+    secured = _Security.of(config)
+    require_free(listen.host, listen.port)
+    if listen.admin_port is not None:
+        require_free(LOOPBACK, listen.admin_port)
+    releases = Releases(source, models, config)
+    asyncio.run(_serve(releases, listen, config.limits, secured, grace_s))
 
 
 def require_free(host: str, port: int) -> None:
@@ -78,8 +97,30 @@ def address_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@dataclass(frozen=True)
+class _Security:
+    credentials: grpc.ServerCredentials | None
+    interceptors: tuple[TokenInterceptor, ...]
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> _Security:
+        tokens = () if config.token_file is None else (TokenInterceptor(Tokens(config.token_file)),)
+        return cls(None if config.tls is None else config.tls.credentials(), tokens)
+
+    def add_port(self, server: grpc.aio.Server, host: str, port: int) -> int:
+        address = address_of(host, port)
+        try:
+            if self.credentials is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, self.credentials)
+        except RuntimeError as error:
+            raise EndpointError(
+                f"cannot listen on {address}: choose another port, and check that the files of [tls] fit together"
+            ) from error
+
+
 async def _serve(
-    models: Models, host: str, port: int, limits: Limits, metrics_port: int | None, grace_s: float
+    releases: Releases, listen: Listen, limits: Limits, security: _Security, grace_s: float
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -87,42 +128,45 @@ async def _serve(
         loop.add_signal_handler(number, stop.set)
     traffic = Traffic(limits)
     server = grpc.aio.server(
-        options=(
-            # gRPC shares a port between servers by default: a second one would take half of the first one's calls
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", limits.message_bytes),
-        ),
+        interceptors=security.interceptors,
+        options=(*_OPTIONS, ("grpc.max_receive_message_length", limits.message_bytes)),
         maximum_concurrent_rpcs=limits.concurrent_calls + limits.streams,
     )
-    inference = oip.InferenceService(models)
-    policy = policy_service.PolicyService(models)
+    inference = oip.InferenceService(releases)
+    policy = policy_service.PolicyService(releases)
     server.add_generic_rpc_handlers((inference.handlers(traffic), policy.handlers(traffic)))
     services = (oip.SERVICE, policy_service.SERVICE)
     health = introspection.add_health(server, services, traffic)
     introspection.add_reflection(server, (*services, introspection.HEALTH))
-    try:
-        port = server.add_insecure_port(address_of(host, port))
-    except RuntimeError as error:
-        raise EndpointError(f"cannot listen on {address_of(host, port)}: choose another port") from error
+    port = security.add_port(server, listen.host, listen.port)
+    async with AsyncExitStack() as beside:
+        if listen.admin_port is not None:
+            await _start_admin(beside, releases, listen.admin_port, security)
+        if listen.metrics_port is not None:
+            from omcda_deploy.serve.metrics import ServerCollector, serve_metrics
+
+            collector = ServerCollector(traffic, releases)
+            beside.callback(serve_metrics(collector, listen.host, listen.metrics_port))
+        await server.start()
+        say(f"serving {', '.join(releases.models().sessions)} on {address_of(listen.host, port)}")
+        await stop.wait()
+        inference.ready = False
+        await health.enter_graceful_shutdown()
+        await asyncio.sleep(min(NOTICE_S, grace_s))
+        await traffic.quiet(grace_s / 2)
+        await traffic.stop()
+        await server.stop(grace_s / 2)
+
+
+async def _start_admin(beside: AsyncExitStack, releases: Releases, port: int, security: _Security) -> None:
+    service = AdminService(releases)
+    server = grpc.aio.server(interceptors=security.interceptors, options=_OPTIONS)
+    server.add_generic_rpc_handlers((service.handlers(),))
+    security.add_port(server, LOOPBACK, port)
     await server.start()
-    stop_metrics = _start_metrics(traffic, models, host, metrics_port)
-    say(f"serving {', '.join(models.sessions)} on {address_of(host, port)}")
-    await stop.wait()
-    inference.ready = False
-    await health.enter_graceful_shutdown()
-    await asyncio.sleep(min(NOTICE_S, grace_s))
-    await traffic.quiet(grace_s / 2)
-    await traffic.stop()
-    await server.stop(grace_s / 2)
-    stop_metrics()
-
-
-def _start_metrics(traffic: Traffic, models: Models, host: str, port: int | None) -> Callable[[], None]:
-    if port is None:
-        return lambda: None
-    from omcda_deploy.serve.metrics import ServerCollector, serve_metrics
-
-    return serve_metrics(ServerCollector(traffic, lambda: [models]), host, port)
+    beside.push_async_callback(server.stop, 0)
+    retiring = asyncio.create_task(service.retire())
+    beside.callback(retiring.cancel)
 
 
 def say(line: str) -> None:
@@ -135,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m omcda_deploy.serve.server", description="Serve a bundle."
     )
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("source", type=Path, help="a bundle, or a folder of bundles named by version")
     parser.add_argument(
         "--model", action="append", default=[], help="agent or 'team'; repeatable; default all"
     )
@@ -143,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     parser.add_argument("--config", type=Path, help="TOML file: guard, limits")
     parser.add_argument("--metrics-port", type=int, help="where Prometheus may scrape /metrics")
+    parser.add_argument("--admin-port", type=int, help="where this machine may load and switch versions")
     parser.add_argument("--log-json", action="store_true", help="log JSON lines to stderr")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds for what is in flight")
     given = parser.parse_args(arguments)
@@ -150,15 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log_json()
     try:
         config = read_server_config(given.config)
-        serve(
-            given.bundle,
-            given.model,
-            given.host,
-            given.port,
-            config=config,
-            metrics_port=given.metrics_port,
-            grace_s=given.grace,
-        )
+        listen = Listen(given.host, given.port, given.metrics_port, given.admin_port)
+        serve(given.source, given.model, listen, config=config, grace_s=given.grace)
     except OmcdaError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

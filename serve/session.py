@@ -10,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.bundle import TEAM, Bundle
-from omcda_deploy.errors import ContractError, UnknownNameError
+from omcda_deploy.errors import UnknownNameError
 from omcda_deploy.guard import Guard, GuardSetting
 from omcda_deploy.local import OnnxModel
 from omcda_deploy.protos.tensors import DTYPES, answer_tensors, input_tensors
 from omcda_deploy.serve.meter import ModelMeter
 from omcda_deploy.serve.status import RangeError, RequestError
 
-VERSION = "1"  # of every model: the folder of the bundle that holds it
 NAME_LIMIT = 100  # characters of a caller's name that are compared and repeated
 OPTIONAL_INPUTS = frozenset({"noise"})
 
@@ -28,14 +27,19 @@ class Session:
     Runs where it is called, in the event loop: a run takes tens of microseconds, less than a thread hop costs.
     """
 
-    def __init__(self, bundle: Bundle, name: str, guards: Mapping[str, GuardSetting]) -> None:
+    def __init__(
+        self, bundle: Bundle, name: str, guards: Mapping[str, GuardSetting], version: str = "1"
+    ) -> None:
         self.name = name
-        self.version = VERSION
+        self.version = version
         self.inputs = {tensor.name: tensor for tensor in input_tensors(bundle.spec, name)}
         self.outputs = {tensor.name: tensor for tensor in answer_tensors(bundle.spec, name)}
         self._model = OnnxModel(bundle.model_path(name))
         self._agents = bundle.spec.agents if name == TEAM else (bundle.spec.agent(name),)
         self.guard = Guard(bundle.spec, self._agents, bundle.divergence_kind, guards, bundle.references)
+        self._first_actions = np.cumsum(
+            [0, *(agent.action.size for agent in self._agents[:-1])]
+        )  # in a joined mask
         self._distance_limits = self.guard.distance_limits
         self._thresholds = self.guard.thresholds.tolist()
         self.meter = ModelMeter([agent.name for agent in self._agents])
@@ -45,9 +49,37 @@ class Session:
         """All outputs for ``given``: arrays of the inputs' types and widths with one count of rows.
 
         Raises :class:`RequestError` for values that no policy can act on, :class:`RangeError` where the action
-        is not finite.
+        is not finite, or an observation further from the training data than the guard allows.
         """
         started = time.perf_counter()
+        feeds = self._feeds(given)
+        with np.errstate(all="ignore"):
+            outputs = self._model.run(feeds)
+        # a tanh hides an overflow, an argmax turns it into any action, and no guard compares NaN
+        if not (np.isfinite(outputs["action"]).all() and np.isfinite(outputs["divergence"]).all()):
+            raise RangeError(
+                f"{self.name}: the action for this observation or its divergence is not finite; its largest entry is "
+                f"{np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
+            )
+        guarded = self.guard(feeds["observation"], feeds["noise"], outputs)
+        if "action_mask" in feeds:
+            self._require_available(guarded.action, feeds["action_mask"])
+        self._require_near(guarded.distance)
+        rows, weight = len(feeds["observation"]), guarded.policy_weight
+        divergence = outputs["divergence"].reshape(rows, -1)
+        self.meter.add(guarded, divergence, self._thresholds, time.perf_counter() - started)
+        return outputs | {
+            "action": guarded.action,
+            "policy_weight": weight if self.name == TEAM else weight.reshape(-1),
+        }
+
+    def act(self, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """The action that :meth:`answer` would give for what has been found valid; counts and refuses nothing."""
+        feeds = self._feeds(given)
+        outputs = self._model.run(feeds)
+        return self.guard(feeds["observation"], feeds["noise"], outputs).action
+
+    def _feeds(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if missing := self.inputs.keys() - given.keys() - OPTIONAL_INPUTS:
             raise RequestError(
                 f"{self.name}: expected inputs {', '.join(self.inputs)}, got {', '.join(given) or 'none'}: "
@@ -68,22 +100,18 @@ class Session:
                     f"in row {row}, column {column}"
                 )
             feeds[name] = values
-        with np.errstate(all="ignore"):
-            outputs = self._model.run(feeds)
-        if not np.isfinite(outputs["action"]).all():
+        return feeds
+
+    def _require_available(self, action: NDArray[np.int64], mask: NDArray[np.uint8]) -> None:
+        """Graphs mask with large finite numbers, which scores or noise of 1e38 outweigh."""
+        rows = len(mask)
+        available = mask[np.arange(rows)[:, None], self._first_actions + action.reshape(rows, -1)]  # [B, k]
+        if not available.all():
+            row, agent = np.argwhere(available == 0)[0].tolist()
             raise RangeError(
-                f"{self.name}: the action for this observation is not finite; its largest entry is "
-                f"{np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
+                f"{self._agents[agent].name}: these numbers outweigh the mask in row {row}, so that an unavailable "
+                "action was chosen: send observations and noise of the range seen in training"
             )
-        guarded = self.guard(feeds["observation"], feeds["noise"], outputs)
-        self._require_near(guarded.distance)
-        weight = guarded.policy_weight
-        divergence = outputs["divergence"].reshape(rows, -1)
-        self.meter.add(guarded, divergence, self._thresholds, time.perf_counter() - started)
-        return outputs | {
-            "action": guarded.action,
-            "policy_weight": weight if self.name == TEAM else weight.reshape(-1),
-        }
 
     def _require_near(self, distance: NDArray[np.float64] | None) -> None:
         if distance is None or not (far := distance > self._distance_limits).any():
@@ -118,10 +146,14 @@ class Session:
 
 
 class Models:
-    """The models that one server answers for, all of one bundle."""
+    """The models that one server answers for, all of one version of a team's bundle."""
 
     def __init__(
-        self, bundle: Bundle, names: Iterable[str], guards: Mapping[str, GuardSetting] | None = None
+        self,
+        bundle: Bundle,
+        names: Iterable[str],
+        guards: Mapping[str, GuardSetting] | None = None,
+        version: str = "1",
     ) -> None:
         known = (*bundle.spec.names, TEAM)
         names = tuple(dict.fromkeys(names)) or known
@@ -129,26 +161,14 @@ class Models:
             if name not in known:
                 raise UnknownNameError("agent", name, known)
         self.bundle = bundle
+        self.version = version
         self.digest = bundle.digest  # now: the files on disk may change later
         self.contract_hash = bundle.spec.contract_hash
-        self.sessions = {name: Session(bundle, name, guards or {}) for name in names}
+        self.sessions = {name: Session(bundle, name, guards or {}, version) for name in names}
 
-    def find(self, name: str, version: str) -> Session:
-        """The session of a model; an empty version is the current one. Raises :class:`UnknownNameError`."""
+    def find(self, name: str) -> Session:
+        """Raises :class:`UnknownNameError`."""
         session = self.sessions.get(name)
         if session is None:
             raise UnknownNameError("model", name[:NAME_LIMIT], self.sessions)
-        self.require_version(version)
         return session
-
-    def require_version(self, version: str) -> None:
-        if version not in ("", VERSION):
-            raise UnknownNameError("model version", version[:NAME_LIMIT], [VERSION])
-
-    def require_contract(self, contract_hash: str) -> None:
-        """Raise :class:`ContractError` when a caller states another contract than this server's."""
-        if contract_hash and contract_hash != self.contract_hash:
-            raise ContractError(
-                f"the caller was built for contract {contract_hash[:12]}, this server's is "
-                f"{self.contract_hash[:12]}: call GetContract and compare the team"
-            )

@@ -26,6 +26,10 @@ class ExhaustedError(OmcdaError):
     """A limit of the server is reached."""
 
 
+class StateError(OmcdaError):
+    """What was asked for cannot be done in the server's present state."""
+
+
 class StoppingError(OmcdaError):
     """The server is about to stop and takes no further control steps."""
 
@@ -35,6 +39,7 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (DecodeError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnknownNameError, grpc.StatusCode.NOT_FOUND),
     (RangeError, grpc.StatusCode.OUT_OF_RANGE),
+    (StateError, grpc.StatusCode.FAILED_PRECONDITION),
     (ContractError, grpc.StatusCode.FAILED_PRECONDITION),
     (ExhaustedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StoppingError, grpc.StatusCode.UNAVAILABLE),

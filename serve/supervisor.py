@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from omcda_deploy.bundle import read_bundle
-from omcda_deploy.client import open_channel
+from omcda_deploy.connection import open_channel
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.serve.config import read_server_config
 from omcda_deploy.serve.server import GRACE_S, LOOPBACK, NOTICE_S, address_of, require_free, say

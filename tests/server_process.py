@@ -6,8 +6,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from omcda_deploy.bundle import Bundle
 
@@ -22,15 +23,20 @@ class ServerProcess:
 
 @contextmanager
 def server_process(
-    bundle: Bundle,
+    source: Bundle | Path,
     *models: str,
     start: Sequence[str] = ("-m", "omcda_deploy.serve.server"),
     options: Sequence[str] = (),
+    log: Path | None = None,
 ) -> Iterator[ServerProcess]:
     """A server of ``models`` on a free port, ready; stopped at the end unless the test has done so."""
-    command = [sys.executable, *start, str(bundle.path), *options]
+    path = source.path if isinstance(source, Bundle) else source
+    command = [sys.executable, *start, str(path), *options]
     command += [argument for model in models for argument in ("--model", model)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        log.open("w") if log else nullcontext() as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+    ):
         assert process.stdout is not None
         try:
             ready = process.stdout.readline()  # empty when the process ends first

@@ -23,8 +23,9 @@ from omcda_deploy.errors import ContractError, EndpointError
 from omcda_deploy.local import JointTeam, LocalPolicy, LocalTeam
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.protos import policy_pb2_grpc
+from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.policy_service import PolicyService
-from omcda_deploy.serve.session import Models
+from omcda_deploy.serve.releases import Releases
 from omcda_deploy.spec import TeamSpec
 from tests.bundles import continuous_spec, write_test_bundle
 from tests.server_process import ServerProcess, server_process
@@ -164,7 +165,7 @@ def test_shapes_are_checked_before_anything_is_sent(continuous_server: ServerPro
 @contextmanager
 def threaded_server(bundle: Bundle, *models: str, slow: threading.Event | None = None) -> Iterator[str]:
     """A server of ``models`` that, while ``slow`` is set, takes half a second for a step."""
-    service = PolicyService(Models(bundle, models))
+    service = PolicyService(Releases(bundle.path, models, ServerConfig()))
 
     class Servicer(policy_pb2_grpc.PolicyServiceServicer):
         def GetContract(self, request: Any, context: Any) -> Any:  # noqa: N802

@@ -32,7 +32,7 @@ NEEDED_FOR = {  # extra -> files that must find all they import with this extra 
     "export": ("export/*.py", "omcda_deploy/local.py"),
     "serve": ("serve/*.py", "omcda_deploy/client.py", "omcda_deploy/local.py"),
     "mujoco": ("omcda_deploy/envs/mamujoco*.py", "omcda_deploy/evaluate.py", "omcda_deploy/local.py"),
-    "smax": ("omcda_deploy/envs/smax.py", "omcda_deploy/envs/vector.py"),
+    "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector.py"),
     "behavior": (*BEHAVIOR, "export/*.py", "omcda_deploy/envs/mamujoco*.py", "omcda_deploy/local.py"),
     "dev": ("protos/generate.py",),
 }

@@ -16,6 +16,9 @@ from omcda_deploy.protos.tensors import Tensor, input_tensors, output_tensors
 def test_committed_code_is_what_the_generator_makes(tmp_path: Path) -> None:
     made = generate.generate(tmp_path)
     assert {path.name for path in made} == {
+        "admin_pb2.py",
+        "admin_pb2.pyi",
+        "admin_pb2_grpc.py",
         "oip.pyi",
         "open_inference_grpc.binpb",
         "policy_pb2.py",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from omcda_deploy import registry
 from omcda_deploy.collect import collect
 from omcda_deploy.envs import smax
+from omcda_deploy.envs._smax_programs import import_smax, muted
 from omcda_deploy.envs.smax import SmaxVector
 from omcda_deploy.envs.vector import VectorEnvironment, VectorStep, vectorize
 from omcda_deploy.errors import ConfigError, ContractError, UnknownNameError
@@ -90,8 +91,8 @@ def test_specs_are_jaxmarls(task: str, agents: int, observation: int, state: int
     assert [agent.observation_size for agent in spec.agents] == [observation] * agents
     assert [agent.action.size for agent in spec.agents] == [actions] * agents
     assert (spec.state_size, spec.action_kind) == (state, "discrete")
-    smax._programs(task)  # registers corridor; compiles nothing
-    _, jaxmarl = smax._import_smax()
+    SmaxVector(task, 1)  # registers corridor; compiles nothing
+    _, jaxmarl = import_smax()
     battle = jaxmarl.HeuristicEnemySMAX(scenario=jaxmarl.map_name_to_scenario(task.removeprefix("smax/")))
     assert len(battle.agents) == agents
     assert battle.obs_size == observation
@@ -124,7 +125,7 @@ for make in (registry.make_environment, lambda task: vectorize(task, 2)):
 
 def test_steps_are_jaxmarls_own(battles: SmaxVector) -> None:
     """Each step from our present state, by JaxMARL's unbatched environment with the keys that the seed gives."""
-    jax, jaxmarl = smax._import_smax()
+    jax, jaxmarl = import_smax()
     battle = jaxmarl.HeuristicEnemySMAX(scenario=jaxmarl.map_name_to_scenario("5m_vs_6m"))
     seeds, row = [3, 4, 2**32 - 1, 5, 6], 2
     shown = battles.reset(dict(enumerate(seeds)))
@@ -140,7 +141,7 @@ def test_steps_are_jaxmarls_own(battles: SmaxVector) -> None:
         np.testing.assert_array_equal(masks[row], [available[agent] for agent in battle.agents])
         if ended:
             break
-        ours = jax.tree.map(lambda leaf: leaf[row], battles._carries[0])
+        ours = jax.tree.map(lambda leaf: np.asarray(leaf)[row], battles._carries[0])
         np.testing.assert_array_equal(ours[0], key)
         joint = choose(masks, t, seeds)
         joint[shown.terminated] = STOP
@@ -170,7 +171,7 @@ def test_an_episode_is_its_seed_and_its_actions() -> None:
 
 def place(battles: SmaxVector, row: int, health: Mapping[int, float], step: int = 0) -> None:
     """Leave alive only the units of ``health``, in each other's range, all ready to shoot."""
-    jax, _ = smax._import_smax()
+    jax, _ = import_smax()
     key, carried = jax.tree.map(np.array, battles._carries[0])
     units = carried.state
     units.unit_health[row] = 0.0
@@ -292,7 +293,7 @@ def test_a_frame_shows_who_is_where() -> None:
 
 def test_importing_jaxmarl_leaves_the_streams_alone(capsys: pytest.CaptureFixture[str]) -> None:
     streams = sys.stdout, sys.stderr, sys.__stdout__
-    with smax._muted():
+    with muted():
         print("Submoduled environments not found.")
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # as jaxmarl's import does
         print("Skipping import.")

@@ -55,3 +55,16 @@ class ProgressReport:
 
     def __call__(self, done: int, total: int) -> None:
         self._progress.update(self._task, completed=min(done, total), total=total)
+
+
+def addresses(endpoints: str) -> list[str]:
+    """``a:1,b:5-7`` -> ``[a:1, b:5, b:6, b:7]``."""
+    found = []
+    for part in filter(None, (word.strip() for word in endpoints.split(","))):
+        host, _, ports = part.rpartition(":")
+        first, dash, last = ports.partition("-")
+        if dash and first.isdigit() and last.isdigit():
+            found += [f"{host}:{port}" for port in range(int(first), int(last) + 1)]
+        else:
+            found.append(part)
+    return found

@@ -12,6 +12,7 @@ import typer
 from omcda_deploy.commands import (
     SimulatorFactory,
     SimulatorPython,
+    addresses,
     console,
     progress_bar,
     simulator_options,
@@ -149,26 +150,13 @@ def _team(endpoints: str | None, bundle: Path | None, deadline: float, stream: b
     if endpoints is not None:
         from omcda_deploy.client import RemoteTeam
 
-        with RemoteTeam(_addresses(endpoints), deadline_s=deadline, stream=stream) as team:
+        with RemoteTeam(addresses(endpoints), deadline_s=deadline, stream=stream) as team:
             yield team
     else:
         from omcda_deploy.local import LocalTeam
 
         assert bundle is not None
         yield LocalTeam(bundle)
-
-
-def _addresses(endpoints: str) -> list[str]:
-    """``a:1,b:5-7`` -> ``[a:1, b:5, b:6, b:7]``."""
-    addresses = []
-    for part in filter(None, (word.strip() for word in endpoints.split(","))):
-        host, _, ports = part.rpartition(":")
-        first, dash, last = ports.partition("-")
-        if dash and first.isdigit() and last.isdigit():
-            addresses += [f"{host}:{port}" for port in range(int(first), int(last) + 1)]
-        else:
-            addresses.append(part)
-    return addresses
 
 
 def _require_folders(*files: Path | None) -> None:

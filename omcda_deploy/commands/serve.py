@@ -9,7 +9,7 @@ import typer
 
 
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    bundle: Annotated[Path, typer.Argument(help="A bundle, or a folder of bundles named 1, 2, …: versions.")],
     agent: Annotated[str | None, typer.Option(help="Serve this agent alone, on --port.")] = None,
     team: Annotated[
         bool, typer.Option("--team", help="Serve the joint graph of all agents, on --port.")
@@ -19,6 +19,13 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; loopback unless told otherwise.")
     ] = "127.0.0.1",
+    admin_port: Annotated[
+        int | None,
+        typer.Option(help="Where this machine may load and switch versions; agent i at this + i."),
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Where Prometheus may scrape /metrics; agent i at this + i.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file: divergence guard, limits (docs/serving.md).")
     ] = None,
@@ -34,10 +41,17 @@ def serve(
     if agent or team:
         from omcda_deploy.bundle import TEAM
         from omcda_deploy.serve.config import read_server_config
+        from omcda_deploy.serve.server import Listen
         from omcda_deploy.serve.server import serve as serve_models
 
         settings = read_server_config(config)
-        serve_models(bundle, [agent or TEAM], host, port, config=settings, grace_s=grace)
+        serve_models(
+            bundle,
+            [agent or TEAM],
+            Listen(host, port, metrics_port, admin_port),
+            config=settings,
+            grace_s=grace,
+        )
     else:
         from omcda_deploy.serve.supervisor import serve_team
 

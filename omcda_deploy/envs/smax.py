@@ -1,8 +1,8 @@
 """SMAX, JaxMARL's battles without StarCraft II: ``smax/{5m_vs_6m,6h_vs_8z,corridor}``.
 
-Allies against JaxMARL's scripted enemies, which move to the closest unit they see and shoot it. SMAX is not SMAC:
-``docs/smax.md`` says how they differ, and their numbers never stand in one table. ``corridor`` is SMAC's units on
-SMAX's open field (JaxMARL has no such map), so nothing of SMAC's choke point is left.
+Allies against JaxMARL's scripted enemies, which walk to a unit they see and shoot the closest in range. SMAX is not
+SMAC: ``docs/smax.md`` says how they differ, and their numbers never stand in one table. ``corridor`` is SMAC's
+units on SMAX's open field (JaxMARL has no such map), so nothing of SMAC's choke point is left.
 
 Actions are 0-3 move, 4 stop, 5+k attack enemy k; the dead have ``stop`` alone. The reward is the share of the
 enemies' health that was taken off in the step, and 1 more in the step that wins. 100 steps are the limit.
@@ -15,14 +15,8 @@ its seed and actions alone. It also means one compilation per map, kept in ``$OM
 
 from __future__ import annotations
 
-import io
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.envs import Float, Observations, StepResult, joint_choice
+from omcda_deploy.envs._smax_programs import Programs, programs
 from omcda_deploy.envs.vector import VectorStep, checked_actions, require_counts, require_indices
-from omcda_deploy.errors import ConfigError, ContractError, MissingExtraError, UnknownNameError
+from omcda_deploy.errors import ConfigError, ContractError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 _MAPS = {"5m_vs_6m": (5, 6), "6h_vs_8z": (6, 8), "corridor": (6, 24)}  # allies, enemies
-_ZEALOT, _ZERGLING = 3, 4
 _UNIT_TYPES = 6
 _SEEN_FEATURES = 7 + _UNIT_TYPES  # of each other unit in an observation
 _OWN_FEATURES = 4 + _UNIT_TYPES  # health, x, y, weapon cooldown, type; also of each unit in the state
@@ -81,16 +75,6 @@ def make_vector(task: str, num_envs: int, render_mode: str | None = None) -> Sma
     return SmaxVector(task, num_envs, render_mode)
 
 
-@dataclass(frozen=True)
-class _Programs:
-    """One map's compiled functions of :data:`ROWS` environments; see :func:`_programs`."""
-
-    reset: Callable[..., Any]
-    keep: Callable[..., Any]
-    step: Callable[..., Any]
-    observe: Callable[..., Any]
-
-
 @dataclass
 class _Shown:
     """What the environments show; E is a multiple of :data:`ROWS`."""
@@ -117,7 +101,8 @@ class SmaxVector:
         self.spec = SPECS[task]
         self.num_envs = num_envs
         self._render_mode = render_mode
-        self._programs: _Programs | None = _programs(task)
+        name = task.removeprefix("smax/")
+        self._programs: Programs | None = programs(name, *_MAPS[name], EPISODE_LIMIT)
         self._ended = np.ones(num_envs, np.bool_)
         blocks = -(-num_envs // ROWS)
         self._carries: list[Any] = [None] * blocks
@@ -129,7 +114,7 @@ class SmaxVector:
         )
 
     def reset(self, seeds: Mapping[int, int]) -> VectorStep:
-        programs = self._open()
+        compiled = self._open()
         require_indices(seeds, self.num_envs)
         if outside := [seed for seed in seeds.values() if not 0 <= seed < 2**64]:
             raise ContractError(f"expected seeds from 0 to 2**64 - 1, got {outside[0]}")
@@ -138,9 +123,9 @@ class SmaxVector:
         for row, seed in seeds.items():
             keys[row], chosen[row] = divmod(seed, 2**32), True  # what jax.random.PRNGKey makes of it
         for block, own in self._blocks(chosen):
-            fresh, before = programs.reset(keys[own]), self._carries[block]
-            self._carries[block] = fresh if before is None else programs.keep(chosen[own], fresh, before)
-            self._observe(programs, block, own)
+            fresh, before = compiled.reset(keys[own]), self._carries[block]
+            self._carries[block] = fresh if before is None else compiled.keep(chosen[own], fresh, before)
+            self._observe(compiled, block, own)
         self._ended[list(seeds)] = False
         nothing = np.zeros(self.num_envs, np.bool_)
         return self._answer(np.zeros(self.num_envs), nothing, nothing.copy(), nothing.copy())
@@ -148,7 +133,7 @@ class SmaxVector:
     def step(
         self, actions: Mapping[str, NDArray[Any]], active: NDArray[np.bool_] | None = None
     ) -> VectorStep:
-        programs = self._open()
+        compiled = self._open()
         active, columns = checked_actions(self.spec, self.num_envs, self._ended, actions, active)
         joint = np.full((len(self._shown.state), len(columns)), _STOP, np.int32)
         stepped = np.zeros(len(joint), np.bool_)
@@ -157,9 +142,9 @@ class SmaxVector:
         reward = np.zeros(len(joint), np.float64)
         terminated, truncated, won = (np.zeros(len(joint), np.bool_) for _ in range(3))
         for block, own in self._blocks(stepped):
-            self._carries[block], outcome = programs.step(self._carries[block], joint[own], stepped[own])
+            self._carries[block], outcome = compiled.step(self._carries[block], joint[own], stepped[own])
             reward[own], terminated[own], truncated[own], won[own] = outcome
-            self._observe(programs, block, own)
+            self._observe(compiled, block, own)
         count = self.num_envs
         answer = self._answer(reward[:count], terminated[:count], truncated[:count], won[:count])
         self._ended |= answer.terminated | answer.truncated
@@ -183,7 +168,7 @@ class SmaxVector:
     ) -> None:
         self.close()
 
-    def _open(self) -> _Programs:
+    def _open(self) -> Programs:
         if self._programs is None:
             raise ContractError("this SmaxVector is closed: make a new one")
         return self._programs
@@ -193,9 +178,9 @@ class SmaxVector:
         blocks = [(block, slice(block * ROWS, (block + 1) * ROWS)) for block in range(len(self._carries))]
         return [(block, own) for block, own in blocks if concerned[own].any()]
 
-    def _observe(self, programs: _Programs, block: int, own: slice) -> None:
+    def _observe(self, compiled: Programs, block: int, own: slice) -> None:
         shown = self._shown
-        shown.observation[own], shown.state[own], shown.action_mask[own] = programs.observe(
+        shown.observation[own], shown.state[own], shown.action_mask[own] = compiled.observe(
             self._carries[block]
         )
 
@@ -288,94 +273,6 @@ class Smax:
         }
         next(iter(infos.values()))["won"] = bool(step.info["won"][0])
         return infos
-
-
-@contextmanager
-def _muted() -> Iterator[None]:
-    """jaxmarl prints while it is imported, and sets both streams to the ones Python started with."""
-    streams = sys.stdout, sys.stderr, sys.__stdout__
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.BytesIO())  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr, sys.__stdout__ = streams  # type: ignore[misc]
-
-
-def _import_smax() -> tuple[Any, Any]:
-    """jax and jaxmarl's smax, quiet, on the CPU and with a compilation cache, unless the user set jax up."""
-    # Read when jax starts: no search for accelerators, no memory taken in advance on one that was asked for.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
-        with _muted():
-            import jax
-            from jaxmarl.environments import smax
-    except ImportError as error:
-        raise MissingExtraError("jaxmarl", "smax") from error
-    config: Any = jax.config
-    if config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("OMCDA_CACHE") or Path.home() / ".cache" / "omcda-deploy")
-        config.update("jax_compilation_cache_dir", str(home / "jax"))
-        config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    return jax, smax
-
-
-@cache
-def _programs(task: str) -> _Programs:
-    """A row's carry is its random key and JaxMARL's state; ``observe`` alone decides what is shown of it.
-
-    reset: keys [ROWS, 2] -> carry. keep: chosen [ROWS], carry of the chosen, carry of the others -> carry.
-    step: carry, actions [ROWS, N], active [ROWS] -> carry, (reward, terminated, truncated, won).
-    observe: carry -> (observations [ROWS, N, O], state [ROWS, S], masks [ROWS, N, A]).
-    """
-    jax, smax = _import_smax()
-    jnp = jax.numpy
-    name = task.removeprefix("smax/")
-    allies, enemies = _MAPS[name]
-    if name == "corridor":
-        types = jnp.array(
-            [_ZEALOT] * allies + [_ZERGLING] * enemies, jnp.uint8
-        )  # JaxMARL takes no other type
-        smax.register_scenario(name, smax.Scenario(types, allies, enemies, False, False))
-    battle = smax.HeuristicEnemySMAX(scenario=smax.map_name_to_scenario(name))
-
-    def keep(chosen: Any, new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda ours, theirs: jnp.where(chosen, ours, theirs), new, old)
-
-    def reset(key: Any) -> Any:
-        key, own = jax.random.split(key)
-        carry = key, battle.reset(own)[1]
-        # Types as `step` returns them (jax counts a Python number's as weaker), or it is compiled twice.
-        return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), carry)
-
-    def step(carry: Any, actions: Any, active: Any) -> Any:
-        key, state = carry
-        key, own = jax.random.split(key)
-        named = dict(zip(battle.agents, actions, strict=True))
-        _, state, rewards, _, _ = battle.step_env(own, state, named)
-        alive = state.state.unit_alive
-        survivors, beaten = alive[:allies].any(), ~alive[allies:].any()
-        over = beaten | ~survivors
-        # JaxMARL's own end comes a step after its limit: it looks at the count before the step.
-        late = state.state.step >= EPISODE_LIMIT
-        outcome = (
-            jnp.where(active, rewards[battle.agents[0]], 0.0),
-            active & over,
-            active & late & ~over,
-            active & beaten & survivors,
-        )
-        return keep(active, (key, state), carry), outcome
-
-    def observe(carry: Any) -> Any:
-        _, state = carry
-        observations, masks = battle.get_obs(state), battle.get_avail_actions(state)
-        return (
-            jnp.stack([observations[agent] for agent in battle.agents]),
-            battle.get_world_state(state),
-            jnp.stack([masks[agent] for agent in battle.agents]),
-        )
-
-    return _Programs(*(jax.jit(jax.vmap(function)) for function in (reset, keep, step, observe)))
 
 
 def _frame(state: Float, allies: int) -> NDArray[np.uint8]:

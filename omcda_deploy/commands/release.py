@@ -1,0 +1,123 @@
+"""``release`` and ``status``: which version of a team's bundle answers, on all its servers together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from omcda_deploy.commands import addresses, console
+
+if TYPE_CHECKING:
+    from omcda_deploy.admin import Statuses, TeamAdmin
+    from omcda_deploy.protos.admin_pb2 import ServerStatus
+
+app = typer.Typer(
+    help="Load, switch and roll back the versions that servers answer with.", no_args_is_help=True
+)
+
+Admin = Annotated[
+    str, typer.Option(help="Admin ports of all servers of the team, with ranges: 127.0.0.1:9500-9505.")
+]
+Version = Annotated[str, typer.Argument(help="Name of the bundle's folder: 1, 2, …")]
+
+
+@app.command("load")
+def load(version: Version, admin: Admin) -> None:
+    """Load a version on all servers and warm it up; the current one goes on answering."""
+    with _team(admin) as team:
+        _print_versions(team.load(version))
+
+
+@app.command("switch")
+def switch(version: Version, admin: Admin) -> None:
+    """Make a version the current one, on all servers or on none; running episodes keep theirs."""
+    with _team(admin) as team:
+        _print_versions(team.switch(version))
+
+
+@app.command("rollback")
+def rollback(admin: Admin) -> None:
+    """Switch back to the version that answered before."""
+    with _team(admin) as team:
+        _print_versions(team.rollback())
+
+
+@app.command("unload")
+def unload(version: Version, admin: Admin) -> None:
+    """Give up a version at once, episodes that still use it included."""
+    with _team(admin) as team:
+        _print_versions(team.unload(version))
+
+
+@app.command("shadow")
+def shadow(
+    admin: Admin,
+    version: Annotated[str, typer.Argument(help="Version to run beside the current one; none ends it.")] = "",
+) -> None:
+    """Run a version beside the current one and measure how their actions differ; it answers nothing."""
+    with _team(admin) as team:
+        _print_versions(team.shadow(version))
+
+
+def status(admin: Admin) -> None:
+    """Health, version, rate, latency, divergence and guard of every agent. Status 1 where a server is down."""
+    with _team(admin) as team:
+        statuses, down = team.survey()
+    _print_versions(statuses)
+    for at, reason in down.items():
+        console.print(f"{at} is down: {reason}", highlight=False, soft_wrap=True, markup=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("agent", no_wrap=True)
+    for column in ("answers/s", "p50, p99 ms", "divergence, budget", "guard", "above, replaced", "shadow"):
+        table.add_column(column)
+    for served in statuses.values():
+        for row in _agent_rows(served):
+            table.add_row(*row)
+    console.print(table)
+    if down:
+        raise typer.Exit(1)
+
+
+def _agent_rows(served: ServerStatus) -> Iterator[list[str]]:
+    for model in served.models:
+        for agent in model.agents:
+            yield [
+                agent.agent if agent.agent == model.model else f"{model.model}: {agent.agent}",
+                f"{model.answers_per_s:.1f}",
+                f"{_number(model.p50_ms)}, {_number(model.p99_ms)}",
+                f"{_number(agent.divergence)}, {_number(agent.budget)}",
+                f"{agent.guard} {_number(agent.threshold)}",
+                f"{_percent(agent.exceeded)}, {_percent(agent.replaced)}",
+                _number(model.shadow_difference),
+            ]
+
+
+def _print_versions(statuses: Statuses | Mapping[str, ServerStatus]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("server", "current", "held", "previous", "shadow"):
+        table.add_column(column)
+    for at, served in statuses.items():
+        held = ", ".join(version.version for version in served.versions)
+        table.add_row(at, served.current, held, served.previous or "-", served.shadow or "-")
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%" if math.isfinite(value) else "-"
+
+
+@contextmanager
+def _team(admin: str) -> Iterator[TeamAdmin]:
+    from omcda_deploy.admin import TeamAdmin
+
+    with TeamAdmin(addresses(admin)) as team:
+        yield team

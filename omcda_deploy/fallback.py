@@ -1,0 +1,222 @@
+"""Who acts for an agent whose server does not answer in time.
+
+| ``fallback``                  | an agent whose answer is missed |
+|-------------------------------|---------------------------------|
+| ``"raise"``                   | the step fails with :class:`MissedAnswerError` |
+| ``"hold"``                    | repeats its last action of this episode; raises before its first |
+| a policy per agent, or a team | does what that policy says, which is asked for the missed steps only |
+
+Held actions that an action mask forbids by now give way to the first action that it allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.bundle import Bundle
+from omcda_deploy.errors import ConfigError, ContractError, MissedAnswerError
+from omcda_deploy.local import LocalTeam
+from omcda_deploy.policy import Decision, Float, Policy, TeamPolicy
+from omcda_deploy.spec import AgentSpec, TeamSpec, require_same_contract
+
+Mask: TypeAlias = NDArray[np.uint8]
+FallbackChoice: TypeAlias = Literal["raise", "hold"] | Mapping[str, Policy] | TeamPolicy
+
+
+class Fallback(Protocol):
+    """What a client keeps of a choice. ``name`` says who answers: ``hold``, or the types of the policies."""
+
+    name: str
+
+    def reset(self) -> None:
+        """Forget the episode."""
+        ...
+
+    def note(self, decisions: Mapping[str, Decision]) -> None:
+        """The step was answered: all of a team's decisions, those of the fallback included."""
+        ...
+
+    def answer(
+        self,
+        missed: Mapping[str, MissedAnswerError],
+        observations: Mapping[str, Float],
+        noise: Mapping[str, Float] | None,
+        action_masks: Mapping[str, Mask] | None,
+    ) -> dict[str, Decision]:
+        """Decisions of the agents in ``missed``. Raises :class:`MissedAnswerError` where there are none."""
+        ...
+
+
+def fallback_of(choice: FallbackChoice, spec: TeamSpec, agents: Sequence[AgentSpec]) -> Fallback | None:
+    """What stands in for ``agents`` of a team; None for ``"raise"``.
+
+    Raises :class:`ConfigError` for a choice that is none, :class:`ContractError` for policies that do not fit.
+    """
+    if isinstance(choice, str):
+        if choice not in ("raise", "hold"):
+            raise ConfigError(f"fallback: expected 'raise', 'hold' or policies, got {choice!r}")
+        return _Hold() if choice == "hold" else None
+    if isinstance(choice, Mapping):
+        if set(choice) != {agent.name for agent in agents}:
+            raise ConfigError(
+                f"fallback: expected policies of {', '.join(agent.name for agent in agents)}, got those of "
+                f"{', '.join(choice) or 'none'}"
+            )
+        for agent in agents:
+            if choice[agent.name].spec != agent:
+                raise ContractError(
+                    f"the fallback of {agent.name} was made for {choice[agent.name].spec}, the served agent is "
+                    f"{agent}: use a policy of the same task"
+                )
+        return _Policies(choice)
+    require_same_contract(choice.spec, spec, "the fallback", "the served team")
+    return _Team(choice)
+
+
+class BehaviorTeam:
+    """The behaviour policy of a local bundle as a team of its own: at worst as good as the data.
+
+    Answers as a server whose guard never trusts the policy: ``divergence`` and ``parameters`` are the bundle's,
+    ``policy_weight`` is 0.
+    """
+
+    def __init__(self, bundle: Bundle | str | Path) -> None:
+        self._team = LocalTeam(bundle)
+        self.spec: TeamSpec = self._team.spec
+
+    def reset(self) -> None:
+        self._team.reset()
+
+    def act(
+        self,
+        observations: Mapping[str, Float],
+        *,
+        noise: Mapping[str, Float] | None = None,
+        action_masks: Mapping[str, Mask] | None = None,
+    ) -> dict[str, Decision]:
+        return {
+            name: replace(
+                decision,
+                action=_behavior(self.spec.agent(name), decision, noise[name] if noise else None),
+                policy_weight=np.zeros_like(decision.divergence),
+            )
+            for name, decision in self._team.act(observations, noise=noise, action_masks=action_masks).items()
+        }
+
+
+def _behavior(agent: AgentSpec, decision: Decision, noise: Float | None) -> NDArray[Any]:
+    """The behaviour policy's action, sampled with the noise that the policy's would have been."""
+    said = decision.parameters
+    if noise is None:
+        return said["behavior_action"]
+    if agent.action.kind == "discrete":
+        choice: NDArray[np.int64] = np.argmax(said["behavior_logits"] + noise, axis=-1)
+        return choice
+    low, high = agent.action.low, agent.action.high
+    sample = np.tanh(said["behavior_mean"] + np.exp(said["behavior_log_std"]) * noise)
+    action: Float = ((high + low) / 2 + (high - low) / 2 * sample).astype(np.float32)
+    return action
+
+
+class _Hold:
+    name = "hold"
+
+    def __init__(self) -> None:
+        self._last: dict[str, Decision] = {}
+
+    def reset(self) -> None:
+        self._last.clear()
+
+    def note(self, decisions: Mapping[str, Decision]) -> None:
+        for name, decision in decisions.items():
+            if not decision.fallback:
+                self._last[name] = _marked(decision)
+
+    def answer(
+        self,
+        missed: Mapping[str, MissedAnswerError],
+        observations: Mapping[str, Float],
+        noise: Mapping[str, Float] | None,
+        action_masks: Mapping[str, Mask] | None,
+    ) -> dict[str, Decision]:
+        return {
+            name: self._held(name, error, observations[name], action_masks[name] if action_masks else None)
+            for name, error in missed.items()
+        }
+
+    def _held(self, name: str, error: MissedAnswerError, observation: Float, mask: Mask | None) -> Decision:
+        last = self._last.get(name)
+        if last is None or last.divergence.shape != np.shape(observation)[:-1]:
+            raise MissedAnswerError(
+                f"{error}. There is no action of this episode and batch size to hold: use a policy as fallback"
+            ) from error
+        if mask is None:
+            return _marked(last)
+        allowed = np.take_along_axis(mask, np.asarray(last.action)[..., None], axis=-1)[..., 0]
+        return replace(last, action=np.where(allowed, last.action, mask.argmax(axis=-1)))
+
+
+class _Policies:
+    def __init__(self, policies: Mapping[str, Policy]) -> None:
+        self.name = ", ".join(sorted({type(policy).__name__ for policy in policies.values()}))
+        self._policies = policies
+
+    def reset(self) -> None:
+        for policy in self._policies.values():
+            policy.reset()
+
+    def note(self, decisions: Mapping[str, Decision]) -> None:
+        pass
+
+    def answer(
+        self,
+        missed: Mapping[str, MissedAnswerError],
+        observations: Mapping[str, Float],
+        noise: Mapping[str, Float] | None,
+        action_masks: Mapping[str, Mask] | None,
+    ) -> dict[str, Decision]:
+        return {
+            name: _marked(
+                self._policies[name].act(
+                    observations[name],
+                    noise=noise[name] if noise else None,
+                    action_mask=action_masks[name] if action_masks else None,
+                )
+            )
+            for name in missed
+        }
+
+
+class _Team:
+    def __init__(self, team: TeamPolicy) -> None:
+        self.name = type(team).__name__
+        self._team = team
+
+    def reset(self) -> None:
+        self._team.reset()
+
+    def note(self, decisions: Mapping[str, Decision]) -> None:
+        pass
+
+    def answer(
+        self,
+        missed: Mapping[str, MissedAnswerError],
+        observations: Mapping[str, Float],
+        noise: Mapping[str, Float] | None,
+        action_masks: Mapping[str, Mask] | None,
+    ) -> dict[str, Decision]:
+        decisions = self._team.act(observations, noise=noise, action_masks=action_masks)
+        return {name: _marked(decisions[name]) for name in missed}
+
+
+def _marked(decision: Decision) -> Decision:
+    """The action alone, as a copy of its own: what else was said is not the asked policy's word on this step."""
+    return Decision(
+        np.array(decision.action), np.full(np.shape(decision.divergence), np.nan, np.float32), fallback=True
+    )

@@ -1,0 +1,81 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class VersionRequest(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    def __init__(self, version: _Optional[str] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ServerStatus(_message.Message):
+    __slots__ = ("current", "previous", "shadow", "versions", "models", "uptime_s", "contract_hash")
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    CONTRACT_HASH_FIELD_NUMBER: _ClassVar[int]
+    current: str
+    previous: str
+    shadow: str
+    versions: _containers.RepeatedCompositeFieldContainer[HeldVersion]
+    models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
+    uptime_s: float
+    contract_hash: str
+    def __init__(self, current: _Optional[str] = ..., previous: _Optional[str] = ..., shadow: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., contract_hash: _Optional[str] = ...) -> None: ...
+
+class HeldVersion(_message.Message):
+    __slots__ = ("version", "bundle_digest", "idle_s")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    bundle_digest: str
+    idle_s: float
+    def __init__(self, version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., idle_s: _Optional[float] = ...) -> None: ...
+
+class ModelStatus(_message.Message):
+    __slots__ = ("model", "answers", "answers_per_s", "p50_ms", "p99_ms", "agents", "shadow_difference")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    P50_MS_FIELD_NUMBER: _ClassVar[int]
+    P99_MS_FIELD_NUMBER: _ClassVar[int]
+    AGENTS_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    answers: int
+    answers_per_s: float
+    p50_ms: float
+    p99_ms: float
+    agents: _containers.RepeatedCompositeFieldContainer[AgentStatus]
+    shadow_difference: float
+    def __init__(self, model: _Optional[str] = ..., answers: _Optional[int] = ..., answers_per_s: _Optional[float] = ..., p50_ms: _Optional[float] = ..., p99_ms: _Optional[float] = ..., agents: _Optional[_Iterable[_Union[AgentStatus, _Mapping]]] = ..., shadow_difference: _Optional[float] = ...) -> None: ...
+
+class AgentStatus(_message.Message):
+    __slots__ = ("agent", "divergence", "budget", "guard", "threshold", "exceeded", "replaced")
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    GUARD_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    EXCEEDED_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_FIELD_NUMBER: _ClassVar[int]
+    agent: str
+    divergence: float
+    budget: float
+    guard: str
+    threshold: float
+    exceeded: float
+    replaced: float
+    def __init__(self, agent: _Optional[str] = ..., divergence: _Optional[float] = ..., budget: _Optional[float] = ..., guard: _Optional[str] = ..., threshold: _Optional[float] = ..., exceeded: _Optional[float] = ..., replaced: _Optional[float] = ...) -> None: ...

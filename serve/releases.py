@@ -1,0 +1,194 @@
+"""The versions of a team that a server holds, and which of them answers.
+
+A server is given one bundle, or a folder of bundles named by version::
+
+    releases/1/bundle.json …
+    releases/2/bundle.json …
+    releases/current              the version that answers, as text; the highest where there is no such file
+
+A request may name its version, and so an episode stays with one while others come and go; a request that names none
+is answered by the current one. A version that is no longer current stays until nobody has asked for it for
+``releases.retire_s`` seconds. All versions of a team have one contract.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.bundle import MANIFEST, Bundle, read_bundle
+from omcda_deploy.errors import BundleError, ConfigError, UnknownNameError
+from omcda_deploy.serve.config import ServerConfig
+from omcda_deploy.serve.session import NAME_LIMIT, Models, Session
+from omcda_deploy.serve.status import StateError
+from omcda_deploy.spec import require_same_contract
+
+ONLY = "1"  # version of a bundle that is served by itself
+CURRENT = "current"
+
+
+class Repository:
+    """The bundles on disk by version."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        self._single = (source / MANIFEST).is_file()
+
+    def versions(self) -> list[str]:
+        """Raises :class:`BundleError` where there is none."""
+        if self._single:
+            return [ONLY]
+        found = [
+            path.name
+            for path in (self._source.iterdir() if self._source.is_dir() else ())
+            if path.name.isdecimal() and (path / MANIFEST).is_file()
+        ]
+        if not found:
+            raise BundleError(
+                f"{self._source}: expected a bundle, or a folder of bundles named 1, 2, …, found none. Make one "
+                "with  omcda-deploy export"
+            )
+        return sorted(found, key=int)
+
+    def read(self, version: str) -> Bundle:
+        if version not in (known := self.versions()):
+            raise UnknownNameError("version", version[:NAME_LIMIT], known)
+        return read_bundle(self._source if self._single else self._source / version)
+
+    def current(self) -> str:
+        known = self.versions()
+        note = self._source / CURRENT
+        if self._single or not note.is_file():
+            return known[-1]
+        if (version := note.read_text().strip()) not in known:
+            raise BundleError(
+                f"{note} says {version!r}: expected one of {', '.join(known)}; correct or remove it"
+            )
+        return version
+
+    def note_current(self, version: str) -> None:
+        """Remember it for the next start. Raises :class:`ConfigError` where the folder cannot be written."""
+        if self._single:
+            return
+        temporary = self._source / f".{CURRENT}.{os.getpid()}"
+        try:
+            temporary.write_text(f"{version}\n")
+            temporary.replace(self._source / CURRENT)
+        except OSError as error:
+            raise ConfigError(f"{self._source / CURRENT} cannot be written: {error.strerror}") from error
+
+
+class _Held:
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        self.used = time.monotonic()
+
+
+class Releases:
+    """What one server process holds of a team. Its coroutines are for one caller at a time."""
+
+    def __init__(self, source: str | Path, models: Sequence[str], config: ServerConfig) -> None:
+        self._repository = Repository(Path(source))
+        self._names, self._config = models, config
+        self.current = self._repository.current()
+        self.previous = ""
+        self.shadow = ""
+        first = self._load(self.current)
+        self.spec = first.bundle.spec
+        self.contract_hash = first.contract_hash
+        self._held = {self.current: _Held(first)}
+        self._lock = asyncio.Lock()
+
+    def find(self, name: str, version: str) -> Session:
+        """The session of a model; an empty version is the current one. Raises :class:`UnknownNameError`."""
+        return self.models(version).find(name)
+
+    def models(self, version: str = "") -> Models:
+        held = self._held.get(version or self.current)
+        if held is None:
+            raise UnknownNameError("version", version[:NAME_LIMIT], self._held)
+        held.used = time.monotonic()
+        return held.models
+
+    def held(self) -> Iterator[tuple[Models, float]]:
+        """Every version's models, and the seconds since they were asked for last, by version."""
+        now = time.monotonic()
+        for version in sorted(self._held, key=int):
+            held = self._held[version]
+            yield held.models, now - held.used
+
+    def answer(self, session: Session, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """As :meth:`Session.answer`; where there is a shadow, it runs too and the difference is noted."""
+        outputs = session.answer(given)
+        if self.shadow and session.version == self.current:
+            with np.errstate(all="ignore"):
+                other = self._held[self.shadow].models.find(session.name).act(given)
+            session.meter.compare(outputs["action"], other)
+        return outputs
+
+    async def load(self, version: str) -> None:
+        """Load and warm up, beside the event loop. Does nothing for a version that is held."""
+        async with self._lock:
+            if version in self._held:
+                return
+            loaded = await asyncio.to_thread(self._load, version)
+            require_same_contract(
+                self.spec,
+                loaded.bundle.spec,
+                f"version {self.current}, which is served,",
+                f"version {version}",
+            )
+            self._held[version] = _Held(loaded)
+
+    async def switch(self, version: str) -> None:
+        """Raises :class:`UnknownNameError` for a version that is not held: load it first."""
+        async with self._lock:
+            self.models(version)
+            if version == self.shadow:
+                self.shadow = ""
+            if version != self.current:
+                self._repository.note_current(version)
+                self.models(self.current)  # its idle time starts now
+                self.previous, self.current = self.current, version
+
+    async def unload(self, version: str) -> None:
+        async with self._lock:
+            self.models(version)
+            if version in (self.current, self.shadow):
+                raise StateError(
+                    f"version {version} is in use: switch to another version, or end the shadow, first"
+                )
+            del self._held[version]
+
+    async def follow(self, version: str) -> None:
+        """Make a version the shadow; an empty one ends it."""
+        async with self._lock:
+            if version:
+                self.models(version)
+                if version == self.current:
+                    raise StateError(f"version {version} answers: expected another one as its shadow")
+            self.shadow = version
+            for session in self.models().sessions.values():
+                session.meter.forget_comparison()
+
+    def retire(self) -> list[str]:
+        """Give up versions that nobody has asked for in a while; returns them."""
+        idle = [
+            models.version
+            for models, seconds in self.held()
+            if models.version not in (self.current, self.shadow) and seconds > self._config.retire_s
+        ]
+        for version in idle:
+            del self._held[version]
+        return idle
+
+    def _load(self, version: str) -> Models:
+        bundle = self._repository.read(version)
+        return Models(bundle, self._names, self._config.guards_of(bundle.spec.names), version)

@@ -1,0 +1,126 @@
+"""TLS, client certificates and bearer tokens.
+
+Tokens are lines of a file, which is read again when it changes, so that they are rotated without a restart: write
+the new one beside the old, move the clients, remove the old one. Health checks need none: probes have none to show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from omcda_deploy.errors import ConfigError
+
+RELOAD_S = 1.0
+OPEN_SERVICES = ("/grpc.health.v1.Health/",)
+DENIED = "expected the metadata  authorization: Bearer TOKEN  with a token of this server"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files. With ``client_ca`` every client must show a certificate that it signed (mTLS)."""
+
+    certificate: str
+    key: str
+    client_ca: str | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Raises :class:`ConfigError` for a file that cannot be read."""
+        authority = None if self.client_ca is None else _read("tls.client_ca", self.client_ca)
+        pair = (_read("tls.key", self.key), _read("tls.certificate", self.certificate))
+        return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
+
+
+class Tokens:
+    """The tokens of a file. Raises :class:`ConfigError` where it holds none at the start."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._checked = time.monotonic()
+        self._stamp = self._now()
+        self._digests = self._load()
+
+    def admit(self, authorization: str) -> bool:
+        """Whether the value of an ``authorization`` header is ``Bearer`` and one of the tokens."""
+        self._reload()
+        scheme, _, token = authorization.partition(" ")
+        digest = hashlib.sha256(token.strip().encode()).digest()
+        # All are compared, each in constant time: neither the token nor its place shows in the time it takes.
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == "bearer" and any(found)
+
+    def _load(self) -> list[bytes]:
+        lines = [line.strip() for line in _read("access.token_file", self._file).decode().splitlines()]
+        tokens = [line for line in lines if line and not line.startswith("#")]
+        if not tokens:
+            raise ConfigError(f"access.token_file: expected a token per line in {self._file}, found none")
+        return [hashlib.sha256(token.encode()).digest() for token in tokens]
+
+    def _reload(self) -> None:
+        now = time.monotonic()
+        if now - self._checked < RELOAD_S:
+            return
+        self._checked = now
+        try:
+            if (stamp := self._now()) != self._stamp:
+                self._digests, self._stamp = self._load(), stamp
+                log.info("%s was read again: %d tokens", self._file, len(self._digests))
+        except ConfigError as error:  # half-written, or gone for a moment: the tokens known so far stay
+            log.warning("%s", error)
+
+    def _now(self) -> tuple[int, int]:
+        try:
+            status = self._file.stat()
+        except OSError as error:
+            raise ConfigError(f"access.token_file: {self._file} cannot be read: {error.strerror}") from error
+        return status.st_mtime_ns, status.st_size
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Answers UNAUTHENTICATED to calls without a token, before anything of them is read."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(OPEN_SERVICES):
+            return handler
+        shown = {key: value for key, value in handler_call_details.invocation_metadata or ()}
+        value = shown.get("authorization", "")
+        if self._tokens.admit(value if isinstance(value, str) else ""):
+            return handler
+        return _denial(handler)
+
+
+def _denial(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, DENIED)
+
+    # gRPC wants a handler of the method's own kind.
+    if handler.request_streaming and handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(refuse)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(refuse)
+    return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def _read(entry: str, file: str | Path) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{entry}: {file} cannot be read: {error.strerror}") from error

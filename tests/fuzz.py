@@ -1,0 +1,226 @@
+"""Hostile traffic for a policy server, and what it must answer: ``python -m tests.fuzz``.
+
+Every call of :mod:`tests.fuzz_calls` must end within its deadline with a status of the table :data:`ALLOWED`. Where
+it is OK, the request is judged again from its bytes by :mod:`tests.judge`, which shares no code with the server. A
+call that fails is printed with its seed and number, by which it can be sent again alone, and its bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+
+from omcda_deploy.bundle import Bundle
+from omcda_deploy.spec import TeamSpec
+from tests.bundles import continuous_spec, discrete_spec, write_test_bundle
+from tests.fuzz_calls import MESSAGE_LIMIT, STREAM, WEIGHTS, Call, Fuzzer, Kind
+from tests.judge import complaint
+from tests.server_process import ServerProcess, server_process
+
+ALLOWED = {
+    "OK": "the request deserves it",
+    "INVALID_ARGUMENT": "bytes, fields, shapes or values that do not fit",
+    "NOT_FOUND": "unknown model or version",
+    "OUT_OF_RANGE": "valid, but the policy has no finite action there",
+    "FAILED_PRECONDITION": "another contract",
+    "RESOURCE_EXHAUSTED": "larger than a message may be",
+}
+DEADLINE_S = 20.0  # far beyond what any of these takes: only a hang misses it
+CONCURRENT = 24  # calls in flight, of which few are streams: no limit of the server is reached
+STREAMS = 6
+GROWTH_LIMIT_KB = 24 << 10
+CONTROL_EVERY_S = 0.2
+SHOWN = 1000  # bytes of a failing message that are printed
+
+NO_PROXY = (("grpc.enable_http_proxy", 0),)
+TEAMS = {"continuous": continuous_spec, "discrete": discrete_spec}
+
+
+Outcome: TypeAlias = tuple[str, str, list[bytes]]  # status, details, answers
+
+
+@dataclass
+class Report:
+    """What came of the calls: statuses by kind of call, and failures in words."""
+
+    statuses: Counter[tuple[Kind, str]] = field(default_factory=Counter)
+    methods: Counter[str] = field(default_factory=Counter)
+    controls: int = 0
+    failures: list[str] = field(default_factory=list)
+    grown_kb: int = 0  # by the server, from a quarter of the calls on
+
+
+def fuzz(server: ServerProcess, bundle: Bundle, seed: int, first: int, calls: int) -> Report:
+    """Send ``calls`` calls from number ``first`` on to a server of all models of ``bundle``."""
+    with grpc.insecure_channel(server.endpoint, NO_PROXY) as stream_channel:
+        run = _Run(server, stream_channel, bundle, seed, first, calls)
+        asyncio.run(run.drive())
+    report = run.report
+    if (status := server.process.poll()) is not None:
+        report.failures.append(f"the server exited with status {status}")
+        return report
+    report.grown_kb = resident_kb(server.process.pid) - run.warm_kb
+    if report.grown_kb > GROWTH_LIMIT_KB:
+        report.failures.append(f"the server grew by {report.grown_kb} kB")
+    return report
+
+
+def resident_kb(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+class _Run:
+    """:data:`CONCURRENT` calls in flight, and control requests before, between and after them."""
+
+    def __init__(
+        self,
+        server: ServerProcess,
+        stream_channel: grpc.Channel,
+        bundle: Bundle,
+        seed: int,
+        first: int,
+        calls: int,
+    ) -> None:
+        self.report = Report()
+        self.warm_kb = 0
+        self._server, self._bundle = server, bundle
+        self._calls = map(
+            Fuzzer(bundle.spec, seed).call, range(first, first + calls)
+        )  # shared by the workers
+        self._warm_at = first + calls // 4
+        self._controls = _controls(bundle.spec)
+        self._stream_channel = stream_channel
+
+    async def drive(self) -> None:
+        async with grpc.aio.insecure_channel(self._server.endpoint, NO_PROXY) as channel:
+            try:
+                expected = await self._control(channel)
+                streams = asyncio.Semaphore(STREAMS)
+                workers = [asyncio.create_task(self._work(channel, streams)) for _ in range(CONCURRENT)]
+                while not all(worker.done() for worker in workers):
+                    await asyncio.wait(workers, timeout=CONTROL_EVERY_S)
+                    if await self._control(channel) != expected:
+                        self.report.failures.append("a control request is answered otherwise than before")
+                await asyncio.gather(*workers)
+            except grpc.RpcError as error:
+                self.report.failures.append(f"a control request failed: {error}")
+
+    async def _control(self, channel: Any) -> list[bytes]:
+        self.report.controls += 1
+        return [
+            await channel.unary_unary(method)(data, timeout=DEADLINE_S) for method, data in self._controls
+        ]
+
+    async def _ask(self, channel: Any, call: Call) -> Outcome:
+        if call.method == STREAM:
+            return await asyncio.to_thread(_ask_stream, self._stream_channel, call.messages)
+        try:
+            return "OK", "", [await channel.unary_unary(call.method)(call.messages[0], timeout=DEADLINE_S)]
+        except grpc.RpcError as error:
+            return _refusal(error, [])
+
+    async def _work(self, channel: Any, streams: asyncio.Semaphore) -> None:
+        for call in self._calls:
+            if call.index == self._warm_at:
+                self.warm_kb = resident_kb(self._server.process.pid)
+            async with streams if call.method == STREAM else nullcontext():
+                status, details, answers = await self._ask(channel, call)
+            self.report.statuses[call.kind, status] += 1
+            self.report.methods[call.method] += 1
+            if wrong := _wrong(self._bundle, call, status, details, answers):
+                self.report.failures.append(
+                    f"call {call.index} ({call.kind}, {call.method}): {wrong}\n"
+                    + "\n".join(
+                        f"    {data[:SHOWN].hex()}{'…' * (len(data) > SHOWN)}" for data in call.messages
+                    )
+                )
+
+
+def _ask_stream(channel: Any, messages: tuple[bytes, ...]) -> Outcome:
+    # not by grpc.aio, whose client reports INTERNAL where a stream ends while it still writes
+    answers: list[bytes] = []
+    try:
+        for answer in channel.stream_stream(STREAM)(iter(messages), timeout=DEADLINE_S):
+            answers.append(answer)
+    except grpc.RpcError as error:
+        return _refusal(error, answers)
+    return "OK", "", answers
+
+
+def _refusal(error: Any, answers: list[bytes]) -> Outcome:
+    return error.code().name, error.details() or "", answers
+
+
+def _wrong(bundle: Bundle, call: Call, status: str, details: str, answers: list[bytes]) -> str | None:
+    if status not in ALLOWED:
+        return f"{status}: {details}"
+    if call.kind == "valid" and status != "OK":
+        return f"a valid request was refused with {status}: {details}"
+    if status == "RESOURCE_EXHAUSTED" and max(map(len, call.messages)) <= MESSAGE_LIMIT:
+        return f"a message of allowed size was refused: {details}"
+    if status != "OK" and not 10 < len(details) <= 400:
+        return f"details of {len(details)} characters: {details}"
+    if str(bundle.path) in details or "Traceback" in details:
+        return f"details tell of the server's inside: {details}"
+    if len(answers) != len(call.messages) and status == "OK":
+        return f"{len(answers)} answers to {len(call.messages)} messages"
+    for data, answer in zip(call.messages, answers, strict=False):
+        if wrong := complaint(bundle.spec, call.method, data, answer):
+            return wrong
+    return None
+
+
+def _controls(spec: TeamSpec) -> list[tuple[str, bytes]]:
+    """One fixed valid request per method."""
+    fuzzer = Fuzzer(spec, 0)
+    found: dict[str, bytes] = {}
+    for call in map(fuzzer.call, range(10_000)):
+        if call.kind == "valid" and call.method != STREAM:
+            found.setdefault(call.method, call.messages[0])
+        if len(found) == len(WEIGHTS) - 1:
+            break
+    return list(found.items())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description="Fuzz a server of each kind of team."
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first call")
+    parser.add_argument("--calls", type=int, default=100_000, help="half to each of two servers")
+    parser.add_argument("--team", choices=TEAMS, action="append", help="default: both")
+    given = parser.parse_args()
+    teams = given.team or list(TEAMS)
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        for team in teams:
+            bundle = write_test_bundle(Path(folder) / team, TEAMS[team](), seed=1)
+            with server_process(bundle) as server:
+                report = fuzz(server, bundle, given.seed, given.first, -(-given.calls // len(teams)))
+            for failure in report.failures:
+                print(f"--team {team} --seed {given.seed} --first I --calls 1: {failure}")
+            by_status = ", ".join(
+                f"{kind} {status} {n}" for (kind, status), n in sorted(report.statuses.items())
+            )
+            print(f"{team}: {report.statuses.total()} calls ({by_status})")
+            print(
+                f"    {report.controls} rounds of control requests, grown by {report.grown_kb} kB, "
+                f"{len(report.failures)} failures"
+            )
+            failed |= bool(report.failures)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Whether a request deserved the answer it got, judged from the bytes of both.
+
+Written from the protocols' definitions rather than from the server's code, of which nothing is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from omcda_deploy.bundle import TEAM
+from omcda_deploy.protos import oip, policy_pb2
+from omcda_deploy.spec import AgentSpec, TeamSpec
+
+ROUNDING = 1e-6  # onnxruntime's tanh reaches 1.0000002
+Arrays = dict[str, NDArray[Any]]
+
+
+def complaint(spec: TeamSpec, method: str, request: bytes, answer: bytes) -> str | None:
+    """What is wrong about answering ``request`` OK with ``answer``; None where nothing is."""
+    try:
+        match method.rpartition("/")[2]:
+            case "ModelInfer":
+                _infer(
+                    spec, oip.ModelInferRequest.FromString(request), oip.ModelInferResponse.FromString(answer)
+                )
+            case "Act" | "ActStream":
+                _act(
+                    spec,
+                    policy_pb2.ActRequest.FromString(request),
+                    policy_pb2.ActResponse.FromString(answer),
+                )
+            case "GetContract":
+                asked = policy_pb2.GetContractRequest.FromString(request)
+                _must(asked.model_version in ("", "1"), f"version {asked.model_version!r}")
+            case "ModelReady" | "ModelMetadata" as name:
+                wanted = getattr(oip, f"{name}Request").FromString(request)
+                _model(spec, wanted.name, wanted.version)
+            case name:
+                getattr(oip, f"{name}Request").FromString(request)
+    except DecodeError:
+        return "bytes that do not decode were accepted"
+    except _UndeservedError as wrong:
+        return f"accepted: {wrong}"
+    return None
+
+
+class _UndeservedError(Exception):
+    pass
+
+
+def _must(holds: Any, otherwise: str) -> None:
+    if not holds:
+        raise _UndeservedError(otherwise)
+
+
+def _model(spec: TeamSpec, name: str, version: str) -> tuple[AgentSpec, ...]:
+    _must(version in ("", "1"), f"version {version!r}")
+    _must(name in (*spec.names, TEAM), f"model {name!r}")
+    return spec.agents if name == TEAM else (spec.agent(name),)
+
+
+def _infer(spec: TeamSpec, request: oip.ModelInferRequest, answer: oip.ModelInferResponse) -> None:
+    agents = _model(spec, request.model_name, request.model_version)
+    given: Arrays = {}
+    for index, entry in enumerate(request.inputs):
+        _must(entry.name not in given, f"{entry.name} twice")
+        dtype, typed = (
+            (np.dtype("u1"), "uint_contents")
+            if entry.datatype == "UINT8"
+            else (np.dtype("<f4"), "fp32_contents")
+        )
+        _must(entry.datatype == ("UINT8" if entry.name == "action_mask" else "FP32"), entry.datatype)
+        _must(len(entry.shape) == 2 and min(entry.shape) > 0, f"shape {list(entry.shape)}")
+        fields = [field.name for field, _ in entry.contents.ListFields()]
+        if request.raw_input_contents:
+            _must(len(request.raw_input_contents) == len(request.inputs), "raw contents of another number")
+            _must(not fields, "raw and typed contents")
+            values = np.frombuffer(request.raw_input_contents[index], dtype)
+        else:
+            _must(fields == [typed], f"contents {fields}")
+            values = np.array(getattr(entry.contents, typed))
+        _must(values.size == entry.shape[0] * entry.shape[1], "values of another number")
+        given[entry.name] = values.reshape(tuple(entry.shape))
+    _judge_inputs(agents, given)
+    names = [entry.name for entry in request.outputs]
+    answered = {
+        entry.name: np.frombuffer(data, "<i8" if entry.datatype == "INT64" else "<f4").reshape(
+            tuple(entry.shape)
+        )
+        for entry, data in zip(answer.outputs, answer.raw_output_contents, strict=True)
+    }
+    _must(not names or names == list(answered), f"asked for {names}, answered {list(answered)}")
+    _must(answer.id == request.id, "another id")
+    _judge_outputs(agents, given, answered)
+
+
+def _act(spec: TeamSpec, request: policy_pb2.ActRequest, answer: policy_pb2.ActResponse) -> None:
+    agents = _model(spec, request.model, request.model_version)
+    _must(request.contract_hash in ("", spec.contract_hash), "another contract")
+    _must(request.batch > 0, "an empty batch")
+    given = {
+        name: np.frombuffer(data, "u1" if name == "action_mask" else "<f4").reshape(request.batch, -1)
+        for name in ("observation", "noise", "action_mask")
+        if (data := getattr(request, name))
+    }
+    _judge_inputs(agents, given)
+    _must((answer.step_id, answer.batch) == (request.step_id, request.batch), "another step or batch")
+    integers = spec.action_kind == "discrete"
+    answered = {
+        name: np.frombuffer(data, "<i8" if integers and name.endswith("action") else "<f4").reshape(
+            request.batch, -1
+        )
+        for field, data in answer.ListFields()
+        if isinstance(data, bytes) and (name := field.name)
+    }
+    _judge_outputs(agents, given, answered)
+
+
+def _judge_inputs(agents: tuple[AgentSpec, ...], given: Arrays) -> None:
+    actions = sum(agent.action.size for agent in agents)
+    widths = {"observation": sum(agent.observation_size for agent in agents), "noise": actions}
+    if agents[0].action.kind == "discrete":
+        widths["action_mask"] = actions
+    _must(given.keys() <= widths.keys(), f"inputs {list(given)}")
+    _must(given.keys() >= widths.keys() - {"noise"}, f"inputs {list(given)}")
+    for name, values in given.items():
+        _must(values.shape == (len(given["observation"]), widths[name]), f"{name} of shape {values.shape}")
+        _must(np.isfinite(values).all(), f"{name} that is not finite")
+    if "action_mask" in given:
+        _must(given["action_mask"].max() <= 1, "a mask of other values than 0 and 1")
+        for mask in _by_agent(agents, given["action_mask"]):
+            _must(mask.any(axis=1).all(), "a mask without an available action")
+
+
+def _judge_outputs(agents: tuple[AgentSpec, ...], given: Arrays, answered: Arrays) -> None:
+    rows = len(given["observation"])
+    for name, values in answered.items():
+        _must(len(values) == rows, f"{name}: {len(values)} rows for {rows}")
+        _must(np.isfinite(values).all(), f"answered {name} that is not finite")
+    if "action" not in answered:
+        return
+    action = answered["action"].reshape(rows, -1)
+    if "action_mask" not in given:
+        low, high = agents[0].action.low - ROUNDING, agents[0].action.high + ROUNDING
+        _must(((low <= action) & (action <= high)).all(), "answered an action beyond its bounds")
+        return
+    for index, mask in enumerate(_by_agent(agents, given["action_mask"])):
+        chosen = action[:, index]
+        _must(((chosen >= 0) & (chosen < mask.shape[1])).all(), "answered an action that does not exist")
+        _must(mask[np.arange(rows), chosen].all(), "answered an action that is not available")
+
+
+def _by_agent(agents: tuple[AgentSpec, ...], values: NDArray[Any]) -> list[NDArray[Any]]:
+    return np.split(values, np.cumsum([agent.action.size for agent in agents])[:-1].tolist(), axis=1)

@@ -1,0 +1,293 @@
+"""Versions of a team: loaded beside each other, switched on all servers or none, retired when nobody asks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from omcda_deploy.admin import TeamAdmin
+from omcda_deploy.cli import app
+from omcda_deploy.client import RemotePolicy
+from omcda_deploy.errors import BundleError, ContractError, EndpointError, UnknownNameError
+from omcda_deploy.local import LocalTeam
+from omcda_deploy.protos import policy_pb2
+from omcda_deploy.serve.config import ServerConfig
+from omcda_deploy.serve.releases import CURRENT, Releases
+from omcda_deploy.serve.status import StateError
+from omcda_deploy.spec import TeamSpec
+from tests.bundles import continuous_spec, discrete_spec, write_test_bundle
+from tests.server_process import free_port, server_process
+
+SPEC = continuous_spec()
+ROWS = {a.name: np.full((2, a.observation_size), 0.3, np.float32) for a in SPEC.agents}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Versions 1, 2 and 10 of one team, whose actions differ."""
+    for version in ("1", "2", "10"):
+        write_test_bundle(tmp_path / "releases" / version, SPEC, seed=int(version))
+    (tmp_path / "releases" / "notes").mkdir()
+    return tmp_path / "releases"
+
+
+def held(releases: Releases) -> list[str]:
+    return [models.version for models, _ in releases.held()]
+
+
+def action(releases: Releases, version: str = "") -> Any:
+    return releases.find("agent_0", version).act({"observation": ROWS["agent_0"]})
+
+
+def test_the_highest_version_answers_unless_the_folder_says_otherwise(folder: Path) -> None:
+    assert Releases(folder, (), ServerConfig()).current == "10"
+    (folder / CURRENT).write_text("2\n")
+    assert Releases(folder, (), ServerConfig()).current == "2"
+    (folder / CURRENT).write_text("7")
+    with pytest.raises(BundleError, match="current says '7': expected one of 1, 2, 10"):
+        Releases(folder, (), ServerConfig())
+    assert Releases(folder / "2", (), ServerConfig()).current == "1"  # a bundle by itself
+    with pytest.raises(BundleError, match=r"notes: expected a bundle, or a folder of bundles named 1, 2, …"):
+        Releases(folder / "notes", (), ServerConfig())
+
+
+def test_a_version_is_loaded_named_switched_to_and_back(folder: Path) -> None:
+    async def run() -> None:
+        releases = Releases(folder, (), ServerConfig(retire_s=1e9))
+        local = {v: LocalTeam(folder / v).act(ROWS)["agent_0"].action for v in ("1", "2", "10")}
+        np.testing.assert_array_equal(action(releases), local["10"])
+        with pytest.raises(UnknownNameError, match="version '2'"):
+            action(releases, "2")
+        with pytest.raises(UnknownNameError, match="version '2'"):
+            await releases.switch("2")
+        await releases.load("2")
+        np.testing.assert_array_equal(action(releases), local["10"])
+        np.testing.assert_array_equal(action(releases, "2"), local["2"])
+        await releases.switch("2")
+        np.testing.assert_array_equal(action(releases), local["2"])
+        np.testing.assert_array_equal(action(releases, "10"), local["10"])
+        assert (releases.current, releases.previous, (folder / CURRENT).read_text()) == ("2", "10", "2\n")
+        with pytest.raises(StateError, match="version 2 is in use"):
+            await releases.unload("2")
+        await releases.unload("10")
+        assert held(releases) == ["2"]
+
+    asyncio.run(run())
+
+
+def test_what_cannot_be_loaded_changes_nothing(folder: Path) -> None:
+    shutil.rmtree(folder / "1")
+    write_test_bundle(folder / "1", discrete_spec(agents=3))
+    (folder / "2" / "agent_0" / "1" / "model.onnx").write_bytes(b"no graph")
+
+    async def run() -> None:
+        releases = Releases(folder, (), ServerConfig())
+        with pytest.raises(ContractError, match=r"version 10, which is served, .* do not fit together"):
+            await releases.load("1")
+        with pytest.raises(BundleError, match="was changed after export"):
+            await releases.load("2")
+        with pytest.raises(UnknownNameError, match="unknown version '3'"):
+            await releases.load("3")
+        assert (held(releases), releases.current) == (["10"], "10")
+
+    asyncio.run(run())
+
+
+def test_versions_that_nobody_asks_for_retire(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("omcda_deploy.serve.releases.time.monotonic", lambda: now)
+
+    async def run() -> None:
+        nonlocal now
+        releases = Releases(folder, (), ServerConfig(retire_s=60.0))
+        await releases.load("2")
+        await releases.switch("2")
+        now += 50
+        action(releases, "10")  # an episode that began before the switch
+        now += 50
+        assert releases.retire() == []
+        now += 11
+        assert releases.retire() == ["10"]
+        with pytest.raises(UnknownNameError, match=r"version '10': .*known are 2"):
+            action(releases, "10")
+        now += 1000
+        assert releases.retire() == []  # the current one stays
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("spec", [continuous_spec(), discrete_spec()], ids=["continuous", "discrete"])
+def test_a_shadow_is_measured_and_answers_nothing(tmp_path: Path, spec: TeamSpec) -> None:
+    for version in ("1", "2"):
+        write_test_bundle(tmp_path / version, spec, seed=int(version))
+    generator = np.random.default_rng(0)
+    given = {"observation": generator.normal(size=(40, spec.agents[0].observation_size)).astype(np.float32)}
+    if spec.action_kind == "discrete":
+        given["action_mask"] = np.ones((40, spec.agents[0].action.size), np.uint8)
+
+    async def run() -> None:
+        releases = Releases(tmp_path, (), ServerConfig())
+        await releases.load("1")
+        await releases.follow("1")
+        with pytest.raises(StateError, match="version 2 answers"):
+            await releases.follow("2")
+        session = releases.find("agent_0", "")
+        ours, other = (releases.find("agent_0", version).act(given) for version in ("2", "1"))
+        np.testing.assert_array_equal(releases.answer(session, given)["action"], ours)
+        releases.answer(session, given)
+        different = np.abs(ours - other) if ours.dtype.kind == "f" else ours != other
+        assert different.mean() > 0.0
+        assert session.meter.difference / session.meter.compared == pytest.approx(different.mean())
+        assert releases.find("agent_0", "1").meter.answers == 0
+        await releases.follow("")
+        releases.answer(session, given)
+        assert session.meter.compared == 0
+
+    asyncio.run(run())
+
+
+# -- a team over several processes ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Served:
+    endpoints: dict[str, str]
+    admin: list[str]
+    processes: list[Any]
+
+
+@contextmanager
+def served(folders: dict[str, Path], tmp_path: Path) -> Iterator[Served]:
+    """A process per agent, each with its own folder of versions, so that one of them can be made to fail."""
+    with ExitStack() as stack:
+        endpoints, admin, processes = {}, [], []
+        for agent, folder in folders.items():
+            port = free_port()
+            server = stack.enter_context(
+                server_process(folder, agent, options=("--admin-port", str(port), "--log-json"))
+            )
+            endpoints[agent] = server.endpoint
+            admin.append(f"127.0.0.1:{port}")
+            processes.append(server.process)
+        yield Served(endpoints, admin, processes)
+
+
+def copies(folder: Path, tmp_path: Path) -> dict[str, Path]:
+    return {a.name: Path(shutil.copytree(folder, tmp_path / f"of-{a.name}")) for a in SPEC.agents}
+
+
+def test_a_team_is_switched_together_or_not_at_all(folder: Path, tmp_path: Path) -> None:
+    folders = copies(folder, tmp_path)
+    shutil.rmtree(folders["agent_2"] / "1")  # one server that cannot load version 1
+    with served(folders, tmp_path) as team, TeamAdmin(team.admin) as admin:
+        with pytest.raises(EndpointError, match=rf"Load 1 failed on 1 servers: {team.admin[2]}: NOT_FOUND"):
+            admin.switch("1")
+        for status in admin.status().values():
+            assert (status.current, [v.version for v in status.versions]) == ("10", ["10"])
+        admin.switch("2")
+        for agent, endpoint in team.endpoints.items():
+            with RemotePolicy(endpoint, agent) as policy:
+                expected = LocalTeam(folder / "2").act(ROWS)[agent].action
+                np.testing.assert_array_equal(policy.act(ROWS[agent]).action, expected)
+        words = ["--admin", ",".join(team.admin)]
+        shown = CliRunner().invoke(app, ["release", "rollback", *words], catch_exceptions=False)
+        assert shown.exit_code == 0
+        assert {status.current for status in admin.status().values()} == {"10"}
+        shown = CliRunner().invoke(app, ["status", *words], catch_exceptions=False)
+        assert "agent_1" in shown.output
+        # One server is gone: the others do not move.
+        team.processes[1].kill()
+        team.processes[1].wait()
+        with pytest.raises(EndpointError, match=rf"failed on 1 servers: {team.admin[1]}: UNAVAILABLE"):
+            admin.switch("2")
+        shown = CliRunner().invoke(app, ["status", *words], catch_exceptions=False)
+        assert shown.exit_code == 1
+        assert f"{team.admin[1]} is down: UNAVAILABLE" in shown.output
+        with TeamAdmin([team.admin[0], team.admin[2]]) as rest:
+            assert {status.current for status in rest.status().values()} == {"10"}
+
+
+def test_reloads_under_load_fail_no_request_and_mix_no_versions(folder: Path) -> None:
+    """Requests that name a version are answered by it, those that name none by one of the two, and all are."""
+    port = free_port()
+    answers = {v: LocalTeam(folder / v).act(ROWS)["agent_0"].action.tobytes() for v in ("2", "10")}
+    wrong: list[str] = []
+    counts = dict.fromkeys(("2", "10", ""), 0)
+    done = threading.Event()
+
+    def load(version: str, endpoint: str) -> None:
+        request = policy_pb2.ActRequest(
+            model="agent_0", model_version=version, batch=2, observation=ROWS["agent_0"].tobytes()
+        )
+        with grpc.insecure_channel(endpoint) as channel:
+            act: Any = channel.unary_unary(
+                "/omcda.v1.PolicyService/Act",
+                request_serializer=policy_pb2.ActRequest.SerializeToString,
+                response_deserializer=policy_pb2.ActResponse.FromString,
+            )
+            while not done.is_set():
+                try:
+                    response = act(request, timeout=10)
+                except grpc.RpcError as error:
+                    wrong.append(f"{version or 'any'}: {error}")
+                    return
+                answered = response.model_version
+                if version not in ("", answered) or answers[answered] != response.action:
+                    wrong.append(f"asked for {version or 'any'}, answered by {answered}")
+                counts[version] += 1
+
+    with (
+        server_process(folder, "agent_0", options=("--admin-port", str(port))) as server,
+        TeamAdmin([f"127.0.0.1:{port}"]) as admin,
+    ):
+        admin.load("2")
+        threads = [threading.Thread(target=load, args=(v, server.endpoint)) for v in ("2", "10", "")]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 3.0
+        switches = 0
+        while time.monotonic() < deadline:
+            admin.switch("2" if switches % 2 == 0 else "10")
+            switches += 1
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert switches > 5
+    assert min(counts.values()) > 20
+
+
+def test_every_change_leaves_a_line(folder: Path) -> None:
+    port = free_port()
+    with (
+        server_process(
+            folder, "agent_0", options=("--admin-port", str(port), "--log-json"), log=folder / "log"
+        ),
+        TeamAdmin([f"127.0.0.1:{port}"]) as admin,
+    ):
+        admin.switch("2")
+        with pytest.raises(EndpointError):
+            admin.unload("99")
+    lines = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    noted = [
+        (line["call"], line["version"], line["outcome"], line["current"]) for line in lines if "call" in line
+    ]
+    assert noted == [
+        ("Load", "2", "OK", "10"),
+        ("Switch", "2", "OK", "2"),
+        ("Unload", "99", "NOT_FOUND", "2"),
+    ]
+    assert all(line["peer"].startswith("ipv4:127.0.0.1:") for line in lines if "call" in line)
