@@ -92,15 +92,18 @@ def methods(
     service: str,
     traffic: Traffic,
     unary: Mapping[str, tuple[type[Any], Callable[[Any], Message]]],
-    streams: Mapping[str, tuple[type[Any], Callable[[Any], Message]]] | None = None,
+    streams: Mapping[str, tuple[type[Any], Callable[[], Callable[[Any], Message]]]] | None = None,
 ) -> grpc.GenericRpcHandler:
-    """The handlers of a service: per method its request's type and the function that answers one."""
+    """The handlers of a service: per method its request's type and the function that answers one.
+
+    For a stream it is what makes that function, once for every stream: it may remember what went before.
+    """
     handlers = {
         name: _unary(request_type, answer, traffic, traffic.meter(service, name, "unary"))
         for name, (request_type, answer) in unary.items()
     }
-    for name, (request_type, answer) in (streams or {}).items():
-        handlers[name] = _stream(request_type, answer, traffic, traffic.meter(service, name, "bidi_stream"))
+    for name, (request_type, begin) in (streams or {}).items():
+        handlers[name] = _stream(request_type, begin, traffic, traffic.meter(service, name, "bidi_stream"))
     return grpc.method_handlers_generic_handler(service, handlers)
 
 
@@ -126,7 +129,10 @@ def _unary(
 
 
 def _stream(
-    request_type: type[Request], answer: Callable[[Request], Message], traffic: Traffic, meter: MethodMeter
+    request_type: type[Request],
+    begin: Callable[[], Callable[[Request], Message]],
+    traffic: Traffic,
+    meter: MethodMeter,
 ) -> Handler:
     """One response for every request of a stream, in order; the first refusal ends the stream.
 
@@ -138,6 +144,7 @@ def _stream(
         meter.started += 1
         try:
             with traffic.stream():
+                answer = begin()
                 while True:
                     with traffic.waiting(context):
                         data = await context.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import grpc
 
@@ -11,6 +12,7 @@ from omcda_deploy.protos import policy_pb2
 from omcda_deploy.serve.handlers import Traffic, methods
 from omcda_deploy.serve.policy_messages import inputs_of, response_of
 from omcda_deploy.serve.releases import Releases
+from omcda_deploy.serve.status import RequestError
 
 SERVICE = policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name
 
@@ -53,5 +55,31 @@ class PolicyService:
                 "GetContract": (policy_pb2.GetContractRequest, self.get_contract),
                 "Act": (policy_pb2.ActRequest, self.act),
             },
-            {"ActStream": (policy_pb2.ActRequest, self.act)},
+            {"ActStream": (policy_pb2.ActRequest, lambda: Steps(self.act))},
         )
+
+
+class Steps:
+    """The control steps of one stream: a step that is sent again is not run again.
+
+    What is kept is the last request and response of each model, so a new step costs the comparison of two numbers.
+    """
+
+    def __init__(self, act: Callable[[policy_pb2.ActRequest], policy_pb2.ActResponse]) -> None:
+        self._act = act
+        self._last: dict[str, tuple[int, policy_pb2.ActRequest, policy_pb2.ActResponse]] = {}
+
+    def __call__(self, request: policy_pb2.ActRequest) -> policy_pb2.ActResponse:
+        """Raises :class:`RequestError` for another step under the last one's id, and what ``act`` raises."""
+        model, step = request.model, request.step_id
+        if step and (last := self._last.get(model)) and step == last[0]:
+            if request == last[1]:
+                return last[2]
+            if not request.reset:
+                raise RequestError(
+                    f"step {step} of {model} was another one before: expected the same request again, or a new "
+                    "step_id; a request with reset begins an episode, and its ids anew"
+                )
+        response = self._act(request)
+        self._last[model] = step, request, response
+        return response

@@ -58,8 +58,8 @@ class Session:
         # a tanh hides an overflow, an argmax turns it into any action, and no guard compares NaN
         if not (np.isfinite(outputs["action"]).all() and np.isfinite(outputs["divergence"]).all()):
             raise RangeError(
-                f"{self.name}: the action for this observation or its divergence is not finite; its largest entry is "
-                f"{np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
+                f"{self.name}: the action for this observation or its divergence is not finite; the largest entry "
+                f"is {np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
             )
         guarded = self.guard(feeds["observation"], feeds["noise"], outputs)
         if "action_mask" in feeds:

@@ -1,4 +1,4 @@
-"""One server process per agent, started, watched and stopped together."""
+"""One server process per agent: started together, watched, started again where one dies, and stopped together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -27,16 +26,77 @@ log = logging.getLogger(__name__)
 
 START_LIMIT_S = 60.0
 POLL_S = 0.1
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 10.0  # before a server that died is started again
+HEALTHY_S = 60.0  # of life, after which the next delay is the first again
 KILL_MARGIN_S = 5.0  # a server that outlives its grace by this much is killed
 
 
-@dataclass(frozen=True)
-class AgentServer:
-    """The process that serves one agent."""
+class Backoff:
+    """How long to wait before a server is started again: longer each time, unless it had lived a while."""
 
-    agent: str
-    endpoint: str
-    process: subprocess.Popen[bytes]
+    def __init__(self) -> None:
+        self._delay_s = FIRST_DELAY_S
+
+    def after(self, lived_s: float) -> float:
+        """Seconds to wait after a life of ``lived_s`` seconds."""
+        if lived_s >= HEALTHY_S:
+            self._delay_s = FIRST_DELAY_S
+        delay, self._delay_s = self._delay_s, min(2.0 * self._delay_s, LONGEST_DELAY_S)
+        return delay
+
+
+class AgentServer:
+    """The process that serves one agent, or its place while there is none."""
+
+    def __init__(self, agent: str, endpoint: str, command: Sequence[str]) -> None:
+        self.agent = agent
+        self.endpoint = endpoint
+        self._command = command
+        self._backoff = Backoff()
+        self._restart_at: float | None = None
+        self._start()
+
+    def exit_status(self) -> int | None:
+        """The process' exit status, minus the signal's number where one killed it; None while it lives."""
+        return self._process.poll()
+
+    def keep_alive(self) -> None:
+        """Start the process again where it has died, after a pause; does not wait for either."""
+        now = time.monotonic()
+        if self._restart_at is not None:
+            if now >= self._restart_at:
+                try:
+                    self._start()
+                except OSError as error:  # no memory or no process left: perhaps next time
+                    log.error("the server of %s cannot be started: %s", self.agent, error.strerror)
+        elif (status := self.exit_status()) is not None:
+            delay = self._backoff.after(now - self._started)
+            self._restart_at = now + delay
+            log.error(
+                "the server of %s on %s exited with status %s and is started again in %.1f s",
+                self.agent,
+                self.endpoint,
+                status,
+                delay,
+            )
+
+    def terminate(self) -> None:
+        if self.exit_status() is None:
+            self._process.terminate()
+
+    def wait(self, limit_s: float) -> None:
+        """Return when the process has ended; after ``limit_s`` it is killed."""
+        try:
+            self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            log.error("the server of %s did not stop within its grace and is killed", self.agent)
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> None:
+        self._restart_at = None
+        self._started = time.monotonic()
+        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
 def serve_team(
@@ -50,10 +110,11 @@ def serve_team(
     """Serve every agent of a bundle in a process of its own, agent i on ``base_port`` + i, until SIGTERM or SIGINT.
 
     Prints one line per endpoint as soon as all are ready. On a signal all servers drain (:func:`serve`) and the
-    function returns. A server that dies later is reported, and the others go on.
+    function returns. A server that dies later is started again (:class:`Backoff`) and that is logged; the others
+    go on.
 
-    Raises :class:`BundleError`, and :class:`EndpointError` where a server cannot be started (the others are then
-    stopped) or all have died.
+    Raises :class:`BundleError`, and :class:`EndpointError` where a server cannot be started the first time (the
+    others are then stopped).
     """
     bundle = read_bundle(bundle_path)
     read_server_config(config_path).guards_of(bundle.spec.names)  # one complaint rather than one per process
@@ -64,25 +125,27 @@ def serve_team(
         servers: list[AgentServer] = []
         try:
             for agent, port in ports.items():
-                servers.append(_start(bundle.path, agent, host, port, config_path, grace_s))
+                command = _command(bundle.path, agent, host, port, config_path, grace_s)
+                servers.append(AgentServer(agent, address_of(host, port), command))
             _wait_until_ready(servers, stop)
             if not stop.is_set():
                 for server in servers:
                     say(f"serving {server.agent} on {server.endpoint}")
-            _watch(servers, stop)
+            while not stop.wait(POLL_S):
+                for server in servers:
+                    server.keep_alive()
         finally:
             _stop(servers, grace_s)
 
 
-def _start(
+def _command(
     bundle: Path, agent: str, host: str, port: int, config_path: Path | None, grace_s: float
-) -> AgentServer:
+) -> list[str]:
     command = [sys.executable, "-m", "omcda_deploy.serve.server", str(bundle)]
     command += ["--model", agent, "--host", host, "--port", str(port), "--grace", str(grace_s)]
     if config_path is not None:
         command += ["--config", str(config_path)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    return AgentServer(agent, address_of(host, port), process)
+    return command
 
 
 def _wait_until_ready(servers: Sequence[AgentServer], stop: threading.Event) -> None:
@@ -92,7 +155,7 @@ def _wait_until_ready(servers: Sequence[AgentServer], stop: threading.Event) -> 
             health = health_pb2_grpc.HealthStub(channel)
             while not (stop.is_set() or _is_serving(health)):
                 for other in servers:
-                    if (status := other.process.poll()) is not None:
+                    if (status := other.exit_status()) is not None:
                         raise EndpointError(
                             f"the server of {other.agent} on {other.endpoint} did not start: it exited with status "
                             f"{status} and said why above. All servers are stopped"
@@ -113,31 +176,12 @@ def _is_serving(health: health_pb2_grpc.HealthStub) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _watch(servers: Sequence[AgentServer], stop: threading.Event) -> None:
-    alive = list(servers)
-    while not stop.wait(POLL_S):
-        for server in tuple(alive):
-            if (status := server.process.poll()) is not None:
-                alive.remove(server)
-                log.error(
-                    "the server of %s on %s exited with status %s", server.agent, server.endpoint, status
-                )
-        if not alive:
-            raise EndpointError("all servers have exited: start them again with  omcda-deploy serve")
-
-
 def _stop(servers: Sequence[AgentServer], grace_s: float) -> None:
     for server in servers:
-        if server.process.poll() is None:
-            server.process.terminate()
+        server.terminate()
     deadline = time.monotonic() + NOTICE_S + grace_s + KILL_MARGIN_S
     for server in servers:
-        try:
-            server.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            log.error("the server of %s did not stop within its grace and is killed", server.agent)
-            server.process.kill()
-            server.process.wait()
+        server.wait(max(0.0, deadline - time.monotonic()))
 
 
 @contextmanager

@@ -30,7 +30,13 @@ NEEDED_FOR = {  # extra -> files that must find all they import with this extra 
         "omcda_deploy/datasets/omiga_hdf5.py",
     ),
     "export": ("export/*.py", "omcda_deploy/local.py"),
-    "serve": ("serve/*.py", "omcda_deploy/client.py", "omcda_deploy/local.py"),
+    "serve": (
+        "serve/*.py",
+        "omcda_deploy/admin.py",
+        "omcda_deploy/client.py",
+        "omcda_deploy/connection.py",
+        "omcda_deploy/local.py",
+    ),
     "mujoco": ("omcda_deploy/envs/mamujoco*.py", "omcda_deploy/evaluate.py", "omcda_deploy/local.py"),
     "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector.py"),
     "behavior": (*BEHAVIOR, "export/*.py", "omcda_deploy/envs/mamujoco*.py", "omcda_deploy/local.py"),
@@ -45,7 +51,7 @@ DISTRIBUTIONS = {"google.protobuf": "protobuf", "torch.utils.tensorboard": "tens
 LOADED_BY_GYMNASIUM = {"mujoco"}
 TOOLS = {
     *("import-linter", "mypy", "packaging", "pytest", "ruff", "setuptools", "tritonclient"),
-    *("types-grpcio", "types-protobuf"),
+    *("trustme", "types-grpcio", "types-protobuf"),
 }
 TORCH_PLATFORM = ("cuda-", "nvidia-", "triton==")  # pinned by torch itself, absent from its CPU build
 
@@ -138,7 +144,7 @@ def declared(extra: str | None = None) -> set[str]:
 def test_the_scan_sees_every_kind_of_import() -> None:
     seen = {(found.file, found.distribution, found.extra) for found in third_party_imports()}
     assert {
-        ("omcda_deploy/client.py", "grpcio", None),
+        ("omcda_deploy/connection.py", "grpcio", None),
         ("serve/introspection.py", "protobuf", None),
         ("serve/supervisor.py", "grpcio-health-checking", None),
         ("training/metrics.py", "tensorboard", None),  # inside a function

@@ -1,0 +1,157 @@
+"""TLS, client certificates and tokens against real servers."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+
+from omcda_deploy.bundle import Bundle
+from omcda_deploy.errors import ConfigError
+from omcda_deploy.serve.config import read_server_config
+from omcda_deploy.serve.security import Tokens
+from tests.server_process import free_port, server_process
+
+CONTRACT = "/omcda.v1.PolicyService/GetContract"
+HEALTH = "/grpc.health.v1.Health/Check"
+LOAD = "/omcda.v1.AdminService/Load"
+
+
+def ask(channel: grpc.Channel, method: str = CONTRACT, token: str | None = None) -> bytes:
+    call: Any = channel.unary_unary(method)
+    metadata = None if token is None else (("authorization", f"Bearer {token}"),)
+    answer: bytes = call(b"", timeout=10, metadata=metadata)
+    return answer
+
+
+def status_of(channel: grpc.Channel, method: str = CONTRACT, token: str | None = None) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as raised:
+        ask(channel, method, token)
+    assert isinstance(raised.value, grpc.Call)
+    return raised.value.code()
+
+
+class Authority:
+    """A certificate authority with its files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.ca = trustme.CA()
+        self.file = folder / "ca.pem"
+        self.ca.cert_pem.write_to_path(self.file)
+        server = self.ca.issue_cert("localhost", "127.0.0.1")
+        server.private_key_pem.write_to_path(folder / "server.key")
+        for blob in server.cert_chain_pems:
+            blob.write_to_path(folder / "server.pem", append=True)
+
+    def client(self) -> dict[str, bytes]:
+        pair = self.ca.issue_cert("robot@example.org")
+        chain = b"".join(blob.bytes() for blob in pair.cert_chain_pems)
+        return {"private_key": pair.private_key_pem.bytes(), "certificate_chain": chain}
+
+
+def config(folder: Path, text: str) -> tuple[str, str]:
+    path = folder / "serve.toml"
+    path.write_text(text)
+    return ("--config", str(path))
+
+
+def test_tls_needs_the_authority_and_mtls_a_certificate_of_it(
+    continuous_bundle: Bundle, tmp_path: Path
+) -> None:
+    ours, other = Authority(tmp_path / "ours"), Authority(tmp_path / "other")
+    tls = '[tls]\ncertificate = "ours/server.pem"\nkey = "ours/server.key"\nclient_ca = "ours/ca.pem"\n'
+    with server_process(continuous_bundle, "agent_0", options=config(tmp_path, tls)) as server:
+        root = ours.file.read_bytes()
+        address = server.endpoint.replace("127.0.0.1", "localhost")
+
+        def secure(**files: bytes) -> grpc.Channel:
+            return grpc.secure_channel(address, grpc.ssl_channel_credentials(**files))
+
+        with secure(root_certificates=root, **ours.client()) as channel:
+            assert ask(channel) != b""
+        for refused in (
+            {"root_certificates": root},  # no client certificate
+            {"root_certificates": root, **other.client()},  # of another authority
+            {"root_certificates": other.file.read_bytes(), **ours.client()},  # the server is not trusted
+        ):
+            with secure(**refused) as channel:
+                assert status_of(channel) is grpc.StatusCode.UNAVAILABLE
+        with grpc.insecure_channel(address) as channel:
+            assert status_of(channel) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_calls_without_a_token_are_refused_except_health(continuous_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("# of the arm\nsesame\n\nopen\n")
+    port = free_port()
+    options = (*config(tmp_path, '[access]\ntoken_file = "tokens"\n'), "--admin-port", str(port))
+    with (
+        server_process(continuous_bundle, "agent_0", options=options) as server,
+        grpc.insecure_channel(server.endpoint) as channel,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as admin,
+    ):
+        assert ask(channel, token="sesame") != b""
+        assert ask(channel, token="open") != b""
+        ask(channel, HEALTH)
+        for token in (None, "", "sesam", "# of the arm"):
+            assert status_of(channel, token=token) is grpc.StatusCode.UNAUTHENTICATED
+        assert status_of(admin, LOAD) is grpc.StatusCode.UNAUTHENTICATED
+        assert status_of(admin, LOAD, "sesame") is grpc.StatusCode.NOT_FOUND  # of version ""
+        stream: Any = channel.stream_stream("/omcda.v1.PolicyService/ActStream")
+        with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+            next(stream(iter([b""]), timeout=10))
+
+
+def test_tokens_are_rotated_without_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr("omcda_deploy.serve.security.time.monotonic", lambda: now)
+    file = tmp_path / "tokens"
+    file.write_text("old\n")
+    tokens = Tokens(file)
+    file.write_text("old\nnew\n")
+    assert not tokens.admit("Bearer new")  # not looked at again within a second
+    now += 2
+    assert tokens.admit("Bearer new")
+    assert tokens.admit("bearer old")
+    assert not tokens.admit("Basic old")
+    file.write_text("")  # half-written: those known so far stay
+    os.utime(file, ns=(1, 1))
+    now += 2
+    assert tokens.admit("Bearer new")
+    file.write_text("new\n")
+    now += 2
+    assert not tokens.admit("Bearer old")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[tls]\ncertificate = "a.pem"', "tls: expected certificate and key, key is missing"),
+        ("[tls]\ncertificate = 1\nkey = 2", "tls.certificate: expected the name of a PEM file, got 1"),
+        ('[tls]\ncertificates = "a.pem"', "did you mean 'certificate'"),
+        ("[access]\ntoken_file = 3", "access.token_file: expected the name of a file, got 3"),
+        ("[releases]\nretire_s = -1", "retire_s: expected seconds from 0 on, got -1"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_server_config(path)
+
+
+def test_files_are_looked_for_beside_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text('[tls]\ncertificate = "a.pem"\nkey = "/etc/b.key"\n')
+    tls = read_server_config(tmp_path / "serve.toml").tls
+    assert tls is not None
+    assert (tls.certificate, tls.key) == (str(tmp_path / "a.pem"), "/etc/b.key")
+    with pytest.raises(ConfigError, match=r"tls.key: .*b.key cannot be read: No such file"):
+        tls.credentials()
+    (tmp_path / "tokens").write_text("# none yet\n")
+    with pytest.raises(ConfigError, match=r"expected a token per line in .*tokens, found none"):
+        Tokens(tmp_path / "tokens")
