@@ -179,10 +179,30 @@ def _d_tot_rows(comparison: Comparison) -> Iterator[_Row]:
 
 # -- for readers ------------------------------------------------------------------------------------------------
 
-_TABLE = [
-    *("", "steps", "seeds", "mean ± std", "std of episodes", "won"),
-    *("IQM", "95 % interval", "score", "minutes"),
-]
+_HEADER = (
+    "",
+    "steps",
+    "seeds",
+    "mean ± std",
+    "std of episodes",
+    "won",
+    "IQM",
+    "95 % interval",
+    "score",
+    "minutes",
+)
+_NEVER_EMPTY = 5  # columns from the left; of the others those are shown that say something in some row
+
+
+def _table(comparison: Comparison, summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    rows = [_cells(comparison, summary) for summary in summaries]
+    shown = [
+        index
+        for index in range(len(_HEADER))
+        if index < _NEVER_EMPTY or any(row[index] != _DASH for row in rows)
+    ]
+    return [_HEADER[index] for index in shown], [[row[index] for index in shown] for row in rows]
 
 
 def _number(value: float, digits: int) -> str:
@@ -285,7 +305,7 @@ def markdown(comparison: Comparison, title: str, command: str) -> str:
     for own in comparison.datasets.values():
         variant = own[0].variant
         lines += [f"## {variant.task}, {comparison.dataset(variant)}", ""]
-        table(_TABLE, [_cells(comparison, summary) for summary in own])
+        table(*_table(comparison, own))
     if comparison.overall:
         lines += ["## All datasets", ""]
         table(_OVERALL, [_overall_cells(comparison, overall) for overall in comparison.overall])
@@ -339,9 +359,9 @@ def _returns_section(comparison: Comparison, task: str) -> Section:
         )
     ]
     for summaries in own.values():
-        rows = [_cells(comparison, summary) for summary in summaries]
         label = comparison.dataset(summaries[0].variant)
-        parts.append(captioned(html_table(_TABLE, rows), f"Dataset {label}, {summaries[0].variant.digest}."))
+        table = html_table(*_table(comparison, summaries))
+        parts.append(captioned(table, f"Dataset {label}, {summaries[0].variant.digest}."))
     return Section(f"Returns on {task}", "".join(parts))
 
 
