@@ -84,7 +84,13 @@ def test_gradients_of_the_dual(kind: str, paper_code: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"paper_code_vloss": True}, {"paper_code_weights": True, "f_divergence": "kl"}]
+    "settings",
+    [
+        {"initial_states": "first"},
+        {"initial_states": "data"},
+        {"initial_states": "first", "paper_code_vloss": True},
+        {"paper_code_weights": True, "f_divergence": "kl"},
+    ],
 )
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
 def test_one_step_of_losses_against_numpy(kind: ActionKind, settings: dict[str, object]) -> None:
@@ -124,12 +130,15 @@ def expected_losses(algorithm: Algorithm, batch: Batch) -> tuple[dict[str, float
     reward, not_done = numbers(batch.reward, batch.not_done)
     w, b = numbers(*algorithm.mixer(batch.state))
     w2, _ = numbers(*algorithm.mixer(batch.next_state))
-    w0, _ = numbers(*algorithm.mixer(batch.initial_state))
+    own = c.initial_states == "data"
+    w0, _ = numbers(*algorithm.mixer(batch.state if own else batch.initial_state))
     w_bar, _ = numbers(*algorithm.mixer_target(batch.state))
     w2_bar, b2_bar = numbers(*algorithm.mixer_target(batch.next_state))
     q, q_bar = numbers(algorithm.q(o, a), algorithm.q_target(o, a))
     v, v0, v2_bar = numbers(
-        algorithm.v(o), algorithm.v(batch.initial_observation), algorithm.v_target(batch.next_observation)
+        algorithm.v(o),
+        algorithm.v(o if own else batch.initial_observation),
+        algorithm.v_target(batch.next_observation),
     )
     [log_prob] = numbers(policy_of(algorithm.policy, o, batch.mask).log_prob(a))
     y = reward + c.gamma * not_done * ((w2_bar * v2_bar).sum(1) + b2_bar)
@@ -240,24 +249,27 @@ def normalised_ratio(scores: Array, behavior: Array, kind: str) -> Array:
     return RATIO[kind](scores - low)
 
 
-def test_chains_match_the_optimal_regularised_occupancy() -> None:
-    """Many steps, started in one state only, which the batch's own rows know nothing of."""
+@pytest.mark.parametrize("initial_states", ["first", "data"])
+def test_chains_match_the_optimal_regularised_occupancy(initial_states: str) -> None:
+    """Many steps, started in one state only, which the batch's own rows know nothing of, or in any of them."""
     game = rational(chain_game(2, states=3, actions=3, branching=1, stop=0.0), 6)
     assert isinstance(game, ChainGame)
     batch = exact_batch(game)
     start = torch.zeros_like(batch.observation)
     start[..., 0] = 1.0
     batch = dataclasses.replace(batch, initial_observation=start, initial_state=batch.state)
-    config = Config(alpha=2.0, tau=0.2, gamma=0.9, grad_clip=1e9)
+    config = Config(alpha=2.0, tau=0.2, gamma=0.9, grad_clip=1e9, initial_states=initial_states)
+    begin = np.eye(3)[0] if initial_states == "first" else np.full(3, 1 / 3)
     algorithm = train(game, batch, config, (0.1, 300), (0.02, 300), (0.004, 100))
     learned = policy_table(algorithm.policy, game)
     for policy, chain in zip(learned, game.chains, strict=True):
-        ratio = optimal_ratio(chain, np.eye(3)[0], discount=0.9, alpha=2.0)
+        ratio = optimal_ratio(chain, begin, discount=0.9, alpha=2.0)
         expected = chain.behavior * ratio
         expected /= expected.sum(-1, keepdims=True)
         np.testing.assert_allclose(policy, expected, atol=0.01)
         assert np.abs(expected - chain.behavior).max() > 0.1
-        assert np.abs(ratio.sum(-1) / ratio.sum() - 1 / 3).max() > 0.05  # s_0 is felt
+        if initial_states == "first":
+            assert np.abs(ratio.sum(-1) / ratio.sum() - 1 / 3).max() > 0.05  # s_0 is felt
 
 
 def optimal_ratio(chain: Chain, start: Array, discount: float, alpha: float) -> Array:

@@ -2,7 +2,7 @@
 
 The ratio w of the policy's state-action occupancy to the data's is found through its dual, whose multipliers are
 the values v_i; actions are then cloned with weight w. One linear mixer serves q and v. Losses on dataset actions
-(bars: target networks, sg: no gradient, m = 1 - terminal, s_0: first states of episodes):
+(bars: target networks, sg: no gradient, m = 1 - terminal, s_0: where the occupancies begin):
 
     y     = r + gamma m ( sum_i wbar_i(s') vbar_i(o'_i) + bbar(s') )
     L_q   = ( sum_i w_i q_i + b - y )^2
@@ -26,7 +26,11 @@ Deviations from the published code:
   flow into s'. The second term of e_i, zero in value, does; it is dq_i/dv_i of the Bellman equation behind q.
 * kappa_i = mean[ratio (w_i - gamma m w_i(s'))]/(mean[ratio] E_{s_0}[w_i]) is what flows in at s_0: 1 - gamma, as
   published, under constant w and without terminals; otherwise 1 - gamma contradicts lambda_v's mean of one.
-* s_0 are drawn on their own (batch.initial_observation); published are those that chance puts in a batch.
+* s_0 is any state of the data, as if every one began an episode (``initial_states=data``). First states alone
+  (``first``) are the paper's, and right where data are discounted visits. In episodes of a thousand steps they are
+  not: discounting by 0.99 visits the first states ten times as often as the data do, a ratio that the dual must
+  pay for with values in the thousands (on HalfCheetah, Q ran away). Published code has those that chance puts in a
+  batch.
 * Each agent is cloned with its own weight. ``paper_code_weights``: with the sum over agents, all of them.
 * lambda_e uses the e of its own weights throughout; gradients of the lambdas are clipped as all others are.
 * W is capped at ``weight_max`` for continuous actions too; published is 2 for SMAC and no cap for MA-MuJoCo.
@@ -67,6 +71,7 @@ class Config:
 
     alpha: float = 10.0  # price of D_f between occupancies
     f_divergence: str = "soft_chi2"  # soft_chi2 | chi2 | kl
+    initial_states: str = "data"  # data | first: where the occupancies begin, anywhere in the data or in s_0
     mixer: str = "linear"  # linear | vdn
     weight_max: float = 100.0  # cap of W_i
     paper_code_vloss: bool = False  # the released code's gradient of L_v
@@ -85,7 +90,9 @@ class Config:
                 "comadice.mixer: expected linear or vdn, got 'qmix': an agent's e_i = w_i (q_i - v_i) needs a "
                 "weight per agent, which a nonlinear mixer does not have"
             )
-        require_choice(self, f_divergence=F_DIVERGENCES, mixer=("linear", "vdn"))
+        require_choice(
+            self, f_divergence=F_DIVERGENCES, mixer=("linear", "vdn"), initial_states=("data", "first")
+        )
         require(
             self,
             alpha=(1e-6, 1e6),
@@ -193,9 +200,10 @@ class Algorithm:
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
-        first, first_state = batch.initial_observation, batch.initial_state
-        if first is None or first_state is None:
-            first, first_state = batch.observation, batch.state
+        first, first_state = batch.observation, batch.state
+        if c.initial_states == "first" and batch.initial_observation is not None:
+            assert batch.initial_state is not None  # the sampler gives both
+            first, first_state = batch.initial_observation, batch.initial_state
         count = len(batch.reward)
         discount = c.gamma * batch.not_done
         with torch.no_grad():
