@@ -219,35 +219,29 @@ class RemoteTeam:
         """The models' answers, and the agents whose answers are missed."""
         outputs: dict[str, Outputs] = {}
         missed: dict[str, MissedAnswerError] = {}
+        takes: dict[str, Callable[[], Outputs]]
         try:
             if TEAM in self._models:
-                self._take(TEAM, lambda: self._models[TEAM].ask(_joined(self.spec, rows)), outputs, missed)
+                takes = {TEAM: lambda: self._models[TEAM].ask(_joined(self.spec, rows))}
             else:
                 for name, model in self._models.items():
                     model.send(rows[name])
-                for name, model in self._models.items():
-                    self._take(name, model.receive, outputs, missed)
+                takes = {name: model.receive for name, model in self._models.items()}
+            for asked, take in takes.items():
+                try:
+                    outputs[asked] = take()
+                except MissedAnswerError as error:
+                    missed |= dict.fromkeys(self.spec.names if asked == TEAM else [asked], error)
+                    if self._fallback is None:
+                        raise
         except BaseException:
             for model in self._models.values():
                 model.abandon()
             raise
-        return outputs, missed
-
-    def _take(
-        self,
-        model: str,
-        answer: Callable[[], Outputs],
-        outputs: dict[str, Outputs],
-        missed: dict[str, MissedAnswerError],
-    ) -> None:
-        try:
-            outputs[model] = answer()
-        except MissedAnswerError as error:
-            for name in self.spec.names if model == TEAM else [model]:
+        finally:
+            for name in missed:
                 self.missed[name] += 1
-                missed[name] = error
-            if self._fallback is None:
-                raise
+        return outputs, missed
 
     def close(self) -> None:
         for model in self._models.values():

@@ -209,6 +209,10 @@ class _Answers(Protocol):
     def cancel(self) -> object: ...
 
 
+_Requests = queue.SimpleQueue["ActRequest | None"]  # None ends them
+_Arrived = queue.SimpleQueue["ActResponse | Exception"]  # an exception ends them
+
+
 class _Stream:
     """One stream for all steps: opened by the first, and again by the first after an error.
 
@@ -223,8 +227,8 @@ class _Stream:
         self._deadline_s = deadline_s
         self._parse = parse
         self._due = 0.0
-        self._requests: queue.SimpleQueue[ActRequest | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[ActResponse | Exception] = queue.SimpleQueue()
+        self._requests = _Requests()
+        self._answers = _Arrived()
         self._call: _Answers | None = None
 
     def ask(self, request: ActRequest) -> ActResponse:
@@ -258,7 +262,7 @@ class _Stream:
 
     def _open(self) -> _Answers:
         """A stream with queues of its own, so that nothing late comes out of them."""
-        requests, answers = self._requests, self._answers = queue.SimpleQueue(), queue.SimpleQueue()
+        self._requests, self._answers = requests, answers = _Requests(), _Arrived()
 
         def note(data: bytes) -> ActResponse:
             response = self._parse(data)
@@ -274,7 +278,7 @@ class _Stream:
         return call
 
 
-def _read(call: _Answers, answers: queue.SimpleQueue[ActResponse | Exception]) -> None:
+def _read(call: _Answers, answers: _Arrived) -> None:
     """Keep asking gRPC for the next message, and note the end."""
     try:
         for _ in call:
@@ -289,9 +293,8 @@ def _failure(error: BaseException, what: str, deadline_s: float) -> OmcdaError:
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.DEADLINE_EXCEEDED
     details = (error.details() if isinstance(error, grpc.Call) else None) or "no details"
     match code:
-        case (
-            grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED
-        ):  # a server that is killed, or that stops
+        # the server was killed, or broke the call off because it stops
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             return MissedAnswerError(
                 f"{what} failed, the server cannot be reached ({details}). "
                 "Start it with  omcda-deploy serve BUNDLE  or correct the endpoint"

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
@@ -29,6 +29,7 @@ from omcda_deploy.errors import ConfigError, MissingExtraError, OmcdaError
 from omcda_deploy.measurements import (
     DiscardCount,
     Divergence,
+    FallbackCount,
     Latency,
     TeamDescription,
     agent_latencies,
@@ -57,7 +58,8 @@ class Evaluation:
 
     ``saturation``: share of action entries within 0.1 % of a bound, None for discrete actions.
     ``step_latency``: one ``team.act`` for the whole batch. ``agent_latency``: per agent, where the team times them.
-    ``won``: None where the simulator does not tell.
+    ``won``: None where the simulator does not tell. ``fallback_steps``: by agent, how many calls of ``team.act``
+    its fallback answered instead of its policy; their divergence is not known and counts nowhere.
     """
 
     task: str
@@ -80,6 +82,7 @@ class Evaluation:
     machine: str
     date: str
     discarded: int = 0  # episodes that the simulator lost; none of them is among the E
+    fallback_steps: dict[str, int] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -121,6 +124,7 @@ class Evaluation:
             "episode_seeds": list(self.episode_seeds),
             "divergence": {name: value.to_json() for name, value in self.divergence.items()},
             "saturation": {name: number(value) for name, value in self.saturation.items()},
+            "fallback": {"by": self.team.fallback, "steps": self.fallback_steps},
             "latency": {
                 "step": self.step_latency.to_json(),
                 "agents": {name: value.to_json() for name, value in self.agent_latency.items()},
@@ -199,7 +203,7 @@ def _play(
     terminated: list[NDArray[np.bool_]] = []
     won: list[NDArray[np.bool_]] = []
     knows_won = False
-    discards = DiscardCount()
+    discards, fallbacks = DiscardCount(), FallbackCount(spec)
     steps: list[NDArray[np.int64]] = []
     divergence: list[NDArray[np.float64]] = []
     saturations = dict.fromkeys(spec.names, 0)
@@ -231,6 +235,7 @@ def _play(
             for name, latency in agent_latencies(team).items():
                 agent_seconds.setdefault(name, []).append(latency)
             require_answer(spec, decisions, num_envs)
+            fallbacks.add(decisions)
 
             diverged.append(
                 np.stack([np.asarray(decisions[name].divergence, np.float64) for name in spec.names], axis=1)
@@ -302,6 +307,7 @@ def _play(
         machine=machine(),
         date=now(),
         discarded=discards.total,
+        fallback_steps=fallbacks.steps,
     )
 
 

@@ -134,9 +134,7 @@ class _Hold:
         self._last.clear()
 
     def note(self, decisions: Mapping[str, Decision]) -> None:
-        for name, decision in decisions.items():
-            if not decision.fallback:
-                self._last[name] = _marked(decision)
+        self._last = {name: _marked(decision) for name, decision in decisions.items()}
 
     def answer(
         self,

@@ -48,7 +48,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Divergence:
-    """One agent's divergence over all steps played, in nats.
+    """One agent's divergence over all steps that its policy answered, in nats; nan where there is none.
 
     ``by_step``: float64 [T], the mean over the episodes still running at step t. ``budget`` is d_i, None where
     the algorithm has none.
@@ -74,27 +74,41 @@ def divergences(
     values: Sequence[NDArray[np.float64]],
     budgets: Mapping[str, float | None],
 ) -> dict[str, Divergence]:
-    """Per-agent summaries of ``values`` (each [N, n]) seen at the times ``steps`` (each [n]) of their episodes."""
+    """Per-agent summaries of ``values`` (each [N, n]) seen at the times ``steps`` (each [n]) of their episodes.
+
+    nan stands for a step that a fallback answered; it counts nowhere.
+    """
     times = np.concatenate(steps)
-    counts = np.bincount(times)
     return {
-        name: Divergence(
-            mean=float(rows.mean()),
-            p99=float(np.percentile(rows, 99)),
-            by_step=np.bincount(times, weights=rows) / counts,
-            budget=budgets.get(name),
-        )
+        name: _divergence(times, rows, budgets.get(name))
         for name, rows in zip(spec.names, np.concatenate(values, axis=1), strict=True)
     }
 
 
+def _divergence(times: NDArray[np.int64], values: NDArray[np.float64], budget: float | None) -> Divergence:
+    seen = ~np.isnan(values)
+    length = int(times.max()) + 1
+    counts = np.bincount(times[seen], minlength=length)
+    sums = np.bincount(times[seen], weights=values[seen], minlength=length)
+    return Divergence(
+        mean=float(values[seen].mean()) if seen.any() else math.nan,
+        p99=float(np.percentile(values[seen], 99)) if seen.any() else math.nan,
+        by_step=np.divide(sums, counts, where=counts > 0, out=np.full(length, math.nan)),
+        budget=budget,
+    )
+
+
 @dataclass(frozen=True)
 class TeamDescription:
-    """What a team says about the bundle it came from; a team that is no bundle leaves it empty."""
+    """What a team says about the bundle it came from; a team that is no bundle leaves it empty.
+
+    ``fallback``: who answers the steps that its servers miss; None for a team without servers.
+    """
 
     bundle_digest: str | None
     divergence_kind: str | None
     budgets: Mapping[str, float | None]
+    fallback: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -113,6 +127,7 @@ def describe(team: TeamPolicy) -> TeamDescription:
         getattr(team, "bundle_digest", None),
         getattr(team, "divergence_kind", None),
         getattr(team, "budgets", None) or {},
+        getattr(team, "fallback", None),
     )
 
 
@@ -120,6 +135,17 @@ def agent_latencies(team: TeamPolicy) -> Mapping[str, float]:
     """Seconds per agent of the team's last act, empty for a team that does not time its agents."""
     latencies: Mapping[str, float] | None = getattr(team, "latencies", None)
     return latencies or {}
+
+
+class FallbackCount:
+    """Counts, by agent, the calls of ``team.act`` that a fallback answered."""
+
+    def __init__(self, spec: TeamSpec) -> None:
+        self.steps: dict[str, int] = dict.fromkeys(spec.names, 0)
+
+    def add(self, decisions: Mapping[str, Decision]) -> None:
+        for name in self.steps:
+            self.steps[name] += decisions[name].fallback
 
 
 def require_answer(spec: TeamSpec, decisions: Mapping[str, Decision], batch: int) -> None:

@@ -7,7 +7,7 @@ what the team answers changes nothing in what it is sent next.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter, sleep
 from typing import Any
 
@@ -18,6 +18,7 @@ from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError, DatasetError
 from omcda_deploy.measurements import (
     Divergence,
+    FallbackCount,
     Latency,
     TeamDescription,
     agent_latencies,
@@ -71,6 +72,8 @@ class Replay:
     ``step_latency``: one ``team.act`` for a batch of ``batch`` episodes. ``agent_latency``: per agent, where the
     team times them.
     ``misses``: steps that missed their deadline of 1 / ``rate`` seconds; what that means is in :func:`replay`.
+    ``fallback_steps``: by agent, how many calls of ``team.act`` its fallback answered instead of its policy. They
+    count neither for agreement (nan where none is left) nor for parity and divergence.
     """
 
     task: str
@@ -94,6 +97,7 @@ class Replay:
     versions: dict[str, str]
     machine: str
     date: str
+    fallback_steps: dict[str, int] = field(default_factory=dict)
 
     @property
     def miss_share(self) -> float:
@@ -118,6 +122,7 @@ class Replay:
             },
             "parity": self.parity.to_json() if self.parity else None,
             "divergence": {name: value.to_json() for name, value in self.divergence.items()},
+            "fallback": {"by": self.team.fallback, "steps": self.fallback_steps},
             "latency": {
                 "step": self.step_latency.to_json(),
                 "agents": {name: value.to_json() for name, value in self.agent_latency.items()},
@@ -190,6 +195,8 @@ def replay(
     times: list[NDArray[np.int64]] = []
     divergence: list[NDArray[np.float64]] = []
     disagreement = np.zeros(len(spec.agents))  # sums of |a - a_recorded|, or of unequal choices
+    compared = np.zeros(len(spec.agents), np.int64)  # steps that the policy answered
+    fallbacks = FallbackCount(spec)
     differences = {"action": 0.0, "divergence": 0.0, "parameters": 0.0}
     step_seconds: list[float] = []
     agent_seconds: dict[str, list[float]] = {}
@@ -221,6 +228,7 @@ def replay(
             for name, latency in agent_latencies(team).items():
                 agent_seconds.setdefault(name, []).append(latency)
             require_answer(spec, decisions, batch)
+            fallbacks.add(decisions)
             asked.append((rows, noise, decisions))
             if progress:
                 progress(len(step_seconds), calls)
@@ -233,20 +241,22 @@ def replay(
             divergence.append(
                 np.stack([np.asarray(decisions[name].divergence, np.float64)[active] for name in spec.names])
             )
-            disagreement += [
-                _disagreement(dataset, rows[active], i, decisions[name].action[active])
-                for i, name in enumerate(spec.names)
-            ]
+            answered = [(i, name) for i, name in enumerate(spec.names) if not decisions[name].fallback]
+            for i, name in answered:
+                disagreement[i] += _disagreement(dataset, rows[active], i, decisions[name].action[active])
+                compared[i] += int(active.sum())
             if local is not None:
                 answers = local.act(
                     _observations(dataset, rows), noise=drawn, action_masks=_masks(dataset, rows)
                 )
-                for name in spec.names:
+                for _, name in answered:
                     for what, difference in _differences(decisions[name], answers[name]).items():
                         differences[what] = max(differences[what], difference)
 
     steps = int(sum(counts.size for counts in times))
-    mean = disagreement / steps
+    mean = np.divide(disagreement, compared, where=compared > 0, out=np.full(len(spec.agents), np.nan))
+    if not compared.any():
+        differences = dict.fromkeys(differences, float("nan"))
     return Replay(
         task=spec.task,
         spec=spec,
@@ -272,6 +282,7 @@ def replay(
         versions=installed_versions(),
         machine=machine(),
         date=now(),
+        fallback_steps=fallbacks.steps,
     )
 
 

@@ -79,6 +79,7 @@ def evaluation_section(evaluation: Evaluation, heading: str = "Evaluation") -> S
     ]
     if e.won is not None:
         tiles.insert(1, ("won", _percent(e.won.mean()), f"{int(e.won.sum())} of {e.won.size} episodes"))
+    tiles += _fallback_tile(e)
     parts = [
         _tiles(tiles),
         captioned(
@@ -123,6 +124,7 @@ def replay_section(replay: Replay, heading: str = "Replay") -> Section:
             f"of {_number(r.step_latency.seconds.size, 0)} steps at {r.rate:g} Hz "
             f"({_number(1e3 / r.rate, 1)} ms), {'in real time' if r.paced else 'flat out'}",
         ),
+        *_fallback_tile(r),
     ]
     parts = [
         _tiles(tiles),
@@ -179,13 +181,31 @@ def _lost(evaluation: Evaluation) -> str:
     return f"; {_count(lost, 'episode')} lost by the simulator and left out" if lost else ""
 
 
+def _fallback_words(result: Evaluation | Replay) -> str:
+    """How many steps of which agents the fallback answered; empty where it answered none."""
+    steps = [f"{name} in {_number(count, 0)}" for name, count in result.fallback_steps.items() if count]
+    total = _count(result.step_latency.seconds.size, "step")
+    return f"{', '.join(steps)} of {total}, by {result.team.fallback}" if steps else ""
+
+
+def _fallback_line(result: Evaluation | Replay) -> str:
+    words = _fallback_words(result)
+    return f"\nanswered by the fallback: {words}" if words else ""
+
+
+def _fallback_tile(result: Evaluation | Replay) -> list[tuple[str, str, str]]:
+    words = _fallback_words(result)
+    total = _number(sum(result.fallback_steps.values()), 0)
+    return [("answered by the fallback", total, words)] if words else []
+
+
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Per agent: divergence beside its budget, saturation, latency; the returns in the title."""
     e = evaluation
     table = _agents(
         f"{e.task}: return {_with_error(e.mean, e.standard_error)} over {_count(e.returns.size, 'episode')}"
         f"{_lost(e)}\n"
-        f"one answer of the team: {_latency_words(e.step_latency)}",
+        f"one answer of the team: {_latency_words(e.step_latency)}{_fallback_line(e)}",
         "|a|>0.999",
         _timed(e.divergence, e.agent_latency),
     )
@@ -207,7 +227,7 @@ def replay_table(replay: Replay) -> Table:
         f"{r.task}: {_count(len(r.episodes), 'episode')}, {_number(r.steps, 0)} joint actions\n"
         f"parity: {parity}{'' if parity == 'exact' else ', ' + detail}\n"
         f"one answer of the team: {_latency_words(r.step_latency)}; {r.misses} of {r.step_latency.seconds.size} "
-        f"missed {1e3 / r.rate:.1f} ms {'in real time' if r.paced else 'flat out'}",
+        f"missed {1e3 / r.rate:.1f} ms {'in real time' if r.paced else 'flat out'}{_fallback_line(r)}",
         "|a-a_rec|" if r.spec.action_kind == "continuous" else "equal",
         _timed(r.divergence, r.agent_latency),
     )
@@ -275,6 +295,8 @@ def _parity_words(replay: Replay) -> tuple[str, str]:
     if parity.exact:
         return "exact", "equal to the local bundle to the last digit"
     worst = max(parity.action, parity.divergence, parity.parameters)
+    if math.isnan(worst):
+        return _DASH, "every step was answered by the fallback"
     return f"{worst:.2g}", "largest difference from the local bundle"
 
 

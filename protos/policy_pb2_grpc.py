@@ -63,7 +63,8 @@ class PolicyServiceServicer(object):
 
     def Act(self, request, context):
         """One control step of one model. The joint step of a team is the same call with model "team": its graph has
-        the same tensors, so one message, one validation and one stream serve both.
+        the same tensors, so one message, one validation and one stream serve both. Calls know nothing of each other:
+        the answer is a function of the request alone, so one that failed can be made again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +73,10 @@ class PolicyServiceServicer(object):
     def ActStream(self, request_iterator, context):
         """Control steps over one stream: exactly one response per request, in order. A request that Act would refuse
         ends the stream with the status that Act would have answered.
+
+        Steps are idempotent: a request that repeats the last one of its model on this stream, step_id included, gets
+        the same response without a second run; another content under that step_id is INVALID_ARGUMENT, unless it
+        begins an episode (`reset`). Nothing outlives the stream: on a new one any step_id may come first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from omcda_deploy.serve.config import Limits
 from omcda_deploy.serve.meter import MethodMeter
 from omcda_deploy.serve.status import ExhaustedError, StoppingError, status_of
+from omcda_deploy.serve.tracing import Tracing
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -30,8 +31,9 @@ STOPPING = "the server is stopping: use another one, or try again later"
 class Traffic:
     """The calls that pass through a server, and their end when it is to stop."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, tracing: Tracing | None = None) -> None:
         self.stopping = False
+        self.tracing = tracing
         self.calls = 0  # unary ones that reached a handler
         self.meters: list[MethodMeter] = []  # of every method served
         self._limits = limits
@@ -115,13 +117,11 @@ def _unary(
     async def handle(data: bytes, context: Context) -> bytes:
         traffic.calls += 1
         meter.started += 1
-        started = time.perf_counter()
         try:
-            response = answer(parse(request_type, data)).SerializeToString()
+            response = _respond(request_type, data, answer, traffic, meter, context)
         except Exception as error:
             await abort(context, error, meter)
             raise  # not reached: abort raises
-        meter.seconds.add(time.perf_counter() - started)
         meter.handled["OK"] += 1
         return response
 
@@ -151,10 +151,7 @@ def _stream(
                     if data is grpc.aio.EOF:
                         meter.handled["OK"] += 1
                         return
-                    started = time.perf_counter()
-                    response = answer(parse(request_type, data)).SerializeToString()
-                    meter.seconds.add(time.perf_counter() - started)
-                    await context.write(response)
+                    await context.write(_respond(request_type, data, answer, traffic, meter, context))
         except (grpc.aio.BaseError, asyncio.CancelledError):  # the call has ended under us
             meter.handled["CANCELLED"] += 1
             raise
@@ -162,6 +159,24 @@ def _stream(
             await abort(context, error, meter)
 
     return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def _respond(
+    request_type: type[Request],
+    data: bytes,
+    answer: Callable[[Request], Message],
+    traffic: Traffic,
+    meter: MethodMeter,
+    context: Context,
+) -> bytes:
+    started = time.perf_counter()
+    if traffic.tracing is None:
+        response = answer(parse(request_type, data)).SerializeToString()
+    else:
+        with traffic.tracing.span(meter.service, meter.method, context.invocation_metadata()):
+            response = answer(parse(request_type, data)).SerializeToString()
+    meter.seconds.add(time.perf_counter() - started)
+    return response
 
 
 def parse(request_type: type[Request], data: bytes) -> Request:

@@ -14,11 +14,11 @@ is answered by the current one. A version that is no longer current stays until 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +77,8 @@ class Repository:
         """Remember it for the next start. Raises :class:`ConfigError` where the folder cannot be written."""
         if self._single:
             return
-        temporary = self._source / f".{CURRENT}.{os.getpid()}"
+        # Servers in containers may share the folder, and have one process id.
+        temporary = self._source / f".{CURRENT}.{uuid4().hex}"
         try:
             temporary.write_text(f"{version}\n")
             temporary.replace(self._source / CURRENT)

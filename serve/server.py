@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from omcda_deploy.errors import EndpointError, OmcdaError
 from omcda_deploy.serve import introspection, oip, policy_service
 from omcda_deploy.serve.admin import AdminService
 from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.handlers import Traffic
-from omcda_deploy.serve.logs import log_json
+from omcda_deploy.serve.logs import log_as_json
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.security import TokenInterceptor, Tokens
+from omcda_deploy.serve.tracing import Tracing
 
 LOOPBACK = "127.0.0.1"
 GRACE_S = 5.0
@@ -39,13 +41,15 @@ class Listen:
     """Where a server listens; port 0 takes a free one, None is not listened on.
 
     ``metrics_port``: ``/metrics`` for Prometheus, on ``host``. ``admin_port``: AdminService, on loopback whatever
-    ``host`` is.
+    ``host`` is. ``health_port``: ``grpc.health.v1`` alone, on ``host``, for probes that know no TLS and must be
+    answered at any load, as those of Kubernetes: plaintext always, and without limits.
     """
 
     host: str = LOOPBACK
     port: int = 0
     metrics_port: int | None = None
     admin_port: int | None = None
+    health_port: int | None = None
 
 
 def serve(
@@ -54,6 +58,7 @@ def serve(
     listen: Listen | None = None,
     *,
     config: ServerConfig | None = None,
+    trace: bool = False,
     grace_s: float = GRACE_S,
 ) -> None:
     """Serve ``models`` (agents, or ``team``; none: all) until SIGTERM or SIGINT.
@@ -62,17 +67,28 @@ def serve(
     when the server is ready says on which port. On a signal, health turns NOT_SERVING, what is in flight is
     answered for up to ``grace_s`` seconds, and the function returns.
 
+    ``trace`` sends OpenTelemetry spans (:mod:`omcda_deploy.serve.tracing`).
+
     Raises :class:`BundleError`, :class:`UnknownNameError` for a model that the bundle has not,
     :class:`ConfigError` for a guard that it cannot have, and :class:`EndpointError` where an address cannot be
     taken.
     """
     listen, config = listen or Listen(), config or ServerConfig()
     secured = _Security.of(config)
+    tracing = Tracing() if trace else None
     require_free(listen.host, listen.port)
     if listen.admin_port is not None:
         require_free(LOOPBACK, listen.admin_port)
+    if listen.health_port is not None:
+        require_free(listen.host, listen.health_port)
     releases = Releases(source, models, config)
-    asyncio.run(_serve(releases, listen, config.limits, secured, grace_s))
+    try:
+        asyncio.run(
+            _serve(releases, listen, Traffic(config.limits, tracing), config.limits, secured, grace_s)
+        )
+    finally:
+        if tracing is not None:
+            tracing.close()
 
 
 def require_free(host: str, port: int) -> None:
@@ -120,13 +136,17 @@ class _Security:
 
 
 async def _serve(
-    releases: Releases, listen: Listen, limits: Limits, security: _Security, grace_s: float
+    releases: Releases,
+    listen: Listen,
+    traffic: Traffic,
+    limits: Limits,
+    security: _Security,
+    grace_s: float,
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    traffic = Traffic(limits)
     server = grpc.aio.server(
         interceptors=security.interceptors,
         options=(*_OPTIONS, ("grpc.max_receive_message_length", limits.message_bytes)),
@@ -148,6 +168,8 @@ async def _serve(
             collector = ServerCollector(traffic, releases)
             beside.callback(serve_metrics(collector, listen.host, listen.metrics_port))
         await server.start()
+        if listen.health_port is not None:
+            await _start_health(beside, health, listen.host, listen.health_port)
         say(f"serving {', '.join(releases.models().sessions)} on {address_of(listen.host, port)}")
         await stop.wait()
         inference.ready = False
@@ -169,6 +191,14 @@ async def _start_admin(beside: AsyncExitStack, releases: Releases, port: int, se
     beside.callback(retiring.cancel)
 
 
+async def _start_health(beside: AsyncExitStack, health: introspection.Health, host: str, port: int) -> None:
+    server = grpc.aio.server(options=_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    _Security(None, ()).add_port(server, host, port)
+    await server.start()
+    beside.push_async_callback(server.stop, 0)
+
+
 def say(line: str) -> None:
     """One line for whoever started the server, at once."""
     sys.stdout.write(f"{line}\n")
@@ -188,15 +218,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="TOML file: guard, limits")
     parser.add_argument("--metrics-port", type=int, help="where Prometheus may scrape /metrics")
     parser.add_argument("--admin-port", type=int, help="where this machine may load and switch versions")
+    parser.add_argument("--health-port", type=int, help="where plaintext probes may ask for health alone")
+    parser.add_argument("--trace", action="store_true", help="send OpenTelemetry spans (OTEL_… variables)")
     parser.add_argument("--log-json", action="store_true", help="log JSON lines to stderr")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds for what is in flight")
     given = parser.parse_args(arguments)
     if given.log_json:
-        log_json()
+        log_as_json()
     try:
         config = read_server_config(given.config)
-        listen = Listen(given.host, given.port, given.metrics_port, given.admin_port)
-        serve(given.source, given.model, listen, config=config, grace_s=given.grace)
+        listen = Listen(given.host, given.port, given.metrics_port, given.admin_port, given.health_port)
+        serve(given.source, given.model, listen, config=config, trace=given.trace, grace_s=given.grace)
     except OmcdaError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

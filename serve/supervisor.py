@@ -13,14 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from omcda_deploy.bundle import read_bundle
-from omcda_deploy.connection import open_channel
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.serve.config import read_server_config
-from omcda_deploy.serve.server import GRACE_S, LOOPBACK, NOTICE_S, address_of, require_free, say
+from omcda_deploy.serve.releases import Repository
+from omcda_deploy.serve.server import GRACE_S, NOTICE_S, Listen, address_of, require_free, say
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +76,11 @@ class AgentServer:
                 delay,
             )
 
+    @property
+    def ready(self) -> bool:
+        """Whether the process has said that it serves."""
+        return self._ready.is_set()
+
     def terminate(self) -> None:
         if self.exit_status() is None:
             self._process.terminate()
@@ -96,37 +97,51 @@ class AgentServer:
     def _start(self) -> None:
         self._restart_at = None
         self._started = time.monotonic()
-        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        self._ready = threading.Event()
+        # Its first line, which it prints when it is ready, whatever its address and certificates are.
+        reader = threading.Thread(target=self._listen, args=(self._process, self._ready), daemon=True)
+        reader.start()
+
+    @staticmethod
+    def _listen(process: subprocess.Popen[bytes], ready: threading.Event) -> None:
+        assert process.stdout is not None
+        with process.stdout as said:
+            for _ in said:
+                ready.set()
 
 
 def serve_team(
-    bundle_path: str | Path,
-    host: str = LOOPBACK,
-    base_port: int = 8500,
+    source: str | Path,
+    listen: Listen,
     *,
     config_path: Path | None = None,
+    trace: bool = False,
+    json_logs: bool = False,
     grace_s: float = GRACE_S,
 ) -> None:
-    """Serve every agent of a bundle in a process of its own, agent i on ``base_port`` + i, until SIGTERM or SIGINT.
+    """Serve every agent of a team in a process of its own until SIGTERM or SIGINT.
 
-    Prints one line per endpoint as soon as all are ready. On a signal all servers drain (:func:`serve`) and the
-    function returns. A server that dies later is started again (:class:`Backoff`) and that is logged; the others
-    go on.
+    ``source`` is :func:`serve`'s; agent i listens on the ports of ``listen`` + i. Prints one line per endpoint as
+    soon as all are ready. On a signal all servers drain (:func:`serve`) and the function returns. A server that dies
+    later is started again (:class:`Backoff`) and that is logged; the others go on.
 
     Raises :class:`BundleError`, and :class:`EndpointError` where a server cannot be started the first time (the
     others are then stopped).
     """
-    bundle = read_bundle(bundle_path)
-    read_server_config(config_path).guards_of(bundle.spec.names)  # one complaint rather than one per process
-    ports = {name: base_port + index for index, name in enumerate(bundle.spec.names)}
-    for port in ports.values():
-        require_free(host, port)
+    flags = [*(["--trace"] if trace else []), *(["--log-json"] if json_logs else [])]
+    repository = Repository(Path(source))
+    agents = repository.read(repository.current()).spec.names
+    read_server_config(config_path).guards_of(agents)  # one complaint rather than one per process
+    places = {agent: _shifted(listen, index) for index, agent in enumerate(agents)}
+    for place in places.values():
+        require_free(place.host, place.port)
     with _stop_signal() as stop:
         servers: list[AgentServer] = []
         try:
-            for agent, port in ports.items():
-                command = _command(bundle.path, agent, host, port, config_path, grace_s)
-                servers.append(AgentServer(agent, address_of(host, port), command))
+            for agent, place in places.items():
+                command = [*_command(Path(source), agent, place, config_path, grace_s), *flags]
+                servers.append(AgentServer(agent, address_of(place.host, place.port), command))
             _wait_until_ready(servers, stop)
             if not stop.is_set():
                 for server in servers:
@@ -138,42 +153,49 @@ def serve_team(
             _stop(servers, grace_s)
 
 
-def _command(
-    bundle: Path, agent: str, host: str, port: int, config_path: Path | None, grace_s: float
-) -> list[str]:
-    command = [sys.executable, "-m", "omcda_deploy.serve.server", str(bundle)]
-    command += ["--model", agent, "--host", host, "--port", str(port), "--grace", str(grace_s)]
-    if config_path is not None:
-        command += ["--config", str(config_path)]
+def _shifted(listen: Listen, by: int) -> Listen:
+    def port(first: int | None) -> int | None:
+        return None if first is None else first + by
+
+    return Listen(
+        listen.host,
+        listen.port + by,
+        port(listen.metrics_port),
+        port(listen.admin_port),
+        port(listen.health_port),
+    )
+
+
+def _command(source: Path, agent: str, place: Listen, config_path: Path | None, grace_s: float) -> list[str]:
+    command = [sys.executable, "-m", "omcda_deploy.serve.server", str(source)]
+    command += ["--model", agent, "--host", place.host, "--port", str(place.port), "--grace", str(grace_s)]
+    for option, value in (
+        ("--metrics-port", place.metrics_port),
+        ("--admin-port", place.admin_port),
+        ("--health-port", place.health_port),
+        ("--config", config_path),
+    ):
+        if value is not None:
+            command += [option, str(value)]
     return command
 
 
 def _wait_until_ready(servers: Sequence[AgentServer], stop: threading.Event) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     for server in servers:
-        with open_channel(server.endpoint) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
-            while not (stop.is_set() or _is_serving(health)):
-                for other in servers:
-                    if (status := other.exit_status()) is not None:
-                        raise EndpointError(
-                            f"the server of {other.agent} on {other.endpoint} did not start: it exited with status "
-                            f"{status} and said why above. All servers are stopped"
-                        )
-                if time.monotonic() > deadline:
+        while not (stop.is_set() or server.ready):
+            for other in servers:
+                if (status := other.exit_status()) is not None:
                     raise EndpointError(
-                        f"the server of {server.agent} on {server.endpoint} was not ready within "
-                        f"{START_LIMIT_S:.0f} s: look at the load of this machine. All servers are stopped"
+                        f"the server of {other.agent} on {other.endpoint} did not start: it exited with status "
+                        f"{status} and said why above. All servers are stopped"
                     )
-                stop.wait(POLL_S)
-
-
-def _is_serving(health: health_pb2_grpc.HealthStub) -> bool:
-    try:
-        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=1.0, wait_for_ready=True)
-    except grpc.RpcError:
-        return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+            if time.monotonic() > deadline:
+                raise EndpointError(
+                    f"the server of {server.agent} on {server.endpoint} was not ready within "
+                    f"{START_LIMIT_S:.0f} s: look at the load of this machine. All servers are stopped"
+                )
+            stop.wait(POLL_S)
 
 
 def _stop(servers: Sequence[AgentServer], grace_s: float) -> None:

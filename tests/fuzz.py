@@ -59,8 +59,18 @@ class Report:
     grown_kb: int = 0  # by the server, from a quarter of the calls on
 
 
-def fuzz(server: ServerProcess, bundle: Bundle, seed: int, first: int, calls: int) -> Report:
-    """Send ``calls`` calls from number ``first`` on to a server of all models of ``bundle``."""
+def fuzz(bundle: Bundle, seed: int, first: int, calls: int) -> Report:
+    """Send ``calls`` calls from number ``first`` on to a new server of all models of ``bundle``."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with server_process(bundle, log=log) as server:
+            report = _fuzz(server, bundle, seed, first, calls)
+        if "ERROR" in (said := log.read_text()) or "Traceback" in said:
+            report.failures.append(f"the server's log: {said[:SHOWN]}")
+    return report
+
+
+def _fuzz(server: ServerProcess, bundle: Bundle, seed: int, first: int, calls: int) -> Report:
     with grpc.insecure_channel(server.endpoint, NO_PROXY) as stream_channel:
         run = _Run(server, stream_channel, bundle, seed, first, calls)
         asyncio.run(run.drive())
@@ -206,8 +216,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for team in teams:
             bundle = write_test_bundle(Path(folder) / team, TEAMS[team](), seed=1)
-            with server_process(bundle) as server:
-                report = fuzz(server, bundle, given.seed, given.first, -(-given.calls // len(teams)))
+            report = fuzz(bundle, given.seed, given.first, -(-given.calls // len(teams)))
             for failure in report.failures:
                 print(f"--team {team} --seed {given.seed} --first I --calls 1: {failure}")
             by_status = ", ".join(

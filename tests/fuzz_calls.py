@@ -133,7 +133,7 @@ class Fuzzer:
             model=model,
             model_version=version,
             contract_hash=draw.choice(("", self._spec.contract_hash)),
-            step_id=draw.choice((0, 1, draw.getrandbits(64))),
+            step_id=draw.getrandbits(64),  # a stream takes one id for one step
             reset=draw.random() < 0.1,
             batch=len(tensors["observation"]),
             **{name: values.tobytes() for name, values in tensors.items()},
@@ -161,7 +161,7 @@ def _mutate(message: Any, draw: Random) -> None:
     """Change one field of ``message``, or of a message inside it."""
     if not (fields := message.DESCRIPTOR.fields):
         return
-    chosen = draw.choice(fields)
+    (chosen,) = draw.choices(fields, [1 if field.message_type is None else 3 for field in fields])
     values = getattr(message, chosen.name)
     if chosen.message_type is not None and chosen.message_type.GetOptions().map_entry:
         _mutate(values[draw.choice(NAMES)], draw)
@@ -183,7 +183,9 @@ def _mutate(message: Any, draw: Random) -> None:
         at = draw.randrange(len(values))
         values[at] = _scalar(chosen, draw, values[at])
     else:
-        values.extend([_scalar(chosen, draw, None)] * draw.choice((1, 1, 2, 1000)))
+        # bytes may be large already
+        many = 2 if chosen.type == FieldDescriptor.TYPE_BYTES else 1000
+        values.extend([_scalar(chosen, draw, None)] * draw.choice((1, 1, many)))
 
 
 def _scalar(chosen: FieldDescriptor, draw: Random, present: Any) -> Any:

@@ -29,7 +29,10 @@ def server_process(
     options: Sequence[str] = (),
     log: Path | None = None,
 ) -> Iterator[ServerProcess]:
-    """A server of ``models`` on a free port, ready; stopped at the end unless the test has done so."""
+    """A server of ``models`` on a free port, ready; stopped at the end unless the test has done so.
+
+    What it writes to stderr goes into ``log``, or to the test's own.
+    """
     path = source.path if isinstance(source, Bundle) else source
     command = [sys.executable, *start, str(path), *options]
     command += [argument for model in models for argument in ("--model", model)]

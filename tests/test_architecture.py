@@ -17,7 +17,7 @@ PACKAGE_FOLDERS = ("omcda_deploy", "training", "export", "serve", "protos")
 
 FLOORS = "Each floor imports floors below it"
 TORCH = "torch stays in training and export"
-GRPC = "gRPC stays in serve, connection and protos"
+GRPC = "gRPC stays in serve"
 SERVING = "Serving needs no torch, simulator or dataset"
 EVALUATION = "Evaluation knows no gRPC"
 REPLAY = "Replay needs no simulator"

@@ -211,7 +211,7 @@ CASES: list[Case] = [
     ("train other.hdf5 --resume run", "no such file"),
     ("export taken --out new", "taken is not a run folder"),
     ("export run --step 7 --out new", "run holds no policy of step 7: it has 10"),
-    ("serve taken", "taken is not a bundle: it has no bundle.json"),
+    ("serve taken", "taken: expected a bundle, or a folder of bundles named 1, 2, …, found none"),
     # bundles
     ("inspect bundle changed", r"agent_1/1/model\.onnx was changed after export: expected sha256 \w{12}…"),
     ("serve changed", "was changed after export"),
@@ -225,6 +225,16 @@ CASES: list[Case] = [
     # who plays
     (f"evaluate {HOPPER}", "expected --endpoints .* or --bundle .*: give one of them"),
     (f"evaluate {HOPPER} --bundle bundle --endpoints {DOWN}", "expected --endpoints .* or --bundle"),
+    (
+        f"evaluate {HOPPER} --endpoints {DOWN} --on-miss behavior",
+        "--on-miss behavior: expected --bundle, whose",
+    ),
+    (f"evaluate {HOPPER} --bundle bundle --endpoints {DOWN} --on-miss hold", "leave one of them out"),
+    (
+        f"replay data.hdf5 --endpoints {DOWN} --on-miss behavior",
+        "--on-miss behavior: expected --bundle, whose",
+    ),
+    (f"evaluate {HOPPER} --endpoints {DOWN} --bundle changed --on-miss behavior", "was changed after export"),
     ("replay data.hdf5", "expected --endpoints .* or --bundle"),
     (f"evaluate {HOPPER} --endpoints {DOWN}", rf"{DOWN}: GetContract"),
     (f"replay data.hdf5 --endpoints {DOWN}", rf"{DOWN}: GetContract"),

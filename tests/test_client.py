@@ -331,13 +331,12 @@ def test_a_server_killed_between_steps_is_an_error(continuous_bundle: Bundle, st
 
 
 def test_closing_leaves_no_thread_behind(continuous_bundle: Bundle, continuous_server: ServerProcess) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with RemoteTeam([continuous_server.endpoint], stream=True, deadline_s=60) as team:
         team.act(observations(continuous_bundle.spec, 1))
-        assert (
-            threading.active_count() >= before + 6
-        )  # per stream: gRPC's for requests, ours for the deadline
+        begun = set(threading.enumerate()) - before
+        assert len(begun) >= 6  # per stream: gRPC's for requests, ours for answers
     end = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < end:
+    while any(thread.is_alive() for thread in begun) and time.monotonic() < end:
         time.sleep(0.01)
-    assert threading.active_count() <= before
+    assert not any(thread.is_alive() for thread in begun)

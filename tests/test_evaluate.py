@@ -372,6 +372,46 @@ def test_real_game_real_bundle(tmp_path: Path, stochastic: bool) -> None:
     json.dumps(first.to_json(), allow_nan=False)
 
 
+class MissingTeam(StubTeam):
+    """``left`` is answered by a fallback at every other step of the team, ``right`` always."""
+
+    fallback = "hold"
+
+    def act(self, observations: Mapping[str, Any], **rest: Any) -> dict[str, Decision]:
+        decisions = super().act(observations, **rest)
+        unknown = np.full(len(observations["left"]), np.nan, np.float32)
+        missed = ["right"] if len(self.batches) % 2 else ["left", "right"]
+        return decisions | {name: Decision(decisions[name].action, unknown, fallback=True) for name in missed}
+
+
+def test_steps_of_a_fallback_are_counted_and_their_divergence_is_not(
+    environments: list[CountingEnvironment],
+) -> None:
+    team = MissingTeam()
+    result = evaluate(team, "stub/counting", episodes=7, seed=5, num_envs=3)
+    calls = len(team.batches)
+    assert result.fallback_steps == {"left": calls // 2, "right": calls}
+    rounds = [result.lengths[k : k + 3] for k in (0, 3, 6)]
+    call, seen = 0, []
+    for lengths in rounds:
+        for t in range(lengths.max()):
+            call += 1
+            seen += [t] * int((lengths > t).sum() if call % 2 else 0)
+    assert result.divergence["left"].mean == pytest.approx(np.mean(seen))
+    assert result.divergence["left"].p99 == pytest.approx(np.percentile(seen, 99))
+    for t, value in enumerate(result.divergence["left"].by_step):
+        assert value == t if t in seen else np.isnan(value)
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert data["fallback"] == {"by": "hold", "steps": {"left": calls // 2, "right": calls}}
+    assert (data["divergence"]["right"]["mean"], data["divergence"]["right"]["p99"]) == (None, None)
+    assert set(data["divergence"]["right"]["by_step"]) == {None}
+
+
+def test_a_team_without_servers_has_no_fallback(environments: list[CountingEnvironment]) -> None:
+    data = evaluate(StubTeam(), "stub/counting", episodes=1).to_json()
+    assert data["fallback"] == {"by": None, "steps": {"left": 0, "right": 0}}
+
+
 def test_a_team_that_is_no_bundle_says_so() -> None:
     team = SimpleNamespace(spec=SPEC)
     assert describe(team).to_json() == {"bundle_digest": None, "divergence_kind": None, "budgets": {}}

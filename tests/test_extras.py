@@ -37,6 +37,7 @@ NEEDED_FOR = {  # extra -> files that must find all they import with this extra 
         "omcda_deploy/connection.py",
         "omcda_deploy/local.py",
     ),
+    "tracing": ("serve/tracing.py",),
     "mujoco": ("omcda_deploy/envs/mamujoco*.py", "omcda_deploy/evaluate.py", "omcda_deploy/local.py"),
     "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector.py"),
     "behavior": (*BEHAVIOR, "export/*.py", "omcda_deploy/envs/mamujoco*.py", "omcda_deploy/local.py"),
@@ -47,11 +48,17 @@ ROOFS = {  # commands that import torch themselves, beside the room that they co
     "omcda_deploy/commands/benchmark.py",
     "omcda_deploy/datasets/_torch_episodes.py",  # a program, which is started only where torch is
 }
-DISTRIBUTIONS = {"google.protobuf": "protobuf", "torch.utils.tensorboard": "tensorboard"}
+DISTRIBUTIONS = {  # of packages that several distributions share, longest names first
+    "google.protobuf": "protobuf",
+    "torch.utils.tensorboard": "tensorboard",
+    "opentelemetry.exporter.otlp.proto.grpc": "opentelemetry-exporter-otlp-proto-grpc",
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "opentelemetry": "opentelemetry-api",
+}
 LOADED_BY_GYMNASIUM = {"mujoco"}
 TOOLS = {
-    *("import-linter", "mypy", "packaging", "pytest", "ruff", "setuptools", "tritonclient"),
-    *("trustme", "types-grpcio", "types-protobuf"),
+    *("import-linter", "kubernetes-validate", "mypy", "packaging", "pytest", "pyyaml", "ruff", "setuptools"),
+    *("tritonclient", "trustme", "types-grpcio", "types-protobuf", "types-pyyaml"),
 }
 TORCH_PLATFORM = ("cuda-", "nvidia-", "triton==")  # pinned by torch itself, absent from its CPU build
 
@@ -146,7 +153,7 @@ def test_the_scan_sees_every_kind_of_import() -> None:
     assert {
         ("omcda_deploy/connection.py", "grpcio", None),
         ("serve/introspection.py", "protobuf", None),
-        ("serve/supervisor.py", "grpcio-health-checking", None),
+        ("serve/introspection.py", "grpcio-health-checking", None),
         ("training/metrics.py", "tensorboard", None),  # inside a function
         ("omcda_deploy/local.py", "onnxruntime", "serve"),
         ("omcda_deploy/evaluate.py", "imageio-ffmpeg", "mujoco"),  # by name
@@ -160,6 +167,8 @@ def test_an_extra_brings_what_its_files_import(extra: str) -> None:
     assert files, "no such file"
     if extra == "train":
         files -= {str(file.relative_to(ROOT)) for glob in BEHAVIOR for file in ROOT.glob(glob)}
+    if extra == "serve":
+        files -= {"serve/tracing.py"}
     undeclared = [
         found
         for found in third_party_imports()

@@ -13,6 +13,8 @@ import pytest
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.local import LocalPolicy
 from omcda_deploy.protos import policy_pb2, policy_pb2_grpc
+from omcda_deploy.serve.policy_service import Steps
+from omcda_deploy.serve.status import RequestError
 from omcda_deploy.spec import TeamSpec
 from tests.server_process import ServerProcess
 
@@ -58,6 +60,53 @@ def test_act_answers_as_the_local_policy(continuous_bundle: Bundle, stub: Any) -
 def test_a_stream_gives_one_response_per_request_in_order(stub: Any) -> None:
     requests = [good(step_id=i, observation=(ROWS + i).tobytes(), reset=i == 0) for i in range(20)]
     assert list(stub.ActStream(iter(requests))) == [stub.Act(request) for request in requests]
+
+
+def test_a_step_that_is_sent_again_on_a_stream_is_not_run_again() -> None:
+    runs: list[policy_pb2.ActRequest] = []
+
+    def act(request: policy_pb2.ActRequest) -> policy_pb2.ActResponse:
+        runs.append(request)
+        return policy_pb2.ActResponse(step_id=request.step_id, batch=len(runs))
+
+    steps = Steps(act)
+    one, two, others = good(step_id=1), good(step_id=2), good(model="agent_1", step_id=2)
+    again = policy_pb2.ActRequest.FromString(two.SerializeToString())  # equal, not the same object
+    told = [steps(request).batch for request in (one, two, again, others, two, others)]
+    assert told == [1, 2, 2, 3, 2, 3]
+    with pytest.raises(RequestError, match="step 2 of agent_0 was another one before"):
+        steps(good(step_id=2, observation=(ROWS + 1).tobytes()))
+    assert len(runs) == 3
+    assert steps(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)).batch == 4
+    assert steps(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)).batch == 4
+    assert [steps(good()).batch for _ in range(2)] == [5, 6]  # not numbered: nothing is a repetition
+    assert steps(one).batch == 7  # an id of before the last one is a new step
+    assert Steps(act)(one).batch == 8  # another stream's steps are its own
+
+
+def test_a_step_that_failed_may_be_sent_again() -> None:
+    def act(request: policy_pb2.ActRequest) -> policy_pb2.ActResponse:
+        if request.batch == 0:
+            raise RequestError("expected a batch")
+        return policy_pb2.ActResponse(batch=request.batch)
+
+    steps = Steps(act)
+    with pytest.raises(RequestError, match="expected a batch"):
+        steps(good(step_id=1, batch=0))
+    assert steps(good(step_id=1)).batch == 2
+
+
+def test_streams_repeat_answers_and_refuse_other_contents_under_one_id(stub: Any) -> None:
+    step, other = good(step_id=7), good(step_id=7, observation=(ROWS + 1).tobytes())
+    first, second = stub.ActStream(iter([step, step]))
+    assert first == second == stub.Act(step)
+    answers = stub.ActStream(iter([step, other]))
+    assert next(answers) == first
+    with pytest.raises(
+        grpc.RpcError, match=r"(?s)INVALID_ARGUMENT.*step 7 of agent_0 was another one before"
+    ):
+        next(answers)
+    assert stub.Act(other) != first  # calls know nothing of each other
 
 
 def test_one_stream_may_speak_of_several_models(stub: Any) -> None:

@@ -342,3 +342,47 @@ def test_needs_no_simulator() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_what_a_fallback_answered_is_compared_with_nothing() -> None:
+    """``left`` is missed at every odd step, where its action is far from all that is compared."""
+
+    class Missing(StubTeam):
+        fallback = "hold"
+
+        def act(self, observations: Mapping[str, Any], **rest: Any) -> dict[str, Decision]:
+            decisions = super().act(observations, **rest)
+            if len(self.seen) % 2 == 0:
+                return decisions
+            rows = len(observations["left"])
+            far = Decision(np.full((rows, 2), 9.0), np.full(rows, np.nan, np.float32), fallback=True)
+            return decisions | {"left": far}
+
+    dataset = recorded()
+    result = replay(Missing(), dataset, episodes=4, local=StubTeam())
+    calls = sum(LENGTHS)
+    assert result.fallback_steps == {"left": calls // 2, "right": 0}
+    assert result.agreement == {"left": pytest.approx(0.25), "right": pytest.approx(0.25)}
+    assert result.parity is not None
+    assert result.parity.exact
+    assert result.divergence["right"].mean == pytest.approx(
+        np.concatenate([np.arange(n) for n in LENGTHS]).mean()
+    )
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert data["fallback"] == {"by": "hold", "steps": {"left": calls // 2, "right": 0}}
+
+
+def test_a_replay_that_nobody_but_the_fallback_answered_shows_no_parity() -> None:
+    class Gone(StubTeam):
+        def act(self, observations: Mapping[str, Any], **rest: Any) -> dict[str, Decision]:
+            return {
+                name: replace(decision, divergence=decision.divergence * np.nan, fallback=True)
+                for name, decision in super().act(observations, **rest).items()
+            }
+
+    result = replay(Gone(), recorded(), episodes=1, local=StubTeam())
+    assert result.parity is not None
+    assert not result.parity.exact
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert data["parity"]["action"] is None
+    assert data["agreement"]["agents"] == {"left": None, "right": None}

@@ -229,6 +229,34 @@ def test_tables_for_the_terminal() -> None:
     assert "21 of 101 missed 80.0 ms flat out" in printed(untimed)
 
 
+def test_steps_of_a_fallback_are_named_and_counted(tmp_path: Path) -> None:
+    team = replace(TEAM, fallback="hold")
+    steps = {"agent_0": 0, "agent_1": 3, "agent_2": 1}
+    unknown = {**DIVERGENCE, "agent_1": Divergence(math.nan, math.nan, np.full(900, math.nan), 0.25)}
+    words = "agent_1 in 3, agent_2 in 1 of 101 steps, by hold"
+    evaluation = replace(EVALUATION, team=team, fallback_steps=steps, divergence=unknown)
+    replayed = replace(
+        REPLAY,
+        team=team,
+        fallback_steps=steps,
+        divergence=unknown,
+        agreement={"agent_0": 0.1, "agent_1": math.nan, "agent_2": 0.2},
+        parity=Parity(math.nan, math.nan, math.nan, "b0b"),
+    )
+    for table in (evaluation_table(evaluation), replay_table(replayed)):
+        assert f"answered by the fallback: {words}" in " ".join(printed(table).split())
+        assert cells(table)[1][1] == "\u2013"
+    for section in (evaluation_section(evaluation), replay_section(replayed)):
+        _, page = rendered(tmp_path, section)
+        assert words in " ".join(page.text)
+        assert "answered by the fallback" in page.text
+    assert "every step was answered by the fallback" in replay_section(replayed).body
+    # where nothing was missed nothing is said
+    for silent in (replace(evaluation, fallback_steps=dict.fromkeys(steps, 0)), EVALUATION):
+        assert "fallback" not in printed(evaluation_table(silent))
+        assert "fallback" not in evaluation_section(silent).body
+
+
 def test_a_joint_graph_has_no_times_of_agents() -> None:
     joint = replace(EVALUATION, agent_latency={"team": LATENCY})
     assert len(evaluation_table(joint).columns) == 5

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import queue
 import signal
 import socket
 import subprocess
@@ -22,11 +21,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from omcda_deploy.bundle import Bundle
-from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.client import RemotePolicy
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos import oip, policy_pb2, policy_pb2_grpc
 from omcda_deploy.serve.server import LOOPBACK
-from tests.bundles import write_test_bundle
 from tests.server_process import ServerProcess, server_process
 
 GRACE_S = 5.0
@@ -84,7 +82,7 @@ def test_bad_settings_are_one_clear_line(
 
 
 def test_a_bundle_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
-    assert "is not a bundle" in one_error_line(run_server(str(tmp_path)))
+    assert "expected a bundle, or a folder of bundles" in one_error_line(run_server(str(tmp_path)))
 
 
 def test_serving_imports_neither_torch_nor_the_command_line(continuous_bundle: Bundle) -> None:
@@ -168,6 +166,9 @@ def test_a_signal_tells_watchers_ends_streams_and_exits_0(
         grpc.insecure_channel(server.endpoint) as channel,
     ):
         policy.act(np.zeros(4, np.float32))  # leaves its stream open, idle
+        make: Any = policy_pb2_grpc.PolicyServiceStub
+        requests: queue.SimpleQueue[policy_pb2.ActRequest | None] = queue.SimpleQueue()
+        idle = make(channel).ActStream(iter(requests.get, None))
         ready = channel.unary_unary(
             "/inference.GRPCInferenceService/ServerReady",
             request_serializer=oip.ServerReadyRequest.SerializeToString,
@@ -183,7 +184,10 @@ def test_a_signal_tells_watchers_ends_streams_and_exits_0(
             assert not ready(oip.ServerReadyRequest(), timeout=5).ready
         assert server.process.wait(GRACE_S + 5) == 0
         assert time.monotonic() - begin < GRACE_S - 1, "idle streams held the server up"
-        with pytest.raises(EndpointError, match="stopping"):
+        with pytest.raises(grpc.RpcError, match=r"(?s)UNAVAILABLE.*the server is stopping"):
+            next(idle)
+        requests.put(None)
+        with pytest.raises(EndpointError, match="cannot be reached"):
             policy.act(np.zeros(4, np.float32))
 
 
@@ -202,86 +206,3 @@ def test_what_is_in_flight_is_answered(continuous_bundle: Bundle) -> None:
         assert sum(not call.done() for call in pending) > 3, "nothing was in flight: the test shows nothing"
         assert {call.result().batch for call in pending} == {rows}
         assert server.process.wait(GRACE_S + 5) == 0
-
-
-# The supervisor --------------------------------------------------------------------------------------------
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` consecutive free ports."""
-    for base in range(20_000, 30_000, count):
-        try:
-            for port in range(base, base + count):
-                with socket.socket() as probe:
-                    probe.bind((LOOPBACK, port))
-            return base
-        except OSError:
-            continue
-    raise AssertionError("no free ports")
-
-
-def supervisor(bundle: Bundle, base_port: int) -> subprocess.Popen[str]:
-    code = (
-        "import sys\n"
-        "from omcda_deploy.errors import OmcdaError\n"
-        "from omcda_deploy.serve.supervisor import serve_team\n"
-        "try: serve_team(sys.argv[1], '127.0.0.1', int(sys.argv[2]))\n"
-        "except OmcdaError as error: sys.exit(f'error: {error}')\n"
-    )
-    command = [sys.executable, "-c", code, str(bundle.path), str(base_port)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def require_all_free(base: int, count: int) -> None:
-    for port in range(base, base + count):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((LOOPBACK, port))
-            probe.listen()
-
-
-def test_serve_team_runs_one_process_per_agent(continuous_bundle: Bundle) -> None:
-    base = free_ports(3)
-    with supervisor(continuous_bundle, base) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(3)]
-        endpoints = {f"agent_{i}": f"{LOOPBACK}:{base + i}" for i in range(3)}
-        assert lines == [f"serving {agent} on {endpoint}\n" for agent, endpoint in endpoints.items()]
-        with RemoteTeam(list(endpoints.values())) as team:
-            assert team.endpoints == endpoints
-        process.terminate()
-        rest, errors = process.communicate(timeout=20)
-    assert (process.returncode, rest, errors) == (0, "", "")
-    require_all_free(base, 3)
-
-
-def test_serve_team_stops_all_when_one_cannot_start(continuous_bundle: Bundle, tmp_path: Path) -> None:
-    bundle = write_test_bundle(tmp_path / "bundle", continuous_bundle.spec)
-    broken = bundle.model_path("agent_1")
-    broken.write_bytes(b"no graph")
-    manifest = json.loads((bundle.path / "bundle.json").read_text())
-    manifest["files"]["agent_1/1/model.onnx"] = hashlib.sha256(b"no graph").hexdigest()
-    (bundle.path / "bundle.json").write_text(json.dumps(manifest))
-    base = free_ports(3)
-    with supervisor(bundle, base) as process:
-        output, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert output == "", "ready lines of a team that is not ready"
-    first, last = errors.strip().splitlines()
-    assert first.startswith("error: ")
-    assert "cannot be loaded" in first
-    assert f"agent_1 on {LOOPBACK}:{base + 1} did not start" in last
-    require_all_free(base, 3)
-
-
-def test_serve_team_names_the_port_in_use(continuous_bundle: Bundle) -> None:
-    base = free_ports(3)
-    with socket.socket() as taken:
-        taken.bind((LOOPBACK, base + 2))
-        taken.listen()
-        with supervisor(continuous_bundle, base) as process:
-            output, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert output == ""
-    assert errors.count("\n") == 1
-    assert f"{LOOPBACK}:{base + 2}" in errors

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.errors import UnknownNameError
+from omcda_deploy.local import LocalPolicy
 from omcda_deploy.serve.session import Models, Session
-from omcda_deploy.serve.status import DETAILS_LIMIT, RequestError, status_of
+from omcda_deploy.serve.status import DETAILS_LIMIT, RangeError, RequestError, status_of
 
 
 def test_every_agent_of_the_team_needs_an_available_action(discrete_bundle: Bundle) -> None:
@@ -43,3 +47,28 @@ def test_a_defect_tells_the_caller_nothing(caplog: pytest.LogCaptureFixture) -> 
     assert (code.name, "secret" in details) == ("INTERNAL", False)
     assert "/home/someone/secret" in caplog.text
     assert len(status_of(RequestError("x" * 10_000))[1]) == DETAILS_LIMIT
+
+
+def test_an_overflow_that_the_tanh_hides_is_out_of_range(continuous_bundle: Bundle) -> None:
+    session = Session(continuous_bundle, "agent_0", {})
+    observation = np.zeros((2, 4), np.float32)
+    observation[1, 2] = 3.4e38
+    local = LocalPolicy(continuous_bundle, "agent_0").act(observation)
+    assert np.isfinite(local.action).all()
+    assert not np.isfinite(local.divergence[1])
+    with pytest.raises(RangeError, match=r"divergence is not finite.*3\.4e\+38"):
+        session.answer({"observation": observation})
+
+
+def test_numbers_that_outweigh_the_mask_are_out_of_range(discrete_bundle: Bundle) -> None:
+    session = Session(discrete_bundle, TEAM, {})
+    given: dict[str, NDArray[Any]] = {
+        "observation": np.zeros((2, 9), np.float32),
+        "noise": np.zeros((2, 7), np.float32),
+        "action_mask": np.ones((2, 7), np.uint8),
+    }
+    given["noise"][1, 5] = 3.4e38  # agent_1's action 2
+    assert session.answer(given)["action"][1, 1] == 2
+    given["action_mask"][1, 5] = 0
+    with pytest.raises(RangeError, match=r"agent_1: .*outweigh the mask in row 1"):
+        session.answer(given)

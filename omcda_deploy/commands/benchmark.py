@@ -57,3 +57,65 @@ def train(
     if json_file:
         rows = [{**dataclasses.asdict(cost), "ratio": cost.ratio} for cost in costs]
         write_json(json_file, {"task": task, "batch_size": batch_size, "threads": threads, "rows": rows})
+
+
+@app.command("serve")
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    seconds: Annotated[float, typer.Option(help="Seconds for each scenario in each round.")] = 1.0,
+    rounds: Annotated[int, typer.Option(help="Rounds of all scenarios, each in another order.")] = 7,
+    clients: Annotated[int, typer.Option(help="Clients of the busy scenarios.")] = 8,
+    rate: Annotated[float, typer.Option(help="Requests per second of the open loops.")] = 200.0,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Measure one server process per agent, too.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="Configuration of the servers (TOML).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """What a served step costs beside a bare gRPC echo of the same messages, as ratios within one run."""
+    from omcda_deploy.commands import progress_bar
+    from omcda_deploy.measurements import machine, write_json
+    from omcda_deploy.serve.benchmark import run
+
+    with progress_bar("measuring") as progress:
+        report = run(
+            bundle,
+            seconds=seconds,
+            rounds=rounds,
+            clients=clients,
+            rate=rate,
+            processes=processes,
+            config=config,
+            progress=progress,
+        )
+    load = " to ".join(f"{value:.1f}" for value in report.load_average)
+    table = Table(title=f"Medians of {rounds} rounds, {machine()}, load average {load}", title_justify="left")
+    columns = ("p50 ms", "p95 ms", "p99 ms", "steps/s", "server CPU us", "client CPU us", "RSS MB", "refused")
+    table.add_column("step")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for scenario in report.scenarios:
+        median = report.median(scenario.name)
+        table.add_row(
+            scenario.name,
+            *(f"{median[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
+            *(f"{median[name]:.0f}" for name in ("rate", "cpu_us", "client_cpu_us", "rss_mb", "refused")),
+        )
+    console.print(table)
+    ratios = Table(title="Medians of ratios within a round", title_justify="left")
+    for column in ("ratio", "of", "is", "should be", ""):
+        ratios.add_column(column, justify="right" if column == "is" else "left")
+    for ratio in report.ratios:
+        value = ratio.of(report.rounds)
+        holds = ratio.holds(value)
+        ratios.add_row(
+            f"{ratio.scenario} / {ratio.base}",
+            ratio.measure,
+            f"{value:.2f}",
+            ratio.target,
+            "" if holds is None else "holds" if holds else "missed",
+        )
+    console.print(ratios)
+    console.print(f"The server of all agents was ready in {report.ready_s:.1f} s.")
+    if json_file:
+        write_json(json_file, report.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,13 +29,30 @@ Endpoints = Annotated[
         "or one that serves the joint graph."
     ),
 ]
-BundleOption = Annotated[Path | None, typer.Option(help="A bundle.")]
+
+
+class OnMiss(StrEnum):
+    raise_ = "raise"
+    hold = "hold"
+    behavior = "behavior"
+
+
+OnMissOption = Annotated[
+    OnMiss,
+    typer.Option(
+        help="What an agent does whose answer is late or whose server is gone: raise ends the run, hold repeats "
+        "its last action, behavior takes the behaviour policy of --bundle."
+    ),
+]
 
 
 def evaluate(
     task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
     endpoints: Endpoints = None,
-    bundle: Annotated[Path | None, typer.Option(help="Play this bundle in process instead.")] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Play this bundle in process instead; beside endpoints for --on-miss behavior."),
+    ] = None,
     episodes: Annotated[int, typer.Option()] = 20,
     seed: Annotated[int, typer.Option(help="Episode k starts from a seed made of this and k.")] = 0,
     num_envs: Annotated[
@@ -48,6 +66,7 @@ def evaluate(
     stream: Annotated[
         bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
     ] = False,
+    on_miss: OnMissOption = OnMiss.raise_,
     simulator_python: SimulatorPython = None,
     simulator_factory: SimulatorFactory = None,
     video: Annotated[Path | None, typer.Option(help="Write the first episode as mp4 (MuJoCo).")] = None,
@@ -55,12 +74,21 @@ def evaluate(
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
 ) -> None:
     """Play live episodes of a task against served agents, or against a bundle in process."""
+    from omcda_deploy.errors import ConfigError
     from omcda_deploy.evaluate import evaluate as play
     from omcda_deploy.measurements import write_json
     from omcda_deploy.report import evaluation_section, evaluation_table, write_report
 
     _require_folders(video, json_file, report)
-    with _team(endpoints, bundle, deadline, stream) as team, progress_bar(f"playing {task}") as progress:
+    if endpoints is not None and bundle is not None and on_miss is not OnMiss.behavior:
+        raise ConfigError(
+            "expected --endpoints (a served team) or --bundle (in process), or both with --on-miss behavior: "
+            "leave one of them out"
+        )
+    with (
+        _team(endpoints, bundle, deadline, stream, on_miss) as team,
+        progress_bar(f"playing {task}") as progress,
+    ):
         evaluation = play(
             team,
             task,
@@ -104,6 +132,7 @@ def replay(
     stream: Annotated[
         bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
     ] = False,
+    on_miss: OnMissOption = OnMiss.raise_,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
 ) -> None:
@@ -118,7 +147,7 @@ def replay(
     recorded = read_dataset(dataset, task)
     local = LocalTeam(bundle) if bundle and endpoints else None
     with (
-        _team(endpoints, None if endpoints else bundle, deadline, stream) as team,
+        _team(endpoints, bundle, deadline, stream, on_miss) as team,
         progress_bar(f"replaying {dataset.name}") as progress,
     ):
         result = send(
@@ -142,21 +171,31 @@ def replay(
 
 
 @contextmanager
-def _team(endpoints: str | None, bundle: Path | None, deadline: float, stream: bool) -> Iterator[TeamPolicy]:
+def _team(
+    endpoints: str | None, bundle: Path | None, deadline: float, stream: bool, on_miss: OnMiss
+) -> Iterator[TeamPolicy]:
+    """The served team where there are endpoints, ``bundle`` in process otherwise."""
     from omcda_deploy.errors import ConfigError
 
-    if (endpoints is None) == (bundle is None):
-        raise ConfigError("expected --endpoints (a served team) or --bundle (in process): give one of them")
     if endpoints is not None:
         from omcda_deploy.client import RemoteTeam
+        from omcda_deploy.fallback import BehaviorTeam, FallbackChoice
 
-        with RemoteTeam(addresses(endpoints), deadline_s=deadline, stream=stream) as team:
+        fallback: FallbackChoice = "hold" if on_miss is OnMiss.hold else "raise"
+        if on_miss is OnMiss.behavior:
+            if bundle is None:
+                raise ConfigError(
+                    "--on-miss behavior: expected --bundle, whose behaviour policy is to stand in"
+                )
+            fallback = BehaviorTeam(bundle)
+        with RemoteTeam(addresses(endpoints), deadline_s=deadline, stream=stream, fallback=fallback) as team:
             yield team
-    else:
+    elif bundle is not None:
         from omcda_deploy.local import LocalTeam
 
-        assert bundle is not None
         yield LocalTeam(bundle)
+    else:
+        raise ConfigError("expected --endpoints (a served team) or --bundle (in process): give one of them")
 
 
 def _require_folders(*files: Path | None) -> None:

@@ -29,6 +29,10 @@ def serve(
     config: Annotated[
         Path | None, typer.Option(help="TOML file: divergence guard, limits (docs/serving.md).")
     ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Send OpenTelemetry spans, as its OTEL_… variables say.")
+    ] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines to stderr.")] = False,
     grace: Annotated[
         float, typer.Option(help="Seconds that SIGTERM leaves to answer what is in flight.")
     ] = 5.0,
@@ -38,21 +42,27 @@ def serve(
 
     if agent and team:
         raise ConfigError("expected --agent or --team, got both: serve them with two commands")
+    from omcda_deploy.serve.server import Listen
+
     if agent or team:
         from omcda_deploy.bundle import TEAM
         from omcda_deploy.serve.config import read_server_config
-        from omcda_deploy.serve.server import Listen
+        from omcda_deploy.serve.logs import log_as_json
         from omcda_deploy.serve.server import serve as serve_models
 
+        if log_json:
+            log_as_json()
         settings = read_server_config(config)
         serve_models(
             bundle,
             [agent or TEAM],
             Listen(host, port, metrics_port, admin_port),
             config=settings,
+            trace=trace,
             grace_s=grace,
         )
     else:
         from omcda_deploy.serve.supervisor import serve_team
 
-        serve_team(bundle, host, base_port, config_path=config, grace_s=grace)
+        listen = Listen(host, base_port, metrics_port, admin_port)
+        serve_team(bundle, listen, config_path=config, trace=trace, json_logs=log_json, grace_s=grace)

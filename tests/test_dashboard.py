@@ -1,0 +1,111 @@
+"""The Grafana dashboard asks for metrics and labels that a server has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from omcda_deploy.bundle import TEAM, Bundle
+from omcda_deploy.client import RemoteTeam
+from tests.server_process import free_port, server_process
+
+BOARD = json.loads((Path(__file__).parents[1] / "serve" / "deploy" / "grafana-dashboard.json").read_text())
+FROM_PROMETHEUS = {"instance"}  # a label that a scrape does not have
+WORDS = {"and", "by", "on", "group_left"}
+FUNCTIONS = {"rate", "sum", "count", "histogram_quantile"}
+REQUIRED = {  # what somebody who watches a team wants to see
+    *("grpc_server_started_total", "grpc_server_handled_total", "grpc_server_handling_seconds_bucket"),
+    *("omcda_divergence_nats_total", "omcda_divergence_budget_nats", "omcda_guard_threshold_nats"),
+    *(
+        "omcda_guard_exceeded_rows_total",
+        "omcda_guard_replaced_rows_total",
+        "omcda_observation_distance_bucket",
+    ),
+    *("omcda_answers_total", "omcda_control_streams", "process_resident_memory_bytes"),
+    "process_cpu_seconds_total",
+}
+
+
+def selectors(query: str) -> tuple[dict[str, set[str]], set[str]]:
+    """Metric -> labels that it is selected by; and the labels that the query groups by or joins on."""
+    text = re.sub(r"\[[^]]*\]", "", query)
+    grouped = {
+        label.strip()
+        for listed in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", text)
+        for label in listed.split(",")
+    }
+    text = re.sub(r"\b(?:by|on|group_left)\s*\([^)]*\)", "", text)
+    found: dict[str, set[str]] = {}
+    for name, labels in re.findall(r"([a-zA-Z_]\w*)\s*(\{[^}]*\})?", text):
+        if name not in WORDS | FUNCTIONS:
+            found.setdefault(name, set()).update(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", labels))
+    return found, grouped
+
+
+def test_selectors_are_found() -> None:
+    query = 'rate(a_total{x=~"$x",y!="1"}[1m]) / on (z, v) group_left () b and on (w) sum by (le) (c{y="2"})'
+    assert selectors(query) == ({"a_total": {"x", "y"}, "b": set(), "c": {"y"}}, {"z", "v", "w", "le"})
+
+
+def targets() -> Iterator[dict[str, Any]]:
+    for panel in BOARD["panels"]:
+        yield from panel.get("targets", ())
+
+
+def test_the_dashboard_asks_for_what_a_server_says(continuous_bundle: Bundle) -> None:
+    port = free_port()
+    with server_process(continuous_bundle, options=("--metrics-port", str(port))) as process:
+        with RemoteTeam({TEAM: process.endpoint}) as team:
+            team.act(
+                {a.name: np.zeros(a.observation_size, np.float32) for a in continuous_bundle.spec.agents}
+            )
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+    known: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            known.setdefault(sample.name, set()).update(sample.labels)
+    used: set[str] = set()
+    for target in targets():
+        metrics, grouped = selectors(target["expr"])
+        assert metrics
+        for name, labels in metrics.items():
+            assert name in known, target["expr"]
+            assert labels <= known[name], target["expr"]
+            assert grouped - FROM_PROMETHEUS <= set().union(*(known[name] for name in metrics)), target[
+                "expr"
+            ]
+        shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+        assert shown - FROM_PROMETHEUS <= set().union(*(known[name] for name in metrics)), target["expr"]
+        assert "sum by" not in target["expr"] or shown <= grouped, (
+            "a legend names a label that is summed over"
+        )
+        used |= metrics.keys()
+    assert used >= REQUIRED
+    (query,) = (v["query"]["query"] for v in BOARD["templating"]["list"] if v["type"] == "query")
+    metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", query).groups()  # type: ignore[union-attr]
+    assert label in known[metric]
+
+
+def test_panels_stand_beside_each_other() -> None:
+    panels = BOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for p in (panel["gridPos"] for panel in panels)
+        for x in range(p["x"], p["x"] + p["w"])
+        for y in range(p["y"], p["y"] + p["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
+    for panel in panels:
+        marks = [target["refId"] for target in panel.get("targets", ())]
+        assert len(set(marks)) == len(marks)
+        assert panel["type"] == "row" or (panel["description"] and marks)

@@ -1,0 +1,361 @@
+"""Missed answers: counted exactly, never taken late, and answered by whom the caller chose."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent import futures
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from omcda_deploy import cli, registry
+from omcda_deploy.bundle import TEAM, Bundle
+from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.errors import ConfigError, ContractError, EndpointError, MissedAnswerError
+from omcda_deploy.fallback import BehaviorTeam, FallbackChoice
+from omcda_deploy.guard import GuardSetting
+from omcda_deploy.local import LocalPolicy, LocalTeam
+from omcda_deploy.policy import Decision, NoiseSource
+from omcda_deploy.protos import policy_pb2, policy_pb2_grpc
+from omcda_deploy.serve.config import ServerConfig
+from omcda_deploy.serve.policy_service import PolicyService
+from omcda_deploy.serve.releases import Releases
+from omcda_deploy.serve.session import Session
+from tests.bundles import continuous_spec, write_test_bundle
+from tests.server_process import ServerProcess
+from tests.test_client import assert_same, masks, observations
+
+DEADLINE_S = 0.5  # of the steps that are to be missed: far more than an answer takes, far less than a test
+
+
+class SlowService(policy_pb2_grpc.PolicyServiceServicer):
+    """Answers a step in ``late`` (model, step id) only when the model's next step has come: too late for its own.
+
+    ``pause_s``: seconds that a model takes for every step.
+    """
+
+    def __init__(self, bundle: Bundle, models: tuple[str, ...]) -> None:
+        self.late: set[tuple[str, int]] = set()
+        self.pause_s: dict[str, float] = {}
+        self.requests: list[policy_pb2.ActRequest] = []
+        self.answered_late = 0
+        self._service = PolicyService(Releases(bundle.path, models, ServerConfig()))
+        self._came = threading.Condition()
+
+    def GetContract(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._service.get_contract(request)
+
+    def Act(self, request: Any, context: Any) -> Any:  # noqa: N802
+        with self._came:
+            self.requests.append(request)
+            self._came.notify_all()
+            if (request.model, request.step_id) in self.late:
+                assert self._came.wait_for(lambda: self._has_come(request.model, request.step_id + 1), 10)
+                self.answered_late += 1
+        time.sleep(self.pause_s.get(request.model, 0.0))
+        return self._service.act(request)
+
+    def ActStream(self, requests: Any, context: Any) -> Any:  # noqa: N802
+        for request in requests:
+            yield self.Act(request, context)
+
+    def _has_come(self, model: str, step: int) -> bool:
+        return any(r.model == model and r.step_id == step for r in self.requests)
+
+
+@contextmanager
+def slow_server(
+    bundle: Bundle, *models: str, port: int = 0
+) -> Iterator[tuple[str, SlowService, grpc.Server]]:
+    service = SlowService(bundle, models)
+    server = grpc.server(futures.ThreadPoolExecutor(16), options=(("grpc.so_reuseport", 0),))
+    add: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server
+    add(service, server)
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}", service, server
+    finally:
+        server.stop(None).wait()
+
+
+@contextmanager
+def team_without_servers(
+    bundle: Bundle, fallback: FallbackChoice, *models: str, stream: bool = False
+) -> Iterator[RemoteTeam]:
+    """A team that has acted once, and whose server is gone since."""
+    with (
+        slow_server(bundle, *(models or bundle.spec.names)) as (endpoint, _, server),
+        RemoteTeam([endpoint], fallback=fallback, deadline_s=5, stream=stream) as team,
+    ):
+        team.act(observations(bundle.spec, 2, seed=77), action_masks=all_available(bundle, 2))
+        server.stop(None).wait()
+        yield team
+
+
+def all_available(bundle: Bundle, batch: int) -> dict[str, Any] | None:
+    if bundle.spec.action_kind == "continuous":
+        return None
+    return {a.name: np.ones((batch, a.action.size), np.uint8) for a in bundle.spec.agents}
+
+
+def is_fallback(decision: Decision) -> bool:
+    """Marked, and claiming nothing that nobody knows."""
+    known = np.isfinite(decision.divergence)
+    assert known.all() != decision.fallback
+    assert not (decision.fallback and (known.any() or decision.parameters))
+    return decision.fallback
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_misses_are_counted_exactly_and_late_answers_never_taken(
+    continuous_bundle: Bundle, stream: bool
+) -> None:
+    spec = continuous_bundle.spec
+    local = LocalTeam(continuous_bundle)
+    late = {("agent_1", 3), ("agent_1", 4), ("agent_2", 4), ("agent_1", 7)}
+    with (
+        slow_server(continuous_bundle, *spec.names) as (endpoint, service, _),
+        RemoteTeam([endpoint], stream=stream, deadline_s=DEADLINE_S, fallback="hold") as team,
+    ):
+        service.late = late
+        held: Mapping[str, Decision] = {}
+        for step in range(1, 10):
+            if step == 6:
+                team.reset()
+            seen = observations(spec, 2, seed=step)
+            decisions, expected = team.act(seen), local.act(seen)
+            missed = {name for name, missed_step in late if missed_step == step}
+            assert {name for name, decision in decisions.items() if is_fallback(decision)} == missed
+            assert set(team.latencies) == set(spec.names) - missed
+            assert list(decisions) == list(spec.names)
+            assert_same(
+                {n: decisions[n] for n in spec.names if n not in missed},
+                {n: expected[n] for n in spec.names if n not in missed},
+            )
+            for name in missed:
+                assert decisions[name].action.tobytes() == held[name].action.tobytes()
+            held = decisions
+        assert team.missed == {"agent_0": 0, "agent_1": 3, "agent_2": 1}
+        assert team.fallback == "hold"
+        assert service.answered_late == 4, "no answer came late: the test shows nothing"
+        # the episode's first step, missed or not, says so until it is answered
+        assert [r.step_id for r in service.requests if r.model == "agent_1" and r.reset] == [1, 6]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_first_step_that_is_missed_has_nothing_to_hold_and_is_asked_again_as_the_first(
+    continuous_bundle: Bundle, stream: bool
+) -> None:
+    seen = observations(continuous_bundle.spec, None)["agent_0"]
+    with (
+        slow_server(continuous_bundle, "agent_0") as (endpoint, service, _),
+        RemotePolicy(endpoint, stream=stream, deadline_s=DEADLINE_S, fallback="hold") as policy,
+    ):
+        service.late = {("agent_0", 1), ("agent_0", 3)}
+        with pytest.raises(MissedAnswerError, match=rf"{endpoint}: step of agent_0 .*500 ms.* to hold"):
+            policy.act(seen)
+        answered = policy.act(seen)
+        assert_same({"": answered}, {"": LocalPolicy(continuous_bundle, "agent_0").act(seen)})
+        assert [request.reset for request in service.requests] == [True, True]
+        held = policy.act(-seen)
+        assert is_fallback(held)
+        assert held.action.tobytes() == answered.action.tobytes()
+        assert held.action.shape == answered.action.shape
+        assert (policy.missed, policy.latency) == (2, None)
+        policy.reset()
+        service.late = {("agent_0", 4)}
+        with pytest.raises(MissedAnswerError, match="to hold"):  # the last episode's action is not this one's
+            policy.act(seen)
+
+
+def test_held_actions_belong_to_the_policy_not_to_the_caller(continuous_bundle: Bundle) -> None:
+    seen = observations(continuous_bundle.spec, 2)
+    with team_without_servers(continuous_bundle, "hold") as team:
+        first = team.act(seen)["agent_1"].action
+        kept = first.copy()
+        first[:] = 9.0
+        np.testing.assert_array_equal(team.act(seen)["agent_1"].action, kept)
+        with pytest.raises(MissedAnswerError, match="batch size to hold"):
+            team.act(observations(continuous_bundle.spec, 3))
+
+
+def test_a_held_action_that_is_forbidden_by_now_gives_way(discrete_bundle: Bundle) -> None:
+    spec = discrete_bundle.spec
+    with team_without_servers(discrete_bundle, "hold") as team:
+        seen, free = observations(spec, 2, seed=5), all_available(discrete_bundle, 2)
+        held = {name: decision.action for name, decision in team.act(seen, action_masks=free).items()}
+        allowed = masks(spec, 2)
+        given_way = 0
+        for name, decision in team.act(seen, action_masks=allowed).items():
+            for row, action in enumerate(decision.action):
+                kept = allowed[name][row, held[name][row]]
+                assert action == (held[name][row] if kept else np.flatnonzero(allowed[name][row])[0])
+                given_way += not kept
+            assert decision.action.dtype == np.int64
+        assert 0 < given_way < 4, "the masks forbid all or nothing: the test shows half"
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_policies_stand_in_with_the_same_noise_and_masks(
+    kind: str, stream: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
+    other = write_test_bundle(tmp_path / "other", bundle.spec, seed=99)
+    given: dict[str, Any] = {"noise": NoiseSource(bundle.spec, 4).draw(3)}
+    if kind == "discrete":
+        given["action_masks"] = masks(bundle.spec, 3)
+    seen = observations(bundle.spec, 3)
+    expected = LocalTeam(other).act(seen, **given)
+    for fallback in (LocalTeam(other), {name: LocalPolicy(other, name) for name in bundle.spec.names}):
+        with team_without_servers(bundle, fallback, stream=stream) as team:
+            decisions = team.act(seen, **given)
+            assert all(is_fallback(decision) for decision in decisions.values())
+            for name, decision in decisions.items():
+                assert decision.action.tobytes() == expected[name].action.tobytes()
+            assert team.missed == dict.fromkeys(bundle.spec.names, 1)
+            assert team.fallback == ("LocalTeam" if isinstance(fallback, LocalTeam) else "LocalPolicy")
+
+
+def test_a_missed_joint_graph_is_missed_by_every_agent(continuous_bundle: Bundle) -> None:
+    seen = observations(continuous_bundle.spec, 2)
+    with team_without_servers(continuous_bundle, LocalTeam(continuous_bundle), TEAM) as team:
+        assert list(team.endpoints) == [TEAM]
+        decisions = team.act(seen)
+        assert all(is_fallback(decision) for decision in decisions.values())
+        assert team.missed == dict.fromkeys(continuous_bundle.spec.names, 1)
+
+
+def test_the_command_line_says_who_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "toy/chain-mixed"
+    bundle = write_test_bundle(tmp_path / "bundle", registry.team_spec(task))
+    with slow_server(bundle, *bundle.spec.names) as (endpoint, service, _):
+        service.late = {("agent_1", 2)}
+        words = ["evaluate", task, "--endpoints", endpoint, "--bundle", str(bundle.path), "--episodes", "1"]
+        words += [
+            "--on-miss",
+            "behavior",
+            "--deadline",
+            str(DEADLINE_S),
+            "--json",
+            str(tmp_path / "out.json"),
+        ]
+        monkeypatch.setattr("sys.argv", ["omcda-deploy", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    steps = {"agent_0": 0, "agent_1": 1, "agent_2": 0}
+    assert result["fallback"] == {"by": "BehaviorTeam", "steps": steps}
+    assert "answered by the fallback: agent_1 in 1 of" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_the_behavior_team_acts_as_a_guard_that_never_trusts(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
+    spec = bundle.spec
+    seen, noise = observations(spec, 7), NoiseSource(spec, 4).draw(7)
+    allowed = masks(spec, 7) if kind == "discrete" else None
+    for drawn in (None, noise):
+        decisions = BehaviorTeam(bundle).act(seen, noise=drawn, action_masks=allowed)
+        for name in spec.names:
+            session = Session(bundle, name, {name: GuardSetting("fallback", threshold=0.0)})
+            feeds: dict[str, Any] = {"observation": seen[name]}
+            feeds |= {} if drawn is None else {"noise": drawn[name]}
+            feeds |= {} if allowed is None else {"action_mask": allowed[name]}
+            answer = session.answer(feeds)
+            assert (answer["policy_weight"] == 0).any()  # all but what only one action is allowed for
+            np.testing.assert_allclose(decisions[name].action, answer["action"], atol=1e-6)
+            assert decisions[name].action.dtype == answer["action"].dtype
+            assert decisions[name].policy_weight is not None
+            assert not np.any(decisions[name].policy_weight)
+            policy_action = LocalPolicy(bundle, name).act(
+                seen[name], noise=feeds.get("noise"), action_mask=feeds.get("action_mask")
+            )
+            assert (decisions[name].action != policy_action.action).any()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agents_latency_is_its_own(continuous_bundle: Bundle, stream: bool) -> None:
+    """Answers are taken in team order: the first one being slow makes the others no slower."""
+    spec = continuous_bundle.spec
+    with (
+        slow_server(continuous_bundle, *spec.names) as (endpoint, service, _),
+        RemoteTeam([endpoint], stream=stream, deadline_s=5) as team,
+    ):
+        service.pause_s = {"agent_0": 0.6, "agent_1": 0.3}
+        team.act(observations(spec, 1))
+        assert 0.6 <= team.latencies["agent_0"] < 1.0
+        assert 0.3 <= team.latencies["agent_1"] < 0.6
+        assert team.latencies["agent_2"] < 0.3
+
+
+def test_a_stream_that_ended_between_two_steps_costs_no_step(continuous_bundle: Bundle) -> None:
+    """A server that was started again while nobody asked anything."""
+    seen = observations(continuous_bundle.spec, 1)
+    with slow_server(continuous_bundle, *continuous_bundle.spec.names) as (endpoint, _, server):
+        team = RemoteTeam([endpoint], stream=True, deadline_s=5, fallback="hold")
+        team.act(seen)
+        before = {thread for thread in threading.enumerate() if thread.name.startswith("answers of")}
+        server.stop(None).wait()
+    for thread in before:  # those that read the old streams have seen their end
+        thread.join(5)
+    port = int(endpoint.rpartition(":")[2])
+    with slow_server(continuous_bundle, *continuous_bundle.spec.names, port=port), team:
+        assert_same(team.act(seen), LocalTeam(continuous_bundle).act(seen))
+        assert not any(team.missed.values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_server_refuses_is_no_miss(
+    continuous_bundle: Bundle, continuous_server: ServerProcess, stream: bool
+) -> None:
+    """A fallback would hide for ever that the request is wrong."""
+    seen = observations(continuous_bundle.spec, 2)
+    bad = seen | {"agent_1": np.full((2, 5), np.nan, np.float32)}
+    with RemoteTeam([continuous_server.endpoint], stream=stream, deadline_s=5, fallback="hold") as team:
+        team.act(seen)
+        with pytest.raises(EndpointError, match=r"agent_1.*finite") as raised:
+            team.act(bad)
+        assert not isinstance(raised.value, MissedAnswerError)
+        assert not any(team.missed.values())
+
+
+def test_without_fallback_a_miss_is_counted_and_raised(continuous_bundle: Bundle) -> None:
+    with (
+        team_without_servers(continuous_bundle, "raise") as team,
+        pytest.raises(
+            MissedAnswerError, match=r"127\.0\.0\.1:\d+: step of agent_0 failed.*cannot be reached"
+        ),
+    ):
+        team.act(observations(continuous_bundle.spec, 2))
+    assert team.missed == {"agent_0": 1, "agent_1": 0, "agent_2": 0}
+    assert team.fallback == "raise"
+
+
+def test_fallbacks_that_do_not_fit_are_refused_at_connect(
+    continuous_bundle: Bundle, discrete_bundle: Bundle, continuous_server: ServerProcess
+) -> None:
+    def connect(fallback: Any) -> None:
+        RemoteTeam([continuous_server.endpoint], fallback=fallback)
+
+    with pytest.raises(ConfigError, match="expected 'raise', 'hold' or policies, got 'behaviour'"):
+        connect("behaviour")
+    with pytest.raises(ConfigError, match="policies of agent_0, agent_1, agent_2, got those of agent_0"):
+        connect({"agent_0": LocalPolicy(continuous_bundle, "agent_0")})
+    with pytest.raises(ContractError, match="the fallback of agent_1 was made for"):
+        connect({name: LocalPolicy(continuous_bundle, "agent_0") for name in continuous_spec().names})
+    with pytest.raises(ContractError, match=r"the fallback .* and the served team .* do not fit"):
+        connect(LocalTeam(discrete_bundle))

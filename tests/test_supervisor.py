@@ -1,0 +1,310 @@
+"""One process per agent: started together, alive again after a death, and what an evaluation notices of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from omcda_deploy import registry
+from omcda_deploy.bundle import Bundle
+from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.errors import EndpointError, MissedAnswerError
+from omcda_deploy.evaluate import evaluate
+from omcda_deploy.fallback import BehaviorTeam
+from omcda_deploy.local import LocalTeam
+from omcda_deploy.serve.server import LOOPBACK
+from omcda_deploy.serve.supervisor import AgentServer, Backoff
+from tests.bundles import write_test_bundle
+
+TASK = "toy/chain-mixed"
+EPISODES = 12  # of 20 steps or so
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` consecutive free ports."""
+    for base in range(20_000, 30_000, count):
+        try:
+            for port in range(base, base + count):
+                with socket.socket() as probe:
+                    probe.bind((LOOPBACK, port))
+            return base
+        except OSError:
+            continue
+    raise AssertionError("no free ports")
+
+
+def supervisor(bundle: Bundle, base_port: int) -> subprocess.Popen[str]:
+    code = (
+        "import sys\n"
+        "from omcda_deploy.errors import OmcdaError\n"
+        "from omcda_deploy.serve.server import Listen\n"
+        "from omcda_deploy.serve.supervisor import serve_team\n"
+        "try: serve_team(sys.argv[1], Listen(port=int(sys.argv[2])))\n"
+        "except OmcdaError as error: sys.exit(f'error: {error}')\n"
+    )
+    command = [sys.executable, "-c", code, str(bundle.path), str(base_port)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def require_all_free(base: int, count: int) -> None:
+    for port in range(base, base + count):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((LOOPBACK, port))
+            probe.listen()
+
+
+def test_serve_team_runs_one_process_per_agent(continuous_bundle: Bundle) -> None:
+    base = free_ports(3)
+    with supervisor(continuous_bundle, base) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        endpoints = {f"agent_{i}": f"{LOOPBACK}:{base + i}" for i in range(3)}
+        assert lines == [f"serving {agent} on {endpoint}\n" for agent, endpoint in endpoints.items()]
+        with RemoteTeam(list(endpoints.values())) as team:
+            assert team.endpoints == endpoints
+        process.terminate()
+        rest, errors = process.communicate(timeout=20)
+    assert (process.returncode, rest, errors) == (0, "", "")
+    require_all_free(base, 3)
+
+
+def test_serve_team_stops_all_when_one_cannot_start(continuous_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = write_test_bundle(tmp_path / "bundle", continuous_bundle.spec)
+    broken = bundle.model_path("agent_1")
+    broken.write_bytes(b"no graph")
+    manifest = json.loads((bundle.path / "bundle.json").read_text())
+    manifest["files"]["agent_1/1/model.onnx"] = hashlib.sha256(b"no graph").hexdigest()
+    (bundle.path / "bundle.json").write_text(json.dumps(manifest))
+    base = free_ports(3)
+    with supervisor(bundle, base) as process:
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert output == "", "ready lines of a team that is not ready"
+    first, last = errors.strip().splitlines()
+    assert first.startswith("error: ")
+    assert "cannot be loaded" in first
+    assert f"agent_1 on {LOOPBACK}:{base + 1} did not start" in last
+    require_all_free(base, 3)
+
+
+def test_serve_team_names_the_port_in_use(continuous_bundle: Bundle) -> None:
+    base = free_ports(3)
+    with socket.socket() as taken:
+        taken.bind((LOOPBACK, base + 2))
+        taken.listen()
+        with supervisor(continuous_bundle, base) as process:
+            output, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert output == ""
+    assert errors.count("\n") == 1
+    assert f"{LOOPBACK}:{base + 2}" in errors
+
+
+# Deaths ----------------------------------------------------------------------------------------------------
+
+
+def test_pauses_double_up_to_a_limit_and_a_minute_of_life_forgives() -> None:
+    backoff = Backoff()
+    pauses = [backoff.after(lived) for lived in (0.0, 59.9, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)]
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+    assert [backoff.after(lived) for lived in (60.0, 0.0, 3600.0)] == [0.1, 0.2, 0.1]
+
+
+def test_a_server_that_keeps_dying_is_started_at_growing_intervals_one_line_each(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    starts = tmp_path / "starts"
+    code = f"import time; open({str(starts)!r}, 'a').write(f'{{time.time()}}\\n'); raise SystemExit(3)"
+    server = AgentServer("agent_0", "an:endpoint", [sys.executable, "-c", code])
+    end = time.monotonic() + 20
+    with caplog.at_level(logging.INFO):
+        while len(caplog.records) < 4 and time.monotonic() < end:
+            server.keep_alive()
+            time.sleep(0.01)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the server of agent_0 on an:endpoint exited with status 3 and is started again in {pause} s"
+        for pause in (0.1, 0.2, 0.4, 0.8)
+    ]
+    times = [float(line) for line in starts.read_text().split()]
+    assert len(times) == 4  # and not a fifth one: its pause has only begun
+    assert (np.diff(times) >= (0.1, 0.2, 0.4)).all()
+    server.terminate()
+    server.wait(1.0)  # between two lives there is nothing to stop
+
+
+def agent_process(supervisor_pid: int, agent: str) -> int:
+    """The process id of an agent's server."""
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == supervisor_pid and agent in (entry / "cmdline").read_text().split("\0"):
+                return int(entry.name)
+    raise AssertionError(f"no process of {agent}")
+
+
+class Attack:
+    """Progress of an evaluation: after 20 steps a signal to an agent's server, whose return is then waited for.
+
+    ``missed``: of that agent, up to its return. ``after``: steps since.
+    """
+
+    def __init__(self, process: int, agent: str, number: signal.Signals, team: RemoteTeam) -> None:
+        self.missed = self.after = 0
+        self._target, self._number, self._agent, self._team = (
+            agent_process(process, agent),
+            number,
+            agent,
+            team,
+        )
+        self._steps = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        self._steps += 1
+        if self._steps == 20:
+            os.kill(self._target, self._number)
+        elif self._steps > 20 and self._team.missed[self._agent] < 3:
+            time.sleep(0.03)  # the others are asked, and the server that is to stop comes to it
+        elif self._steps > 20 and not self.missed:
+            self.missed = self._team.missed[self._agent]
+            wait_for(self._team.endpoints[self._agent], self._agent)
+            time.sleep(1.3)  # channels look again within a second
+        elif self.missed:
+            self.after += 1
+
+
+def wait_for(endpoint: str, agent: str) -> None:
+    end = time.monotonic() + 20
+    while True:
+        try:
+            return RemotePolicy(endpoint, agent).close()
+        except EndpointError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_test_bundle(tmp_path_factory.mktemp("toy") / "bundle", registry.team_spec(TASK))
+
+
+@contextmanager
+def supervised(bundle: Bundle) -> Iterator[tuple[int, list[str], Callable[[], list[str]]]]:
+    """Process id, endpoints, and a function that stops all servers and returns what was logged."""
+    base = free_ports(len(bundle.spec.agents))
+    with supervisor(bundle, base) as process:
+        assert process.stdout is not None
+        endpoints = [process.stdout.readline().split()[-1] for _ in bundle.spec.agents]
+
+        def stop() -> list[str]:
+            process.terminate()
+            errors = process.communicate(timeout=20)[1]
+            assert process.returncode == 0, errors
+            return errors.splitlines()
+
+        try:
+            yield process.pid, endpoints, stop
+        finally:
+            process.terminate()
+
+
+def restarted(agent: str, endpoint: str, status: int, pause: float) -> str:
+    return (
+        f"the server of {agent} on {endpoint} exited with status {status} and is started again in {pause} s"
+    )
+
+
+def test_an_evaluation_outlives_its_servers(toy_bundle: Bundle) -> None:
+    local = LocalTeam(toy_bundle)
+    expected = evaluate(local, TASK, episodes=EPISODES, num_envs=1)
+    with supervised(toy_bundle) as (process, endpoints, stop):
+        first = agent_process(process, "agent_0")
+        for stream, number, fallback in (
+            (True, signal.SIGKILL, local),
+            (False, signal.SIGTERM, BehaviorTeam(toy_bundle)),
+        ):
+            with RemoteTeam(endpoints, stream=stream, deadline_s=5, fallback=fallback) as team:
+                attack = Attack(process, "agent_1", number, team)
+                result = evaluate(team, TASK, episodes=EPISODES, num_envs=1, progress=attack)
+                assert 3 <= attack.missed == team.missed["agent_1"], "missed again after its return"
+                assert attack.after > 20
+                steps = {"agent_0": 0, "agent_1": attack.missed, "agent_2": 0}
+                assert result.fallback_steps == team.missed == steps
+                assert result.to_json()["fallback"] == {"by": type(fallback).__name__, "steps": steps}
+                if fallback is local:  # the same bundle: every episode is the one played without servers
+                    assert result.returns.tolist() == expected.returns.tolist()
+
+        with RemoteTeam(endpoints, deadline_s=5) as team:
+            attack = Attack(process, "agent_2", signal.SIGKILL, team)
+            with pytest.raises(
+                MissedAnswerError, match=f"{endpoints[2]}: step of agent_2 failed.*cannot be reached"
+            ):
+                evaluate(team, TASK, episodes=EPISODES, num_envs=1, progress=attack)
+        assert agent_process(process, "agent_0") == first
+        time.sleep(1.0)  # it is starting again: that holds up no end
+        assert stop() == [
+            restarted("agent_1", endpoints[1], -9, 0.1),
+            restarted("agent_1", endpoints[1], 0, 0.2),
+            restarted("agent_2", endpoints[2], -9, 0.1),
+        ]
+
+
+def test_a_server_is_ready_only_when_its_models_are_warm(continuous_bundle: Bundle, tmp_path: Path) -> None:
+    """Warm-up is held up until the test allows it; until then nothing may say SERVING."""
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    code = f"""if True:
+        import pathlib, sys, time
+        from omcda_deploy.serve import server, session
+        run = session.OnnxModel.run
+        def hold_up(self, feeds):
+            pathlib.Path({str(begun)!r}).touch()
+            while not pathlib.Path({str(go)!r}).exists():
+                time.sleep(0.01)
+            return run(self, feeds)
+        session.OnnxModel.run = hold_up
+        sys.exit(server.main(sys.argv[1:]))
+    """
+    port = free_ports(1)
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(continuous_bundle.path),
+        "--model",
+        "agent_0",
+        "--port",
+        str(port),
+    ]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        grpc.insecure_channel(f"{LOOPBACK}:{port}") as channel,
+    ):
+        check = health_pb2_grpc.HealthStub(channel).Check
+        try:
+            end = time.monotonic() + 20
+            while not begun.exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            assert begun.exists(), "it never ran its model before it was asked to"
+            with pytest.raises(grpc.RpcError):
+                check(health_pb2.HealthCheckRequest(), timeout=0.5, wait_for_ready=True)
+            go.touch()
+            answer = check(health_pb2.HealthCheckRequest(), timeout=20, wait_for_ready=True)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        finally:
+            process.terminate()
