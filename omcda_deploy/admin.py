@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import grpc
 
-from omcda_deploy.connection import open_channel
+from omcda_deploy.channel import Credentials, open_channel
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos.admin_pb2 import GetStatusRequest, ServerStatus, VersionRequest
 
@@ -31,12 +31,13 @@ class TeamAdmin:
     Raises :class:`EndpointError` naming the servers that could not do what was asked.
     """
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
+    def __init__(self, endpoints: Sequence[str], credentials: Credentials | None = None) -> None:
         if not endpoints:
             raise EndpointError(
                 "expected at least one admin endpoint, got none: start servers with --admin-port"
             )
-        self._channels = {endpoint: open_channel(endpoint) for endpoint in endpoints}
+        self._channels = {endpoint: open_channel(endpoint, credentials) for endpoint in endpoints}
+        self._metadata = () if credentials is None else credentials.metadata
         self._pool = ThreadPoolExecutor(len(self._channels))
 
     def status(self) -> Statuses:
@@ -130,7 +131,7 @@ class TeamAdmin:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=ServerStatus.FromString,
         )
-        return lambda request: ask(request, timeout=LIMIT_S)
+        return lambda request: ask(request, timeout=LIMIT_S, metadata=self._metadata)
 
 
 def _versions(status: ServerStatus) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Literal, Self
 import numpy as np
 
 from omcda_deploy.bundle import TEAM, parameter_names
+from omcda_deploy.channel import Credentials
 from omcda_deploy.connection import Outputs, Rows, ServedModel, Server
 from omcda_deploy.errors import ContractError, EndpointError, MissedAnswerError
 from omcda_deploy.fallback import FallbackChoice, Mask, fallback_of
@@ -30,7 +31,7 @@ class RemotePolicy:
     ``agent``: its name; None for the only agent that the endpoint serves. ``spec``: the team that the caller was
     built for; None takes the server's word. ``deadline_s``: seconds for one answer. ``stream``: one message per
     step on one gRPC stream, about half the cost of a call per step. ``fallback``: who acts where the answer to a
-    step is missed. ``missed``: how many were so far.
+    step is missed. ``missed``: how many were so far. ``credentials``: TLS and tokens; plaintext and none without.
 
     Raises :class:`EndpointError` when the endpoint cannot be reached, does not serve the agent or refuses a
     request, :class:`MissedAnswerError`, and :class:`ContractError` when its contract is another one than
@@ -46,9 +47,10 @@ class RemotePolicy:
         deadline_s: float = 1.0,
         stream: bool = False,
         fallback: Literal["raise", "hold"] | Policy = "raise",
+        credentials: Credentials | None = None,
     ) -> None:
         self.missed = 0
-        self._server = Server(endpoint)
+        self._server = Server(endpoint, credentials)
         try:
             self._server.require_contract(spec)
             name = _only_agent(self._server) if agent is None else agent
@@ -68,7 +70,8 @@ class RemotePolicy:
         return self._model.latency
 
     def reset(self) -> None:
-        """Mark the next step as the first of an episode."""
+        """Mark the next step as the first of an episode, which the server's current version will answer."""
+        self._model.version = _next_version([self._server], self.team)
         self._model.reset()
         if self._fallback is not None:
             self._fallback.reset()
@@ -129,6 +132,7 @@ class RemoteTeam:
         deadline_s: float = 1.0,
         stream: bool = False,
         fallback: FallbackChoice = "raise",
+        credentials: Credentials | None = None,
     ) -> None:
         if isinstance(endpoints, str):
             endpoints = [endpoints]
@@ -140,7 +144,7 @@ class RemoteTeam:
                 if endpoint in self._servers and not isinstance(endpoints, Mapping):
                     raise EndpointError(f"{endpoint} was given twice: give every endpoint once")
                 if endpoint not in self._servers:
-                    self._servers[endpoint] = Server(endpoint)
+                    self._servers[endpoint] = Server(endpoint, credentials)
             if not self._servers:
                 raise EndpointError(
                     "expected at least one endpoint, got none: start servers with  omcda-deploy serve"
@@ -158,9 +162,7 @@ class RemoteTeam:
             self.close()
             raise
         self.spec: TeamSpec = first.team
-        self.divergence_kind: str = first.divergence_kind
-        self.bundle_digest: str = first.bundle_digest
-        self.budgets: dict[str, float | None] = first.budgets
+        self._describe()
         self.endpoints: dict[str, str] = {model: server.endpoint for model, server in placed.items()}
         self.missed: dict[str, int] = dict.fromkeys(self.spec.names, 0)
         self.fallback: str = "raise" if self._fallback is None else self._fallback.name
@@ -175,8 +177,14 @@ class RemoteTeam:
         return {name: m.latency for name, m in self._models.items() if m.latency is not None}
 
     def reset(self) -> None:
-        """Mark the next step as the first of an episode."""
+        """Mark the next step as the first of an episode.
+
+        All of it will be answered by the version that is the first server's current one now, which all must hold.
+        """
+        version = _next_version(list(self._servers.values()), self.spec)
+        self._describe()
         for model in self._models.values():
+            model.version = version
             model.reset()
         if self._fallback is not None:
             self._fallback.reset()
@@ -214,6 +222,13 @@ class RemoteTeam:
                 decisions = {name: decisions[name] for name in self.spec.names}
             self._fallback.note(decisions)
         return decisions
+
+    def _describe(self) -> None:
+        first = next(iter(self._servers.values()))
+        self.divergence_kind: str = first.divergence_kind
+        self.bundle_digest: str = first.bundle_digest
+        self.budgets: dict[str, float | None] = first.budgets
+        self.version: str = first.version
 
     def _ask(self, rows: Mapping[str, Rows]) -> tuple[dict[str, Outputs], dict[str, MissedAnswerError]]:
         """The models' answers, and the agents whose answers are missed."""
@@ -256,6 +271,20 @@ class RemoteTeam:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _next_version(servers: Sequence[Server], spec: TeamSpec) -> str:
+    """The version of a new episode: the first server's current one, and every server's answer for it."""
+    first = servers[0]
+    try:
+        version = first.current_version()
+    except MissedAnswerError:  # the steps will tell, or the fallback acts
+        return first.version
+    if version != first.version:
+        for server in servers:
+            server.describe(version)
+        _agreement(servers, spec)
+    return version
 
 
 def _only_agent(server: Server) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import grpc
 from numpy.typing import NDArray
 
+from omcda_deploy.channel import Credentials, Metadata, open_channel
 from omcda_deploy.errors import ContractError, EndpointError, MissedAnswerError, OmcdaError
 from omcda_deploy.protos.policy_pb2 import ActRequest, ActResponse, GetContractRequest, GetContractResponse
 from omcda_deploy.protos.tensors import answer_tensors, input_tensors
@@ -29,41 +30,41 @@ Rows: TypeAlias = dict[str, NDArray[Any]]  # a model's inputs by name, one row p
 Outputs: TypeAlias = dict[str, NDArray[Any]]
 
 
-def open_channel(endpoint: str) -> grpc.Channel:
-    """A plaintext channel that reconnects within a second, and never through an HTTP proxy."""
-    return grpc.insecure_channel(
-        endpoint,
-        (
-            ("grpc.enable_http_proxy", 0),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 1000),
-        ),
-    )
-
-
 class Server:
-    """An endpoint and what it says of itself. Raises :class:`EndpointError` where it cannot be asked."""
+    """An endpoint and what it says of one version, at first the current one.
 
-    def __init__(self, endpoint: str) -> None:
+    Raises :class:`EndpointError` where it cannot be asked, :class:`MissedAnswerError` where it does not answer.
+    """
+
+    def __init__(self, endpoint: str, credentials: Credentials | None = None) -> None:
         self.endpoint = endpoint
-        self.channel = open_channel(endpoint)
-        ask = self.channel.unary_unary(
+        self.channel = open_channel(endpoint, credentials)
+        self.metadata: Metadata = () if credentials is None else credentials.metadata
+        self._ask = self.channel.unary_unary(
             SERVICE + "GetContract",
             request_serializer=GetContractRequest.SerializeToString,
             response_deserializer=GetContractResponse.FromString,
         )
         try:
-            contract = ask(GetContractRequest(), timeout=CONNECT_LIMIT_S)
+            self.describe()
+        except BaseException:
+            self.close()
+            raise
+
+    def current_version(self) -> str:
+        """The version that new episodes are answered by."""
+        return self._contract("").model_version
+
+    def describe(self, version: str = "") -> None:
+        """Take over what the server says of a version that it holds; of the current one if empty."""
+        contract = self._contract(version)
+        try:
             self.team = TeamSpec.from_json(json.loads(contract.team))
-        except grpc.RpcError as error:
-            self.close()
-            raise _failure(error, f"{endpoint}: GetContract", CONNECT_LIMIT_S) from error
         except (ValueError, OmcdaError) as error:
-            self.close()
             raise EndpointError(
-                f"{endpoint} states a contract that cannot be read ({error}): update it"
+                f"{self.endpoint} states a contract that cannot be read ({error}): update it"
             ) from error
+        self.version = contract.model_version
         self.models = tuple(contract.models)
         self.contract_hash = contract.contract_hash
         self.divergence_kind = contract.divergence_kind
@@ -76,6 +77,13 @@ class Server:
 
     def close(self) -> None:
         self.channel.close()
+
+    def _contract(self, version: str) -> GetContractResponse:
+        request = GetContractRequest(model_version=version)
+        try:
+            return self._ask(request, timeout=CONNECT_LIMIT_S, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise _failure(error, f"{self.endpoint}: GetContract", CONNECT_LIMIT_S) from error
 
 
 class ServedModel:
@@ -91,6 +99,7 @@ class ServedModel:
                 f"{server.endpoint} serves {', '.join(server.models)}, not {model}: give the endpoint of {model}"
             )
         self.latency: float | None = None
+        self.version = server.version  # that is asked for
         self._model = model
         self._what = f"{server.endpoint}: step of {model}"
         self._contract_hash = server.contract_hash
@@ -99,7 +108,7 @@ class ServedModel:
         self._outputs = answer_tensors(server.team, model)
         self._arrivals = _Arrivals()
         self._line: _Calls | _Stream = (_Stream if stream else _Calls)(
-            server.channel, deadline_s, self._arrivals
+            server.channel, deadline_s, self._arrivals, server.metadata
         )
         self._step = 0
         self._first = True
@@ -130,6 +139,7 @@ class ServedModel:
         tensors: dict[str, Any] = {name: self._inputs[name].encode(values) for name, values in rows.items()}
         return ActRequest(
             model=self._model,
+            model_version=self.version,
             contract_hash=self._contract_hash,
             step_id=self._step,
             reset=self._first,
@@ -145,11 +155,11 @@ class ServedModel:
             if isinstance(error, (grpc.RpcError, TimeoutError)):
                 raise _failure(error, self._what, self._deadline_s) from error
             raise
-        if response.step_id != self._step:
+        if (response.step_id, response.model_version) != (self._step, self.version):
             self._line.abandon()
             raise EndpointError(
-                f"{self._what}: expected the answer to step {self._step}, got that to {response.step_id}: "
-                "the server mixes up its answers, update it"
+                f"{self._what}: expected the answer to step {self._step} of version {self.version}, got that to "
+                f"{response.step_id} of {response.model_version}: the server mixes up its answers, update it"
             )
         self.latency = self._arrivals.last - self._sent
         self._first = False
@@ -175,8 +185,13 @@ class _Calls:
     """One unary call per step."""
 
     def __init__(
-        self, channel: grpc.Channel, deadline_s: float, parse: Callable[[bytes], ActResponse]
+        self,
+        channel: grpc.Channel,
+        deadline_s: float,
+        parse: Callable[[bytes], ActResponse],
+        metadata: Metadata,
     ) -> None:
+        self._metadata = metadata
         self._act = channel.unary_unary(
             SERVICE + "Act", request_serializer=ActRequest.SerializeToString, response_deserializer=parse
         )
@@ -184,10 +199,11 @@ class _Calls:
         self._pending: grpc.Future[ActResponse] | None = None
 
     def ask(self, request: ActRequest) -> ActResponse:
-        return self._act(request, timeout=self._deadline_s)  # blocking: cheaper than a future
+        # blocking: cheaper than a future
+        return self._act(request, timeout=self._deadline_s, metadata=self._metadata)
 
     def send(self, request: ActRequest) -> None:
-        self._pending = self._act.future(request, timeout=self._deadline_s)
+        self._pending = self._act.future(request, timeout=self._deadline_s, metadata=self._metadata)
 
     def receive(self) -> ActResponse:
         if self._pending is None:
@@ -221,9 +237,14 @@ class _Stream:
     """
 
     def __init__(
-        self, channel: grpc.Channel, deadline_s: float, parse: Callable[[bytes], ActResponse]
+        self,
+        channel: grpc.Channel,
+        deadline_s: float,
+        parse: Callable[[bytes], ActResponse],
+        metadata: Metadata,
     ) -> None:
         self._channel = channel
+        self._metadata = metadata
         self._deadline_s = deadline_s
         self._parse = parse
         self._due = 0.0
@@ -271,7 +292,7 @@ class _Stream:
 
         call: _Answers = self._channel.stream_stream(
             SERVICE + "ActStream", request_serializer=ActRequest.SerializeToString, response_deserializer=note
-        )(iter(requests.get, None))
+        )(iter(requests.get, None), metadata=self._metadata)
         threading.Thread(
             target=_read, args=(call, answers), name="answers of a policy stream", daemon=True
         ).start()

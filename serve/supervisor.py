@@ -123,8 +123,8 @@ def serve_team(
     """Serve every agent of a team in a process of its own until SIGTERM or SIGINT.
 
     ``source`` is :func:`serve`'s; agent i listens on the ports of ``listen`` + i. Prints one line per endpoint as
-    soon as all are ready. On a signal all servers drain (:func:`serve`) and the function returns. A server that dies
-    later is started again (:class:`Backoff`) and that is logged; the others go on.
+    soon as all are ready. On a signal all servers drain (:func:`serve`) and the function returns. A server that
+    dies later is started again (:class:`Backoff`) and that is logged; the others go on.
 
     Raises :class:`BundleError`, and :class:`EndpointError` where a server cannot be started the first time (the
     others are then stopped).

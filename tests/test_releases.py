@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from omcda_deploy.admin import TeamAdmin
 from omcda_deploy.cli import app
-from omcda_deploy.client import RemotePolicy
+from omcda_deploy.client import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import BundleError, ContractError, EndpointError, UnknownNameError
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos import policy_pb2
@@ -218,6 +218,55 @@ def test_a_team_is_switched_together_or_not_at_all(folder: Path, tmp_path: Path)
         assert f"{team.admin[1]} is down: UNAVAILABLE" in shown.output
         with TeamAdmin([team.admin[0], team.admin[2]]) as rest:
             assert {status.current for status in rest.status().values()} == {"10"}
+
+
+def test_an_episode_keeps_its_version_and_the_next_takes_the_current_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    actions = {v: {n: d.action for n, d in LocalTeam(folder / v).act(ROWS).items()} for v in ("2", "10")}
+    with (
+        served(copies(folder, tmp_path), tmp_path) as running,
+        TeamAdmin(running.admin) as admin,
+        RemoteTeam(running.endpoints, stream=True) as team,
+        RemotePolicy(running.endpoints["agent_1"]) as policy,
+    ):
+        digest = team.bundle_digest
+
+        def acts_as(version: str) -> None:
+            for name, decision in team.act(ROWS).items():
+                np.testing.assert_array_equal(decision.action, actions[version][name])
+            answer = policy.act(ROWS["agent_1"])
+            np.testing.assert_array_equal(answer.action, actions[version]["agent_1"])
+
+        acts_as("10")
+        admin.switch("2")
+        acts_as("10")  # the episode goes on as it began
+        team.reset()
+        policy.reset()
+        acts_as("2")
+        assert team.version == "2"
+        assert team.bundle_digest != digest
+        # Half of a switch: the first server has moved, the others hold the version and answer by it.
+        with TeamAdmin(running.admin[:1]) as half:
+            half.switch("10")
+        team.reset()
+        policy.reset()
+        assert team.version == "10"
+        for name, decision in team.act(ROWS).items():
+            np.testing.assert_array_equal(decision.action, actions["10"][name])
+        np.testing.assert_array_equal(policy.act(ROWS["agent_1"]).action, actions["2"]["agent_1"])
+        # A version that one of them has given up is refused when an episode begins, by name.
+        with TeamAdmin(running.admin[1:]) as rest:
+            rest.unload("10")
+        with TeamAdmin(running.admin[:1]) as half:
+            half.switch("2")
+        team.reset()
+        with TeamAdmin(running.admin[:1]) as half:
+            half.switch("10")
+        with pytest.raises(
+            EndpointError, match=r"GetContract was refused with NOT_FOUND: unknown version '10'"
+        ):
+            team.reset()
 
 
 def test_reloads_under_load_fail_no_request_and_mix_no_versions(folder: Path) -> None:

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import trustme
+from typer.testing import CliRunner
 
 from omcda_deploy.bundle import Bundle
-from omcda_deploy.errors import ConfigError
+from omcda_deploy.channel import read_credentials
+from omcda_deploy.cli import app
+from omcda_deploy.client import RemoteTeam
+from omcda_deploy.errors import ConfigError, EndpointError, OmcdaError
+from omcda_deploy.local import LocalTeam
 from omcda_deploy.serve.config import read_server_config
 from omcda_deploy.serve.security import Tokens
 from tests.server_process import free_port, server_process
@@ -155,3 +161,56 @@ def test_files_are_looked_for_beside_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("# none yet\n")
     with pytest.raises(ConfigError, match=r"expected a token per line in .*tokens, found none"):
         Tokens(tmp_path / "tokens")
+
+
+def test_our_client_shows_its_credentials(continuous_bundle: Bundle, tmp_path: Path) -> None:
+    ours = Authority(tmp_path / "ours")
+    client = ours.client()
+    (tmp_path / "robot.key").write_bytes(client["private_key"])
+    (tmp_path / "robot.pem").write_bytes(client["certificate_chain"])
+    (tmp_path / "token").write_text("sesame\n")
+    tls = '[tls]\ncertificate = "ours/server.pem"\nkey = "ours/server.key"\nclient_ca = "ours/ca.pem"\n'
+    options = config(tmp_path, tls + '[access]\ntoken_file = "token"\n')
+    shown = tmp_path / "credentials.toml"
+    whole = (
+        'ca = "ours/ca.pem"\ncertificate = "robot.pem"\nkey = "robot.key"\nserver_name = "localhost"\n'
+        'token_file = "token"\n'
+    )
+    port = free_port()
+    observations = {
+        a.name: np.ones((2, a.observation_size), np.float32) for a in continuous_bundle.spec.agents
+    }
+    expected = LocalTeam(continuous_bundle).act(observations)
+    with server_process(continuous_bundle, options=(*options, "--admin-port", str(port))) as server:
+        shown.write_text(whole)
+        for stream in (False, True):
+            with RemoteTeam([server.endpoint], stream=stream, credentials=read_credentials(shown)) as team:
+                for name, decision in team.act(observations).items():
+                    np.testing.assert_allclose(decision.action, expected[name].action, atol=1e-6)
+        words = ["status", "--admin", f"127.0.0.1:{port}"]
+        said = CliRunner().invoke(app, [*words, "--credentials", str(shown)], catch_exceptions=False)
+        assert said.exit_code == 0
+        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 1
+        shown.write_text(whole.replace('token_file = "token"\n', ""))
+        with pytest.raises(EndpointError, match="UNAUTHENTICATED: expected the metadata"):
+            RemoteTeam([server.endpoint], credentials=read_credentials(shown))
+        shown.write_text(whole.replace('certificate = "robot.pem"\nkey = "robot.key"\n', ""))
+        with pytest.raises(EndpointError, match="cannot be reached"):
+            RemoteTeam([server.endpoint], credentials=read_credentials(shown))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('certificate = "a.pem"', "expected certificate and key, or neither, got certificate"),
+        ('CA = "a.pem"', "unknown entry of .*'CA': known are ca"),
+        ('ca = "absent.pem"', "ca: .*absent.pem cannot be read: No such file"),
+        ("ca = 1", "ca: expected a string, got 1"),
+        ("ca = ", "is not TOML"),
+    ],
+)
+def test_wrong_credentials_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "credentials.toml"
+    path.write_text(text)
+    with pytest.raises(OmcdaError, match=message):
+        read_credentials(path)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from omcda_deploy.channel import Credentials
 
 console = Console()
 errors = Console(stderr=True)
@@ -24,6 +28,18 @@ SimulatorFactory = Annotated[
         metavar="MODULE:CALLABLE", help="SMAC only: what makes the environment there, instead of SMAC itself."
     ),
 ]
+
+CredentialsFile = Annotated[
+    Path | None,
+    typer.Option("--credentials", help="TOML file with TLS files and a token (docs/serving.md)."),
+]
+
+
+def credentials_of(path: Path | None) -> Credentials | None:
+    """The contents of a credentials file, where one was given."""
+    from omcda_deploy.channel import read_credentials
+
+    return None if path is None else read_credentials(path)
 
 
 def simulator_options(python: str | None, factory: str | None) -> dict[str, str]:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from omcda_deploy.commands import (
+    CredentialsFile,
     SimulatorFactory,
     SimulatorPython,
     addresses,
     console,
+    credentials_of,
     progress_bar,
     simulator_options,
 )
@@ -70,6 +72,7 @@ def evaluate(
     simulator_python: SimulatorPython = None,
     simulator_factory: SimulatorFactory = None,
     video: Annotated[Path | None, typer.Option(help="Write the first episode as mp4 (MuJoCo).")] = None,
+    credentials: CredentialsFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
 ) -> None:
@@ -86,7 +89,7 @@ def evaluate(
             "leave one of them out"
         )
     with (
-        _team(endpoints, bundle, deadline, stream, on_miss) as team,
+        _team(endpoints, bundle, deadline, stream, on_miss, credentials) as team,
         progress_bar(f"playing {task}") as progress,
     ):
         evaluation = play(
@@ -133,6 +136,7 @@ def replay(
         bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
     ] = False,
     on_miss: OnMissOption = OnMiss.raise_,
+    credentials: CredentialsFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
 ) -> None:
@@ -147,7 +151,7 @@ def replay(
     recorded = read_dataset(dataset, task)
     local = LocalTeam(bundle) if bundle and endpoints else None
     with (
-        _team(endpoints, bundle, deadline, stream, on_miss) as team,
+        _team(endpoints, bundle, deadline, stream, on_miss, credentials) as team,
         progress_bar(f"replaying {dataset.name}") as progress,
     ):
         result = send(
@@ -172,7 +176,12 @@ def replay(
 
 @contextmanager
 def _team(
-    endpoints: str | None, bundle: Path | None, deadline: float, stream: bool, on_miss: OnMiss
+    endpoints: str | None,
+    bundle: Path | None,
+    deadline: float,
+    stream: bool,
+    on_miss: OnMiss,
+    credentials: Path | None,
 ) -> Iterator[TeamPolicy]:
     """The served team where there are endpoints, ``bundle`` in process otherwise."""
     from omcda_deploy.errors import ConfigError
@@ -188,7 +197,13 @@ def _team(
                     "--on-miss behavior: expected --bundle, whose behaviour policy is to stand in"
                 )
             fallback = BehaviorTeam(bundle)
-        with RemoteTeam(addresses(endpoints), deadline_s=deadline, stream=stream, fallback=fallback) as team:
+        with RemoteTeam(
+            addresses(endpoints),
+            deadline_s=deadline,
+            stream=stream,
+            fallback=fallback,
+            credentials=credentials_of(credentials),
+        ) as team:
             yield team
     elif bundle is not None:
         from omcda_deploy.local import LocalTeam

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from omcda_deploy.commands import addresses, console
+from omcda_deploy.commands import CredentialsFile, addresses, console, credentials_of
 
 if TYPE_CHECKING:
     from omcda_deploy.admin import Statuses, TeamAdmin
@@ -27,30 +28,30 @@ Version = Annotated[str, typer.Argument(help="Name of the bundle's folder: 1, 2,
 
 
 @app.command("load")
-def load(version: Version, admin: Admin) -> None:
+def load(version: Version, admin: Admin, credentials: CredentialsFile = None) -> None:
     """Load a version on all servers and warm it up; the current one goes on answering."""
-    with _team(admin) as team:
+    with _team(admin, credentials) as team:
         _print_versions(team.load(version))
 
 
 @app.command("switch")
-def switch(version: Version, admin: Admin) -> None:
+def switch(version: Version, admin: Admin, credentials: CredentialsFile = None) -> None:
     """Make a version the current one, on all servers or on none; running episodes keep theirs."""
-    with _team(admin) as team:
+    with _team(admin, credentials) as team:
         _print_versions(team.switch(version))
 
 
 @app.command("rollback")
-def rollback(admin: Admin) -> None:
+def rollback(admin: Admin, credentials: CredentialsFile = None) -> None:
     """Switch back to the version that answered before."""
-    with _team(admin) as team:
+    with _team(admin, credentials) as team:
         _print_versions(team.rollback())
 
 
 @app.command("unload")
-def unload(version: Version, admin: Admin) -> None:
+def unload(version: Version, admin: Admin, credentials: CredentialsFile = None) -> None:
     """Give up a version at once, episodes that still use it included."""
-    with _team(admin) as team:
+    with _team(admin, credentials) as team:
         _print_versions(team.unload(version))
 
 
@@ -58,15 +59,16 @@ def unload(version: Version, admin: Admin) -> None:
 def shadow(
     admin: Admin,
     version: Annotated[str, typer.Argument(help="Version to run beside the current one; none ends it.")] = "",
+    credentials: CredentialsFile = None,
 ) -> None:
     """Run a version beside the current one and measure how their actions differ; it answers nothing."""
-    with _team(admin) as team:
+    with _team(admin, credentials) as team:
         _print_versions(team.shadow(version))
 
 
-def status(admin: Admin) -> None:
+def status(admin: Admin, credentials: CredentialsFile = None) -> None:
     """Health, version, rate, latency, divergence and guard of every agent. Status 1 where a server is down."""
-    with _team(admin) as team:
+    with _team(admin, credentials) as team:
         statuses, down = team.survey()
     _print_versions(statuses)
     for at, reason in down.items():
@@ -116,8 +118,8 @@ def _percent(value: float) -> str:
 
 
 @contextmanager
-def _team(admin: str) -> Iterator[TeamAdmin]:
+def _team(admin: str, credentials: Path | None) -> Iterator[TeamAdmin]:
     from omcda_deploy.admin import TeamAdmin
 
-    with TeamAdmin(addresses(admin)) as team:
+    with TeamAdmin(addresses(admin), credentials_of(credentials)) as team:
         yield team

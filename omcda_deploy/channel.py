@@ -1,0 +1,92 @@
+"""Channels to policy servers: addresses, TLS and tokens.
+
+A credentials file says what a client shows and whom it trusts::
+
+    ca = "ca.pem"                  # authority of the servers' certificates; plaintext without it
+    certificate = "robot.pem"      # for servers that ask for one (mTLS)
+    key = "robot.key"
+    server_name = "localhost"      # name in the servers' certificates, where it is not the address
+    token_file = "token"           # its first line is sent as bearer token
+
+Files are looked for from the folder of this file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import grpc
+
+from omcda_deploy.errors import ConfigError, UnknownNameError
+
+Metadata = tuple[tuple[str, str], ...]
+
+_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Contents of the files that :func:`read_credentials` names."""
+
+    ca: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+    server_name: str | None = None
+    token: str | None = None
+
+    @property
+    def metadata(self) -> Metadata:
+        """To be sent with every call."""
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+
+def read_credentials(path: Path) -> Credentials:
+    """Raises :class:`ConfigError` for a file that is missing, and :class:`UnknownNameError` for another entry."""
+    try:
+        values = tomllib.loads(_read("credentials", path).decode())
+    except ValueError as error:  # also bytes that are no text
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    known = [*(field.name for field in fields(Credentials) if field.name != "token"), "token_file"]
+    for name, value in values.items():
+        if name not in known:
+            raise UnknownNameError(f"entry of {path}", name, known)
+        if not isinstance(value, str):
+            raise ConfigError(f"{path}: {name}: expected a string, got {value!r}")
+    if ("certificate" in values) != ("key" in values):
+        raise ConfigError(f"{path}: expected certificate and key, or neither, got {', '.join(values)}")
+    files = {
+        name: _read(f"{path}: {name}", path.parent / values[name])
+        for name in ("ca", "certificate", "key")
+        if name in values
+    }
+    token = None
+    if "token_file" in values:
+        lines = _read(f"{path}: token_file", path.parent / values["token_file"]).decode().split()
+        if not lines:
+            raise ConfigError(f"{path}: token_file: expected a token in {values['token_file']}, found none")
+        token = lines[0]
+    return Credentials(**files, server_name=values.get("server_name"), token=token)
+
+
+def open_channel(endpoint: str, credentials: Credentials | None = None) -> grpc.Channel:
+    """A channel that reconnects within a second, and never through an HTTP proxy; plaintext without a CA."""
+    if credentials is None or credentials.ca is None:
+        return grpc.insecure_channel(endpoint, _OPTIONS)
+    name = credentials.server_name
+    options = _OPTIONS if name is None else (*_OPTIONS, ("grpc.ssl_target_name_override", name))
+    secure = grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate)
+    return grpc.secure_channel(endpoint, secure, options)
+
+
+def _read(what: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{what}: {path} cannot be read: {error.strerror}") from error
