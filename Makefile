@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # One thread: part of what makes runs repeatable, and the fastest setting for networks of this size.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test check lint types unit slow demo protos clean
+.PHONY: test check lint types unit slow fuzz demo protos clean
 
 test check: lint types unit  ## what CI runs
 
@@ -20,6 +20,9 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/pytest
+
+fuzz: $(READY)  ## 100,000 hostile requests; 2,000 of them are part of the tests
+	$(BIN)/python -m tests.fuzz
 
 # About ten minutes: collect, train, export, serve, evaluate. QUICK=1 takes the same path in about two.
 demo: $(READY)

@@ -1,0 +1,273 @@
+"""What a served step costs, beside what gRPC alone costs: servers, scenarios, interleaved rounds, ratios.
+
+Every round visits all scenarios in another order, so that a machine that drifts drifts for all; the figures to
+quote are the medians of ratios within a round. The servers are real processes on this machine: all agents in one,
+the joint graph, and a bare grpc.aio server that answers as many bytes (:mod:`omcda_deploy.serve.echo`). The load
+comes from the calling process (:mod:`omcda_deploy.serve.http2`); its CPU per step is among the figures, and has to
+stay far below a server's for them to say anything about servers. Linux only: it reads other processes' clocks.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Literal
+
+from omcda_deploy.bundle import TEAM, read_bundle
+from omcda_deploy.errors import ConfigError, EndpointError
+from omcda_deploy.measurements import installed_versions, machine
+from omcda_deploy.serve.http2 import Connection
+from omcda_deploy.serve.load import Line, Sockets, closed_loop, open_loop
+from omcda_deploy.serve.measured_servers import (
+    ACT,
+    INFER,
+    STREAM,
+    Requests,
+    Servers,
+    requests_of,
+    start_echo,
+    start_models,
+)
+from omcda_deploy.spec import TeamSpec
+
+WARM_UP_S = 0.1
+
+Where = Literal["agents", "team", "echo", "processes"]
+Measure = Literal["p50_ms", "cpu_us", "rate"]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``models`` are what one step asks, one after another or ``at_once``; with a ``rate`` the loop is open."""
+
+    name: str
+    where: Where
+    path: str
+    models: tuple[str, ...]
+    clients: int = 1
+    at_once: bool = False
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One scenario in one round. ``cpu_us``: server CPU per step; ``client_cpu_us``: this process's; RSS in MB."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    rate: float
+    cpu_us: float
+    client_cpu_us: float
+    rss_mb: float
+    refused: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """``measure`` of one scenario over that of another, and what it should be."""
+
+    scenario: str
+    base: str
+    measure: Measure
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def of(self, rounds: Sequence[Mapping[str, Figures]]) -> float:
+        """The median of the ratios within rounds."""
+        ratios: list[float] = [
+            getattr(figures[self.scenario], self.measure) / getattr(figures[self.base], self.measure)
+            for figures in rounds
+        ]
+        return statistics.median(ratios)
+
+    @property
+    def target(self) -> str:
+        """In words; empty where there is none."""
+        if self.at_most is not None:
+            return f"at most {self.at_most:g}"
+        return "" if self.at_least is None else f"at least {self.at_least:g}"
+
+    def holds(self, value: float) -> bool | None:
+        """None where there is no target."""
+        if self.at_most is not None:
+            return value <= self.at_most
+        return None if self.at_least is None else value >= self.at_least
+
+
+@dataclass(frozen=True)
+class Report:
+    """``rounds``: figures by scenario, one mapping per round. ``load_average``: of one minute, before and after."""
+
+    scenarios: tuple[Scenario, ...]
+    ratios: tuple[Ratio, ...]
+    rounds: tuple[Mapping[str, Figures], ...]
+    load_average: tuple[float, float]
+    ready_s: float  # from starting the server of all agents to its first line
+
+    def median(self, scenario: str) -> dict[str, float]:
+        rows = [asdict(figures[scenario]) for figures in self.rounds]
+        return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "machine": machine(),
+            "load_average": self.load_average,
+            "ready_s": self.ready_s,
+            "versions": installed_versions(),
+            "scenarios": [
+                asdict(scenario)
+                | {"median": self.median(scenario.name)}
+                | {"rounds": [asdict(figures[scenario.name]) for figures in self.rounds]}
+                for scenario in self.scenarios
+            ],
+            "ratios": [
+                asdict(ratio) | {"median": (value := ratio.of(self.rounds)), "holds": ratio.holds(value)}
+                for ratio in self.ratios
+            ],
+        }
+
+
+def scenarios(spec: TeamSpec, clients: int, rate: float, *, processes: bool) -> tuple[Scenario, ...]:
+    """What is measured. ``clients``: of the busy closed loops. ``rate``: of the open ones, in requests/s."""
+    one, team, every = spec.names[:1], (TEAM,), spec.names
+    found = (
+        Scenario("echo", "echo", ACT, one),
+        Scenario("echo infer", "echo", INFER, one),
+        Scenario("echo stream", "echo", STREAM, one),
+        Scenario("unary", "agents", ACT, one),
+        Scenario("infer", "agents", INFER, one),
+        Scenario("stream", "agents", STREAM, one),
+        Scenario(f"echo x{clients}", "echo", ACT, one, clients),
+        Scenario(f"unary x{clients}", "agents", ACT, one, clients),
+        Scenario(f"stream x{clients}", "agents", STREAM, one, clients),
+        Scenario("joint unary", "team", ACT, team),
+        Scenario("joint stream", "team", STREAM, team),
+        Scenario("agents in turn", "agents", ACT, every),
+        Scenario("agents at once", "agents", ACT, every, at_once=True),
+        Scenario(f"unary at {rate:g}/s", "agents", ACT, one, clients, rate=rate),
+        Scenario(f"stream at {rate:g}/s", "agents", STREAM, one, clients, rate=rate),
+    )
+    if not processes:
+        return found
+    return (*found, Scenario("processes at once", "processes", ACT, every, at_once=True))
+
+
+def targets(clients: int) -> tuple[Ratio, ...]:
+    """The ratios that say whether the servers are as fast as they are meant to be."""
+    return (
+        Ratio("unary", "echo", "p50_ms", at_most=1.25),
+        Ratio("unary", "echo", "cpu_us", at_most=1.25),
+        Ratio("infer", "echo infer", "p50_ms", at_most=1.25),
+        Ratio("infer", "echo infer", "cpu_us", at_most=1.25),
+        Ratio("stream", "unary", "p50_ms", at_most=0.6),
+        Ratio("stream", "unary", "cpu_us", at_most=0.65),
+        Ratio(f"stream x{clients}", f"unary x{clients}", "rate", at_least=1.7),
+        Ratio("joint unary", "unary", "p50_ms", at_most=1.5),
+        Ratio("joint stream", "stream", "p50_ms", at_most=1.5),
+        Ratio("agents in turn", "joint unary", "p50_ms", at_least=4.0),
+        Ratio("agents at once", "joint unary", "p50_ms"),
+        Ratio("stream", "echo stream", "cpu_us"),
+        Ratio(f"unary x{clients}", f"echo x{clients}", "rate"),
+    )
+
+
+def run(
+    bundle_path: str | Path,
+    *,
+    seconds: float = 2.0,
+    rounds: int = 5,
+    clients: int = 8,
+    rate: float = 200.0,
+    processes: bool = False,
+    config: Path | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Serve a bundle several ways and measure each for ``seconds`` in each of ``rounds`` rounds.
+
+    ``processes``: also one server per agent. ``config``: of the servers. ``seed``: of observations and order.
+
+    Raises :class:`BundleError`, :class:`ConfigError` for what cannot be run, and :class:`EndpointError` where a
+    server fails.
+    """
+    for name, value in (("seconds", seconds), ("rounds", rounds), ("clients", clients), ("rate", rate)):
+        if not 0 < value < 1e6:
+            raise ConfigError(f"{name}: expected a number above 0, got {value!r}")
+    if sys.platform != "linux":
+        raise ConfigError(
+            f"expected Linux, whose processes tell their CPU time, got {sys.platform}: run it there"
+        )
+    bundle = read_bundle(bundle_path)
+    spec = bundle.spec
+    requests = requests_of(spec, seed)
+    wanted = scenarios(spec, clients, rate, processes=processes)
+    before = os.getloadavg()[0]
+    measured: list[Mapping[str, Figures]] = []
+    order = list(wanted)
+    draw = random.Random(seed)
+    with ExitStack() as stack:
+        agents = start_models(stack, bundle, [spec.names], config)
+        servers: dict[Where, Servers] = {
+            "agents": agents,
+            "team": start_models(stack, bundle, [[TEAM]], config),
+            "echo": start_echo(stack, agents, spec.names[0], requests),
+        }
+        if processes:
+            servers["processes"] = start_models(stack, bundle, [[name] for name in spec.names], config)
+        for done in range(rounds):
+            draw.shuffle(order)
+            figures: dict[str, Figures] = {}
+            for index, scenario in enumerate(order):
+                progress(done * len(order) + index, rounds * len(order))
+                figures[scenario.name] = _measure(scenario, servers[scenario.where], requests, seconds)
+            measured.append(figures)
+    load_average = (before, os.getloadavg()[0])
+    return Report(wanted, targets(clients), tuple(measured), load_average, agents.ready_s)
+
+
+def _measure(scenario: Scenario, servers: Servers, requests: Requests, seconds: float) -> Figures:
+    with closing(Sockets([_lines(scenario, servers, requests) for _ in range(scenario.clients)])) as sockets:
+        lines = len(scenario.models)
+        closed_loop(sockets, scenario.clients, min(WARM_UP_S, seconds), lines=lines, at_once=scenario.at_once)
+        cpu_s, own_s = servers.cpu_s(), time.process_time()
+        if scenario.rate is None:
+            timings = closed_loop(sockets, scenario.clients, seconds, lines=lines, at_once=scenario.at_once)
+        else:
+            timings = open_loop(sockets, scenario.clients, scenario.rate, seconds)
+        cpu_s, own_s = servers.cpu_s() - cpu_s, time.process_time() - own_s
+    steps = timings.latency.seconds.size
+    if not steps:
+        raise EndpointError(
+            f"{scenario.name}: all of {timings.refused} requests were refused: ask for a lower rate"
+        )
+    return Figures(
+        p50_ms=timings.latency.percentile(50),
+        p95_ms=timings.latency.percentile(95),
+        p99_ms=timings.latency.percentile(99),
+        rate=timings.rate,
+        cpu_us=1e6 * cpu_s / steps,
+        client_cpu_us=1e6 * own_s / steps,
+        rss_mb=servers.rss_mb(),
+        refused=timings.refused,
+    )
+
+
+def _lines(scenario: Scenario, servers: Servers, requests: Requests) -> list[Line]:
+    """One client: a connection per server."""
+    connections: dict[str, Connection] = {}
+    lines = []
+    for model in scenario.models:
+        endpoint = servers.endpoints[model]
+        if endpoint not in connections:
+            connections[endpoint] = Connection(endpoint, scenario.path, stream=scenario.path == STREAM)
+        lines.append(Line(connections[endpoint], cycle(requests[scenario.path, model])))
+    return lines

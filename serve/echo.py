@@ -1,0 +1,65 @@
+"""A bare grpc.aio server: bytes in, the same number of bytes out as the real answer has, nothing between.
+
+What gRPC itself costs, for :mod:`omcda_deploy.serve.benchmark` to compare a server with. Run as
+``python -m omcda_deploy.serve.echo --unary PATH BYTES --stream PATH BYTES``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+
+def unary(size: int) -> grpc.RpcMethodHandler[Any, Any]:
+    answer = bytes(size)
+
+    async def handle(data: bytes, context: Any) -> bytes:
+        return answer
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def stream(size: int) -> grpc.RpcMethodHandler[Any, Any]:
+    answer = bytes(size)
+
+    async def handle(_: object, context: Any) -> None:
+        while await context.read() is not grpc.aio.EOF:
+            await context.write(answer)
+
+    return grpc.stream_stream_rpc_method_handler(handle)
+
+
+async def serve(handlers: Sequence[tuple[str, grpc.RpcMethodHandler[Any, Any]]]) -> None:
+    """Answer the methods of ``handlers`` (``/service/method``) on a free port of this machine until SIGTERM."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+    for path, handler in handlers:
+        service, _, method = path.strip("/").partition("/")
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    sys.stdout.write(f"serving echo on 127.0.0.1:{port}\n")
+    sys.stdout.flush()
+    await stop.wait()
+    await server.stop(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m omcda_deploy.serve.echo")
+    for kind in ("--unary", "--stream"):
+        parser.add_argument(kind, nargs=2, action="append", default=[], metavar=("PATH", "BYTES"))
+    given = parser.parse_args()
+    handlers = [(path, unary(int(size))) for path, size in given.unary]
+    handlers += [(path, stream(int(size))) for path, size in given.stream]
+    asyncio.run(serve(handlers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Load on policy servers: closed loops, open loops, and what they measure.
+
+In a **closed loop** each client asks again when it has its answer: what a simulator does, and the highest rate that
+a server can hold. In an **open loop** requests come at a fixed rate, whether or not the last ones were answered,
+and latency counts from the moment at which a request was *due*. A server that stalls for a second then has a second
+of late requests; counted from when they were sent, one of them would be late (coordinated omission).
+"""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from omcda_deploy.errors import EndpointError
+from omcda_deploy.measurements import Latency
+from omcda_deploy.serve.http2 import TIMEOUT_S, Connection
+
+
+class Answer(NamedTuple):
+    client: int
+    began: float  # as the request said
+    granted: bool
+
+
+class Wire(Protocol):
+    """Clients with one or more lines each, a line being a model to ask; and a clock."""
+
+    def now(self) -> float: ...
+
+    def ask(self, client: int, line: int, began: float) -> None: ...
+
+    def wait(self, until: float) -> Sequence[Answer]:
+        """Answers, as soon as there are any; none when the time has come."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """``latency``: of the steps that were answered. ``elapsed_s``: until the last answer."""
+
+    latency: Latency
+    elapsed_s: float
+    refused: int
+
+    @property
+    def rate(self) -> float:
+        """Answered steps per second."""
+        return self.latency.seconds.size / self.elapsed_s
+
+
+def closed_loop(
+    wire: Wire, clients: int, seconds: float, *, lines: int = 1, at_once: bool = False
+) -> Timings:
+    """Steps of ``clients`` clients, begun during ``seconds``, each when the client's last one was answered.
+
+    A step asks all ``lines`` of a client, one after another or at once, and is answered when all are. Raises
+    :class:`EndpointError` for a refusal: what refuses has not been measured.
+    """
+    start = wire.now()
+    end = start + seconds
+    latencies: list[float] = []
+    left = [0] * clients
+
+    def begin(client: int) -> None:
+        left[client] = lines
+        now = wire.now()
+        for line in range(lines if at_once else 1):
+            wire.ask(client, line, now)
+
+    for client in range(clients):
+        begin(client)
+    running = clients
+    while running:
+        for client, began, granted in wire.wait(end + TIMEOUT_S):
+            if not granted:
+                raise EndpointError("a server refused a request under load: raise its limits (--config)")
+            left[client] -= 1
+            if left[client]:
+                if not at_once:
+                    wire.ask(client, lines - left[client], began)
+                continue
+            now = wire.now()
+            latencies.append(now - began)
+            if now < end:
+                begin(client)
+            else:
+                running -= 1
+    return Timings(Latency(np.array(latencies)), wire.now() - start, 0)
+
+
+def open_loop(wire: Wire, clients: int, rate: float, seconds: float) -> Timings:
+    """Requests due every ``1 / rate`` seconds for ``seconds``, from each client in turn; waits for all answers."""
+    start = wire.now()
+    total = max(1, round(rate * seconds))
+    latencies: list[float] = []
+    sent = refused = 0
+    while len(latencies) + refused < total:
+        while sent < total and (due := start + sent / rate) <= wire.now():
+            wire.ask(sent % clients, 0, due)
+            sent += 1
+        until = start + sent / rate if sent < total else start + seconds + TIMEOUT_S
+        for _, due, granted in wire.wait(until):
+            if granted:
+                latencies.append(wire.now() - due)
+            else:
+                refused += 1
+    return Timings(Latency(np.array(latencies)), wire.now() - start, refused)
+
+
+class Line(NamedTuple):
+    """One model to ask: where, and serialised requests without end."""
+
+    connection: Connection
+    messages: Iterator[bytes]
+
+
+class Sockets:
+    """A :class:`Wire` of real connections. Raises :class:`EndpointError` where all answers fail to come."""
+
+    def __init__(self, clients: Sequence[Sequence[Line]]) -> None:
+        self._clients = clients
+        self._selector = selectors.DefaultSelector()
+        for client, lines in enumerate(clients):
+            for connection in {line.connection for line in lines}:
+                self._selector.register(connection, selectors.EVENT_READ, (client, connection))
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def ask(self, client: int, line: int, began: float) -> None:
+        connection, messages = self._clients[client][line]
+        connection.ask(next(messages), began)
+
+    def wait(self, until: float) -> Sequence[Answer]:
+        left = until - self.now()
+        ready = self._selector.select(min(max(0.0, left), TIMEOUT_S))
+        if not ready and left > TIMEOUT_S:
+            raise EndpointError(f"a server gave no answer within {TIMEOUT_S:.0f} s: look at its log")
+        return [
+            Answer(client, began, granted)
+            for key, _ in ready
+            for client, connection in (key.data,)
+            for began, granted in connection.answers()
+        ]
+
+    def close(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            key.data[1].close()
+        self._selector.close()

@@ -1,0 +1,129 @@
+"""Servers under measurement: real processes on this machine, what they have used, and what they are asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from omcda_deploy.bundle import TEAM, Bundle
+from omcda_deploy.errors import EndpointError
+from omcda_deploy.protos import oip, policy_pb2
+from omcda_deploy.protos.tensors import DTYPES, input_tensors
+from omcda_deploy.spec import TeamSpec
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+ACT, STREAM = "/omcda.v1.PolicyService/Act", "/omcda.v1.PolicyService/ActStream"
+MESSAGES = 256  # different ones per model
+STOP_LIMIT_S = 10.0
+ANSWER_LIMIT_S = 10.0
+
+Requests = Mapping[tuple[str, str], Sequence[bytes]]  # serialised, by path and model
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Processes that are measured as one: the address of each model, and seconds from start to ready."""
+
+    endpoints: Mapping[str, str]
+    processes: Sequence[subprocess.Popen[str]]
+    ready_s: float
+
+    def cpu_s(self) -> float:
+        """CPU seconds used so far, all threads."""
+        # the clock of another process; its id is made as clock_getcpuclockid(3) does
+        return sum(time.clock_gettime(~process.pid << 3 | 2) for process in self.processes)
+
+    def rss_mb(self) -> float:
+        """Memory in use now, in 10^6 bytes."""
+        pages = (int(Path(f"/proc/{p.pid}/statm").read_text().split()[1]) for p in self.processes)
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def start_models(
+    stack: ExitStack, bundle: Bundle, groups: Sequence[Sequence[str]], config: Path | None
+) -> Servers:
+    """One server for each group of models, until ``stack`` closes. Raises :class:`EndpointError`."""
+    endpoints: dict[str, str] = {}
+    processes = []
+    began = time.perf_counter()
+    for models in groups:
+        arguments = [str(bundle.path), *(part for model in models for part in ("--model", model))]
+        arguments += [] if config is None else ["--config", str(config)]
+        endpoint, process = stack.enter_context(_started("omcda_deploy.serve.server", arguments))
+        endpoints |= dict.fromkeys(models, endpoint)
+        processes.append(process)
+    return Servers(endpoints, processes, time.perf_counter() - began)
+
+
+def start_echo(stack: ExitStack, beside: Servers, model: str, requests: Requests) -> Servers:
+    """A server that answers as many bytes as ``beside`` does for ``model``, until ``stack`` closes."""
+    sizes = {}
+    with grpc.insecure_channel(beside.endpoints[model], (("grpc.enable_http_proxy", 0),)) as channel:
+        untyped: Any = channel
+        for path in (ACT, INFER):
+            try:
+                answer = untyped.unary_unary(path)(requests[path, model][0], timeout=ANSWER_LIMIT_S)
+            except grpc.RpcError as error:
+                raise EndpointError(
+                    f"the server to measure refused an ordinary request ({error}): look at --config"
+                ) from error
+            sizes[path] = str(len(answer))
+    arguments = [part for path, size in sizes.items() for part in ("--unary", path, size)]
+    began = time.perf_counter()
+    endpoint, process = stack.enter_context(
+        _started("omcda_deploy.serve.echo", [*arguments, "--stream", STREAM, sizes[ACT]])
+    )
+    return Servers({model: endpoint}, [process], time.perf_counter() - began)
+
+
+def requests_of(spec: TeamSpec, seed: int) -> Requests:
+    """:data:`MESSAGES` requests of one row per model and method: normal observations, every action available."""
+    draw = np.random.default_rng(seed)
+    requests: dict[tuple[str, str], list[bytes]] = {}
+    for model in (*spec.names, TEAM):
+        tensors = [tensor for tensor in input_tensors(spec, model) if tensor.name != "noise"]
+        for step in range(1, MESSAGES + 1):
+            rows = {
+                tensor: draw.standard_normal(tensor.shape(1)).astype(DTYPES[tensor.datatype])
+                if tensor.datatype == "FP32"
+                else np.ones(tensor.shape(1), DTYPES[tensor.datatype])
+                for tensor in tensors
+            }
+            act = policy_pb2.ActRequest(model=model, contract_hash=spec.contract_hash, step_id=step, batch=1)
+            infer = oip.ModelInferRequest(model_name=model)
+            for tensor, values in rows.items():
+                setattr(act, tensor.name, tensor.encode(values))
+                infer.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=values.shape)
+                infer.raw_input_contents.append(tensor.encode(values))
+            for path, message in ((ACT, act), (STREAM, act), (INFER, infer)):
+                requests.setdefault((path, model), []).append(message.SerializeToString())
+    return requests
+
+
+@contextmanager
+def _started(module: str, arguments: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server process that is ready, and its address; stopped at the end."""
+    command = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready = process.stdout.readline()  # empty when the process ends first
+            if not ready.startswith("serving "):
+                raise EndpointError("a server to measure did not start: it said why above")
+            yield ready.split()[-1], process
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
