@@ -58,7 +58,7 @@ def listen_of(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> dict[str
         given.update(source=source, models=models, listen=listen, **options)
 
     monkeypatch.setattr(server, "serve", note)
-    monkeypatch.setattr(server, "log_json", lambda: given.update(log_json=True))
+    monkeypatch.setattr(server, "log_as_json", lambda: given.update(log_json=True))
     assert server.main(arguments) == 0
     return given
 

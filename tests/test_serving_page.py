@@ -19,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from omcda_deploy.bundle import Bundle
+from omcda_deploy.channel import Credentials
 from omcda_deploy.guard import GuardSetting
 from omcda_deploy.serve.config import Limits
 from omcda_deploy.serve.security import Tls
@@ -38,6 +39,11 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
 
 
+def file_name(block: str) -> str:
+    """What the first line says: ``# serve.toml``."""
+    return block.splitlines()[0].removeprefix("# ")
+
+
 def test_the_blocks_run(tmp_path: Path) -> None:
     for version in (1, 2):
         with_references(
@@ -46,7 +52,7 @@ def test_the_blocks_run(tmp_path: Path) -> None:
     lines = ["set -e -o pipefail"]
     for number, (language, text) in enumerate(BLOCKS):
         if language == "toml":
-            (tmp_path / "serve.toml").write_text(text)
+            (tmp_path / file_name(text)).write_text(text)
         elif language == "python":
             lines.append(f"{sys.executable} block{number}.py")
         elif language == "bash":
@@ -93,12 +99,14 @@ def test_there_are_blocks_of_every_kind_that_is_run(language: str) -> None:
 
 
 def test_the_configuration_shows_every_entry() -> None:
-    (text,) = (text for language, text in BLOCKS if language == "toml")
-    values = tomllib.loads(text)
+    files = {file_name(text): tomllib.loads(text) for language, text in BLOCKS if language == "toml"}
+    values = files["serve.toml"]
     values["guard"].pop("agents")
     for table, kind in (("guard", GuardSetting), ("limits", Limits), ("tls", Tls)):
         assert values.pop(table).keys() == {entry.name for entry in dataclasses.fields(kind)}
     assert values == {"releases": {"retire_s": 300.0}, "access": {"token_file": "tokens"}}
+    entries = {entry.name for entry in dataclasses.fields(Credentials)}
+    assert files["credentials.toml"].keys() == entries - {"token"} | {"token_file"}
 
 
 def test_the_status_table_has_every_status() -> None:
