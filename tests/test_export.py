@@ -446,3 +446,23 @@ def test_trained_networks_leave_no_shape_arithmetic_to_the_request(tmp_path: Pat
     for model in (*spec.names, TEAM):
         operators = {node.op_type for node in onnx.load(bundle.model_path(model)).graph.node}
         assert not operators & {"Shape", "Expand", "ScatterND", "Range", "Pad"}
+
+
+def test_a_steep_density_is_held_to_its_actions_exactness() -> None:
+    """-log N(u; 0, 0.01) at u = 0.05 has the slope 500: 1e-5 in the mean is 5e-3 there, and no more is let pass."""
+    agent = AgentSpec("agent_0", 3, ActionSpec("continuous", 1))
+    rows = {"mean": 0.05, "log_std": -20.0, "behavior_mean": 0.0, "behavior_log_std": math.log(0.01)}
+    want = {name: np.full((1, 1), value, np.float32) for name, value in rows.items()}
+    want |= {"action": np.tanh(want["mean"]), "behavior_action": np.zeros((1, 1), np.float32)}
+    want["divergence"] = np.array([10.0], np.float32)
+    noise = np.zeros((1, 1), np.float32)
+
+    def compare(kind: Any, error: float) -> None:
+        comparison = writer._Comparison("a", "b", writer._TEAM, writer._TEAM, kind)
+        comparison.check(agent, "zero noise", noise, want | {"divergence": want["divergence"] + error}, want)
+
+    compare("neg_log_behavior", 4e-3)
+    with pytest.raises(ExportError, match="divergence of agent_0"):
+        compare("neg_log_behavior", 8e-3)
+    with pytest.raises(ExportError, match="divergence of agent_0"):
+        compare("kl", 1e-3)
