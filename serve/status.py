@@ -7,7 +7,7 @@ import logging
 import grpc
 from google.protobuf.message import DecodeError
 
-from omcda_deploy.errors import ContractError, OmcdaError, UnknownNameError
+from omcda_deploy.errors import BundleError, ConfigError, ContractError, OmcdaError, UnknownNameError
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (DecodeError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnknownNameError, grpc.StatusCode.NOT_FOUND),
     (RangeError, grpc.StatusCode.OUT_OF_RANGE),
+    (BundleError, grpc.StatusCode.FAILED_PRECONDITION),  # of a version to be loaded
+    (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
     (StateError, grpc.StatusCode.FAILED_PRECONDITION),
     (ContractError, grpc.StatusCode.FAILED_PRECONDITION),
     (ExhaustedError, grpc.StatusCode.RESOURCE_EXHAUSTED),

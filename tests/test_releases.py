@@ -195,6 +195,10 @@ def test_a_team_is_switched_together_or_not_at_all(folder: Path, tmp_path: Path)
     with served(folders, tmp_path) as team, TeamAdmin(team.admin) as admin:
         with pytest.raises(EndpointError, match=rf"Load 1 failed on 1 servers: {team.admin[2]}: NOT_FOUND"):
             admin.switch("1")
+        shutil.copytree(folder / "1", folders["agent_2"] / "1")
+        (folders["agent_2"] / "1" / "agent_2" / "1" / "model.onnx").write_bytes(b"no graph")
+        with pytest.raises(EndpointError, match=r"FAILED_PRECONDITION: .* was changed after export"):
+            admin.switch("1")
         for status in admin.status().values():
             assert (status.current, [v.version for v in status.versions]) == ("10", ["10"])
         admin.switch("2")
