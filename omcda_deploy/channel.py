@@ -13,13 +13,13 @@ Files are looked for from the folder of this file.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import grpc
 
 from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.files import read_toml
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -49,10 +49,7 @@ class Credentials:
 
 def read_credentials(path: Path) -> Credentials:
     """Raises :class:`ConfigError` for a file that is missing, and :class:`UnknownNameError` for another entry."""
-    try:
-        values = tomllib.loads(_read("credentials", path).decode())
-    except ValueError as error:  # also bytes that are no text
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    values = read_toml(path, "a credentials file")
     known = [*(field.name for field in fields(Credentials) if field.name != "token"), "token_file"]
     for name, value in values.items():
         if name not in known:

@@ -33,13 +33,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.files import read_toml
 from omcda_deploy.guard import GuardSetting
 from omcda_deploy.serve.security import Tls
 
@@ -85,12 +85,7 @@ def read_server_config(path: Path | None) -> ServerConfig:
     """The defaults without a file. Raises :class:`ConfigError` and :class:`UnknownNameError`, naming the entry."""
     if path is None:
         return ServerConfig()
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: expected a server configuration (TOML)")
-    try:
-        values = tomllib.loads(path.read_text())
-    except ValueError as error:  # also bytes that are no text
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    values = read_toml(path, "a server configuration")
     try:
         _require_names("table", values, ("guard", "limits", "releases", "tls", "access"))
         guard = dict(_table("guard", values.get("guard", {})))

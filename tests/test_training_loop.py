@@ -22,12 +22,13 @@ import torch
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.datasets.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, ContractError, OmcdaError, UnknownNameError
+from omcda_deploy.files import cache_folder
 from omcda_deploy.registry import team_spec
 from omcda_deploy.spec import ActionSpec, TeamSpec
 from omcda_deploy.training import behavior_model as behavior_model_file
 from omcda_deploy.training import evaluation, loop
 from omcda_deploy.training.batches import TransitionSampler
-from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model, cache_folder
+from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.distributions import TanhGaussian, policy_of
 from omcda_deploy.training.evaluation import EVALUATIONS, Evaluator, SnapshotTeam

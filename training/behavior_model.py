@@ -12,16 +12,15 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from omcda_deploy.files import cache_folder
 from omcda_deploy.training.batches import TransitionSampler
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.distributions import policy_of
@@ -54,10 +53,6 @@ class BehaviorConfig:
     def key(self, dataset: Dataset) -> str:
         settings = json.dumps([dataset.digest, dataclasses.asdict(self)], sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:32]
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("OMCDA_CACHE") or Path.home() / ".cache" / "omcda-deploy")
 
 
 def behavior_model(

@@ -30,8 +30,9 @@ import typer
 
 from omcda_deploy.commands import console, errors, progress_bar
 from omcda_deploy.commands.compare import compare_runs
-from omcda_deploy.commands.sweep import Job, Sweep, jobs_of, read_toml, run_queue, sweep_of
+from omcda_deploy.commands.sweep import Job, Sweep, jobs_of, run_queue, sweep_of
 from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.files import read_toml
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset

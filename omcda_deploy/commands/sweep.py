@@ -20,7 +20,6 @@ import itertools
 import os
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ import typer
 
 from omcda_deploy.commands import console, errors
 from omcda_deploy.errors import ConfigError, OmcdaError, UnknownNameError
+from omcda_deploy.files import read_toml
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,6 @@ def _is_list(value: object, kind: type) -> bool:
 def read_sweep(path: Path) -> Sweep:
     """Raises :class:`ConfigError` for a file that is missing, no TOML or no sweep."""
     return sweep_of(read_toml(path, "a sweep file"), str(path))
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Raises :class:`ConfigError` for a file that is missing or no TOML."""
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: expected {what} (TOML)")
-    try:
-        return tomllib.loads(path.read_text())
-    except ValueError as error:  # also bytes that are no text
-        raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
 def sweep_of(values: Mapping[str, Any], where: str) -> Sweep:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from omcda_deploy.errors import MissingExtraError
+from omcda_deploy.files import cache_folder
 
 _ZEALOT, _ZERGLING = 3, 4  # as unit types
 
@@ -59,8 +59,7 @@ def import_smax() -> tuple[Any, Any]:
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     config: Any = jax.config
     if config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("OMCDA_CACHE") or Path.home() / ".cache" / "omcda-deploy")
-        config.update("jax_compilation_cache_dir", str(home / "jax"))
+        config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
         config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return jax, smax
 
