@@ -54,7 +54,7 @@ def read_checkpoint(path: Path, arrays: Sequence[str] = _ARRAYS) -> dict[str, ND
 class JointBehaviorActor(nn.Module):
     """Each agent's share of a joint Gaussian policy, on the team's observations; a ``ContinuousActor``.
 
-    Agent k of a ``mamujoco/*`` team owns the k-th of N equal runs of joints. Shapes: B batch, k agents, W the
+    Agent k of a ``mamujoco/*`` team owns the k-th of N equal runs of joints. Shapes: B batch, N agents, W the
     team's observation size, R the raw observation's, H hidden, A joints per agent.
     """
 
@@ -95,22 +95,24 @@ class JointBehaviorActor(nn.Module):
         self.clip = float(arrays["observation_clip"])
 
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, N, W]``, or ``[B, 1, W]`` of ``agent`` -> (mean, log_std), each ``[B, k, A]``.
+        """``[B, N, W]``, or ``[B, W]`` of ``agent`` -> (mean, log_std), each ``[B, (N,) A]``.
 
         Raw and standardised observations give the same answer.
         """
-        own = slice(None) if agent is None else slice(agent, agent + 1)
         raw = self.raw(observation)
         x = ((raw - self.observation_mean) * self.inverse_std).clamp(-self.clip, self.clip)
         hidden = torch.tanh(
             F.linear(torch.tanh(F.linear(x, self.w1, self.b1)), self.w2, self.b2)
-        )  # [B, k, H]
-        weights = self.w_mean[own].transpose(-1, -2)  # [k, H, A]
-        mean = (hidden.unsqueeze(-2) @ weights).squeeze(-2) + self.b_mean[own]
-        return mean, self.log_std[own].expand_as(mean)
+        )  # [B, (N,) H]
+        if agent is not None:
+            mean = F.linear(hidden, self.w_mean[agent], self.b_mean[agent])
+            return mean, self.log_std[agent].expand_as(mean)
+        weights = self.w_mean.transpose(-1, -2)  # [N, H, A]
+        mean = (hidden.unsqueeze(-2) @ weights).squeeze(-2) + self.b_mean
+        return mean, self.log_std.expand_as(mean)
 
     def raw(self, observation: Tensor) -> Tensor:
-        """The raw observation [B, k, R] inside a raw or standardised vector."""
+        """The raw observation [B, (N,) R] inside a raw or standardised vector."""
         identity = observation[..., -self.agents :]
         zero, one = identity.amin(-1, keepdim=True), identity.amax(-1, keepdim=True)
         return (observation[..., : self.raw_size] - zero) / (one - zero)

@@ -35,7 +35,7 @@ _BATTLES = 16  # that the parity check's observations come from
 
 
 class SharedBehaviorActor(nn.Module):
-    """The agents' common policy; a ``DiscreteActor``. Shapes: B batch, k agents, H hidden."""
+    """The agents' common policy; a ``DiscreteActor``. Shapes: B batch, N agents, H hidden."""
 
     identity: Tensor  # [N, H], the id's part of the first layer
     w1: Tensor  # [H, O]
@@ -61,9 +61,11 @@ class SharedBehaviorActor(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, N, O]``, or ``[B, 1, O]`` of ``agent``, and masks [B, k, A] -> log-probabilities ``[B, k, A]``."""
-        identity = self.identity if agent is None else self.identity[agent : agent + 1]
-        hidden = F.relu(F.linear(observation, self.w1, self.b1) + identity)
+        """``[B, N, O]``, or ``[B, O]`` of ``agent``, and masks [B, (N,) A] -> log-probabilities ``[B, (N,) A]``."""
+        if agent is None:
+            hidden = F.relu(F.linear(observation, self.w1, self.b1) + self.identity)
+        else:
+            hidden = F.relu(F.linear(observation, self.w1, self.b1 + self.identity[agent]))
         hidden = F.relu(F.linear(hidden, self.w2, self.b2))
         logits = F.linear(hidden, self.w3, self.b3)
         available = mask.bool()

@@ -4,7 +4,9 @@
 :mod:`omcda_deploy.bundle` documents. Padding, normalisation, availability mask, squashing, scaling and the
 divergence are inside, so a server only moves arrays.
 
-Shapes: B batch, k agents of the graph (one, or all N), W the width that shared networks pad to, A actions.
+Shapes: B batch, N agents, W the width that shared networks pad to, A actions. Between input and output tensors are
+``[B, N, ...]`` in the graph of a team and ``[B, ...]`` in an agent's, written ``[B, (N,) ...]``: onnxruntime runs a
+linear layer on matrices as one operator, bias and ReLU included, and on more dimensions as three.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class ContinuousActor(Protocol):
     """Parameters of the Gaussian under the tanh, shared by all agents."""
 
     def __call__(self, observation: Tensor, agent: int | None) -> tuple[Tensor, Tensor]:
-        """``[B, N, W]``, or ``[B, 1, W]`` with the rows of ``agent`` -> (mean, log_std), each ``[B, k, A]``."""
+        """``[B, N, W]``, or ``[B, W]`` of ``agent`` alone -> (mean, log_std), each ``[B, N, A]`` or ``[B, A]``."""
         ...
 
 
@@ -38,7 +40,7 @@ class DiscreteActor(Protocol):
     """
 
     def __call__(self, observation: Tensor, mask: Tensor, agent: int | None) -> Tensor:
-        """Observation as for :class:`ContinuousActor`, ``mask`` [B, k, A], 1 where available -> ``[B, k, A]``."""
+        """Observation as for :class:`ContinuousActor`; ``mask``, 1 where available, and answer ``[B, (N,) A]``."""
         ...
 
 
@@ -71,8 +73,9 @@ class PolicyGraph(nn.Module):
         self.standardize = spec.normalizer.kind == "per-vector-standardize"
         self.kl = divergence_kind == "kl"
         agents = spec.agents if agent is None else spec.agents[agent : agent + 1]
-        self.observations = _Layout([a.observation_size for a in agents], spec.observation_size)
-        self.actions = _Layout([a.action.size for a in agents], spec.action_size)
+        team = agent is None
+        self.observations = _Layout([a.observation_size for a in agents], spec.observation_size, team)
+        self.actions = _Layout([a.action.size for a in agents], spec.action_size, team)
         low = torch.tensor([a.action.low for a in agents for _ in range(a.action.size)])
         high = torch.tensor([a.action.high for a in agents for _ in range(a.action.size)])
         self.scaled = not self.discrete and bool((low != -1.0).any() or (high != 1.0).any())
@@ -83,9 +86,7 @@ class PolicyGraph(nn.Module):
         self, observation: Tensor, noise: Tensor, action_mask: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Inputs and outputs in the order of ``bundle.input_names`` and ``bundle.output_names``."""
-        rows = self.observations.split(observation)  # [B, k, W]
-        if self.standardize:
-            rows = _standardize(rows, self.observations)
+        rows = self._rows(observation)
         if self.discrete:
             assert action_mask is not None  # the bundle writer traces discrete specs with a mask
             return self._discrete(rows, noise, self.actions.split(action_mask))
@@ -100,14 +101,17 @@ class PolicyGraph(nn.Module):
         as_good = getattr(self.policy, "as_good", None)
         if as_good is None:
             return torch.zeros(len(observation), dtype=torch.bool)
-        rows = self.observations.split(observation)
-        if self.standardize:
-            rows = _standardize(rows, self.observations)
+        rows = self._rows(observation)
         if action_mask is None:
             good: Tensor = as_good(rows, self.actions.split(action), self.agent)
         else:
-            good = as_good(rows, self.actions.split(action_mask), action.unsqueeze(-1), self.agent)
-        return good.squeeze(-1)
+            good = as_good(rows, self.actions.split(action_mask), action, self.agent)
+        return good
+
+    def _rows(self, observation: Tensor) -> Tensor:
+        """What the actors see, [B, (N,) W]."""
+        rows = self.observations.split(observation)
+        return _standardize(rows, self.observations) if self.standardize else rows
 
     def _continuous(self, rows: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         policy: ContinuousActor = self.policy
@@ -118,14 +122,14 @@ class PolicyGraph(nn.Module):
             mean_b, log_std_b = mean, log_std
         else:
             mean_b, log_std_b = map(join, behavior(rows, self.agent))
-        divergence = self._per_agent(self.divergence(noise, mean, log_std, mean_b, log_std_b))
+        divergence = self.divergence(noise, mean, log_std, mean_b, log_std_b)
         action = self._scale(mean + log_std.exp() * noise)
         return action, divergence, self._scale(mean_b), mean, log_std, mean_b, log_std_b
 
     def divergence(
         self, noise: Tensor, mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor
     ) -> Tensor:
-        """The continuous divergence ``[B, k]`` from the graph's outputs ``[B, sum A]``."""
+        """The continuous divergence ``[B, (N)]`` from the graph's outputs ``[B, sum A]``."""
         if self.kl:
             terms = _gaussian_kl(mean, log_std, mean_b, log_std_b)
         else:
@@ -135,70 +139,69 @@ class PolicyGraph(nn.Module):
     def _discrete(self, rows: Tensor, noise: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         policy: DiscreteActor = self.policy
         behavior: DiscreteActor = self.behavior
-        logits = policy(rows, mask, self.agent)  # [B, k, A]
+        logits = policy(rows, mask, self.agent)  # [B, (N,) A]
         logits_b = logits if behavior is policy else behavior(rows, mask, self.agent)
-        action = (logits + self.actions.split(noise)).argmax(-1)  # [B, k]
+        action = (logits + self.actions.split(noise)).argmax(-1)  # [B, (N)]
         if self.kl:
             # An unavailable action has probability 0 under both; its finite log-probabilities cancel.
             divergence = (logits.exp() * (logits - logits_b)).sum(-1)
         else:
             divergence = -logits_b.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         return (
-            self._per_agent(action),
-            self._per_agent(divergence),
-            self._per_agent(logits_b.argmax(-1)),
+            action,
+            divergence,
+            logits_b.argmax(-1),
             self.actions.join(logits),
             self.actions.join(logits_b),
         )
 
     def _scale(self, u: Tensor) -> Tensor:
-        squashed = torch.tanh(u)
+        squashed = torch.tanh(u).clamp(
+            -1.0, 1.0
+        )  # onnxruntime's tanh passes 1 by two units in the last place
         if not self.scaled:
             return squashed
         return self.center + self.half_range * squashed
 
-    def _per_agent(self, values: Tensor) -> Tensor:
-        """``[B, k]``, or ``[B]`` in the graph of one agent."""
-        return values if self.agent is None else values.reshape(-1)
-
 
 class _Layout(nn.Module):
-    """Joined vectors ``[B, sum of sizes]`` and the padded ``[B, k, width]`` that shared networks take."""
+    """Joined vectors ``[B, sum of sizes]`` and the padded ``[B, (N,) width]`` that shared networks take."""
 
-    counts: Tensor  # [k, 1]
-    valid: Tensor  # [k, width], 1 where an agent has an entry, 0 where it is padded
-    padded_from: Tensor  # [k * width]
+    counts: Tensor  # [(N,) 1]
+    valid: Tensor  # [(N,) width], 1 where an agent has an entry, 0 where it is padded
+    padded_from: Tensor  # [N * width]
     joined_from: Tensor  # [sum]
 
-    def __init__(self, sizes: Sequence[int], width: int) -> None:
+    def __init__(self, sizes: Sequence[int], width: int, team: bool) -> None:
         super().__init__()
-        self.k, self.width, self.uniform = len(sizes), width, all(size == width for size in sizes)
-        counts = torch.tensor(sizes).unsqueeze(1)  # [k, 1]
-        valid = torch.arange(width) < counts  # [k, width]
+        self.agents, self.width, self.team = len(sizes), width, team
+        self.uniform = all(size == width for size in sizes)
+        counts = torch.tensor(sizes).unsqueeze(1)  # [N, 1]
+        valid = torch.arange(width) < counts  # [N, width]
         # Padding reads the agent's own first entry, to be multiplied by zero: one agent's inf stays its own.
         source = counts.cumsum(0) - counts + torch.arange(width) * valid
-        self.register_buffer("counts", counts.float())
-        self.register_buffer("valid", valid.float())
+        self.register_buffer("counts", (counts if team else counts[0]).float())
+        self.register_buffer("valid", (valid if team else valid[0]).float())
         self.register_buffer("padded_from", source.reshape(-1))
         self.register_buffer("joined_from", valid.reshape(-1).nonzero().reshape(-1))
 
     def split(self, joined: Tensor) -> Tensor:
-        """``[B, sum] -> [B, k, width]``, short vectors followed by zeros."""
-        if self.uniform:
-            return joined.reshape(-1, self.k, self.width)
-        rows = joined.float().index_select(1, self.padded_from)
-        return rows.reshape(-1, self.k, self.width) * self.valid
+        """``[B, sum] -> [B, (N,) width]``, short vectors followed by zeros."""
+        rows = joined if self.uniform else joined.float().index_select(1, self.padded_from)
+        if self.team:
+            rows = rows.reshape(-1, self.agents, self.width)
+        return rows if self.uniform else rows * self.valid
 
     def join(self, padded: Tensor) -> Tensor:
-        """``[B, k, width] -> [B, sum]``: the inverse of :meth:`split`."""
-        rows = padded.reshape(-1, self.k * self.width)
-        if self.uniform:
-            return rows
-        return rows.index_select(1, self.joined_from)
+        """``[B, (N,) width] -> [B, sum]``: the inverse of :meth:`split`."""
+        rows = padded.reshape(-1, self.agents * self.width) if self.team else padded
+        return rows if self.uniform else rows.index_select(1, self.joined_from)
 
     def sum(self, joined: Tensor) -> Tensor:
-        """``[B, sum] -> [B, k]``: the sum over each agent's own entries."""
-        return joined if self.width == 1 else self.split(joined).sum(-1)
+        """``[B, sum] -> [B, (N)]``: the sum over each agent's own entries."""
+        if self.width == 1:
+            return joined if self.team else joined.squeeze(-1)
+        return self.split(joined).sum(-1)
 
 
 def _standardize(rows: Tensor, layout: _Layout) -> Tensor:
@@ -208,11 +211,10 @@ def _standardize(rows: Tensor, layout: _Layout) -> Tensor:
     """
     if layout.uniform:
         centered = rows - rows.mean(-1, keepdim=True)
-        variance = (centered * centered).mean(-1, keepdim=True)
     else:
         centered = (rows - rows.sum(-1, keepdim=True) / layout.counts) * layout.valid
-        variance = (centered * centered).sum(-1, keepdim=True) / layout.counts
-    return centered / variance.clamp(min=LEAST_VARIANCE).sqrt()
+    deviation: Tensor = centered.norm(dim=-1, keepdim=True) * layout.counts.rsqrt()
+    return centered / deviation.clamp(min=math.sqrt(LEAST_VARIANCE))
 
 
 def _gaussian_kl(mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,8 +91,7 @@ class Reference:
         )
 
 
-@dataclass(frozen=True)
-class Guarded:
+class Guarded(NamedTuple):
     """What a guard made of a batch.
 
     ``action``: as the graph's output of that name. ``policy_weight`` [B, k] float32: w of the distribution that

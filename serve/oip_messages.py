@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,15 +78,24 @@ def wanted_outputs(request: oip.ModelInferRequest, session: Session) -> list[Ten
 def response_of(
     request: oip.ModelInferRequest,
     session: Session,
-    wanted: Iterable[Tensor],
+    wanted: Sequence[Tensor],
     outputs: Mapping[str, NDArray[Any]],
 ) -> oip.ModelInferResponse:
-    response = oip.ModelInferResponse(model_name=session.name, model_version=session.version, id=request.id)
-    for tensor in wanted:
-        values = outputs[tensor.name]
-        response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=values.shape)
-        response.raw_output_contents.append(tensor.encode(values))
-    return response
+    return oip.ModelInferResponse(
+        model_name=session.name,
+        model_version=session.version,
+        id=request.id,
+        outputs=_described(tuple(wanted), len(outputs["action"])),
+        raw_output_contents=[tensor.encode(outputs[tensor.name]) for tensor in wanted],
+    )
+
+
+@lru_cache(maxsize=256)  # the same few in every response
+def _described(tensors: tuple[Tensor, ...], batch: int) -> list[oip.ModelInferResponse.InferOutputTensor]:
+    return [
+        oip.ModelInferResponse.InferOutputTensor(name=t.name, datatype=t.datatype, shape=t.shape(batch))
+        for t in tensors
+    ]
 
 
 def metadata_of(

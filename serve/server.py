@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import signal
 import socket
 import sys
@@ -170,6 +171,8 @@ async def _serve(
         await server.start()
         if listen.health_port is not None:
             await _start_health(beside, health, listen.host, listen.health_port)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no later collection walks over it
         say(f"serving {', '.join(releases.models().sessions)} on {address_of(listen.host, port)}")
         await stop.wait()
         inference.ready = False

@@ -117,7 +117,8 @@ def _graph(spec: TeamSpec, model: str, weights: dict[str, dict[str, NDArray[np.f
             nodes.append(helper.make_node("Split", [tensor.name, split], parts, axis=1))
     constant("last", [-1], np.int64)
     if spec.action_kind == "continuous":
-        constant("half", 0.5)
+        for name, value in (("half", 0.5), ("least", -1.0), ("most", 1.0)):
+            constant(name, value)
     else:
         constant("forbidden", -1e9)
     for agent in agents:
@@ -154,8 +155,12 @@ def _continuous_outputs(node: Any, at: str, keep: bool) -> None:
     std = node("Exp", [at + "log_std"], at + "std")
     behavior_std = node("Exp", [at + "behavior_log_std"], at + "behavior_std")
     scaled = node("Mul", [std, at + "noise"], at + "scaled")
-    node("Tanh", [node("Add", [at + "mean", scaled], at + "u")], at + "action")
-    node("Tanh", [at + "behavior_mean"], at + "behavior_action")
+    for u, action in (
+        (node("Add", [at + "mean", scaled], at + "u"), "action"),
+        (at + "behavior_mean", "behavior_action"),
+    ):
+        squashed = node("Tanh", [u], f"{u}_squashed")
+        node("Clip", [squashed, "least", "most"], at + action)  # onnxruntime's tanh passes 1 by a little
     log_ratio = node("Sub", [at + "behavior_log_std", at + "log_std"], at + "log_ratio")
     gap = node("Sub", [at + "mean", at + "behavior_mean"], at + "gap")
     squares = node(

@@ -15,7 +15,6 @@ from omcda_deploy.bundle import TEAM
 from omcda_deploy.protos import oip, policy_pb2
 from omcda_deploy.spec import AgentSpec, TeamSpec
 
-ROUNDING = 1e-6  # onnxruntime's tanh reaches 1.0000002
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -145,7 +144,7 @@ def _judge_outputs(agents: tuple[AgentSpec, ...], given: Arrays, answered: Array
         return
     action = answered["action"].reshape(rows, -1)
     if "action_mask" not in given:
-        low, high = agents[0].action.low - ROUNDING, agents[0].action.high + ROUNDING
+        low, high = agents[0].action.low, agents[0].action.high
         _must(((low <= action) & (action <= high)).all(), "answered an action beyond its bounds")
         return
     for index, mask in enumerate(_by_agent(agents, given["action_mask"])):

@@ -158,7 +158,7 @@ def test_the_generative_policy_takes_the_candidate_that_its_own_q_values_most() 
         np.testing.assert_allclose(np.tanh(mean.numpy()), wanted, atol=1e-5)
         assert float(log_std.exp().max()) < 1e-8  # noise changes nothing
         for i in range(3):
-            torch.testing.assert_close(policy(o[:, i : i + 1], i)[0][:, 0], mean[:, i])
+            torch.testing.assert_close(policy(o[:, i], i)[0], mean[:, i])
     torch.manual_seed(77)  # the latents are the same in every process
     fresh = bcq.make_policy(algorithm.config, NetworkFactory(continuous_spec(), HIDDEN))
     assert torch.equal(fresh.state_dict()["latents"], policy.latents)
@@ -284,7 +284,7 @@ def test_candidates_of_equal_value_may_be_exchanged_and_nothing_else() -> None:
     assert isinstance(policy, bcq.GenerativeActor)
     with torch.no_grad():
         policy.q.mlp.last.weight.zero_()  # all candidates are worth the same
-        actions, _ = policy.candidates(batch.observation[:, :1], 0)
+        actions, _ = policy.candidates(batch.observation[:, 0], 0)
     graph = PolicyGraph(spec, policy, algorithm.behavior, "neg_log_behavior", 0)
     observation, noise = batch.observation[:, 0], torch.zeros(32, spec.action_size)
     feed = {"observation": observation.numpy(), "noise": noise.numpy()}
@@ -300,7 +300,7 @@ def test_candidates_of_equal_value_may_be_exchanged_and_nothing_else() -> None:
     with torch.no_grad():
         want = {key: value.numpy() for key, value in zip(names, graph(observation, noise), strict=True)}
     got = copy.deepcopy(want)
-    other, stranger = actions[7, 0, 0].numpy(), actions[7, 1, 0].numpy() + 0.01
+    other, stranger = actions[7, 0].numpy(), actions[7, 1].numpy() + 0.01
     for row, action in ((0, other), (1, stranger)):
         got["action"][row], got["mean"][row], got["divergence"][row] = action, np.arctanh(action), 5.0
     settled = _settle_ties(graph, feed, got, want)
@@ -310,22 +310,22 @@ def test_candidates_of_equal_value_may_be_exchanged_and_nothing_else() -> None:
         np.testing.assert_array_equal(settled[key][1:], want[key][1:])
     with torch.no_grad():
         policy.q.mlp.last.weight.normal_()  # now they differ in worth
-        assert int(policy.as_good(batch.observation[:, :1], actions[7], 0).sum()) < 8
+        assert int(policy.as_good(batch.observation[:, 0], actions[7], 0).sum()) < 8
 
 
 def test_choices_on_the_threshold_or_of_equal_value_may_fall_either_way() -> None:
     spec = discrete_spec()
     policy = learner("discrete", threshold=0.5).policy
     assert isinstance(policy, bcq.RestrictedActor)
-    observation = torch.zeros(1, 1, spec.observation_size)
-    mask = torch.tensor([[[1, 1, 1, 0]]], dtype=torch.uint8)
+    observation = torch.zeros(1, spec.observation_size)
+    mask = torch.tensor([[1, 1, 1, 0]], dtype=torch.uint8)
 
     def good(g: list[float], q: list[float]) -> list[bool]:
         with torch.no_grad():
             for network, values in ((policy.behavior.mlp, torch.tensor(g).log()), (policy.greedy.q.mlp, q)):
                 network.last.weight.zero_()
                 network.last.bias.copy_(torch.as_tensor(values))
-            return [bool(policy.as_good(observation, mask, torch.tensor([[a]]), 0)) for a in range(4)]
+            return [bool(policy.as_good(observation, mask, torch.tensor([a]), 0)) for a in range(4)]
 
     assert good([0.5, 0.4, 0.1, 0.0001], [1.0, 2.0, 9.0, 99.0]) == [False, True, False, False]
     assert good([0.5, 0.4, 0.1, 0.0001], [2.0, 2.0 + 1e-6, 9.0, 99.0]) == [True, True, False, False]

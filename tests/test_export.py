@@ -40,8 +40,10 @@ class Gaussian(nn.Module):
         self.bias = nn.Parameter(torch.randn(n, 1, 2 * a, generator=generator) / 3)
 
     def forward(self, observation: Tensor, agent: int | None) -> tuple[Tensor, Tensor]:
-        own = slice(None) if agent is None else slice(agent, agent + 1)
-        out = (observation.unsqueeze(-2) @ self.weight[own] + self.bias[own]).squeeze(-2)
+        if agent is None:
+            out = (observation.unsqueeze(-2) @ self.weight + self.bias).squeeze(-2)
+        else:
+            out = observation @ self.weight[agent] + self.bias[agent]
         return out[..., : self.actions], out[..., self.actions :]
 
 
@@ -379,7 +381,8 @@ def test_a_baked_batch_size_is_not_exported(tmp_path: Path, monkeypatch: pytest.
 
     def baked(self: Gaussian, observation: Tensor, agent: int | None) -> tuple[Tensor, Tensor]:
         mean, log_std = forward(self, observation, agent)
-        return mean + torch.zeros(observation.detach().numpy().shape[0], 1, 1), log_std
+        rows, *others = observation.detach().numpy().shape
+        return mean + torch.zeros(rows, *(1 for _ in others)), log_std
 
     monkeypatch.setattr(Gaussian, "forward", baked)
     with (

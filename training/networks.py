@@ -21,10 +21,11 @@ TIE = 1e-5  # relative: values of float32 networks nearer than this may change o
 
 
 class AgentMLP(nn.Module):
-    """``[B, k, I] -> [B, k, H]``: a ReLU MLP on ``[x_i, e_i]`` with one set of weights for all agents.
+    """``[B, N, I] -> [B, N, H]``: a ReLU MLP on ``[x_i, e_i]`` with one set of weights for all agents.
 
     The one-hot identity e_i enters the first layer only, so it is added as one learned row per agent instead of
-    being concatenated; layer and initialisation are those of ``nn.Linear(I + N, hidden)``.
+    being concatenated; layer and initialisation are those of ``nn.Linear(I + N, hidden)``. With ``agent``, all
+    shapes here and in the actors lack N: the rows are those of this agent alone.
     """
 
     def __init__(self, inputs: int, outputs: int, agents: int, hidden: int = 256) -> None:
@@ -38,19 +39,21 @@ class AgentMLP(nn.Module):
         self.last = nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor, agent: int | None = None) -> Tensor:
-        """``x`` [B, N, I], or [B, 1, I] holding the rows of ``agent`` alone."""
-        identity = self.identity if agent is None else self.identity[agent : agent + 1]
+        """``[B, (N,) I] -> [B, (N,) outputs]``."""
         # In place where autograd allows it: these layers are bound by memory traffic, not by arithmetic.
-        hidden = self.first(x).add_(identity).relu_()
+        if agent is None:
+            hidden = self.first(x).add_(self.identity).relu_()
+        else:
+            hidden = F.linear(x, self.first.weight, self.first.bias + self.identity[agent]).relu_()
         output: Tensor = self.last(self.second(hidden).relu_())
         return output
 
     def branch(self, x: Tensor, branches: Tensor, width: int, agent: int | None = None) -> Tensor:
         """The network on ``[x, branch]`` for many branches; x's part of the (linear) first layer is done once.
 
-        ``x`` [B, k, I - width], ``branches`` [K, B, k, width] or broadcastable to it -> [K, B, k, outputs].
+        ``x`` [B, (N,) I - width], ``branches`` [K, B, (N,) width] or broadcastable -> [K, B, (N,) outputs].
         """
-        identity = self.identity if agent is None else self.identity[agent : agent + 1]
+        identity = self.identity if agent is None else self.identity[agent]
         known = self.first.in_features - width
         trunk = F.linear(x, self.first.weight[:, :known], self.first.bias) + identity
         hidden = (F.linear(branches, self.first.weight[:, known:]) + trunk).relu_()
@@ -66,7 +69,7 @@ class GaussianActor(nn.Module):
         self.mlp = AgentMLP(observation, 2 * action, agents, hidden)
 
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, k, O] -> (mean [B, k, A] in [-9, 9], log_std [B, k, A] in [-5, 2])``."""
+        """``[B, (N,) O] -> (mean [B, (N,) A] in [-9, 9], log_std [B, (N,) A] in [-5, 2])``."""
         # Sizes as numbers, not as shapes of tensors: the exported graph would compute those on every request.
         mean, log_std = self.mlp(observation, agent).split(self.mlp.last.out_features // 2, dim=-1)
         return mean.clamp(-MEAN_LIMIT, MEAN_LIMIT), log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
@@ -80,7 +83,7 @@ class CategoricalActor(nn.Module):
         self.mlp = AgentMLP(observation, action, agents, hidden)
 
     def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, k, O], mask [B, k, A] -> log-probabilities [B, k, A]``."""
+        """``[B, (N,) O], mask [B, (N,) A] -> log-probabilities [B, (N,) A]``."""
         return masked_log_softmax(self.mlp(observation, agent), mask)
 
 
@@ -98,7 +101,7 @@ class ContinuousQ(nn.Module):
         return values.squeeze(-1)
 
     def candidates(self, observation: Tensor, actions: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, k, O]``, K actions per state [K, B, k, A] -> [K, B, k]; ``agent`` as in :class:`AgentMLP`."""
+        """``[B, (N,) O]``, K actions per state [K, B, (N,) A] -> [K, B, (N)]."""
         return self.mlp.branch(observation, actions, self.action, agent).squeeze(-1)
 
 
@@ -110,7 +113,7 @@ class DiscreteQ(nn.Module):
         self.mlp = AgentMLP(observation, action, agents, hidden)
 
     def scores(self, observation: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, k, O] -> [B, k, A]``, all actions; ``agent`` as in :class:`AgentMLP`."""
+        """``[B, (N,) O] -> [B, (N,) A]``, all actions."""
         values: Tensor = self.mlp(observation, agent)
         return values
 
@@ -205,13 +208,13 @@ class GreedyActor(nn.Module):
         self.q = q
 
     def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, k, O], mask [B, k, A] -> log-probabilities [B, k, A]``."""
+        """``[B, (N,) O], mask [B, (N,) A] -> log-probabilities [B, (N,) A]``."""
         scores = masked_log_softmax(self.q.scores(observation, agent), mask)
         lowest = torch.full_like(scores, torch.finfo(scores.dtype).min)
         return lowest.scatter(-1, scores.argmax(-1, keepdim=True), 0.0)
 
     def as_good(self, observation: Tensor, mask: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
-        """Whether ``action`` int64 [B, k] is the best up to rounding, bool [B, k]; export's check asks."""
+        """Whether ``action`` int64 [B, (N)] is the best up to rounding, bool [B, (N)]; export's check asks."""
         q = self.q.scores(observation, agent)
         scores = masked_log_softmax(q, mask)
         behind = scores.amax(-1) - scores.gather(-1, action.unsqueeze(-1)).squeeze(-1)

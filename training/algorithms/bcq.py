@@ -118,30 +118,31 @@ class GenerativeActor(nn.Module):
         self.register_buffer("latents", drawn.clamp(-LATENT_LIMIT, LATENT_LIMIT))
 
     def decode(self, observation: Tensor, latents: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, k, O]``, latents [K, B, k, L] or broadcastable -> actions [K, B, k, A]."""
+        """``[B, (N,) O]``, latents [K, B, (N,) L] or broadcastable -> actions [K, B, (N,) A]."""
         return torch.tanh(self.decoder.branch(observation, latents, self.latent, agent))
 
     def perturb(self, xi: Any, observation: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
-        """``clip(a + phi tanh xi(o, a), -1, 1)``: ``[B, k, O], [K, B, k, A] -> [K, B, k, A]``."""
+        """``clip(a + phi tanh xi(o, a), -1, 1)``: ``[B, (N,) O], [K, B, (N,) A] -> [K, B, (N,) A]``."""
         move = torch.tanh(xi.branch(observation, action, self.action, agent))
         return (action + self.phi * move).clamp(-1.0, 1.0)
 
     def candidates(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, k, O] -> (actions [K, B, k, A], their values [K, B, k])``."""
-        decoded = self.decode(observation, self.latents[:, None, None], agent)
+        """``[B, (N,) O] -> (actions [K, B, (N,) A], their values [K, B, (N)])``."""
+        latents = self.latents[:, None, None] if agent is None else self.latents[:, None]
+        decoded = self.decode(observation, latents, agent)
         actions = self.perturb(self.perturbation, observation, decoded, agent)
         return actions.clamp(-DEPLOYED_LIMIT, DEPLOYED_LIMIT), self.q.candidates(observation, actions, agent)
 
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, k, O] -> (atanh of the action [B, k, A], log_std [B, k, A] of no width)``."""
+        """``[B, (N,) O] -> (atanh of the action [B, (N,) A], log_std [B, (N,) A] of no width)``."""
         actions, values = self.candidates(observation, agent)
-        best = values.argmax(0)[None, ..., None]  # [1, B, k, 1]
-        action = actions.gather(0, best.expand(-1, -1, -1, self.action)).squeeze(0)
+        best = values.argmax(0)[None, ..., None]  # [1, B, (N,) 1]
+        action = actions.gather(0, best.expand(*[-1] * observation.dim(), self.action)).squeeze(0)
         mean = 0.5 * (torch.log(1.0 + action) - torch.log(1.0 - action))  # atanh, which ONNX opset 17 lacks
         return mean, torch.full_like(mean, NO_WIDTH)
 
     def as_good(self, observation: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
-        """Whether ``action`` [B, k, A] is a best candidate up to rounding, bool [B, k]; export's check asks."""
+        """Whether ``action`` [B, (N,) A] is a best candidate up to rounding, bool [B, (N)]; export's check asks."""
         actions, values = self.candidates(observation, agent)
         best = values.amax(0)
         near = values >= best - TIE * (1.0 + best.abs())
@@ -160,7 +161,7 @@ class RestrictedActor(nn.Module):
         self.behavior: Any = networks.actor().requires_grad_(False)
 
     def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, k, O], mask [B, k, A] -> log-probabilities [B, k, A]``: 0 at the choice, else the lowest float."""
+        """``[B, (N,) O]``, mask [B, (N,) A] -> log-probabilities, 0 at the choice, else the lowest float."""
         likely = allowed(self.behavior(observation, mask, agent), mask, self.threshold)
         log_probs: Tensor = self.greedy(observation, likely, agent)
         return log_probs

@@ -114,13 +114,13 @@ class FixedDeviationActor(nn.Module):
     """A tanh-Gaussian policy of which only the mean is learned: the published policy and its noise."""
 
     def __init__(self, actor: nn.Module, deviation: float) -> None:
-        """``actor``: ``[B, k, O], agent -> (mean, log_std)``, of which log_std is replaced."""
+        """``actor``: a Gaussian one, of which log_std is replaced."""
         super().__init__()
         self.actor = actor
         self.log_std = math.log(deviation)
 
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, k, O] -> (mean [B, k, A], log_std [B, k, A])``."""
+        """``[B, (N,) O] -> (mean, log_std)``, each [B, (N,) A]."""
         mean, _ = self.actor(observation, agent)
         return mean, torch.full_like(mean, self.log_std)
 
