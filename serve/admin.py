@@ -49,7 +49,7 @@ class AdminService:
         """Give up idle versions, until cancelled."""
         while True:
             await asyncio.sleep(RETIRE_EVERY_S)
-            for version in self._releases.retire():
+            for version in await self._releases.retire():
                 audit.info(
                     "version %s retired", version, extra={"fields": {"call": "retire", "version": version}}
                 )

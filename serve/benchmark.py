@@ -199,13 +199,7 @@ def run(
     Raises :class:`BundleError`, :class:`ConfigError` for what cannot be run, and :class:`EndpointError` where a
     server fails.
     """
-    for name, value in (("seconds", seconds), ("rounds", rounds), ("clients", clients), ("rate", rate)):
-        if not 0 < value < 1e6:
-            raise ConfigError(f"{name}: expected a number above 0, got {value!r}")
-    if sys.platform != "linux":
-        raise ConfigError(
-            f"expected Linux, whose processes tell their CPU time, got {sys.platform}: run it there"
-        )
+    require_measurable(seconds=seconds, rounds=rounds, clients=clients, rate=rate)
     bundle = read_bundle(bundle_path)
     spec = bundle.spec
     requests = requests_of(spec, seed)
@@ -215,14 +209,15 @@ def run(
     order = list(wanted)
     draw = random.Random(seed)
     with ExitStack() as stack:
-        agents = start_models(stack, bundle, [spec.names], config)
+        agents = start_models(stack, bundle.path, [spec.names], config)
         servers: dict[Where, Servers] = {
             "agents": agents,
-            "team": start_models(stack, bundle, [[TEAM]], config),
+            "team": start_models(stack, bundle.path, [[TEAM]], config),
             "echo": start_echo(stack, agents, spec.names[0], requests),
         }
         if processes:
-            servers["processes"] = start_models(stack, bundle, [[name] for name in spec.names], config)
+            alone = [[name] for name in spec.names]
+            servers["processes"] = start_models(stack, bundle.path, alone, config)
         for done in range(rounds):
             draw.shuffle(order)
             figures: dict[str, Figures] = {}
@@ -232,6 +227,17 @@ def run(
             measured.append(figures)
     load_average = (before, os.getloadavg()[0])
     return Report(wanted, targets(clients), tuple(measured), load_average, agents.ready_s)
+
+
+def require_measurable(**settings: float) -> None:
+    """Raise :class:`ConfigError` for a setting that is not above 0, and off Linux."""
+    for name, value in settings.items():
+        if not 0 < value < 1e6:
+            raise ConfigError(f"{name}: expected a number above 0, got {value!r}")
+    if sys.platform != "linux":
+        raise ConfigError(
+            f"expected Linux, whose processes tell their CPU time, got {sys.platform}: run it there"
+        )
 
 
 def _measure(scenario: Scenario, servers: Servers, requests: Requests, seconds: float) -> Figures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from omcda_deploy.bundle import TEAM, Bundle
+from omcda_deploy.bundle import TEAM
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos import oip, policy_pb2
 from omcda_deploy.protos.tensors import DTYPES, input_tensors
@@ -26,6 +27,7 @@ ACT, STREAM = "/omcda.v1.PolicyService/Act", "/omcda.v1.PolicyService/ActStream"
 MESSAGES = 256  # different ones per model
 STOP_LIMIT_S = 10.0
 ANSWER_LIMIT_S = 10.0
+LOOPBACK = "127.0.0.1"
 
 Requests = Mapping[tuple[str, str], Sequence[bytes]]  # serialised, by path and model
 
@@ -37,6 +39,7 @@ class Servers:
     endpoints: Mapping[str, str]
     processes: Sequence[subprocess.Popen[str]]
     ready_s: float
+    admin: Sequence[str] = ()
 
     def cpu_s(self) -> float:
         """CPU seconds used so far, all threads."""
@@ -50,19 +53,30 @@ class Servers:
 
 
 def start_models(
-    stack: ExitStack, bundle: Bundle, groups: Sequence[Sequence[str]], config: Path | None
+    stack: ExitStack,
+    source: Path,
+    groups: Sequence[Sequence[str]],
+    config: Path | None,
+    *,
+    admin: bool = False,
 ) -> Servers:
-    """One server for each group of models, until ``stack`` closes. Raises :class:`EndpointError`."""
+    """One server for each group of models, until ``stack`` closes; ``admin``: with an admin port each.
+
+    ``source``: a bundle, or a folder of versions. Raises :class:`EndpointError`.
+    """
     endpoints: dict[str, str] = {}
     processes = []
+    ports = [_free_port() for _ in groups] if admin else []
     began = time.perf_counter()
-    for models in groups:
-        arguments = [str(bundle.path), *(part for model in models for part in ("--model", model))]
+    for index, models in enumerate(groups):
+        arguments = [str(source), *(part for model in models for part in ("--model", model))]
+        arguments += ["--admin-port", str(ports[index])] if admin else []
         arguments += [] if config is None else ["--config", str(config)]
         endpoint, process = stack.enter_context(_started("omcda_deploy.serve.server", arguments))
         endpoints |= dict.fromkeys(models, endpoint)
         processes.append(process)
-    return Servers(endpoints, processes, time.perf_counter() - began)
+    ready_s = time.perf_counter() - began
+    return Servers(endpoints, processes, ready_s, [f"{LOOPBACK}:{port}" for port in ports])
 
 
 def start_echo(stack: ExitStack, beside: Servers, model: str, requests: Requests) -> Servers:
@@ -108,6 +122,13 @@ def requests_of(spec: TeamSpec, seed: int) -> Requests:
             for path, message in ((ACT, act), (STREAM, act), (INFER, infer)):
                 requests.setdefault((path, model), []).append(message.SerializeToString())
     return requests
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @contextmanager

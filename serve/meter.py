@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +79,7 @@ class ModelMeter:
         self.distances = [Histogram(RATIO_BOUNDS) for _ in agents]  # an answer's largest; empty where unknown
         self.compared = 0  # answers that a shadow gave too
         self.difference = 0.0  # sum over them: mean absolute difference, or share of different choices
-        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # (when, seconds)
+        self._recent = np.zeros((RECENT, 2))  # when, and how many seconds; a ring
 
     def add(
         self, guarded: Guarded, divergence: NDArray[np.float32], thresholds: Sequence[float], seconds: float
@@ -108,7 +108,7 @@ class ModelMeter:
             far = (guarded.distance[0] if single else guarded.distance.max(axis=0)).tolist()
             for histogram, distance in zip(self.distances, far, strict=True):
                 histogram.add(distance)
-        self._recent.append((time.monotonic(), seconds))
+        self._recent[(self.answers - 1) % RECENT] = time.monotonic(), seconds
 
     def compare(self, action: NDArray[Any], other: NDArray[Any]) -> None:
         """Note what a shadow would have done instead."""
@@ -122,12 +122,12 @@ class ModelMeter:
 
     def recent(self) -> Recent | None:
         """None before the first answer."""
-        calls = list(self._recent)
-        if not calls:
+        when, seconds = self._recent[: self.answers].T
+        if not len(when):
             return None
         now = time.monotonic()
-        inside = [when for when, _ in calls if now - when <= RATE_S]
+        inside = np.count_nonzero(now - when <= RATE_S)
         # A full window may cover less than a minute: then the rate is that of the time it covers.
-        span = RATE_S if len(calls) < RECENT else max(now - calls[0][0], 1e-3)
-        p50, p99 = np.percentile([seconds for _, seconds in calls], [50, 99]) * 1e3
-        return Recent(len(inside) / min(span, RATE_S), float(p50), float(p99))
+        span = RATE_S if len(when) < RECENT else max(now - float(when.min()), 1e-3)
+        p50, p99 = 1e3 * np.sort(seconds)[[len(seconds) // 2, len(seconds) * 99 // 100]]
+        return Recent(inside / min(span, RATE_S), float(p50), float(p99))

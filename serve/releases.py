@@ -14,10 +14,14 @@ is answered by the current one. A version that is no longer current stays until 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -30,8 +34,11 @@ from omcda_deploy.serve.session import NAME_LIMIT, Models, Session
 from omcda_deploy.serve.status import StateError
 from omcda_deploy.spec import require_same_contract
 
+T = TypeVar("T")
 ONLY = "1"  # version of a bundle that is served by itself
 CURRENT = "current"
+LEAST_PRIORITY = 19
+BREATH_S = 0.02  # between the models of a version that comes or goes while another one answers
 
 
 class Repository:
@@ -86,6 +93,12 @@ class Repository:
             raise ConfigError(f"{self._source / CURRENT} cannot be written: {error.strerror}") from error
 
 
+def _stand_back() -> None:
+    """Lower this thread's priority, where the system knows such a thing."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
+
+
 class _Held:
     def __init__(self, models: Models) -> None:
         self.models = models
@@ -106,6 +119,7 @@ class Releases:
         self.contract_hash = first.contract_hash
         self._held = {self.current: _Held(first)}
         self._lock = asyncio.Lock()
+        self._worker = ThreadPoolExecutor(1, "releases", _stand_back)
 
     def find(self, name: str, version: str) -> Session:
         """The session of a model; an empty version is the current one. Raises :class:`UnknownNameError`."""
@@ -139,7 +153,7 @@ class Releases:
         async with self._lock:
             if version in self._held:
                 return
-            loaded = await asyncio.to_thread(self._load, version)
+            loaded = await self._beside(self._load, version, BREATH_S)
             require_same_contract(
                 self.spec,
                 loaded.bundle.spec,
@@ -155,7 +169,7 @@ class Releases:
             if version == self.shadow:
                 self.shadow = ""
             if version != self.current:
-                self._repository.note_current(version)
+                await self._beside(self._repository.note_current, version)  # disks take milliseconds
                 self.models(self.current)  # its idle time starts now
                 self.previous, self.current = self.current, version
 
@@ -166,7 +180,7 @@ class Releases:
                 raise StateError(
                     f"version {version} is in use: switch to another version, or end the shadow, first"
                 )
-            del self._held[version]
+            await self._give_up(version)
 
     async def follow(self, version: str) -> None:
         """Make a version the shadow; an empty one ends it."""
@@ -179,17 +193,25 @@ class Releases:
             for session in self.models().sessions.values():
                 session.meter.forget_comparison()
 
-    def retire(self) -> list[str]:
+    async def retire(self) -> list[str]:
         """Give up versions that nobody has asked for in a while; returns them."""
-        idle = [
-            models.version
-            for models, seconds in self.held()
-            if models.version not in (self.current, self.shadow) and seconds > self._config.retire_s
-        ]
-        for version in idle:
-            del self._held[version]
-        return idle
+        async with self._lock:
+            idle = [
+                models.version
+                for models, seconds in self.held()
+                if models.version not in (self.current, self.shadow) and seconds > self._config.retire_s
+            ]
+            for version in idle:
+                await self._give_up(version)
+            return idle
 
-    def _load(self, version: str) -> Models:
+    async def _give_up(self, version: str) -> None:
+        await self._beside(self._held.pop(version).models.close, BREATH_S)
+
+    async def _beside(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run in another thread, which stands back behind the one that answers."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+
+    def _load(self, version: str, breath_s: float = 0.0) -> Models:
         bundle = self._repository.read(version)
-        return Models(bundle, self._names, self._config.guards_of(bundle.spec.names), version)
+        return Models(bundle, self._names, self._config.guards_of(bundle.spec.names), version, breath_s)

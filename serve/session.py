@@ -160,7 +160,9 @@ class Models:
         names: Iterable[str],
         guards: Mapping[str, GuardSetting] | None = None,
         version: str = "1",
+        breath_s: float = 0.0,
     ) -> None:
+        """``breath_s``: seconds to wait after each model, so that others who need the processor get it."""
         known = (*bundle.spec.names, TEAM)
         names = tuple(dict.fromkeys(names)) or known
         for name in names:
@@ -170,7 +172,16 @@ class Models:
         self.version = version
         self.digest = bundle.digest  # now: the files on disk may change later
         self.contract_hash = bundle.spec.contract_hash
-        self.sessions = {name: Session(bundle, name, guards or {}, version) for name in names}
+        self.sessions = {}
+        for name in names:
+            self.sessions[name] = Session(bundle, name, guards or {}, version)
+            time.sleep(breath_s)
+
+    def close(self, breath_s: float = 0.0) -> None:
+        """Free the models one by one; ``breath_s`` as above."""
+        while self.sessions:
+            self.sessions.popitem()
+            time.sleep(breath_s)
 
     def find(self, name: str) -> Session:
         """Raises :class:`UnknownNameError`."""

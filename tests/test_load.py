@@ -207,7 +207,7 @@ def test_bench_serve_measures_and_writes_its_arithmetic(continuous_bundle: Bundl
 def test_servers_are_measured_together(continuous_bundle: Bundle) -> None:
     message = requests_of(continuous_bundle.spec, 0)[ACT, "agent_0"][0]
     with ExitStack() as stack:
-        servers = start_models(stack, continuous_bundle, [["agent_0"], ["agent_1", "agent_2"]], None)
+        servers = start_models(stack, continuous_bundle.path, [["agent_0"], ["agent_1", "agent_2"]], None)
         assert len(set(servers.endpoints.values())) == len(servers.processes) == 2
         assert servers.endpoints["agent_1"] == servers.endpoints["agent_2"]
         connection = stack.enter_context(closing(Connection(servers.endpoints["agent_0"], ACT)))
@@ -222,3 +222,20 @@ def test_servers_are_measured_together(continuous_bundle: Bundle) -> None:
         kb = sum(resident_kb(process.pid) for process in servers.processes)
         assert servers.rss_mb() == pytest.approx(1.024e-3 * kb, rel=0.05)
     assert [process.poll() for process in servers.processes] == [0, 0]
+
+
+def test_reloads_refuse_nobody_and_are_reported(continuous_bundle: Bundle, tmp_path: Path) -> None:
+    """A short run of the whole benchmark, one server process per agent."""
+    file = tmp_path / "report.json"
+    options = ("--seconds", "0.5", "--rounds", "1", "--reloads", "2", "--processes", "--json", str(file))
+    result = CliRunner().invoke(app, ["bench", "reload", str(continuous_bundle.path), *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text())
+    (measured,) = report["rounds"]
+    assert measured["quiet"]["reloads"] == 0
+    assert measured["reloading"]["reloads"] >= 1
+    assert measured["quiet"]["requests"] == measured["reloading"]["requests"] == 100
+    assert measured["quiet"]["refused"] == measured["reloading"]["refused"] == 0
+    assert report["reloads"] == 2
+    assert report["after"]["rss_mb"] > 10.0
+    assert "p99 while reloading / quiet" in result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.guard import Guarded
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.serve.logs import JsonFormatter
 from omcda_deploy.serve.meter import RATE_S, Histogram, ModelMeter
@@ -101,8 +103,13 @@ def test_recent_calls_give_a_rate_and_percentiles(monkeypatch: pytest.MonkeyPatc
     assert meter.recent() is None
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    meter._recent.extend((now - 2 * RATE_S, 0.5) for _ in range(10))  # too long ago for the rate
-    meter._recent.extend((now - index * 0.1, 0.001 * (index + 1)) for index in range(120))
+    calls = [(now - 2 * RATE_S, 0.5)] * 10  # too long ago for the rate
+    calls += [(now - index * 0.1, 0.001 * (index + 1)) for index in range(120)]
+    guarded = Guarded(np.zeros((1, 1)), np.ones((1, 1), np.float32), np.zeros((1, 1), np.bool_), None)
+    for when, seconds in calls:
+        monkeypatch.setattr("time.monotonic", partial(float, when))
+        meter.add(guarded, np.zeros((1, 1), np.float32), [1.0], seconds)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     recent = meter.recent()
     assert recent is not None
     assert recent.per_second == pytest.approx(2.0)

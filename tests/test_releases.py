@@ -118,13 +118,13 @@ def test_versions_that_nobody_asks_for_retire(folder: Path, monkeypatch: pytest.
         now += 50
         action(releases, "10")  # an episode that began before the switch
         now += 50
-        assert releases.retire() == []
+        assert await releases.retire() == []
         now += 11
-        assert releases.retire() == ["10"]
+        assert await releases.retire() == ["10"]
         with pytest.raises(UnknownNameError, match=r"version '10': .*known are 2"):
             action(releases, "10")
         now += 1000
-        assert releases.retire() == []  # the current one stays
+        assert await releases.retire() == []  # the current one stays
 
     asyncio.run(run())
 

@@ -119,3 +119,64 @@ def serve(
     console.print(f"The server of all agents was ready in {report.ready_s:.1f} s.")
     if json_file:
         write_json(json_file, report.to_json())
+
+
+@app.command("reload")
+def reload(
+    bundle: Annotated[Path, typer.Argument(help="A bundle; two copies of it are exchanged.")],
+    seconds: Annotated[
+        float, typer.Option(help="Seconds without and seconds with reloads in each round.")
+    ] = 60.0,
+    rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
+    rate: Annotated[float, typer.Option(help="Requests per second, to all agents together.")] = 200.0,
+    reloads: Annotated[int, typer.Option(help="Reloads between the two looks at CPU and memory.")] = 1000,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="One server process per agent instead of one for all.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="Configuration of the servers (TOML).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+) -> None:
+    """What exchanging a team's policies costs the requests answered meanwhile, and what it leaves behind."""
+    from omcda_deploy.commands import progress_bar
+    from omcda_deploy.measurements import machine, write_json
+    from omcda_deploy.serve.reload_benchmark import DRIFT, P99_RATIO, run
+
+    with progress_bar("measuring") as progress:
+        report = run(
+            bundle,
+            seconds=seconds,
+            rounds=rounds,
+            rate=rate,
+            reloads=reloads,
+            processes=processes,
+            config=config,
+            progress=progress,
+        )
+    load = " to ".join(f"{value:.1f}" for value in report.load_average)
+    table = Table(title=f"{rate:g} requests/s, {machine()}, load average {load}", title_justify="left")
+    for column in ("round", "", "p50 ms", "p99 ms", "max ms", "requests", "refused", "reloads", "p99 ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    for number, each in enumerate(report.rounds, start=1):
+        for name, half in (("quiet", each.quiet), ("reloading", each.reloading)):
+            table.add_row(
+                str(number) if name == "quiet" else "",
+                name,
+                *(f"{value:.2f}" for value in (half.p50_ms, half.p99_ms, half.max_ms)),
+                *(str(value) for value in (half.requests, half.refused, half.reloads)),
+                "" if name == "quiet" else f"{each.p99_ratio:.2f}",
+            )
+    console.print(table)
+    rows = (
+        ("p99 while reloading / quiet, median", f"{report.p99_ratio:.2f}", P99_RATIO, report.p99_ratio),
+        ("requests refused", str(report.refused), 0, report.refused),
+        (f"CPU per request after {reloads} reloads", f"{report.cpu_drift:+.1%}", DRIFT, report.cpu_drift),
+        (f"memory after {reloads} reloads", f"{report.rss_drift:+.1%}", DRIFT, report.rss_drift),
+    )
+    verdicts = Table()
+    for column in ("", "is", "at most", " "):
+        verdicts.add_column(column, justify="right" if column == "is" else "left")
+    for what, shown, limit, value in rows:
+        verdicts.add_row(what, shown, f"{limit:g}", "holds" if value <= limit else "missed")
+    console.print(verdicts)
+    if json_file:
+        write_json(json_file, report.to_json())
