@@ -19,6 +19,7 @@ from omcda_deploy.statistics import (
     Interval,
     Values,
     bootstrap_interval,
+    digits_of,
     interquartile_mean,
     std,
 )
@@ -218,7 +219,7 @@ def _interval_words(interval: Interval | None, runs: int, digits: int) -> str:
 
 
 def _cells(comparison: Comparison, summary: Summary) -> list[str]:
-    digits = 1 if np.abs(summary.values).max() >= 100 else 3
+    digits = digits_of(summary.values)
     scores, won, seconds = summary.scores, summary.won, summary.seconds
     return [
         comparison.name(summary.variant),

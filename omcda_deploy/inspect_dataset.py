@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Dataset, blocks
+from omcda_deploy.statistics import digits_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,7 +92,8 @@ def render_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("return", _line(summary["returns"]))
     for label, behavior in summary.get("behaviors", {}).items():
         table.add_row(f"  {label}", f"{behavior['episodes']:,} episodes, {_line(behavior['returns'])}")
-    table.add_row("episode length", _line(summary["lengths"]))
+    lengths = "{mean:.1f} ± {std:.1f} (sd), {min:.0f} to {max:.0f}"
+    table.add_row("episode length", lengths.format(**summary["lengths"]))
     if "action_shares" in summary:
         for name, shares in summary["action_shares"].items():
             chosen = "  ".join(f"{choice}: {share:.1%}" for choice, share in enumerate(shares))
@@ -115,4 +117,5 @@ def _distribution(values: NDArray[Any]) -> dict[str, float]:
 
 
 def _line(distribution: Mapping[str, float]) -> str:
-    return "{mean:.1f} ± {std:.1f} (sd), {min:.1f} to {max:.1f}".format(**distribution)
+    digits = digits_of(list(distribution.values()))
+    return "{mean:.{d}f} ± {std:.{d}f} (sd), {min:.{d}f} to {max:.{d}f}".format(**distribution, d=digits)

@@ -29,6 +29,7 @@ from omcda_deploy.evaluate import Evaluation
 from omcda_deploy.figures import bars_figure, divergence_figures, latency_figure, returns_figure
 from omcda_deploy.measurements import Divergence, Latency, TeamDescription, write_text
 from omcda_deploy.replay import Replay, agreement_measure
+from omcda_deploy.statistics import digits_of
 
 Returns: TypeAlias = NDArray[np.float64]  # [E]
 _DASH = "\u2013"
@@ -63,13 +64,18 @@ def evaluation_section(evaluation: Evaluation, heading: str = "Evaluation") -> S
     """Returns, latency and divergence of one evaluation, its episodes, and where it came from."""
     e = evaluation
     quantity = _divergence_name(e.team)
+    digits = digits_of(e.returns)
     tiles = [
         (
             "mean return",
-            _with_error(e.mean, e.standard_error),
+            _with_error(e.mean, e.standard_error, digits),
             f"{e.returns.size} episodes, ± standard error{_lost(e)}",
         ),
-        ("spread", _number(e.std), f"std; {_number(e.returns.min())} to {_number(e.returns.max())}"),
+        (
+            "spread",
+            _number(e.std, digits),
+            f"std; {_number(e.returns.min(), digits)} to {_number(e.returns.max(), digits)}",
+        ),
         (
             "mean length",
             _number(e.lengths.mean(), 0),
@@ -158,7 +164,7 @@ def replay_section(replay: Replay, heading: str = "Replay") -> Section:
 def comparison_section(rows: Mapping[str, Evaluation | Returns], heading: str = "Comparison") -> Section:
     """Several evaluations in one table and one figure. A row may be bare returns [E], such as a dataset's."""
     header = ["", "mean", "standard error", "min", "max", "episodes", "p50, ms", "p95, ms", "p99, ms"]
-    table = html_table(header, [[name, *_comparison_cells(entry)] for name, entry in rows.items()])
+    table = html_table(header, _comparison_rows(rows))
     figure = returns_figure({name: _returns(entry) for name, entry in rows.items()})
     return Section(
         heading,
@@ -170,10 +176,13 @@ def comparison_section(rows: Mapping[str, Evaluation | Returns], heading: str = 
 def comparison_table(rows: Mapping[str, Evaluation | Returns], title: str = "Returns") -> Table:
     """:func:`comparison_section` for the terminal."""
     table = _terminal(title, "", ("mean", "std. error", "episodes", "p50 ms", "p95 ms", "p99 ms"))
-    for name, entry in rows.items():
-        mean, error, _, _, *rest = _comparison_cells(entry)
+    for name, mean, error, _, _, *rest in _comparison_rows(rows):
         table.add_row(name, mean, error, *rest)
     return table
+
+
+def _won(evaluation: Evaluation) -> str:
+    return "" if evaluation.won is None else f", {_percent(evaluation.won.mean())} won"
 
 
 def _lost(evaluation: Evaluation) -> str:
@@ -203,8 +212,8 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     """Per agent: divergence beside its budget, saturation, latency; the returns in the title."""
     e = evaluation
     table = _agents(
-        f"{e.task}: return {_with_error(e.mean, e.standard_error)} over {_count(e.returns.size, 'episode')}"
-        f"{_lost(e)}\n"
+        f"{e.task}: return {_with_error(e.mean, e.standard_error, digits_of(e.returns))} over "
+        f"{_count(e.returns.size, 'episode')}{_won(e)}{_lost(e)}\n"
         f"one answer of the team: {_latency_words(e.step_latency)}{_fallback_line(e)}",
         "|a|>0.999",
         _timed(e.divergence, e.agent_latency),
@@ -275,14 +284,16 @@ def _returns(entry: Evaluation | Returns) -> Returns:
     return entry.returns if isinstance(entry, Evaluation) else np.asarray(entry, np.float64)
 
 
-def _comparison_cells(entry: Evaluation | Returns) -> list[str]:
+def _comparison_rows(rows: Mapping[str, Evaluation | Returns]) -> list[list[str]]:
+    digits = digits_of(np.concatenate([_returns(entry) for entry in rows.values()]))
+    return [[name, *_comparison_cells(entry, digits)] for name, entry in rows.items()]
+
+
+def _comparison_cells(entry: Evaluation | Returns, digits: int) -> list[str]:
     returns = _returns(entry)
     error = returns.std(ddof=1) / math.sqrt(returns.size) if returns.size > 1 else math.nan
     return [
-        _number(returns.mean()),
-        _number(error),
-        _number(returns.min()),
-        _number(returns.max()),
+        *(_number(value, digits) for value in (returns.mean(), error, returns.min(), returns.max())),
         str(returns.size),
         *_latency_cells(entry.step_latency if isinstance(entry, Evaluation) else None),
     ]
@@ -306,8 +317,9 @@ def _number(value: float | np.floating[Any], digits: int = 1) -> str:
     return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "\u2212")
 
 
-def _with_error(mean: float, error: float) -> str:
-    return _number(mean) if math.isnan(error) else f"{_number(mean)} ± {_number(error)}"
+def _with_error(mean: float, error: float, digits: int) -> str:
+    shown = _number(mean, digits)
+    return shown if math.isnan(error) else f"{shown} ± {_number(error, digits)}"
 
 
 def _percent(share: float | np.floating[Any] | None) -> str:
@@ -441,7 +453,7 @@ def _episode_table(evaluation: Evaluation) -> str:
         [
             str(k),
             str(e.episode_seeds[k]),
-            _number(e.returns[k], 2),
+            _number(e.returns[k], digits_of(e.returns) + 1),
             str(e.lengths[k]),
             "terminal" if e.terminated[k] else "time limit",
             *(["yes" if e.won[k] else "no"] if e.won is not None else []),

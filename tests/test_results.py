@@ -68,7 +68,7 @@ def test_a_page_shows_runs_and_failures(tmp_path: Path, monkeypatch: pytest.Monk
     text = (tmp_path / "toy.md").read_text()
     dataset = read_dataset(tmp_path / "results" / "toy-masked-behavior.hdf5")
     assert dataset.digest in text
-    assert f"return {dataset.episode_returns.mean():.1f} ±" in text
+    assert f"return {dataset.episode_returns.mean():.3f} ±" in text
     [row] = [line for line in text.splitlines() if line.startswith("| bc, hidden 8")]
     assert "| 20 | 0, 1 |" in row
     assert "(cql, seed 0): failed: training diverged" in text

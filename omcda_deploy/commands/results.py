@@ -33,6 +33,7 @@ from omcda_deploy.commands.compare import compare_runs
 from omcda_deploy.commands.sweep import Job, Sweep, jobs_of, run_queue, sweep_of
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.files import read_toml
+from omcda_deploy.statistics import digits_of
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -137,9 +138,11 @@ def _sweeps(page: Page, dataset: Path, path: Path) -> list[Sweep]:
 
 def _described(page: Page, dataset: Dataset) -> str:
     returns = dataset.episode_returns
+    digits = digits_of(returns)
     return (
         f"{returns.size:,} episodes, {dataset.transitions.size:,} transitions of the {page.tier} policies (seed "
-        f"{page.seed}), return {returns.mean():.1f} ± {returns.std():.1f}, best {returns.max():.1f}"
+        f"{page.seed}), return {returns.mean():.{digits}f} ± {returns.std():.{digits}f}, "
+        f"best {returns.max():.{digits}f}"
     )
 
 
