@@ -57,7 +57,17 @@ DISTRIBUTIONS = {  # of packages that several distributions share, longest names
 }
 LOADED_BY_GYMNASIUM = {"mujoco"}
 TOOLS = {
-    *("import-linter", "kubernetes-validate", "mypy", "packaging", "pytest", "pyyaml", "ruff", "setuptools"),
+    *(
+        "flashbax",
+        "import-linter",
+        "kubernetes-validate",
+        "mypy",
+        "packaging",
+        "pytest",
+        "pyyaml",
+        "ruff",
+        "setuptools",
+    ),
     *("tritonclient", "trustme", "types-grpcio", "types-protobuf", "types-pyyaml"),
 }
 TORCH_PLATFORM = ("cuda-", "nvidia-", "triton==")  # pinned by torch itself, absent from its CPU build

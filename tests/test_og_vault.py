@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,7 @@ def rows_of(episodes: Sequence[SmacEpisode], ends: Sequence[str]) -> dict[str, A
 
 
 def write_vault(folder: Path, uid: str, rows: dict[str, Any]) -> Path:
-    flashbax = pytest.importorskip("flashbax")
-    vault = pytest.importorskip("flashbax.vault")
-    jax = pytest.importorskip("jax")
+    flashbax, vault, jax = map(import_module, ("flashbax", "flashbax.vault", "jax"))
     count = len(rows["actions"])
     buffer = flashbax.make_flat_buffer(
         max_length=count + 1, min_length=1, sample_batch_size=1, add_sequences=True, add_batch_size=None
