@@ -35,10 +35,15 @@ class Traffic:
         self.stopping = False
         self.tracing = tracing
         self.calls = 0  # unary ones that reached a handler
+        self.denied = 0  # those that did not, for want of a token
         self.meters: list[MethodMeter] = []  # of every method served
         self._limits = limits
         self.streams = 0
         self._waiting: set[Context] = set()
+
+    def deny(self) -> None:
+        """Count a call without a valid token."""
+        self.denied += 1
 
     def meter(self, service: str, method: str, kind: str) -> MethodMeter:
         """The counters of a method that is served from now on."""

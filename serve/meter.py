@@ -79,6 +79,7 @@ class ModelMeter:
         self.distances = [Histogram(RATIO_BOUNDS) for _ in agents]  # an answer's largest; empty where unknown
         self.compared = 0  # answers that a shadow gave too
         self.difference = 0.0  # sum over them: mean absolute difference, or share of different choices
+        self.shadow_failures = 0  # answers that it could not give
         self._recent = np.zeros((RECENT, 2))  # when, and how many seconds; a ring
 
     def add(
@@ -118,7 +119,7 @@ class ModelMeter:
             self.difference += mean
 
     def forget_comparison(self) -> None:
-        self.compared, self.difference = 0, 0.0
+        self.compared, self.difference, self.shadow_failures = 0, 0.0, 0
 
     def recent(self) -> Recent | None:
         """None before the first answer."""

@@ -24,6 +24,7 @@ from omcda_deploy.serve.releases import Releases
 
 _RPC = ("grpc_type", "grpc_service", "grpc_method")
 _AGENT = ("model", "agent", "version")
+_VERSION = ("version", "current", "shadow")
 
 
 class ServerCollector:
@@ -34,6 +35,7 @@ class ServerCollector:
 
     def collect(self) -> Iterator[Metric]:
         yield from self._rpcs()
+        yield from self._versions()
         yield from self._models()
 
     def _rpcs(self) -> Iterator[Metric]:
@@ -54,7 +56,27 @@ class ServerCollector:
             seconds.add_metric(labels, meter.seconds.cumulative(), meter.seconds.sum)
         streams = GaugeMetricFamily("omcda_control_streams", "Open control streams.")
         streams.add_metric([], self._traffic.streams)
-        yield from (started, handled, seconds, streams)
+        denied = CounterMetricFamily(
+            "omcda_denied_calls", "Calls without a valid token, which no method saw."
+        )
+        denied.add_metric([], self._traffic.denied)
+        yield from (started, handled, seconds, streams, denied)
+
+    def _versions(self) -> Iterator[Metric]:
+        releases = self._releases
+        held = GaugeMetricFamily(
+            "omcda_version_info",
+            "1 for every version held; current and shadow are yes or no.",
+            labels=_VERSION,
+        )
+        for models, _ in list(releases.held()):
+            parts = (models.version == releases.current, models.version == releases.shadow)
+            held.add_metric([models.version, *("yes" if part else "no" for part in parts)], 1.0)
+        loading = HistogramMetricFamily(
+            "omcda_version_load_seconds", "From disk to warm, per version loaded."
+        )
+        loading.add_metric([], releases.loading.cumulative(), releases.loading.sum)
+        yield from (held, loading)
 
     def _models(self) -> Iterator[Metric]:
         answers = CounterMetricFamily("omcda_answers", "Answered requests.", labels=("model", "version"))
@@ -78,11 +100,25 @@ class ServerCollector:
             "Largest distance of an answer's observations from the training data.",
             labels=_AGENT,
         )
+        compared = CounterMetricFamily(
+            "omcda_shadow_answers", "Answers compared with the shadow's.", labels=("model", "version")
+        )
+        difference = CounterMetricFamily(
+            "omcda_shadow_difference",
+            "Sum over them: mean absolute difference, or share of different choices.",
+            labels=("model", "version"),
+        )
+        failures = CounterMetricFamily(
+            "omcda_shadow_failures", "Answers that the shadow could not give.", labels=("model", "version")
+        )
         for models, _ in list(self._releases.held()):
-            for session in models.sessions.values():
+            for session in list(models.sessions.values()):
                 meter, version = session.meter, session.version
                 answers.add_metric([session.name, version], meter.answers)
                 rows.add_metric([session.name, version], meter.rows)
+                compared.add_metric([session.name, version], meter.compared)
+                difference.add_metric([session.name, version], meter.difference)
+                failures.add_metric([session.name, version], meter.shadow_failures)
                 guard = session.guard
                 for index, agent in enumerate(meter.agents):
                     labels = [session.name, agent, version]
@@ -95,6 +131,7 @@ class ServerCollector:
                     for family, histograms in ((ratio, meter.ratios), (distance, meter.distances)):
                         family.add_metric(labels, histograms[index].cumulative(), histograms[index].sum)
         yield from (answers, rows, divergence, budget, threshold, exceeded, replaced, ratio, distance)
+        yield from (compared, difference, failures)
 
 
 def serve_metrics(collector: ServerCollector, host: str, port: int) -> Callable[[], None]:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from omcda_deploy.bundle import MANIFEST, Bundle, read_bundle
 from omcda_deploy.errors import BundleError, ConfigError, UnknownNameError
 from omcda_deploy.serve.config import ServerConfig
+from omcda_deploy.serve.meter import Histogram
 from omcda_deploy.serve.session import NAME_LIMIT, Models, Session
 from omcda_deploy.serve.status import StateError
 from omcda_deploy.spec import require_same_contract
@@ -38,6 +39,7 @@ T = TypeVar("T")
 ONLY = "1"  # version of a bundle that is served by itself
 CURRENT = "current"
 LEAST_PRIORITY = 19
+LOADING_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
 BREATH_S = 0.02  # between the models of a version that comes or goes while another one answers
 
 
@@ -119,6 +121,7 @@ class Releases:
         self.contract_hash = first.contract_hash
         self._held = {self.current: _Held(first)}
         self._lock = asyncio.Lock()
+        self.loading = Histogram(LOADING_BOUNDS)  # seconds of each load
         self._worker = ThreadPoolExecutor(1, "releases", _stand_back)
 
     def find(self, name: str, version: str) -> Session:
@@ -143,9 +146,13 @@ class Releases:
         """As :meth:`Session.answer`; where there is a shadow, it runs too and the difference is noted."""
         outputs = session.answer(given)
         if self.shadow and session.version == self.current:
-            with np.errstate(all="ignore"):
-                other = self._held[self.shadow].models.find(session.name).act(given)
-            session.meter.compare(outputs["action"], other)
+            try:
+                with np.errstate(all="ignore"):
+                    other = self._held[self.shadow].models.find(session.name).act(given)
+            except Exception:  # whatever a shadow does, the answer stands
+                session.meter.shadow_failures += 1
+            else:
+                session.meter.compare(outputs["action"], other)
         return outputs
 
     async def load(self, version: str) -> None:
@@ -153,7 +160,9 @@ class Releases:
         async with self._lock:
             if version in self._held:
                 return
+            began = time.perf_counter()
             loaded = await self._beside(self._load, version, BREATH_S)
+            self.loading.add(time.perf_counter() - began)
             require_same_contract(
                 self.spec,
                 loaded.bundle.spec,

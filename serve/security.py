@@ -89,8 +89,9 @@ class Tokens:
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Answers UNAUTHENTICATED to calls without a token, before anything of them is read."""
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tokens, denied: Callable[[], None]) -> None:
+        """``denied`` is called for each call that is refused."""
+        self._tokens, self._denied = tokens, denied
 
     async def intercept_service(
         self,
@@ -104,6 +105,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         value = shown.get("authorization", "")
         if self._tokens.admit(value if isinstance(value, str) else ""):
             return handler
+        self._denied()
         return _denial(handler)
 
 

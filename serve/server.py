@@ -75,8 +75,9 @@ def serve(
     taken.
     """
     listen, config = listen or Listen(), config or ServerConfig()
-    secured = _Security.of(config)
     tracing = Tracing() if trace else None
+    traffic = Traffic(config.limits, tracing)
+    secured = _Security.of(config, traffic)
     require_free(listen.host, listen.port)
     if listen.admin_port is not None:
         require_free(LOOPBACK, listen.admin_port)
@@ -84,9 +85,7 @@ def serve(
         require_free(listen.host, listen.health_port)
     releases = Releases(source, models, config)
     try:
-        asyncio.run(
-            _serve(releases, listen, Traffic(config.limits, tracing), config.limits, secured, grace_s)
-        )
+        asyncio.run(_serve(releases, listen, traffic, config.limits, secured, grace_s))
     finally:
         if tracing is not None:
             tracing.close()
@@ -120,8 +119,10 @@ class _Security:
     interceptors: tuple[TokenInterceptor, ...]
 
     @classmethod
-    def of(cls, config: ServerConfig) -> _Security:
-        tokens = () if config.token_file is None else (TokenInterceptor(Tokens(config.token_file)),)
+    def of(cls, config: ServerConfig, traffic: Traffic) -> _Security:
+        tokens: tuple[TokenInterceptor, ...] = ()
+        if config.token_file is not None:
+            tokens = (TokenInterceptor(Tokens(config.token_file), traffic.deny),)
         return cls(None if config.tls is None else config.tls.credentials(), tokens)
 
     def add_port(self, server: grpc.aio.Server, host: str, port: int) -> int:

@@ -86,6 +86,9 @@ def test_a_scrape_adds_up(continuous_bundle: Bundle, tmp_path: Path) -> None:
     for bound in ("0.5", "1.0", "2.0"):
         counted = value(samples, "omcda_divergence_ratio_bucket", **agent, le=bound)
         assert counted == (largest <= float(bound)).sum()
+    assert value(samples, "omcda_version_info", version="1", current="yes", shadow="no") == 1.0
+    assert value(samples, "omcda_version_load_seconds_count") == 0.0  # none beside the one it began with
+    assert value(samples, "omcda_shadow_answers_total", model=TEAM, version="1") == 0.0
     alone = {"model": "agent_1", "version": "1"}
     assert value(samples, "omcda_answers_total", **alone) == 1.0
 

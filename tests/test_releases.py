@@ -130,7 +130,9 @@ def test_versions_that_nobody_asks_for_retire(folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("spec", [continuous_spec(), discrete_spec()], ids=["continuous", "discrete"])
-def test_a_shadow_is_measured_and_answers_nothing(tmp_path: Path, spec: TeamSpec) -> None:
+def test_a_shadow_is_measured_and_answers_nothing(
+    tmp_path: Path, spec: TeamSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for version in ("1", "2"):
         write_test_bundle(tmp_path / version, spec, seed=int(version))
     generator = np.random.default_rng(0)
@@ -152,9 +154,13 @@ def test_a_shadow_is_measured_and_answers_nothing(tmp_path: Path, spec: TeamSpec
         assert different.mean() > 0.0
         assert session.meter.difference / session.meter.compared == pytest.approx(different.mean())
         assert releases.find("agent_0", "1").meter.answers == 0
+        shadow = releases.find("agent_0", "1")
+        monkeypatch.setattr(shadow, "act", lambda given: 1 / 0)
+        np.testing.assert_array_equal(releases.answer(session, given)["action"], ours)
+        assert (session.meter.compared, session.meter.shadow_failures) == (2, 1)
         await releases.follow("")
         releases.answer(session, given)
-        assert session.meter.compared == 0
+        assert (session.meter.compared, session.meter.shadow_failures) == (0, 0)
 
     asyncio.run(run())
 

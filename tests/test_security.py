@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import numpy as np
@@ -94,8 +95,9 @@ def test_tls_needs_the_authority_and_mtls_a_certificate_of_it(
 
 def test_calls_without_a_token_are_refused_except_health(continuous_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("# of the arm\nsesame\n\nopen\n")
-    port = free_port()
-    options = (*config(tmp_path, '[access]\ntoken_file = "tokens"\n'), "--admin-port", str(port))
+    port, metrics = free_port(), free_port()
+    access = config(tmp_path, '[access]\ntoken_file = "tokens"\n')
+    options = (*access, "--admin-port", str(port), "--metrics-port", str(metrics))
     with (
         server_process(continuous_bundle, "agent_0", options=options) as server,
         grpc.insecure_channel(server.endpoint) as channel,
@@ -111,6 +113,8 @@ def test_calls_without_a_token_are_refused_except_health(continuous_bundle: Bund
         stream: Any = channel.stream_stream("/omcda.v1.PolicyService/ActStream")
         with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
             next(stream(iter([b""]), timeout=10))
+        with urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=10) as answer:
+            assert b"omcda_denied_calls_total 6.0" in answer.read()
 
 
 def test_tokens_are_rotated_without_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
