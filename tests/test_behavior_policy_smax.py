@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
+from omcda_deploy.bundle import read_bundle
+from omcda_deploy.cli import app
 from omcda_deploy.envs import smax
 from omcda_deploy.envs.smax import SmaxVector
 from omcda_deploy.errors import ConfigError, UnknownNameError
@@ -166,3 +169,32 @@ def test_training_leaves_checkpoints_that_become_bundles(tmp_path: Path) -> None
         behavior_policies_smax.train(TASK, run, 0, config)
     with pytest.raises(UnknownNameError, match="did you mean 'smax/5m_vs_6m'"):
         behavior_policies_smax.default_config("smax/5m_vs_5m")
+
+
+def test_a_checkpoint_is_shipped_as_a_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omcda_deploy.commands.behavior.BATTLES", 16)
+    run, out = tmp_path / "run", tmp_path / "policies"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"task": TASK, "seed": 7}))
+    np.savez(run / "checkpoint-00000100.npz", **checkpoint())
+
+    def ship(*options: str) -> str:
+        result = CliRunner().invoke(app, ["behavior", "ship", str(run), "--out", str(out), *options])
+        return f"{result.exit_code} {result.output} {result.exception or ''}"
+
+    for options, words in (
+        (("--tier", "poor=99"), "known are 100"),
+        (("--tier", "poor"), "expected TIER=STEPS"),
+        ((), "has no published returns"),
+    ):
+        said = " ".join(ship(*options).split())
+        assert said[0] != "0"
+        assert words in said
+    assert not out.exists()
+    assert ship("--tier", "poor=100").startswith("0 ")
+    training = read_bundle(out / TASK / "poor").manifest["training"]
+    assert training["ppo"]["seed"] == 7
+    assert training["returns"]["episodes"] == 16
+    assert 0.0 < training["returns"]["return_mean"] < 1.0
+    row = next(line for line in (out / "README.md").read_text().splitlines() if f"`{TASK}/poor`" in line)
+    assert f"{training['returns']['win_rate']:.1%}" in row

@@ -37,7 +37,10 @@ def collect(
     task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
     out: Annotated[Path, typer.Option(help="HDF5 file to write.")],
     tier: Annotated[
-        str, typer.Option(help="expert, medium, medium-replay or medium-expert; behavior for toy/….")
+        str,
+        typer.Option(
+            help="expert, medium, medium-replay or medium-expert; medium or poor for smax/…; behavior for toy/…."
+        ),
     ] = "medium",
     bundle: Annotated[
         Path | None, typer.Option(help="Record this bundle's policy instead of a tier.")
