@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files. With ``client_ca`` every client must show a certificate that it signed (mTLS)."""
+    """PEM files. With ``client_ca`` every client must show a certificate that it signed (mTLS).
+
+    They are read again when they change: connections made from then on see the new ones.
+    """
 
     certificate: str
     key: str
@@ -36,9 +39,31 @@ class Tls:
 
     def credentials(self) -> grpc.ServerCredentials:
         """Raises :class:`ConfigError` for a file that cannot be read."""
+        known = self._read()
+
+        def fetch() -> Any:
+            """At every handshake: what has changed, or None."""
+            nonlocal known
+            try:
+                found = self._read()
+            except ConfigError as error:  # half-written, or gone for a moment: what was read last stays
+                log.warning("%s", error)
+                return None
+            if found == known:
+                return None
+            known = found
+            log.info("%s was read again", self.certificate)
+            return _configuration(*found)
+
+        return grpc.dynamic_ssl_server_credentials(_configuration(*known), fetch, self.client_ca is not None)
+
+    def _read(self) -> tuple[bytes, bytes, bytes | None]:
         authority = None if self.client_ca is None else _read("tls.client_ca", self.client_ca)
-        pair = (_read("tls.key", self.key), _read("tls.certificate", self.certificate))
-        return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
+        return _read("tls.key", self.key), _read("tls.certificate", self.certificate), authority
+
+
+def _configuration(key: bytes, certificate: bytes, authority: bytes | None) -> Any:
+    return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
 
 
 class Tokens:

@@ -27,7 +27,7 @@ from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.handlers import Traffic
 from omcda_deploy.serve.logs import log_as_json
 from omcda_deploy.serve.releases import Releases
-from omcda_deploy.serve.security import TokenInterceptor, Tokens
+from omcda_deploy.serve.security import Tls, TokenInterceptor, Tokens
 from omcda_deploy.serve.tracing import Tracing
 
 LOOPBACK = "127.0.0.1"
@@ -115,7 +115,7 @@ def address_of(host: str, port: int) -> str:
 
 @dataclass(frozen=True)
 class _Security:
-    credentials: grpc.ServerCredentials | None
+    tls: Tls | None
     interceptors: tuple[TokenInterceptor, ...]
 
     @classmethod
@@ -123,14 +123,17 @@ class _Security:
         tokens: tuple[TokenInterceptor, ...] = ()
         if config.token_file is not None:
             tokens = (TokenInterceptor(Tokens(config.token_file), traffic.deny),)
-        return cls(None if config.tls is None else config.tls.credentials(), tokens)
+        if config.tls is not None:
+            config.tls.credentials()  # refuses now what cannot be read
+        return cls(config.tls, tokens)
 
     def add_port(self, server: grpc.aio.Server, host: str, port: int) -> int:
         address = address_of(host, port)
         try:
-            if self.credentials is None:
+            if self.tls is None:
                 return server.add_insecure_port(address)
-            return server.add_secure_port(address, self.credentials)
+            # Of its own for every port: gRPC asks for the first files once per credentials.
+            return server.add_secure_port(address, self.tls.credentials())
         except RuntimeError as error:
             raise EndpointError(
                 f"cannot listen on {address}: choose another port, and check that the files of [tls] fit together"

@@ -74,7 +74,7 @@ def test_tls_needs_the_authority_and_mtls_a_certificate_of_it(
     ours, other = Authority(tmp_path / "ours"), Authority(tmp_path / "other")
     tls = '[tls]\ncertificate = "ours/server.pem"\nkey = "ours/server.key"\nclient_ca = "ours/ca.pem"\n'
     with server_process(continuous_bundle, "agent_0", options=config(tmp_path, tls)) as server:
-        root = ours.file.read_bytes()
+        root = ours.file.read_bytes()  # overwritten below
         address = server.endpoint.replace("127.0.0.1", "localhost")
 
         def secure(**files: bytes) -> grpc.Channel:
@@ -91,6 +91,19 @@ def test_tls_needs_the_authority_and_mtls_a_certificate_of_it(
                 assert status_of(channel) is grpc.StatusCode.UNAVAILABLE
         with grpc.insecure_channel(address) as channel:
             assert status_of(channel) is grpc.StatusCode.UNAVAILABLE
+        # Another authority's files in their place: seen by the next connection. A key that does not fit is not.
+        with secure(root_certificates=root, **ours.client()) as before:
+            assert ask(before) != b""
+            for name in ("server.pem", "ca.pem", "server.key"):
+                (tmp_path / "ours" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+            with secure(root_certificates=other.file.read_bytes(), **other.client()) as channel:
+                assert ask(channel) != b""
+            assert ask(before) != b""
+            with secure(root_certificates=root, **ours.client()) as channel:
+                assert status_of(channel) is grpc.StatusCode.UNAVAILABLE
+        (tmp_path / "ours" / "server.key").write_text("half a k")
+        with secure(root_certificates=other.file.read_bytes(), **other.client()) as channel:
+            assert ask(channel) != b""
 
 
 def test_calls_without_a_token_are_refused_except_health(continuous_bundle: Bundle, tmp_path: Path) -> None:
