@@ -61,7 +61,8 @@ class AdminService:
             try:
                 version = parse(admin_pb2.VersionRequest, data).version
                 fields["version"] = version[:100]
-                await change(version)
+                # A caller who gives up does not leave it half done: gRPC cancels this, but not the change.
+                await asyncio.shield(asyncio.ensure_future(change(version)))
                 answer = self.status().SerializeToString()
             except Exception as error:
                 code, details = status_of(error)
