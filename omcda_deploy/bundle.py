@@ -146,9 +146,10 @@ def read_bundle(path: str | Path) -> Bundle:
     wanted = {f"{model}/{file}" for model in (*spec.names, TEAM) for file in (CONFIG_FILE, MODEL_FILE)}
     if missing := wanted - files.keys():
         raise BundleError(f"{manifest_path} does not list {sorted(missing)[0]}: export the run again")
+    folder = path.resolve()
     for name, digest in files.items():
         file = path / name
-        if path.resolve() not in file.resolve().parents:
+        if folder not in file.resolve().parents:
             raise BundleError(f"{manifest_path} lists {name}, which is outside the bundle")
         if not file.is_file():
             raise BundleError(f"{file} is missing: the bundle is incomplete, export the run again")

@@ -40,7 +40,8 @@ ONLY = "1"  # version of a bundle that is served by itself
 CURRENT = "current"
 LEAST_PRIORITY = 19
 LOADING_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
-BREATH_S = 0.02  # between the models of a version that comes or goes while another one answers
+# Pauses after each model of a version that comes or goes: the milliseconds in which requests wait stay rare.
+LOAD_PAUSE_S, CLOSE_PAUSE_S = 0.1, 0.01
 
 
 class Repository:
@@ -161,7 +162,7 @@ class Releases:
             if version in self._held:
                 return
             began = time.perf_counter()
-            loaded = await self._beside(self._load, version, BREATH_S)
+            loaded = await self._beside(self._load, version, LOAD_PAUSE_S)
             self.loading.add(time.perf_counter() - began)
             require_same_contract(
                 self.spec,
@@ -215,12 +216,12 @@ class Releases:
             return idle
 
     async def _give_up(self, version: str) -> None:
-        await self._beside(self._held.pop(version).models.close, BREATH_S)
+        await self._beside(self._held.pop(version).models.close, CLOSE_PAUSE_S)
 
     async def _beside(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run in another thread, which stands back behind the one that answers."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
-    def _load(self, version: str, breath_s: float = 0.0) -> Models:
+    def _load(self, version: str, pause_s: float = 0.0) -> Models:
         bundle = self._repository.read(version)
-        return Models(bundle, self._names, self._config.guards_of(bundle.spec.names), version, breath_s)
+        return Models(bundle, self._names, self._config.guards_of(bundle.spec.names), version, pause_s)

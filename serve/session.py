@@ -160,9 +160,9 @@ class Models:
         names: Iterable[str],
         guards: Mapping[str, GuardSetting] | None = None,
         version: str = "1",
-        breath_s: float = 0.0,
+        pause_s: float = 0.0,
     ) -> None:
-        """``breath_s``: seconds to wait after each model, so that others who need the processor get it."""
+        """``pause_s``: seconds to wait after each model, so that others who need the processor get it."""
         known = (*bundle.spec.names, TEAM)
         names = tuple(dict.fromkeys(names)) or known
         for name in names:
@@ -175,13 +175,13 @@ class Models:
         self.sessions = {}
         for name in names:
             self.sessions[name] = Session(bundle, name, guards or {}, version)
-            time.sleep(breath_s)
+            time.sleep(pause_s)
 
-    def close(self, breath_s: float = 0.0) -> None:
-        """Free the models one by one; ``breath_s`` as above."""
+    def close(self, pause_s: float = 0.0) -> None:
+        """Free the models one by one; ``pause_s`` as above."""
         while self.sessions:
             self.sessions.popitem()
-            time.sleep(breath_s)
+            time.sleep(pause_s)
 
     def find(self, name: str) -> Session:
         """Raises :class:`UnknownNameError`."""
