@@ -41,7 +41,7 @@ CURRENT = "current"
 LEAST_PRIORITY = 19
 LOADING_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
 # Pauses after each model of a version that comes or goes: the milliseconds in which requests wait stay rare.
-LOAD_PAUSE_S, CLOSE_PAUSE_S = 0.1, 0.01
+LOAD_PAUSE_S, CLOSE_PAUSE_S = 0.2, 0.02
 
 
 class Repository:
