@@ -39,7 +39,7 @@ def collect(
     tier: Annotated[
         str,
         typer.Option(
-            help="expert, medium, medium-replay or medium-expert; good, medium or poor for smax/…; behavior for toy/…."
+            help="expert, medium, medium-replay or medium-expert; smax/…: good, medium, poor; toy/…: behavior."
         ),
     ] = "medium",
     bundle: Annotated[
