@@ -7,7 +7,8 @@ is the median of the ratios within rounds.
 
 What reloads leave behind is told by a server that was reloaded many times, beside one that never was: the ratio of
 their CPU per request before and after, and the memory of the first. Both looks come after the rounds: memory grows
-by the second version, held for a moment, and by what lies between freed blocks, for some tens of reloads. Linux only, as :mod:`omcda_deploy.serve.benchmark`.
+by the second version, held for a moment, and by what lies between freed blocks, for some tens of reloads.
+Linux only, as :mod:`omcda_deploy.serve.benchmark`.
 """
 
 from __future__ import annotations
