@@ -156,9 +156,8 @@ class PolicyGraph(nn.Module):
         )
 
     def _scale(self, u: Tensor) -> Tensor:
-        squashed = torch.tanh(u).clamp(
-            -1.0, 1.0
-        )  # onnxruntime's tanh passes 1 by two units in the last place
+        # onnxruntime's tanh passes 1 by two units in the last place.
+        squashed = torch.tanh(u).clamp(-1.0, 1.0)
         if not self.scaled:
             return squashed
         return self.center + self.half_range * squashed

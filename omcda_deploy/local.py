@@ -54,7 +54,7 @@ class OnnxModel:
 
 
 class _BoundRow:
-    """A graph bound once to arrays of one row, a control step's: a sixth less time than arrays bound anew."""
+    """A graph bound once to arrays of one row, a control step's, which costs less than binding them anew."""
 
     def __init__(self, value: Any, session: Any) -> None:
         """``value``: onnxruntime's ``OrtValue``."""

@@ -20,6 +20,7 @@ from omcda_deploy.bundle import TEAM
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos import oip, policy_pb2
 from omcda_deploy.protos.tensors import DTYPES, input_tensors
+from omcda_deploy.serve.server import LOOPBACK
 from omcda_deploy.spec import TeamSpec
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -27,7 +28,6 @@ ACT, STREAM = "/omcda.v1.PolicyService/Act", "/omcda.v1.PolicyService/ActStream"
 MESSAGES = 256  # different ones per model
 STOP_LIMIT_S = 10.0
 ANSWER_LIMIT_S = 10.0
-LOOPBACK = "127.0.0.1"
 
 Requests = Mapping[tuple[str, str], Sequence[bytes]]  # serialised, by path and model
 
