@@ -19,7 +19,7 @@ import statistics
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,14 +42,14 @@ COMPARISON_S = 0.5
 
 @dataclass(frozen=True)
 class Half:
-    """One half of a round. ``reloads``: of all servers together, during it."""
+    """One half of a round. ``reloads``: of all servers together, the last of which may end after it."""
 
     p50_ms: float
     p99_ms: float
     max_ms: float
     requests: int
     refused: int
-    reloads: int
+    reloads: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ def run(
         measured = []
         for done in range(rounds):
             progress(done, total)
-            quiet = _half(servers, requests, names, rate, seconds, [])
+            quiet = _half(servers, requests, names, rate, seconds)
             with team.reloading() as finished:
-                reloading = _half(servers, requests, names, rate, seconds, finished)
-            measured.append(Round(quiet, reloading))
+                reloading = _half(servers, requests, names, rate, seconds)
+            measured.append(Round(quiet, replace(reloading, reloads=len(finished))))
         before = _state(servers, control, requests, names)
         for done in range(reloads):
             if done % 100 == 0:
@@ -207,10 +207,8 @@ def _half(
     names: tuple[str, ...],
     rate: float,
     seconds: float,
-    reloads: list[None],
 ) -> Half:
     with closing(_sockets(servers, requests, names)) as sockets:
-        before = len(reloads)
         timings = open_loop(sockets, len(names), rate, seconds)
     latency = timings.latency
     return Half(
@@ -219,7 +217,6 @@ def _half(
         max_ms=latency.percentile(100),
         requests=latency.seconds.size + timings.refused,
         refused=timings.refused,
-        reloads=len(reloads) - before,
     )
 
 

@@ -224,8 +224,11 @@ def test_servers_are_measured_together(continuous_bundle: Bundle) -> None:
     assert [process.poll() for process in servers.processes] == [0, 0]
 
 
-def test_reloads_refuse_nobody_and_are_reported(continuous_bundle: Bundle, tmp_path: Path) -> None:
+def test_reloads_refuse_nobody_and_are_reported(
+    continuous_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A short run of the whole benchmark, one server process per agent."""
+    monkeypatch.setattr("omcda_deploy.serve.reload_benchmark.COMPARISONS", 1)
     file = tmp_path / "report.json"
     options = ("--seconds", "0.5", "--rounds", "1", "--reloads", "2", "--processes", "--json", str(file))
     result = CliRunner().invoke(app, ["bench", "reload", str(continuous_bundle.path), *options])
