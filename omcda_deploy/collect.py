@@ -110,7 +110,10 @@ def collect_mixture(
             "behavior": behavior,
             "seed": seed,
             "stochastic": stochastic,
-            **{f"version_{name}": number for name, number in registry.simulator_versions(task).items()},
+            **{
+                f"version_{name}": number
+                for name, number in registry.simulator_versions(task, **(options or {})).items()
+            },
         }
         with Writer(out, vector.spec, metadata) as writer:
             recorder = _Recorder(vector, writer, seed, stochastic, transitions, progress)

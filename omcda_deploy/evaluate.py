@@ -177,11 +177,12 @@ def evaluate(
 
     with _renderable(task) if video else nullcontext():
         simulator = vectorize(task, num_envs, workers=workers, **options)
+    versions = {**installed_versions(), **registry.simulator_versions(task, **options)}
     with simulator as environment:
         spec = environment.spec
         require_same_contract(team.spec, spec, "the team", "the simulator")
         with _recording(video, spec.control_rate) if video else nullcontext() as recording:
-            return _play(team, environment, task, episodes, seed, stochastic, progress, recording)
+            return _play(team, environment, task, episodes, seed, stochastic, versions, progress, recording)
 
 
 def _play(
@@ -191,6 +192,7 @@ def _play(
     episodes: int,
     seed: int,
     stochastic: bool,
+    versions: dict[str, str],
     progress: Callable[[int, int], None] | None,
     recording: _Recording | None,
 ) -> Evaluation:
@@ -303,7 +305,7 @@ def _play(
         step_latency=Latency(np.array(step_seconds)),
         agent_latency={name: Latency(np.array(values)) for name, values in agent_seconds.items()},
         seconds=perf_counter() - started,
-        versions={**installed_versions(), **registry.simulator_versions(task)},
+        versions=versions,
         machine=machine(),
         date=now(),
         discarded=discards.total,

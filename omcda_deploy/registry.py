@@ -6,9 +6,10 @@ listing its folder; code outside the tree is found through the entry-point group
 file name and imported only when asked for, so that listing them never imports torch.
 
 A simulator's module defines ``TASKS`` and ``make(task, **options)``, and may define ``PACKAGES``, the distributions
-whose versions a recorded dataset should name, ``SPECS``, each task's spec where it is known without the simulator,
-``make_vector(task, num_envs, **options)``, many environments in one call, and ``behavior_team(task)``, the
-behaviour policies that its tasks are defined with. A format's module defines ``SUFFIXES`` and ``read(path, task)``.
+whose versions a recorded dataset should name, ``versions(**options)``, those of what is installed elsewhere,
+``SPECS``, each task's spec where it is known without it, ``make_vector(task, num_envs, **options)``, many
+environments in one call, and ``behavior_team(task)``, the behaviour policies that its tasks are defined with. A
+format's module defines ``SUFFIXES`` and ``read(path, task)``.
 
 A foreign format's module is not read but converted, once, into one that is. Instead it defines ``SOURCE``, what a
 source of it is, in words; ``recognizes(path) -> bool``, which tells by what lies at an existing path and is quick;
@@ -84,10 +85,12 @@ def team_spec(task: str, **options: Any) -> TeamSpec:
         environment.close()
 
 
-def simulator_versions(task: str) -> dict[str, str]:
-    """Installed versions of the packages that the task's physics depends on."""
-    packages = getattr(_environment(task), "PACKAGES", ())
-    return {package: metadata.version(package) for package in packages}
+def simulator_versions(task: str, **options: Any) -> dict[str, str]:
+    """Versions of what the task's physics depends on, for a simulator made with ``options``."""
+    module = _environment(task)
+    packages = getattr(module, "PACKAGES", ())
+    elsewhere: Callable[..., dict[str, str]] = getattr(module, "versions", lambda **options: {})
+    return {package: metadata.version(package) for package in packages} | elsewhere(**options)
 
 
 def behavior_team(task: str) -> TeamPolicy | None:

@@ -100,7 +100,7 @@ class Walk:
 @pytest.fixture
 def walk(monkeypatch: pytest.MonkeyPatch) -> Stub:
     monkeypatch.setattr(registry, "make_environment", Walk)
-    monkeypatch.setattr(registry, "simulator_versions", lambda task: {"walk": "1.0"})
+    monkeypatch.setattr(registry, "simulator_versions", lambda task, **options: {"walk": "1.0"})
     return Stub(Walk.spec)
 
 

@@ -136,7 +136,7 @@ def environments(monkeypatch: pytest.MonkeyPatch) -> list[CountingEnvironment]:
     CountingEnvironment.instances = []
     monkeypatch.setattr(module, "vectorize", CountingEnvironment)
     monkeypatch.setattr(
-        module, "registry", SimpleNamespace(simulator_versions=lambda task: {"counting": "7"})
+        module, "registry", SimpleNamespace(simulator_versions=lambda task, **options: {"counting": "7"})
     )
     return CountingEnvironment.instances
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -473,6 +474,8 @@ def test_the_command_line_plays_and_records(tmp_path: Path, monkeypatch: pytest.
     pytest.importorskip("onnx")
     monkeypatch.chdir(TESTS)  # where a factory's module is looked for
     write_test_bundle(tmp_path / "bundle", SPEC)
+    (tmp_path / "game" / "Versions" / "Base70000").mkdir(parents=True)
+    monkeypatch.setenv("SC2PATH", str(tmp_path / "game"))
     simulator = ["--simulator-python", sys.executable, "--simulator-factory", "fake_smac:StarCraft2Env"]
     chosen = ["--bundle", str(tmp_path / "bundle"), "--num-envs", "2"]
     run = CliRunner().invoke
@@ -483,13 +486,47 @@ def test_the_command_line_plays_and_records(tmp_path: Path, monkeypatch: pytest.
     evaluation = json.loads((tmp_path / "e.json").read_text())
     assert evaluation["won"] == [False, False]
     assert evaluation["discarded"] == 0
+    assert evaluation["versions"]["StarCraftII"] == "build 70000"
     out = tmp_path / "d.h5"
     result = run(
         app,
         ["collect", TASK, "--out", str(out), *chosen, "--workers", "0", "--transitions", "40", *simulator],
     )
     assert result.exit_code == 0, result.output
-    assert read(out, TASK).transitions.size >= 40
+    recorded = read(out, TASK)
+    assert recorded.transitions.size >= 40
+    with h5py.File(out) as file:
+        assert file.attrs["version_StarCraftII"] == "build 70000"
+
+
+def test_what_was_played_is_named_by_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter with SMAC's distributions, and a StarCraft II of two builds."""
+    for name, version in (("SMAC", "1.0.1"), ("PySC2", "3.0.0")):
+        folder = tmp_path / "packages" / f"{name}-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    for build in ("Base69232", "Base75689", "Shaders"):
+        (tmp_path / "game" / "Versions" / build).mkdir(parents=True)
+    monkeypatch.setenv("SC2PATH", str(tmp_path / "game"))
+    python = tmp_path / "python"
+    text = f"#!/bin/sh\nshift\nPYTHONPATH='{tmp_path / 'packages'}' exec '{sys.executable}' \"$@\"\n"
+    python.write_text(text)
+    python.chmod(0o755)
+    found = registry.simulator_versions(TASK, python=str(python), factory="x:y", render_mode=None)
+    assert found == {"smac": "1.0.1", "pysc2": "3.0.0", "StarCraftII": "build 75689"}
+    monkeypatch.setenv("SC2PATH", str(tmp_path))
+    assert registry.simulator_versions(TASK, python=sys.executable) == {}
+    assert registry.simulator_versions(TASK) == {}
+
+
+def test_versions_that_an_interpreter_cannot_tell_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 3\n")
+    python.chmod(0o755)
+    assert smac.versions(str(python)) == {}
+    assert "stay unknown" in caplog.text
 
 
 def test_the_host_runs_in_old_interpreters_without_this_package() -> None:

@@ -2,6 +2,8 @@
 
     python -I _smac_host.py READ WRITE --map-name 5m_vs_6m [--seed N] [--factory MODULE:CALLABLE] [--path FOLDER]
 
+    python -I _smac_host.py --versions
+
 It needs Python 3.8, its standard library and numpy, and imports nothing of omcda-deploy. READ and WRITE are
 inherited file descriptors; standard output is left to StarCraft II, which prints there. The end of READ ends it.
 
@@ -15,6 +17,8 @@ A frame is a header (magic, length of the JSON, length of the data), a JSON obje
 |                               | ``crashed``: StarCraft II did                | none               |
 |                               | ``refused``: SMAC's words on illegal actions | none               |
 | any                           | ``error``: any other exception; it ends then | none               |
+
+``--versions`` prints, as JSON, what is installed of SMAC and of StarCraft II, and ends.
 
 What is shown: observations float32 [N, O], state float32 [S], available actions uint8 [N, A], one after another.
 """
@@ -31,6 +35,8 @@ import struct
 import sys
 import time
 import traceback
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +46,7 @@ MAGIC = b"SMC1"
 MAX_BYTES = 1 << 24  # of one frame: far more than any map shows
 STEP_MUL = 8  # game loops per step
 SIZES = ("n_agents", "obs_shape", "state_shape", "n_actions", "episode_limit")
+PACKAGES = ("smac", "pysc2", "s2clientprotocol")
 METHODS = ("get_env_info", "reset", "step", "get_obs", "get_state", "get_avail_actions", "close")
 
 
@@ -146,7 +153,23 @@ class Host:
         return b"".join(parts)
 
 
+def versions() -> dict[str, str]:
+    """What there is of SMAC's packages, and the newest StarCraft II, which is the one that PySC2 starts."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    game = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
+    builds = [folder.name[4:] for folder in game.glob("Versions/Base*")]
+    if numbers := [int(build) for build in builds if build.isdigit()]:
+        found["StarCraftII"] = f"build {max(numbers)}"
+    return found
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--versions"]:
+        print(json.dumps(versions()))
+        return
     parser = argparse.ArgumentParser(description="Serve one SMAC environment over two pipes.")
     parser.add_argument("read", type=int)
     parser.add_argument("write", type=int)

@@ -16,6 +16,7 @@ carries ``discarded: True`` in the first agent's info. The next reset starts a n
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -36,6 +37,7 @@ from omcda_deploy.errors import ConfigError, ContractError, SimulatorError, Unkn
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 ANSWER_SECONDS = 300.0  # longer than StarCraft II takes to start, or SMAC to start it again after a crash
+VERSIONS_SECONDS = 30.0
 CLOSE_SECONDS = 10.0  # for a host to end its StarCraft II before both are killed
 PRINTED_BYTES = 4096  # of what a host and StarCraft II print, kept for error messages
 GAME_LOOPS_PER_SECOND = 22.4
@@ -90,6 +92,20 @@ def make(
     factory of another form and for any ``render_mode``: SMAC shows no frames.
     """
     return Smac(task, python, factory, path, render_mode)
+
+
+def versions(python: str | None = None, **_options: Any) -> dict[str, str]:
+    """Of SMAC's packages in that interpreter and of StarCraft II; empty where it cannot say."""
+    if python is None:
+        return {}
+    command = [python, "-I", _smac_host.__file__, "--versions"]
+    try:
+        told = subprocess.run(command, capture_output=True, check=True, timeout=VERSIONS_SECONDS).stdout
+        found: dict[str, str] = json.loads(told)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        logger.warning("the versions of SMAC in %s stay unknown: %s", python, error)
+        return {}
+    return found
 
 
 class Smac:
