@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.spec import LEAST_VARIANCE, AgentSpec, TeamSpec
+from omcda_deploy.spec import AgentSpec, TeamSpec
 
 Mode = Literal["observe", "fallback", "blend"]
 
@@ -82,7 +82,7 @@ class Reference:
         normalised = spec.normalizer.apply(observations.astype(np.float64))
         mean, std = normalised.mean(axis=0), normalised.std(axis=0)
         std = np.maximum(std, max(_LEAST_STD * float(np.sqrt(np.mean(std**2))), 1e-6))
-        distance = np.sqrt((((normalised - mean) / std) ** 2).mean(axis=1))
+        distance = _distance(normalised, mean, std)
         return cls(
             float(np.percentile(divergence, PERCENTILE)),
             float(np.percentile(distance, PERCENTILE)),
@@ -95,14 +95,11 @@ class Guarded(NamedTuple):
     """What a guard made of a batch.
 
     ``action``: as the graph's output of that name. ``policy_weight`` [B, k] float32: w of the distribution that
-    acted, 1 for the policy, 0 for the behaviour policy. ``exceeded`` [B, k]: the divergence was above the
-    threshold. ``distance`` [B, k], None for a bundle that does not describe its data.
+    acted, 1 for the policy, 0 for the behaviour policy.
     """
 
     action: NDArray[Any]
     policy_weight: NDArray[np.float32]
-    exceeded: NDArray[np.bool_]
-    distance: NDArray[np.float64] | None
 
 
 class Guard:
@@ -123,6 +120,7 @@ class Guard:
         self.agents = tuple(agents)
         self.settings = tuple(settings.get(agent.name, GuardSetting()) for agent in agents)
         self._discrete = spec.action_kind == "discrete"
+        self._normalizer = spec.normalizer
         thresholds = []
         for agent, setting in zip(self.agents, self.settings, strict=True):
             if setting.mode == "blend" and divergence_kind != "kl":
@@ -148,32 +146,47 @@ class Guard:
         self._acts = bool(self._active.any())
         self._observations = list(pairwise(np.cumsum([0, *(a.observation_size for a in agents)]).tolist()))
         self._actions = list(pairwise(np.cumsum([0, *(a.action.size for a in agents)]).tolist()))
-        self._known = None
-        if all(agent.name in references for agent in agents):
-            own = [references[agent.name] for agent in agents]
-            self._known = _Known(spec, [agent.observation_size for agent in agents], own)
-        elif np.isfinite(self.distance_limits).any():
+        self._data = [
+            (np.array(own.observation_mean), np.array(own.observation_std))
+            for own in (references[agent.name] for agent in agents if agent.name in references)
+        ]
+        if len(self._data) < len(agents) and np.isfinite(self.distance_limits).any():
             raise ConfigError(
                 "guard distance_limit: the bundle does not describe its observations, as it was not made from "
                 "training data: leave it out"
             )
 
-    def __call__(
-        self, observation: NDArray[Any], noise: NDArray[Any], outputs: Mapping[str, NDArray[Any]]
-    ) -> Guarded:
-        """``observation`` [B, sum O], ``noise`` [B, sum A] and the graph's outputs on them."""
-        divergence = outputs["divergence"].reshape(len(observation), -1)  # [B, k]
-        exceeded = divergence > self.thresholds
+    @property
+    def limits(self) -> list[tuple[int, float]]:
+        """Index and threshold of every agent whose action is replaced above it."""
+        return [(index, float(self.thresholds[index])) for index in np.flatnonzero(self._active).tolist()]
+
+    def exceeded(self, divergence: NDArray[Any]) -> NDArray[np.bool_]:
+        """Where a divergence [B, k] is above its agent's threshold."""
+        above: NDArray[np.bool_] = divergence > self.thresholds
+        return above
+
+    def distance(self, observation: NDArray[Any]) -> NDArray[np.float64] | None:
+        """``[B, sum O] -> [B, k]``; None for a bundle that does not describe the data of all its agents."""
+        if len(self._data) < len(self.agents):
+            return None
+        rows = observation.astype(np.float64)
+        found = np.empty((len(rows), len(self.agents)))
+        for index, (own, known) in enumerate(zip(self._observations, self._data, strict=True)):
+            found[:, index] = _distance(self._normalizer.apply(rows[:, slice(*own)]), *known)
+        return found
+
+    def __call__(self, noise: NDArray[Any], outputs: Mapping[str, NDArray[Any]]) -> Guarded:
+        """``noise`` [B, sum A] and the graph's outputs with it."""
+        divergence = outputs["divergence"].reshape(len(noise), -1)  # [B, k]
         weight = np.ones(divergence.shape, np.float32)
         action = outputs["action"]
-        if self._acts and (stopped := exceeded & self._active).any():
+        if self._acts and (stopped := self.exceeded(divergence) & self._active).any():
             action = action.copy()
             for index in np.flatnonzero(stopped.any(axis=0)).tolist():
                 rows = np.flatnonzero(stopped[:, index])
                 weight[rows, index] = self._replace(action, rows, index, noise, outputs)
-        return Guarded(
-            action, weight, exceeded, None if self._known is None else self._known.distance(observation)
-        )
+        return Guarded(action, weight)
 
     def _replace(
         self,
@@ -269,31 +282,9 @@ def _largest_weight(pair: _Gaussian | _Logits, threshold: float, rows: int) -> N
     return low
 
 
-class _Known:
-    """Distance of observations from the training data, for all agents of a model at once.
-
-    Means over each agent's own entries are products with constant matrices: fewer calls of numpy, which are what a
-    small batch costs.
-    """
-
-    def __init__(self, spec: TeamSpec, sizes: Sequence[int], references: Sequence[Reference]) -> None:
-        self._normalize = spec.normalizer.kind != "none"
-        self._spread = np.repeat(
-            np.eye(len(sizes)), sizes, axis=1
-        )  # [k, sum O], each agent's number to its entries
-        self._average = (self._spread / np.array(sizes)[:, None]).T  # [sum O, k], the mean of its entries
-        self._center = np.eye(sum(sizes)) - self._average @ self._spread
-        std = np.concatenate([reference.observation_std for reference in references])
-        self._scale = 1.0 / std
-        self._shift = np.concatenate([reference.observation_mean for reference in references]) / std
-
-    def distance(self, observation: NDArray[Any]) -> NDArray[np.float64]:
-        """``[B, sum O] -> [B, k]``."""
-        rows = observation.astype(np.float64)
-        if self._normalize:  # as Normalizer.apply
-            rows = rows @ self._center
-            variance = np.maximum((rows * rows) @ self._average, LEAST_VARIANCE)
-            rows *= (1.0 / np.sqrt(variance)) @ self._spread
-        deviation = rows * self._scale - self._shift
-        distance: NDArray[np.float64] = np.sqrt((deviation * deviation) @ self._average)
-        return distance
+def _distance(
+    normalised: NDArray[Any], mean: NDArray[np.float64], std: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """``[B, O] -> [B]``."""
+    distance: NDArray[np.float64] = np.sqrt((((normalised - mean) / std) ** 2).mean(axis=1))
+    return distance

@@ -40,7 +40,7 @@ class OnnxModel:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
-            self._row = _BoundRow(onnxruntime.OrtValue, self._session)
+            self.row = BoundRow(onnxruntime.OrtValue, self._session)
         except Exception as error:  # onnxruntime raises its own unexported types
             raise BundleError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
         self.inputs = tuple(entry.name for entry in self._session.get_inputs())
@@ -49,32 +49,40 @@ class OnnxModel:
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs for all inputs, which have the graph's types and widths and one number of rows."""
         if len(feeds[self.inputs[0]]) == 1:
-            return self._row.run(feeds)
+            return self.row.answer(feeds)
         return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
 
 
-class _BoundRow:
-    """A graph bound once to arrays of one row, a control step's, which costs less than binding them anew."""
+class BoundRow:
+    """A graph bound once to arrays of one row, a control step's, which costs less than binding them anew.
+
+    ``inputs``, ``outputs``: those arrays by name, ``[1, ...]``, which :meth:`run` reads and writes. They are for
+    one caller at a time: who uses them rather than :meth:`answer` holds ``lock``.
+    """
 
     def __init__(self, value: Any, session: Any) -> None:
         """``value``: onnxruntime's ``OrtValue``."""
         self._session, self._binding = session, session.io_binding()
-        self._inputs, self._outputs = (
+        self.inputs, self.outputs = (
             {entry.name: np.zeros((1, *entry.shape[1:]), _DTYPES[entry.type]) for entry in entries}
             for entries in (session.get_inputs(), session.get_outputs())
         )
-        for name, array in self._inputs.items():
+        for name, array in self.inputs.items():
             self._binding.bind_ortvalue_input(name, value.ortvalue_from_numpy(array))  # which share memory
-        for name, array in self._outputs.items():
+        for name, array in self.outputs.items():
             self._binding.bind_ortvalue_output(name, value.ortvalue_from_numpy(array))
-        self._lock = Lock()
+        self.lock = Lock()
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        with self._lock:
-            for name, array in self._inputs.items():
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+    def answer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """As :meth:`OnnxModel.run`."""
+        with self.lock:
+            for name, array in self.inputs.items():
                 array[...] = feeds[name]
-            self._session.run_with_iobinding(self._binding)
-            return {name: array.copy() for name, array in self._outputs.items()}
+            self.run()
+            return {name: array.copy() for name, array in self.outputs.items()}
 
 
 class LocalPolicy:

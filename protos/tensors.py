@@ -7,8 +7,7 @@ little-endian in both protocols.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,7 @@ DTYPES: Mapping[Datatype, np.dtype[Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One input or output: [B, width], or [B] where ``width`` is None."""
 
     name: str

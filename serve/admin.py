@@ -17,7 +17,7 @@ import grpc
 
 from omcda_deploy.protos import admin_pb2
 from omcda_deploy.serve.handlers import Context, abort, parse
-from omcda_deploy.serve.meter import ModelMeter
+from omcda_deploy.serve.meter import Totals
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.session import Session
 from omcda_deploy.serve.status import status_of
@@ -111,24 +111,24 @@ class AdminService:
 
 def _model_status(session: Session, budgets: dict[str, float | None]) -> admin_pb2.ModelStatus:
     meter, guard = session.meter, session.guard
-    recent = meter.recent()
+    totals, recent = meter.totals(), meter.recent()
     agents = []
-    for index, agent in enumerate(meter.agents):
+    for index, agent in enumerate(agent.name for agent in guard.agents):
         budget = budgets[agent]
         agents.append(
             admin_pb2.AgentStatus(
                 agent=agent,
-                divergence=_share(meter.divergence[index], meter),
+                divergence=_share(totals.divergence[index], totals),
                 budget=math.nan if budget is None else budget,
                 guard=guard.settings[index].mode,
                 threshold=float(guard.thresholds[index]),
-                exceeded=_share(meter.exceeded[index], meter),
-                replaced=_share(meter.replaced[index], meter),
+                exceeded=_share(totals.exceeded[index], totals),
+                replaced=_share(totals.replaced[index], totals),
             )
         )
     return admin_pb2.ModelStatus(
         model=session.name,
-        answers=meter.answers,
+        answers=totals.answers,
         answers_per_s=0.0 if recent is None else recent.per_second,
         p50_ms=math.nan if recent is None else recent.p50_ms,
         p99_ms=math.nan if recent is None else recent.p99_ms,
@@ -137,5 +137,5 @@ def _model_status(session: Session, budgets: dict[str, float | None]) -> admin_p
     )
 
 
-def _share(total: float, meter: ModelMeter) -> float:
-    return total / meter.rows if meter.rows else math.nan
+def _share(total: float, totals: Totals) -> float:
+    return float(total) / totals.rows if totals.rows else math.nan

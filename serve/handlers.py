@@ -1,4 +1,4 @@
-"""From bytes to bytes: gRPC handlers around plain functions from message to message.
+"""From bytes to bytes: gRPC handlers around plain functions from a message to the bytes of another.
 
 Requests are parsed here rather than by gRPC, which answers INTERNAL to bytes that do not decode. The functions
 run to their end without waiting, so one control step is never interleaved with another.
@@ -64,16 +64,17 @@ class Traffic:
         finally:
             self.streams -= 1
 
-    @contextmanager
-    def waiting(self, context: Context) -> Iterator[None]:
-        """Around a wait without an end of its own: it is broken off when the server is to stop."""
+    def wait(self, context: Context) -> None:
+        """Before a wait without an end of its own, which is broken off when the server is to stop.
+
+        Raises :class:`StoppingError` when it is to stop already. :meth:`waited` follows.
+        """
         if self.stopping:
             raise StoppingError(STOPPING)
         self._waiting.add(context)
-        try:
-            yield
-        finally:
-            self._waiting.discard(context)
+
+    def waited(self, context: Context) -> None:
+        self._waiting.discard(context)
 
     async def quiet(self, limit_s: float) -> None:
         """Return when no unary call came for a moment, or after ``limit_s``.
@@ -98,8 +99,8 @@ class Traffic:
 def methods(
     service: str,
     traffic: Traffic,
-    unary: Mapping[str, tuple[type[Any], Callable[[Any], Message]]],
-    streams: Mapping[str, tuple[type[Any], Callable[[], Callable[[Any], Message]]]] | None = None,
+    unary: Mapping[str, tuple[type[Any], Callable[[Any], bytes]]],
+    streams: Mapping[str, tuple[type[Any], Callable[[], Callable[[Any], bytes]]]] | None = None,
 ) -> grpc.GenericRpcHandler:
     """The handlers of a service: per method its request's type and the function that answers one.
 
@@ -115,7 +116,7 @@ def methods(
 
 
 def _unary(
-    request_type: type[Request], answer: Callable[[Request], Message], traffic: Traffic, meter: MethodMeter
+    request_type: type[Request], answer: Callable[[Request], bytes], traffic: Traffic, meter: MethodMeter
 ) -> Handler:
     """One response for one request."""
 
@@ -135,7 +136,7 @@ def _unary(
 
 def _stream(
     request_type: type[Request],
-    begin: Callable[[], Callable[[Request], Message]],
+    begin: Callable[[], Callable[[Request], bytes]],
     traffic: Traffic,
     meter: MethodMeter,
 ) -> Handler:
@@ -151,17 +152,20 @@ def _stream(
             with traffic.stream():
                 answer = begin()
                 while True:
-                    with traffic.waiting(context):
-                        data = await context.read()
+                    traffic.wait(context)
+                    data = await context.read()
                     if data is grpc.aio.EOF:
                         meter.handled["OK"] += 1
                         return
+                    traffic.waited(context)
                     await context.write(_respond(request_type, data, answer, traffic, meter, context))
         except (grpc.aio.BaseError, asyncio.CancelledError):  # the call has ended under us
             meter.handled["CANCELLED"] += 1
             raise
         except Exception as error:
             await abort(context, error, meter)
+        finally:
+            traffic.waited(context)
 
     return grpc.stream_stream_rpc_method_handler(handle)
 
@@ -169,17 +173,17 @@ def _stream(
 def _respond(
     request_type: type[Request],
     data: bytes,
-    answer: Callable[[Request], Message],
+    answer: Callable[[Request], bytes],
     traffic: Traffic,
     meter: MethodMeter,
     context: Context,
 ) -> bytes:
     started = time.perf_counter()
     if traffic.tracing is None:
-        response = answer(parse(request_type, data)).SerializeToString()
+        response = answer(parse(request_type, data))
     else:
         with traffic.tracing.span(meter.service, meter.method, context.invocation_metadata()):
-            response = answer(parse(request_type, data)).SerializeToString()
+            response = answer(parse(request_type, data))
     meter.seconds.add(time.perf_counter() - started)
     return response
 

@@ -34,8 +34,11 @@ class Health(health_aio.HealthServicer):  # type: ignore[misc]
         self._traffic = traffic
 
     async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802, the service's name
-        with self._traffic.waiting(context):
+        self._traffic.wait(context)
+        try:
             await super().Watch(request, context)
+        finally:
+            self._traffic.waited(context)
 
 
 def add_health(server: grpc.aio.Server, services: Iterable[str], traffic: Traffic) -> Health:

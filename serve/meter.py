@@ -1,22 +1,26 @@
-"""What a server counts while it answers, at the price of a few additions per call; metrics and status read it.
+"""What a server counts while it answers; metrics and status read it.
 
-Everything is added to in the event loop's thread alone. Readers in other threads see a state that is at most one
-call old.
+RPCs are counted as they come. What models answered is noted, and counted in blocks or when somebody asks: a call of
+numpy costs about a microsecond whether it gets one row or a hundred.
+
+Everything is noted in the event loop's thread alone. Readers in other threads see a state that is at most one call
+old.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.guard import Guarded
+from omcda_deploy.guard import Guard
 
 # Seconds. Python's own round trip is about half a millisecond, a control step rarely more than 50.
 LATENCY_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -24,6 +28,12 @@ RATIO_BOUNDS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 10.0)  # of divergence
 LEAST_THRESHOLD, RATIO_LIMIT = 1e-6, 1e6  # of a threshold of 0 nats, ratios are only large
 RECENT = 1024  # calls of which status reports percentiles and rates
 RATE_S = 60.0
+BLOCK = (
+    8192  # entries of observations that are noted before they are counted: some hundred microseconds' work
+)
+
+
+Buffer: TypeAlias = "bytes | NDArray[np.float32]"
 
 
 class Histogram:
@@ -37,6 +47,12 @@ class Histogram:
     def add(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
+
+    def add_all(self, values: NDArray[np.float64]) -> None:
+        places = np.searchsorted(self.bounds, values)
+        for place, count in enumerate(np.bincount(places, minlength=len(self.counts)).tolist()):
+            self.counts[place] += count
+        self.sum += float(values.sum())
 
     def cumulative(self) -> list[tuple[str, int]]:
         """(upper bound, values up to it), as Prometheus has them."""
@@ -63,53 +79,98 @@ class Recent:
     p99_ms: float
 
 
-class ModelMeter:
-    """One model (an agent, or the team): its answers, and each of its agents' guards."""
+@dataclass
+class Totals:
+    """A model's answers, and what they were to the guards of its k agents."""
 
-    def __init__(self, agents: Sequence[str]) -> None:
-        self.agents = tuple(agents)
-        self.answers = 0
-        self.rows = 0
-        self.divergence = [0.0 for _ in agents]  # sums over rows, nats
-        self.exceeded = [0 for _ in agents]  # rows above the threshold
-        self.replaced = [0 for _ in agents]  # rows in which the guard acted
-        self.ratios = [
-            Histogram(RATIO_BOUNDS) for _ in agents
-        ]  # of divergence to threshold, an answer's largest
-        self.distances = [Histogram(RATIO_BOUNDS) for _ in agents]  # an answer's largest; empty where unknown
+    divergence: NDArray[np.float64]  # [k], sums over rows, nats
+    exceeded: NDArray[np.int64]  # [k], rows above the threshold
+    replaced: NDArray[np.int64]  # [k], rows in which the guard acted
+    ratios: Sequence[Histogram]  # k, of divergence to threshold, an answer's largest
+    distances: Sequence[Histogram]  # k, an answer's largest; empty where unknown
+    answers: int = 0
+    rows: int = 0
+
+
+class _Note(NamedTuple):
+    """An answer of B rows; arrays as bytes or as they are."""
+
+    rows: int
+    observation: Buffer  # float32 [B, sum O]
+    divergence: Buffer  # float32 [B, k]
+    policy_weight: Buffer  # float32 [B, k]
+    began: float
+    seconds: float
+
+
+class ModelMeter:
+    """One model, an agent or the team."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._width = sum(agent.observation_size for agent in guard.agents)
+        k = len(guard.agents)
+        ratios, distances = ([Histogram(RATIO_BOUNDS) for _ in guard.agents] for _ in range(2))
+        self._totals = Totals(np.zeros(k), np.zeros(k, np.int64), np.zeros(k, np.int64), ratios, distances)
+        self._notes: deque[_Note] = deque()
+        self._entries = 0  # of observations, noted since the last block
+        self._counting = Lock()
+        self._recent = np.zeros((RECENT, 2))  # when, and how many seconds; a ring
         self.compared = 0  # answers that a shadow gave too
         self.difference = 0.0  # sum over them: mean absolute difference, or share of different choices
         self.shadow_failures = 0  # answers that it could not give
-        self._recent = np.zeros((RECENT, 2))  # when, and how many seconds; a ring
 
     def add(
-        self, guarded: Guarded, divergence: NDArray[np.float32], thresholds: Sequence[float], seconds: float
+        self,
+        rows: int,
+        observation: Buffer,
+        divergence: Buffer,
+        policy_weight: Buffer,
+        began: float,
+        seconds: float,
     ) -> None:
-        """An answer with ``divergence`` [B, k] and what the guard made of it."""
-        rows = len(divergence)
-        self.answers += 1
-        self.rows += rows
-        # Plain numbers: on these few, each call of numpy costs more than the whole loop.
-        single = rows == 1
-        sums = (divergence[0] if single else divergence.sum(axis=0)).tolist()
-        largest = sums if single else divergence.max(axis=0).tolist()
-        exceeded = (guarded.exceeded[0] if single else guarded.exceeded.sum(axis=0)).tolist()
-        weights = guarded.policy_weight
-        replaced = (
-            [weight < 1.0 for weight in weights[0].tolist()]
-            if single
-            else (weights < 1.0).sum(axis=0).tolist()
-        )
-        for index, threshold in enumerate(thresholds):
-            self.divergence[index] += sums[index]
-            self.exceeded[index] += exceeded[index]
-            self.replaced[index] += replaced[index]
-            self.ratios[index].add(min(largest[index] / max(threshold, LEAST_THRESHOLD), RATIO_LIMIT))
-        if guarded.distance is not None:
-            far = (guarded.distance[0] if single else guarded.distance.max(axis=0)).tolist()
-            for histogram, distance in zip(self.distances, far, strict=True):
-                histogram.add(distance)
-        self._recent[(self.answers - 1) % RECENT] = time.monotonic(), seconds
+        """Note an answer of B ``rows``; ``began`` is a reading of ``time.perf_counter``.
+
+        ``observation`` [B, sum O], ``divergence`` and ``policy_weight`` [B, k] are float32, as bytes or arrays, and
+        not to be changed any more.
+        """
+        self._notes.append(_Note(rows, observation, divergence, policy_weight, began, seconds))
+        self._entries += rows * self._width
+        if self._entries >= BLOCK:
+            self._entries = 0
+            self.totals()
+
+    def totals(self) -> Totals:
+        """All that has been noted so far, counted."""
+        with self._counting:
+            notes = [self._notes.popleft() for _ in range(len(self._notes))]
+            if notes:
+                self._count(notes)
+        return self._totals
+
+    def _count(self, notes: Sequence[_Note]) -> None:
+        totals, guard = self._totals, self._guard
+        rows, observations, divergences, weights, began, seconds = zip(*notes, strict=True)
+        k = len(guard.agents)
+        divergence = np.frombuffer(b"".join(divergences), np.float32).reshape(-1, k).astype(np.float64)
+        weight = np.frombuffer(b"".join(weights), np.float32).reshape(-1, k)
+        distance = guard.distance(np.frombuffer(b"".join(observations), np.float32).reshape(-1, self._width))
+        first = np.cumsum((0, *rows[:-1]))  # row of each answer
+        ratio = np.maximum.reduceat(divergence, first) / np.maximum(guard.thresholds, LEAST_THRESHOLD)
+        for histogram, values in zip(totals.ratios, np.minimum(ratio, RATIO_LIMIT).T, strict=True):
+            histogram.add_all(values)
+        if distance is not None:
+            for histogram, values in zip(
+                totals.distances, np.maximum.reduceat(distance, first).T, strict=True
+            ):
+                histogram.add_all(values)
+        totals.divergence += divergence.sum(axis=0)
+        totals.exceeded += guard.exceeded(divergence).sum(axis=0)
+        totals.replaced += (weight < 1.0).sum(axis=0)
+        places = (totals.answers + np.arange(len(notes))) % RECENT
+        self._recent[places] = np.column_stack((began, seconds))
+        totals.answers += len(notes)
+        totals.rows += sum(rows)
 
     def compare(self, action: NDArray[Any], other: NDArray[Any]) -> None:
         """Note what a shadow would have done instead."""
@@ -123,10 +184,10 @@ class ModelMeter:
 
     def recent(self) -> Recent | None:
         """None before the first answer."""
-        when, seconds = self._recent[: self.answers].T
+        when, seconds = self._recent[: self.totals().answers].T
         if not len(when):
             return None
-        now = time.monotonic()
+        now = time.perf_counter()
         inside = np.count_nonzero(now - when <= RATE_S)
         # A full window may cover less than a minute: then the rate is that of the time it covers.
         span = RATE_S if len(when) < RECENT else max(now - float(when.min()), 1e-3)

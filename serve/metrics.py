@@ -113,22 +113,22 @@ class ServerCollector:
         )
         for models, _ in list(self._releases.held()):
             for session in list(models.sessions.values()):
-                meter, version = session.meter, session.version
-                answers.add_metric([session.name, version], meter.answers)
-                rows.add_metric([session.name, version], meter.rows)
+                meter, version, guard = session.meter, session.version, session.guard
+                totals = meter.totals()
+                answers.add_metric([session.name, version], totals.answers)
+                rows.add_metric([session.name, version], totals.rows)
                 compared.add_metric([session.name, version], meter.compared)
                 difference.add_metric([session.name, version], meter.difference)
                 failures.add_metric([session.name, version], meter.shadow_failures)
-                guard = session.guard
-                for index, agent in enumerate(meter.agents):
+                for index, agent in enumerate(agent.name for agent in guard.agents):
                     labels = [session.name, agent, version]
-                    divergence.add_metric(labels, meter.divergence[index])
+                    divergence.add_metric(labels, totals.divergence[index])
                     if (own := models.bundle.budgets[agent]) is not None:
                         budget.add_metric(labels, own)
                     threshold.add_metric(labels, float(guard.thresholds[index]))
-                    exceeded.add_metric(labels, meter.exceeded[index])
-                    replaced.add_metric([*labels, guard.settings[index].mode], meter.replaced[index])
-                    for family, histograms in ((ratio, meter.ratios), (distance, meter.distances)):
+                    exceeded.add_metric(labels, totals.exceeded[index])
+                    replaced.add_metric([*labels, guard.settings[index].mode], totals.replaced[index])
+                    for family, histograms in ((ratio, totals.ratios), (distance, totals.distances)):
                         family.add_metric(labels, histograms[index].cumulative(), histograms[index].sum)
         yield from (answers, rows, divergence, budget, threshold, exceeded, replaced, ratio, distance)
         yield from (compared, difference, failures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -55,13 +55,13 @@ def inputs_of(request: oip.ModelInferRequest, session: Session) -> dict[str, NDA
     return inputs
 
 
-def wanted_outputs(request: oip.ModelInferRequest, session: Session) -> list[Tensor]:
+def wanted_outputs(request: oip.ModelInferRequest, session: Session) -> tuple[Tensor, ...]:
     """The outputs that the request names, in its order; all where it names none.
 
     Raises :class:`RequestError` for a name that the model has not, or given twice.
     """
     if not request.outputs:
-        return list(session.outputs.values())
+        return session.all_outputs
     names = [output.name for output in request.outputs]
     if (
         len(names) > len(session.outputs)
@@ -72,30 +72,55 @@ def wanted_outputs(request: oip.ModelInferRequest, session: Session) -> list[Ten
         raise RequestError(
             f"{session.name}: expected outputs out of {', '.join(session.outputs)}, each once, got {shown}"
         )
-    return [session.outputs[name] for name in names]
+    return tuple(session.outputs[name] for name in names)
+
+
+def step_of(request: oip.ModelInferRequest, session: Session) -> tuple[bytes, bytes, bytes] | None:
+    """Observation, noise and mask of a request for one row, empty where absent; None for any other request."""
+    raw = request.raw_input_contents
+    if not raw or len(raw) != len(request.inputs):
+        return None
+    inputs: dict[str, bytes] = {}
+    for given, data in zip(request.inputs, raw, strict=True):
+        tensor = session.inputs.get(given.name)
+        if (
+            tensor is None
+            or not data
+            or given.datatype != tensor.datatype
+            or given.shape != [1, tensor.width]
+            or tensor.name in inputs
+            or given.HasField("contents")
+        ):
+            return None
+        inputs[tensor.name] = data
+    return inputs.get("observation", b""), inputs.get("noise", b""), inputs.get("action_mask", b"")
 
 
 def response_of(
     request: oip.ModelInferRequest,
     session: Session,
-    wanted: Sequence[Tensor],
-    outputs: Mapping[str, NDArray[Any]],
-) -> oip.ModelInferResponse:
-    return oip.ModelInferResponse(
-        model_name=session.name,
-        model_version=session.version,
-        id=request.id,
-        outputs=_described(tuple(wanted), len(outputs["action"])),
-        raw_output_contents=[tensor.encode(outputs[tensor.name]) for tensor in wanted],
+    wanted: tuple[Tensor, ...],
+    rows: int,
+    answer: Mapping[str, bytes],
+) -> bytes:
+    """A serialised ``ModelInferResponse``."""
+    body = oip.ModelInferResponse(
+        id=request.id, raw_output_contents=[answer[tensor.name] for tensor in wanted]
     )
+    return _head(session.name, session.version, wanted, rows) + body.SerializeToString()
 
 
-@lru_cache(maxsize=256)  # the same few in every response
-def _described(tensors: tuple[Tensor, ...], batch: int) -> list[oip.ModelInferResponse.InferOutputTensor]:
-    return [
-        oip.ModelInferResponse.InferOutputTensor(name=t.name, datatype=t.datatype, shape=t.shape(batch))
-        for t in tensors
-    ]
+@lru_cache(maxsize=256)
+def _head(model: str, version: str, tensors: tuple[Tensor, ...], batch: int) -> bytes:
+    """What is the same in every response; two messages in a row are one, with the fields of both."""
+    return oip.ModelInferResponse(
+        model_name=model,
+        model_version=version,
+        outputs=[
+            oip.ModelInferResponse.InferOutputTensor(name=t.name, datatype=t.datatype, shape=t.shape(batch))
+            for t in tensors
+        ],
+    ).SerializeToString()
 
 
 def metadata_of(

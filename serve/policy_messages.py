@@ -1,13 +1,12 @@
-"""``omcda.v1`` messages to arrays and back."""
+"""``omcda.v1`` requests to arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
 
-from omcda_deploy.protos.policy_pb2 import ActRequest, ActResponse
+from omcda_deploy.protos.policy_pb2 import ActRequest
 from omcda_deploy.serve.session import Session
 from omcda_deploy.serve.status import RequestError
 
@@ -33,12 +32,3 @@ def inputs_of(request: ActRequest, session: Session) -> dict[str, NDArray[Any]]:
             )
         inputs[name] = tensor.decode(data, request.batch)
     return inputs
-
-
-def response_of(request: ActRequest, session: Session, outputs: Mapping[str, NDArray[Any]]) -> ActResponse:
-    return ActResponse(
-        step_id=request.step_id,
-        model_version=session.version,
-        batch=request.batch,
-        **{name: tensor.encode(outputs[name]) for name, tensor in session.outputs.items()},
-    )

@@ -10,7 +10,7 @@ import grpc
 from omcda_deploy.errors import ContractError
 from omcda_deploy.protos import policy_pb2
 from omcda_deploy.serve.handlers import Traffic, methods
-from omcda_deploy.serve.policy_messages import inputs_of, response_of
+from omcda_deploy.serve.policy_messages import inputs_of
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.status import RequestError
 
@@ -21,7 +21,7 @@ class PolicyService:
     def __init__(self, releases: Releases) -> None:
         self._releases = releases
 
-    def get_contract(self, request: policy_pb2.GetContractRequest) -> policy_pb2.GetContractResponse:
+    def get_contract(self, request: policy_pb2.GetContractRequest) -> bytes:
         held = self._releases.models(request.model_version)
         bundle = held.bundle
         return policy_pb2.GetContractResponse(
@@ -32,12 +32,19 @@ class PolicyService:
             bundle_digest=held.digest,
             divergence_kind=bundle.divergence_kind,
             budgets={name: budget for name, budget in bundle.budgets.items() if budget is not None},
-        )
+        ).SerializeToString()
 
-    def act(self, request: policy_pb2.ActRequest) -> policy_pb2.ActResponse:
+    def act(self, request: policy_pb2.ActRequest) -> bytes:
         session = self._releases.find(request.model, request.model_version)
         self._require_contract(request.contract_hash)
-        return response_of(request, session, self._releases.answer(session, inputs_of(request, session)))
+        answer = None
+        if request.batch == 1:
+            answer = self._releases.step(session, request.observation, request.noise, request.action_mask)
+        if answer is None:
+            answer = session.encode(self._releases.answer(session, inputs_of(request, session)))
+        return policy_pb2.ActResponse(
+            step_id=request.step_id, model_version=session.version, batch=request.batch, **answer
+        ).SerializeToString()
 
     def _require_contract(self, stated: str) -> None:
         """All versions have one contract. Raises :class:`ContractError` when the caller was built for another."""
@@ -65,11 +72,11 @@ class Steps:
     What is kept is the last request and response of each model, so a new step costs the comparison of two numbers.
     """
 
-    def __init__(self, act: Callable[[policy_pb2.ActRequest], policy_pb2.ActResponse]) -> None:
+    def __init__(self, act: Callable[[policy_pb2.ActRequest], bytes]) -> None:
         self._act = act
-        self._last: dict[str, tuple[int, policy_pb2.ActRequest, policy_pb2.ActResponse]] = {}
+        self._last: dict[str, tuple[int, policy_pb2.ActRequest, bytes]] = {}
 
-    def __call__(self, request: policy_pb2.ActRequest) -> policy_pb2.ActResponse:
+    def __call__(self, request: policy_pb2.ActRequest) -> bytes:
         """Raises :class:`RequestError` for another step under the last one's id, and what ``act`` raises."""
         model, step = request.model, request.step_id
         if step and (last := self._last.get(model)) and step == last[0]:

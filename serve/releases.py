@@ -156,6 +156,14 @@ class Releases:
                 session.meter.compare(outputs["action"], other)
         return outputs
 
+    def step(
+        self, session: Session, observation: bytes, noise: bytes, mask: bytes
+    ) -> dict[str, bytes] | None:
+        """As :class:`omcda_deploy.serve.step.Step`; nothing is ordinary where there is a shadow."""
+        if session.step is None or (self.shadow and session.version == self.current):
+            return None
+        return session.step(observation, noise, mask)
+
     async def load(self, version: str) -> None:
         """Load and warm up, beside the event loop. Does nothing for a version that is held."""
         async with self._lock:

@@ -17,6 +17,7 @@ from omcda_deploy.local import OnnxModel
 from omcda_deploy.protos.tensors import DTYPES, answer_tensors, input_tensors
 from omcda_deploy.serve.meter import ModelMeter
 from omcda_deploy.serve.status import RangeError, RequestError
+from omcda_deploy.serve.step import Step
 
 NAME_LIMIT = 100  # characters of a caller's name that are compared and repeated
 OPTIONAL_INPUTS = frozenset({"noise"})
@@ -35,6 +36,7 @@ class Session:
         self.version = version
         self.inputs = {tensor.name: tensor for tensor in input_tensors(bundle.spec, name)}
         self.outputs = {tensor.name: tensor for tensor in answer_tensors(bundle.spec, name)}
+        self.all_outputs = tuple(self.outputs.values())
         self._model = OnnxModel(bundle.model_path(name))
         self._agents = bundle.spec.agents if name == TEAM else (bundle.spec.agent(name),)
         self.guard = Guard(bundle.spec, self._agents, bundle.divergence_kind, guards, bundle.references)
@@ -42,8 +44,9 @@ class Session:
             [0, *(agent.action.size for agent in self._agents[:-1])]
         )  # in a joined mask
         self._distance_limits = self.guard.distance_limits
-        self._thresholds = self.guard.thresholds.tolist()
-        self.meter = ModelMeter([agent.name for agent in self._agents])
+        self._limited = bool(np.isfinite(self._distance_limits).any())
+        self.meter = ModelMeter(self.guard)
+        self.step = None if self._limited else Step(self._model.row, self.guard, self.meter)
         self._warm_up()
 
     def answer(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -52,7 +55,7 @@ class Session:
         Raises :class:`RequestError` for values that no policy can act on, :class:`RangeError` where the action
         is not finite, or an observation further from the training data than the guard allows.
         """
-        started = time.perf_counter()
+        began = time.perf_counter()
         feeds = self._feeds(given)
         with np.errstate(all="ignore"):
             outputs = self._model.run(feeds)
@@ -62,23 +65,29 @@ class Session:
                 f"{self.name}: the action for this observation or its divergence is not finite; the largest entry "
                 f"is {np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
             )
-        guarded = self.guard(feeds["observation"], feeds["noise"], outputs)
+        guarded = self.guard(feeds["noise"], outputs)
         if "action_mask" in feeds:
             self._require_available(guarded.action, feeds["action_mask"])
-        self._require_near(guarded.distance)
+        if self._limited:
+            self._require_near(feeds["observation"])
         rows, weight = len(feeds["observation"]), guarded.policy_weight
-        divergence = outputs["divergence"].reshape(rows, -1)
-        self.meter.add(guarded, divergence, self._thresholds, time.perf_counter() - started)
+        self.meter.add(
+            rows, feeds["observation"], outputs["divergence"], weight, began, time.perf_counter() - began
+        )
         return outputs | {
             "action": guarded.action,
             "policy_weight": weight if self.name == TEAM else weight.reshape(-1),
         }
 
+    def encode(self, outputs: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
+        """An answer's tensors as they travel."""
+        return {name: tensor.encode(outputs[name]) for name, tensor in self.outputs.items()}
+
     def act(self, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """The action that :meth:`answer` would give for what has been found valid; counts and refuses nothing."""
         feeds = self._feeds(given)
         outputs = self._model.run(feeds)
-        return self.guard(feeds["observation"], feeds["noise"], outputs).action
+        return self.guard(feeds["noise"], outputs).action
 
     def _feeds(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if missing := self.inputs.keys() - given.keys() - OPTIONAL_INPUTS:
@@ -114,8 +123,10 @@ class Session:
                 "action was chosen: send observations and noise of the range seen in training"
             )
 
-    def _require_near(self, distance: NDArray[np.float64] | None) -> None:
-        if distance is None or not (far := distance > self._distance_limits).any():
+    def _require_near(self, observation: NDArray[np.float32]) -> None:
+        distance = self.guard.distance(observation)
+        assert distance is not None  # the guard has no limits where it is unknown
+        if not (far := distance > self._distance_limits).any():
             return
         row, agent = np.argwhere(far)[0].tolist()
         raise RangeError(

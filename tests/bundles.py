@@ -7,6 +7,7 @@ graph holds the same nodes for all agents at once.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from omcda_deploy.bundle import (
     read_bundle,
     sha256,
 )
+from omcda_deploy.guard import Reference
+from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos.tensors import Tensor, input_tensors, output_tensors
 from omcda_deploy.spec import ActionSpec, AgentSpec, Normalizer, TeamSpec
 
@@ -82,6 +85,21 @@ def write_test_bundle(path: Path, spec: TeamSpec, seed: int = 0, *, divergence_k
     }
     (path / MANIFEST).write_text(json.dumps(manifest, indent=2))
     return read_bundle(path)
+
+
+def with_references(bundle: Bundle) -> Bundle:
+    """The bundle with the references that an export from its data would have."""
+    generator = np.random.default_rng(5)
+    manifest = json.loads((bundle.path / MANIFEST).read_text())
+    observations = {a.name: generator.normal(size=(400, a.observation_size)) for a in bundle.spec.agents}
+    decisions = LocalTeam(bundle).act({name: rows.astype(np.float32) for name, rows in observations.items()})
+    for agent in bundle.spec.agents:
+        reference = Reference.of(
+            bundle.spec, agent, observations[agent.name], decisions[agent.name].divergence
+        )
+        manifest["agents"][agent.name]["reference"] = asdict(reference)
+    (bundle.path / MANIFEST).write_text(json.dumps(manifest))
+    return read_bundle(bundle.path)
 
 
 def _weights(agent: AgentSpec, generator: np.random.Generator) -> dict[str, NDArray[np.float32]]:

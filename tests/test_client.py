@@ -23,6 +23,7 @@ from omcda_deploy.errors import ContractError, EndpointError
 from omcda_deploy.local import JointTeam, LocalPolicy, LocalTeam
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.protos import policy_pb2_grpc
+from omcda_deploy.protos.policy_pb2 import ActResponse, GetContractResponse
 from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.policy_service import PolicyService
 from omcda_deploy.serve.releases import Releases
@@ -169,12 +170,12 @@ def threaded_server(bundle: Bundle, *models: str, slow: threading.Event | None =
 
     class Servicer(policy_pb2_grpc.PolicyServiceServicer):
         def GetContract(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return service.get_contract(request)
+            return GetContractResponse.FromString(service.get_contract(request))
 
         def Act(self, request: Any, context: Any) -> Any:  # noqa: N802
             if slow is not None and slow.is_set():
                 time.sleep(0.5)
-            return service.act(request)
+            return ActResponse.FromString(service.act(request))
 
         def ActStream(self, requests: Any, context: Any) -> Any:  # noqa: N802
             for request in requests:

@@ -50,7 +50,7 @@ class SlowService(policy_pb2_grpc.PolicyServiceServicer):
         self._came = threading.Condition()
 
     def GetContract(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return self._service.get_contract(request)
+        return policy_pb2.GetContractResponse.FromString(self._service.get_contract(request))
 
     def Act(self, request: Any, context: Any) -> Any:  # noqa: N802
         with self._came:
@@ -60,7 +60,7 @@ class SlowService(policy_pb2_grpc.PolicyServiceServicer):
                 assert self._came.wait_for(lambda: self._has_come(request.model, request.step_id + 1), 10)
                 self.answered_late += 1
         time.sleep(self.pause_s.get(request.model, 0.0))
-        return self._service.act(request)
+        return policy_pb2.ActResponse.FromString(self._service.act(request))
 
     def ActStream(self, requests: Any, context: Any) -> Any:  # noqa: N802
         for request in requests:

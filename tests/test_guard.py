@@ -54,10 +54,6 @@ def generator() -> np.random.Generator:
     return np.random.default_rng(3)
 
 
-def observation(spec: TeamSpec) -> NDArray[np.float32]:
-    return np.ones((B, sum(agent.observation_size for agent in spec.agents)), np.float32)
-
-
 @pytest.mark.parametrize("noisy", [False, True])
 def test_fallback_is_the_behaviour_policy_where_the_threshold_is_exceeded(
     generator: np.random.Generator, noisy: bool
@@ -68,7 +64,7 @@ def test_fallback_is_the_behaviour_policy_where_the_threshold_is_exceeded(
     outputs = gaussian_outputs(spec, generator, noise)
     threshold = float(np.median(outputs["divergence"][:, 1]))
     before = {name: values.copy() for name, values in outputs.items()}
-    made = guard(spec, agent_1=GuardSetting("fallback", threshold))(observation(spec), noise, outputs)
+    made = guard(spec, agent_1=GuardSetting("fallback", threshold))(noise, outputs)
     above = outputs["divergence"][:, 1] > threshold
     assert 10 < above.sum() < B - 10
     own = slices(spec)[1]
@@ -89,7 +85,7 @@ def test_a_gaussian_blend_spends_the_threshold(generator: np.random.Generator) -
     spec = continuous_spec()
     noise = generator.normal(size=(B, sum(agent.action.size for agent in spec.agents))).astype(np.float32)
     outputs = gaussian_outputs(spec, generator, noise)
-    made = guard(spec, agent_2=GuardSetting("blend", 0.4))(observation(spec), noise, outputs)
+    made = guard(spec, agent_2=GuardSetting("blend", 0.4))(noise, outputs)
     above, own = outputs["divergence"][:, 2] > 0.4, slices(spec)[2]
     assert above.sum() > 10
     assert (made.policy_weight[~above, 2] == 1.0).all()
@@ -125,7 +121,7 @@ def test_a_categorical_blend_spends_the_threshold_and_stays_available(generator:
     noise = generator.gumbel(size=(B, width)).astype(np.float32)
     action = np.stack([(logits + noise)[:, p].argmax(1) for p in slices(spec)], axis=1)
     outputs = {"logits": logits, "behavior_logits": behavior, "divergence": kl, "action": action}
-    made = guard(spec, agent_1=GuardSetting("blend", 0.5))(observation(spec), noise, outputs)
+    made = guard(spec, agent_1=GuardSetting("blend", 0.5))(noise, outputs)
     above = kl[:, 1] > 0.5
     assert above.sum() > 10
     w = made.policy_weight[above, 1].astype(np.float64)[:, None]
@@ -154,10 +150,11 @@ def test_observing_changes_nothing_and_counts(generator: np.random.Generator) ->
         )
         for agent in spec.agents
     }
-    made = guard(spec, references)(observation(spec), noise, outputs)
+    made = guard(spec, references)(noise, outputs)
     assert made.action is outputs["action"]
     assert (made.policy_weight == 1.0).all()
-    np.testing.assert_array_equal(made.exceeded, outputs["divergence"] > [0.3, 0.6, 0.9])
+    above = guard(spec, references).exceeded(outputs["divergence"])
+    np.testing.assert_array_equal(above, outputs["divergence"] > [0.3, 0.6, 0.9])
 
 
 @pytest.mark.parametrize("kind", ["none", "per-vector-standardize"])
@@ -172,10 +169,8 @@ def test_distance_is_the_root_mean_square_of_standardised_entries(
         for agent in spec.agents
     }
     assert references["agent_0"].divergence_p99 == pytest.approx(0.99)
-    noise = np.zeros((B, sum(agent.action.size for agent in spec.agents)), np.float32)
-    outputs = gaussian_outputs(spec, generator, noise)
     rows = np.concatenate([data[name][:B] for name in spec.names], axis=1).astype(np.float32)
-    distance = guard(spec, references)(rows, noise, outputs).distance
+    distance = guard(spec, references).distance(rows)
     assert distance is not None
     for index, name in enumerate(spec.names):
         whole = data[name]
@@ -189,7 +184,7 @@ def test_distance_is_the_root_mean_square_of_standardised_entries(
     if kind == "none":  # a whole team far away, and one agent alone
         far = rows.copy()
         far[:, : spec.agents[0].observation_size] += 30.0
-        moved = guard(spec, references)(far, noise, outputs).distance
+        moved = guard(spec, references).distance(far)
         assert moved is not None
         assert (moved[:, 0] > 5.0).all()
         np.testing.assert_array_equal(moved[:, 1:], distance[:, 1:])
@@ -201,7 +196,7 @@ def test_scaled_actions_are_scaled_back(generator: np.random.Generator) -> None:
     spec = replace(spec, agents=agents)
     noise = np.zeros((B, sum(agent.action.size for agent in spec.agents)), np.float32)
     outputs = gaussian_outputs(spec, generator, noise)
-    made = guard(spec, agent_0=GuardSetting("fallback", 0.0))(observation(spec), noise, outputs)
+    made = guard(spec, agent_0=GuardSetting("fallback", 0.0))(noise, outputs)
     own = slices(spec)[0]
     np.testing.assert_allclose(
         made.action[:, own], 2.0 + 4.0 * np.tanh(outputs["behavior_mean"][:, own]), atol=1e-5

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from functools import partial
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import grpc
@@ -16,10 +18,19 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.client import RemotePolicy, RemoteTeam
-from omcda_deploy.guard import Guarded
+from omcda_deploy.guard import Guard, GuardSetting, Reference
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.serve.logs import JsonFormatter
-from omcda_deploy.serve.meter import RATE_S, Histogram, ModelMeter
+from omcda_deploy.serve.meter import (
+    BLOCK,
+    LEAST_THRESHOLD,
+    RATE_S,
+    RATIO_BOUNDS,
+    RATIO_LIMIT,
+    Histogram,
+    ModelMeter,
+)
+from tests.bundles import continuous_spec
 from tests.server_process import free_port, server_process
 
 Sample = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -102,21 +113,65 @@ def test_histograms_are_cumulative_with_closed_upper_bounds() -> None:
 
 
 def test_recent_calls_give_a_rate_and_percentiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = ModelMeter(["a"])
+    meter = ModelMeter(Guard(spec := continuous_spec(agents=1), spec.agents, "kl", {}, {}))
     assert meter.recent() is None
     now = 1000.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
     calls = [(now - 2 * RATE_S, 0.5)] * 10  # too long ago for the rate
     calls += [(now - index * 0.1, 0.001 * (index + 1)) for index in range(120)]
-    guarded = Guarded(np.zeros((1, 1)), np.ones((1, 1), np.float32), np.zeros((1, 1), np.bool_), None)
+    observation, one, zero = np.ones((1, 4), np.float32), np.ones((1, 1), np.float32), bytes(4)
     for when, seconds in calls:
-        monkeypatch.setattr("time.monotonic", partial(float, when))
-        meter.add(guarded, np.zeros((1, 1), np.float32), [1.0], seconds)
-    monkeypatch.setattr("time.monotonic", lambda: now)
+        meter.add(1, observation, zero, one, when, seconds)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
     recent = meter.recent()
     assert recent is not None
     assert recent.per_second == pytest.approx(2.0)
     assert recent.p50_ms == pytest.approx(65.5, abs=1.0)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_answers_counted_in_blocks_add_up_to_those_of_each_alone(known: bool) -> None:
+    """Steps and batches in any order, more than a block of them, against sums over a plain list."""
+    spec, generator = continuous_spec(), np.random.default_rng(4)
+    width, k = sum(agent.observation_size for agent in spec.agents), len(spec.agents)
+    references = {
+        agent.name: Reference(0.5, 2.0, [0.5] * agent.observation_size, [1.5] * agent.observation_size)
+        for agent in spec.agents
+    }
+    settings = {"agent_0": GuardSetting("fallback", 0.3), "agent_2": GuardSetting("observe", 0.0)}
+    settings |= {"agent_1": GuardSetting("observe", 0.6)}
+    guard = Guard(spec, spec.agents, "kl", settings, references if known else {})
+    meter = ModelMeter(guard)
+    ratios, distances = ([Histogram(RATIO_BOUNDS) for _ in range(k)] for _ in range(2))
+    divergences, weights = [], []
+    for rows in generator.choice([1, 1, 1, 2, 7], size=2 * BLOCK // width):
+        observation = generator.normal(size=(rows, width)).astype(np.float32)
+        divergence = generator.exponential(0.4, size=(rows, k)).astype(np.float32)
+        weight = generator.choice([0.0, 0.5, 1.0], size=(rows, k)).astype(np.float32)
+        arrays: Any = (observation, divergence, weight)
+        if rows == 1:
+            arrays = [array.tobytes() for array in arrays]
+        meter.add(int(rows), arrays[0], arrays[1], arrays[2], time.perf_counter(), 0.001)
+        divergences.append(divergence.astype(np.float64))
+        weights.append(weight)
+        distance = guard.distance(observation)
+        for index, threshold in enumerate((0.3, 0.6, LEAST_THRESHOLD)):
+            ratios[index].add(min(float(divergences[-1][:, index].max()) / threshold, RATIO_LIMIT))
+            if distance is not None:
+                distances[index].add(float(distance[:, index].max()))
+    with ThreadPoolExecutor(1) as other:  # as a scrape's
+        totals = other.submit(meter.totals).result()
+    divergence, weight = np.concatenate(divergences), np.concatenate(weights)
+    assert (totals.answers, totals.rows) == (len(divergences), len(divergence))
+    np.testing.assert_allclose(totals.divergence, divergence.sum(axis=0))
+    np.testing.assert_array_equal(totals.exceeded, (divergence > [0.3, 0.6, 0.0]).sum(axis=0))
+    np.testing.assert_array_equal(totals.replaced, (weight < 1.0).sum(axis=0))
+    for counted, expected in zip([*totals.ratios, *totals.distances], [*ratios, *distances], strict=True):
+        assert counted.counts == expected.counts
+        assert counted.sum == pytest.approx(expected.sum)
+    assert (sum(totals.distances[0].counts) > 0) == known
+    assert (recent := meter.recent()) is not None
+    assert recent.p50_ms == pytest.approx(1.0)
 
 
 def test_log_lines_are_json_with_their_fields() -> None:

@@ -65,35 +65,38 @@ def test_a_stream_gives_one_response_per_request_in_order(stub: Any) -> None:
 def test_a_step_that_is_sent_again_on_a_stream_is_not_run_again() -> None:
     runs: list[policy_pb2.ActRequest] = []
 
-    def act(request: policy_pb2.ActRequest) -> policy_pb2.ActResponse:
+    def act(request: policy_pb2.ActRequest) -> bytes:
         runs.append(request)
-        return policy_pb2.ActResponse(step_id=request.step_id, batch=len(runs))
+        return f"answer {len(runs)}".encode()
 
     steps = Steps(act)
     one, two, others = good(step_id=1), good(step_id=2), good(model="agent_1", step_id=2)
     again = policy_pb2.ActRequest.FromString(two.SerializeToString())  # equal, not the same object
-    told = [steps(request).batch for request in (one, two, again, others, two, others)]
-    assert told == [1, 2, 2, 3, 2, 3]
+    told = [steps(request) for request in (one, two, again, others, two, others)]
+    assert told == [b"answer 1", b"answer 2", b"answer 2", b"answer 3", b"answer 2", b"answer 3"]
     with pytest.raises(RequestError, match="step 2 of agent_0 was another one before"):
         steps(good(step_id=2, observation=(ROWS + 1).tobytes()))
     assert len(runs) == 3
-    assert steps(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)).batch == 4
-    assert steps(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)).batch == 4
-    assert [steps(good()).batch for _ in range(2)] == [5, 6]  # not numbered: nothing is a repetition
-    assert steps(one).batch == 7  # an id of before the last one is a new step
-    assert Steps(act)(one).batch == 8  # another stream's steps are its own
+    assert steps(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)) == b"answer 4"
+    assert steps(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)) == b"answer 4"
+    assert [steps(good()) for _ in range(2)] == [
+        b"answer 5",
+        b"answer 6",
+    ]  # not numbered: nothing is a repetition
+    assert steps(one) == b"answer 7"  # an id of before the last one is a new step
+    assert Steps(act)(one) == b"answer 8"  # another stream's steps are its own
 
 
 def test_a_step_that_failed_may_be_sent_again() -> None:
-    def act(request: policy_pb2.ActRequest) -> policy_pb2.ActResponse:
+    def act(request: policy_pb2.ActRequest) -> bytes:
         if request.batch == 0:
             raise RequestError("expected a batch")
-        return policy_pb2.ActResponse(batch=request.batch)
+        return b"an answer"
 
     steps = Steps(act)
     with pytest.raises(RequestError, match="expected a batch"):
         steps(good(step_id=1, batch=0))
-    assert steps(good(step_id=1)).batch == 2
+    assert steps(good(step_id=1)) == b"an answer"
 
 
 def test_streams_repeat_answers_and_refuse_other_contents_under_one_id(stub: Any) -> None:

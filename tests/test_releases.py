@@ -153,12 +153,15 @@ def test_a_shadow_is_measured_and_answers_nothing(
         different = np.abs(ours - other) if ours.dtype.kind == "f" else ours != other
         assert different.mean() > 0.0
         assert session.meter.difference / session.meter.compared == pytest.approx(different.mean())
-        assert releases.find("agent_0", "1").meter.answers == 0
+        assert releases.find("agent_0", "1").meter.totals().answers == 0
         shadow = releases.find("agent_0", "1")
         monkeypatch.setattr(shadow, "act", lambda given: 1 / 0)
         np.testing.assert_array_equal(releases.answer(session, given)["action"], ours)
         assert (session.meter.compared, session.meter.shadow_failures) == (2, 1)
+        row = [values[:1].tobytes() for values in given.values()]
+        assert releases.step(session, row[0], b"", *row[1:] or [b""]) is None  # it would pass the shadow by
         await releases.follow("")
+        assert releases.step(session, row[0], b"", *row[1:] or [b""]) is not None
         releases.answer(session, given)
         assert (session.meter.compared, session.meter.shadow_failures) == (0, 0)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,14 @@ import grpc
 import numpy as np
 import pytest
 
-from omcda_deploy.bundle import MANIFEST, TEAM, Bundle, read_bundle
+from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.client import RemoteTeam
 from omcda_deploy.errors import ConfigError, EndpointError, UnknownNameError
-from omcda_deploy.guard import GuardSetting, Reference
-from omcda_deploy.local import LocalTeam
+from omcda_deploy.guard import GuardSetting
 from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.session import Models, Session
 from omcda_deploy.serve.status import RangeError
-from tests.bundles import continuous_spec, write_test_bundle
+from tests.bundles import continuous_spec, with_references, write_test_bundle
 from tests.server_process import server_process
 
 FILE = """
@@ -66,21 +63,6 @@ def test_a_wrong_file_is_refused(tmp_path: Path, change: tuple[str, str], messag
     path.write_text(FILE.replace(*change))
     with pytest.raises(ConfigError, match=message):
         read_server_config(path)
-
-
-def with_references(bundle: Bundle) -> Bundle:
-    """The bundle with the references that an export of its data would have."""
-    generator = np.random.default_rng(5)
-    manifest = json.loads((bundle.path / MANIFEST).read_text())
-    observations = {a.name: generator.normal(size=(400, a.observation_size)) for a in bundle.spec.agents}
-    decisions = LocalTeam(bundle).act({name: rows.astype(np.float32) for name, rows in observations.items()})
-    for agent in bundle.spec.agents:
-        reference = Reference.of(
-            bundle.spec, agent, observations[agent.name], decisions[agent.name].divergence
-        )
-        manifest["agents"][agent.name]["reference"] = asdict(reference)
-    (bundle.path / MANIFEST).write_text(json.dumps(manifest))
-    return read_bundle(bundle.path)
 
 
 @pytest.fixture

@@ -24,9 +24,8 @@ from omcda_deploy.guard import GuardSetting
 from omcda_deploy.serve.config import Limits
 from omcda_deploy.serve.security import Tls
 from omcda_deploy.serve.status import STATUS
-from tests.bundles import continuous_spec, write_test_bundle
+from tests.bundles import continuous_spec, with_references, write_test_bundle
 from tests.server_process import free_port, server_process
-from tests.test_server_config import with_references
 
 PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, flags=re.DOTALL)
