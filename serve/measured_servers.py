@@ -72,7 +72,7 @@ def start_models(
         arguments = [str(source), *(part for model in models for part in ("--model", model))]
         arguments += ["--admin-port", str(ports[index])] if admin else []
         arguments += [] if config is None else ["--config", str(config)]
-        endpoint, process = stack.enter_context(_started("omcda_deploy.serve.server", arguments))
+        endpoint, process = stack.enter_context(_started("omcda_deploy.serve", arguments))
         endpoints |= dict.fromkeys(models, endpoint)
         processes.append(process)
     ready_s = time.perf_counter() - began

@@ -1,6 +1,6 @@
 """One server process: one or more models of a bundle behind gRPC.
 
-Run as ``python -m omcda_deploy.serve.server BUNDLE --model agent_0 --port 8500``; the supervisor starts one such
+Run as ``python -m omcda_deploy.serve BUNDLE --model agent_0 --port 8500``; the supervisor starts one such
 process per agent.
 """
 
@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from omcda_deploy.errors import EndpointError, OmcdaError
-from omcda_deploy.serve import introspection, oip, policy_service
+from omcda_deploy.serve import event_loop, introspection, oip, policy_service
 from omcda_deploy.serve.admin import AdminService
 from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.handlers import Traffic
@@ -85,7 +85,7 @@ def serve(
         require_free(listen.host, listen.health_port)
     releases = Releases(source, models, config)
     try:
-        asyncio.run(_serve(releases, listen, traffic, config.limits, secured, grace_s))
+        event_loop.run(_serve(releases, listen, traffic, config.limits, secured, grace_s))
     finally:
         if tracing is not None:
             tracing.close()
@@ -213,9 +213,7 @@ def say(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m omcda_deploy.serve.server", description="Serve a bundle."
-    )
+    parser = argparse.ArgumentParser(prog="python -m omcda_deploy.serve", description="Serve a bundle.")
     parser.add_argument("source", type=Path, help="a bundle, or a folder of bundles named by version")
     parser.add_argument(
         "--model", action="append", default=[], help="agent or 'team'; repeatable; default all"
@@ -242,7 +240,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the server handles signals itself
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -167,7 +167,7 @@ def _shifted(listen: Listen, by: int) -> Listen:
 
 
 def _command(source: Path, agent: str, place: Listen, config_path: Path | None, grace_s: float) -> list[str]:
-    command = [sys.executable, "-m", "omcda_deploy.serve.server", str(source)]
+    command = [sys.executable, "-m", "omcda_deploy.serve", str(source)]
     command += ["--model", agent, "--host", place.host, "--port", str(place.port), "--grace", str(grace_s)]
     for option, value in (
         ("--metrics-port", place.metrics_port),

@@ -25,7 +25,7 @@ class ServerProcess:
 def server_process(
     source: Bundle | Path,
     *models: str,
-    start: Sequence[str] = ("-m", "omcda_deploy.serve.server"),
+    start: Sequence[str] = ("-m", "omcda_deploy.serve"),
     options: Sequence[str] = (),
     log: Path | None = None,
 ) -> Iterator[ServerProcess]:

@@ -31,7 +31,7 @@ GRACE_S = 5.0
 
 
 def run_server(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "omcda_deploy.serve.server", *arguments]
+    command = [sys.executable, "-m", "omcda_deploy.serve", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
 
 

@@ -42,6 +42,10 @@ def serve(
 
     if agent and team:
         raise ConfigError("expected --agent or --team, got both: serve them with two commands")
+    if agent or team:  # answered by this process
+        from omcda_deploy.serve.event_loop import choose_poller
+
+        choose_poller()
     from omcda_deploy.serve.server import Listen
 
     if agent or team:

@@ -1,0 +1,11 @@
+"""One server process: ``python -m omcda_deploy.serve BUNDLE --model agent_0 --port 8500``."""
+
+import sys
+
+from omcda_deploy.serve.event_loop import choose_poller
+
+choose_poller()
+
+from omcda_deploy.serve.server import main  # noqa: E402, it imports grpc
+
+sys.exit(main())
