@@ -14,6 +14,7 @@ is answered by the current one. A version that is no longer current stays until 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import sys
 import threading
@@ -100,6 +101,13 @@ def _stand_back() -> None:
     """Lower this thread's priority, where the system knows such a thing."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
+
+
+def _free(models: Models) -> None:
+    """Close them, and return what glibc would keep in pieces too small for the next version."""
+    models.close(CLOSE_PAUSE_S)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc alone
+        trim(0)
 
 
 class _Held:
@@ -224,7 +232,7 @@ class Releases:
             return idle
 
     async def _give_up(self, version: str) -> None:
-        await self._beside(self._held.pop(version).models.close, CLOSE_PAUSE_S)
+        await self._beside(_free, self._held.pop(version).models)
 
     async def _beside(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run in another thread, which stands back behind the one that answers."""
