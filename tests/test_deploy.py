@@ -80,7 +80,7 @@ def test_the_image_gets_what_the_package_is_built_from() -> None:
 def test_the_image_starts_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     words = dict(instructions())
     entry, command = json.loads(words["ENTRYPOINT"]), json.loads(words["CMD"])
-    assert entry == ["python", "-m", server.__name__]
+    assert entry == ["python", "-m", server.__package__]
     given = listen_of(monkeypatch, command)
     (pod,) = pods("server/deployment.yaml")
     assert given["listen"] == Listen("0.0.0.0", 8500, 9600, 9500, 9700)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -495,8 +494,7 @@ def test_the_command_line_plays_and_records(tmp_path: Path, monkeypatch: pytest.
     assert result.exit_code == 0, result.output
     recorded = read(out, TASK)
     assert recorded.transitions.size >= 40
-    with h5py.File(out) as file:
-        assert file.attrs["version_StarCraftII"] == "build 70000"
+    assert recorded.metadata["version_StarCraftII"] == "build 70000"
 
 
 def test_what_was_played_is_named_by_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
