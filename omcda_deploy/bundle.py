@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from omcda_deploy.errors import BundleError
+from omcda_deploy.errors import BundleError, ConfigError
 from omcda_deploy.guard import Reference
 from omcda_deploy.spec import TeamSpec
 
@@ -129,11 +129,13 @@ def read_bundle(path: str | Path) -> Bundle:
         declared_hash = manifest["contract_hash"]
         spec = TeamSpec.from_json(manifest["team"])
         agents = set(manifest["agents"])
-        for entry in manifest["agents"].values():
-            if entry.get("reference") is not None:
-                Reference(**entry["reference"])
+        references = {
+            agent: Reference(**entry["reference"])
+            for agent, entry in manifest["agents"].items()
+            if entry.get("reference") is not None
+        }
         kind = manifest["divergence_kind"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise BundleError(f"{manifest_path} is damaged ({error}): export the run again") from error
     if version != SCHEMA_VERSION:
         raise BundleError(
@@ -143,6 +145,11 @@ def read_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{manifest_path}: expected divergence_kind kl or neg_log_behavior, got {kind!r}")
     if declared_hash != spec.contract_hash or agents != set(spec.names):
         raise BundleError(f"{manifest_path} was changed: its contract hash does not match its team")
+    for agent, reference in references.items():
+        if (size := len(reference.observation_mean)) != (wide := spec.agent(agent).observation_size):
+            raise BundleError(
+                f"{manifest_path}: reference of {agent}: expected means of {wide} entries, got {size}: export again"
+            )
     wanted = {f"{model}/{file}" for model in (*spec.names, TEAM) for file in (CONFIG_FILE, MODEL_FILE)}
     if missing := wanted - files.keys():
         raise BundleError(f"{manifest_path} does not list {sorted(missing)[0]}: export the run again")

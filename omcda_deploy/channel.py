@@ -65,7 +65,10 @@ def read_credentials(path: Path) -> Credentials:
     }
     token = None
     if "token_file" in values:
-        lines = _read(f"{path}: token_file", path.parent / values["token_file"]).decode().split()
+        try:
+            lines = _read(f"{path}: token_file", path.parent / values["token_file"]).decode().split()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: token_file: expected {values['token_file']} in UTF-8") from error
         if not lines:
             raise ConfigError(f"{path}: token_file: expected a token in {values['token_file']}, found none")
         token = lines[0]

@@ -294,9 +294,10 @@ def _origin(comparison: Comparison) -> dict[str, str]:
     }
 
 
-def markdown(comparison: Comparison, title: str, command: str) -> str:
-    """Tables, notes and provenance as Markdown; ``command`` is what a reader runs to make them again."""
+def markdown(comparison: Comparison, title: str, command: str, note: str = "") -> str:
+    """``note``, tables, conditions and provenance as Markdown; ``command`` makes them again."""
     lines = [f"# {title}", "", f"Written by `{command}`; do not edit.", ""]
+    lines += [note.strip(), ""] if note else []
 
     def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         lines.extend(["| " + " | ".join(header) + " |", "|" + "---|" * len(header)])

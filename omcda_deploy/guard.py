@@ -28,6 +28,7 @@ graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -74,6 +75,21 @@ class Reference:
     observation_mean: Sequence[float]  # [O], normalised
     observation_std: Sequence[float]  # [O], floored so that constant entries have a scale
 
+    def __post_init__(self) -> None:
+        """Raises :class:`ConfigError` for what no data can have said."""
+        for name in ("divergence_p99", "distance_p99"):
+            if not _is_number(value := getattr(self, name)):
+                raise ConfigError(f"reference.{name}: expected a finite number, got {value!r}")
+        for name, least in (("observation_mean", -math.inf), ("observation_std", 0.0)):
+            values = getattr(self, name)
+            if not isinstance(values, Sequence) or not all(_is_number(v) and v > least for v in values):
+                raise ConfigError(f"reference.{name}: expected numbers above {least}")
+        if len(self.observation_mean) != len(self.observation_std):
+            raise ConfigError(
+                f"reference: expected as many means as standard deviations, got {len(self.observation_mean)} "
+                f"and {len(self.observation_std)}"
+            )
+
     @classmethod
     def of(
         cls, spec: TeamSpec, agent: AgentSpec, observations: NDArray[Any], divergence: NDArray[Any]
@@ -89,6 +105,10 @@ class Reference:
             mean.tolist(),
             std.tolist(),
         )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 class Guarded(NamedTuple):

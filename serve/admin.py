@@ -7,7 +7,6 @@ something leaves one line in the audit log, refused ones too.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -17,6 +16,7 @@ import grpc
 
 from omcda_deploy.protos import admin_pb2
 from omcda_deploy.serve.handlers import Context, abort, parse
+from omcda_deploy.serve.logs import audit
 from omcda_deploy.serve.meter import Totals
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.session import Session
@@ -24,8 +24,6 @@ from omcda_deploy.serve.status import status_of
 
 SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 RETIRE_EVERY_S = 1.0
-
-audit = logging.getLogger("omcda_deploy.serve.audit")
 
 
 class AdminService:
@@ -68,7 +66,7 @@ class AdminService:
                 code, details = status_of(error)
                 fields |= {"outcome": code.name, "reason": details}
                 self._note(fields, started)
-                await abort(context, error)
+                await context.abort(code, details)
                 raise  # not reached: abort raises
             self._note(fields, started)
             return answer
@@ -78,9 +76,10 @@ class AdminService:
     async def _get_status(self, data: bytes, context: Context) -> bytes:
         try:
             parse(admin_pb2.GetStatusRequest, data)
+            return self.status().SerializeToString()
         except Exception as error:
             await abort(context, error)
-        return self.status().SerializeToString()
+            raise  # not reached: abort raises
 
     def _note(self, fields: dict[str, Any], started: float) -> None:
         fields |= {"current": self._releases.current, "seconds": round(time.perf_counter() - started, 6)}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from operator import methodcaller
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from omcda_deploy.protos import oip, policy_pb2
-from omcda_deploy.serve.handlers import Context, Traffic
+from omcda_deploy.serve.handlers import Context, Request, Traffic, abort, parse
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+_SERIALIZE = methodcaller("SerializeToString")
 FILES: tuple[FileDescriptor, ...] = (
     policy_pb2.DESCRIPTOR,
     oip.DESCRIPTOR,
@@ -26,25 +29,41 @@ FILES: tuple[FileDescriptor, ...] = (
 
 
 class Health(health_aio.HealthServicer):  # type: ignore[misc]
-    """The stock servicer; its watchers do not hold up a drain."""
+    """The stock servicer, on requests that are parsed here; its watchers do not hold up a drain."""
 
     def __init__(self, services: Iterable[str], traffic: Traffic) -> None:
         super().__init__()
         self._server_status.update(dict.fromkeys(services, health_pb2.HealthCheckResponse.SERVING))
         self._traffic = traffic
 
-    async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802, the service's name
+    def handlers(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            HEALTH,
+            {
+                "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=_SERIALIZE),
+                "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=_SERIALIZE),
+            },
+        )
+
+    async def _check(self, data: bytes, context: Context) -> health_pb2.HealthCheckResponse:
+        return await self.Check(await _parsed(health_pb2.HealthCheckRequest, data, context), context)
+
+    async def _watch(self, data: bytes, context: Context) -> None:
+        request = await _parsed(health_pb2.HealthCheckRequest, data, context)
         self._traffic.wait(context)
         try:
-            await super().Watch(request, context)
+            await self.Watch(request, context)
         finally:
             self._traffic.waited(context)
 
 
-def add_health(server: grpc.aio.Server, services: Iterable[str], traffic: Traffic) -> Health:
-    health = Health(services, traffic)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    return health
+async def _parsed(kind: type[Request], data: bytes, context: Context) -> Request:
+    """The request; bytes that are none end the call with INVALID_ARGUMENT, where gRPC would answer UNKNOWN."""
+    try:
+        return parse(kind, data)
+    except DecodeError as error:
+        await abort(context, error)
+        raise  # not reached: abort raises
 
 
 def add_reflection(server: grpc.aio.Server, services: Iterable[str]) -> None:
@@ -56,10 +75,19 @@ def add_reflection(server: grpc.aio.Server, services: Iterable[str]) -> None:
     for file in FILES:
         pool.AddSerializedFile(file.serialized_pb)
     servicer = reflection.aio.ReflectionServicer((*services, *REFLECTION), pool=pool)
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+
+    async def reflect(
+        data: AsyncIterator[bytes], context: Context
+    ) -> AsyncIterator[reflection_pb2.ServerReflectionResponse]:
+        async def requests() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+            async for part in data:
+                yield await _parsed(reflection_pb2.ServerReflectionRequest, part, context)
+
+        async for response in servicer.ServerReflectionInfo(requests(), context):
+            yield response
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
+        reflect, response_serializer=_SERIALIZE
     )
     for service in REFLECTION:
         server.add_generic_rpc_handlers(

@@ -1,4 +1,4 @@
-"""Logs of a server: one JSON object per line on stderr, for collectors that index fields.
+"""Logs of a server on stderr: lines for people, or one JSON object per line for collectors that index fields.
 
 Fields are ``time`` (UTC), ``level``, ``logger``, ``message``, what a call to the logger gave as ``extra={"fields":
 {…}}``, and ``error`` with the traceback where there is one. Tracebacks stay in the log; callers never see them.
@@ -10,6 +10,8 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+
+audit = logging.getLogger("omcda_deploy.serve.audit")  # a line for every call that may change something
 
 
 class JsonFormatter(logging.Formatter):
@@ -24,6 +26,12 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+def log_as_text() -> None:
+    """Send warnings, and whatever operators have changed, to stderr as lines for people."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    audit.setLevel(logging.INFO)
 
 
 def log_as_json() -> None:

@@ -175,9 +175,8 @@ class ModelMeter:
     def compare(self, action: NDArray[Any], other: NDArray[Any]) -> None:
         """Note what a shadow would have done instead."""
         different = action != other if action.dtype.kind == "i" else np.abs(action - other)
-        if np.isfinite(mean := float(different.mean())):
-            self.compared += 1
-            self.difference += mean
+        self.compared += 1
+        self.difference += float(different.mean())
 
     def forget_comparison(self) -> None:
         self.compared, self.difference, self.shadow_failures = 0, 0.0, 0

@@ -4,7 +4,8 @@ A server is given one bundle, or a folder of bundles named by version::
 
     releases/1/bundle.json …
     releases/2/bundle.json …
-    releases/current              the version that answers, as text; the highest where there is no such file
+    releases/current              the version that answers, and below it the one before; the highest where there is
+                                  no such file
 
 A request may name its version, and so an episode stays with one while others come and go; a request that names none
 is answered by the current one. A version that is no longer current stays until nobody has asked for it for
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -29,12 +31,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.bundle import MANIFEST, Bundle, read_bundle
-from omcda_deploy.errors import BundleError, ConfigError, UnknownNameError
+from omcda_deploy.errors import BundleError, ConfigError, ContractError, UnknownNameError
 from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.meter import Histogram
 from omcda_deploy.serve.session import NAME_LIMIT, Models, Session
-from omcda_deploy.serve.status import StateError
+from omcda_deploy.serve.status import RequestError, StateError
 from omcda_deploy.spec import require_same_contract
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ONLY = "1"  # version of a bundle that is served by itself
@@ -73,25 +77,27 @@ class Repository:
             raise UnknownNameError("version", version[:NAME_LIMIT], known)
         return read_bundle(self._source if self._single else self._source / version)
 
-    def current(self) -> str:
+    def current(self) -> tuple[str, str]:
+        """The version to answer, and the one that did before; that is empty where none is known, or gone."""
         known = self.versions()
         note = self._source / CURRENT
         if self._single or not note.is_file():
-            return known[-1]
-        if (version := note.read_text().strip()) not in known:
+            return known[-1], ""
+        version, previous = [*note.read_text(errors="replace").split(), "", ""][:2]
+        if version not in known:
             raise BundleError(
                 f"{note} says {version!r}: expected one of {', '.join(known)}; correct or remove it"
             )
-        return version
+        return version, previous if previous in known else ""
 
-    def note_current(self, version: str) -> None:
-        """Remember it for the next start. Raises :class:`ConfigError` where the folder cannot be written."""
+    def note_current(self, version: str, previous: str) -> None:
+        """Remember both for the next start. Raises :class:`ConfigError` where the folder cannot be written."""
         if self._single:
             return
         # Servers in containers may share the folder, and have one process id.
         temporary = self._source / f".{CURRENT}.{uuid4().hex}"
         try:
-            temporary.write_text(f"{version}\n")
+            temporary.write_text(f"{version}\n{previous}\n")
             temporary.replace(self._source / CURRENT)
         except OSError as error:
             raise ConfigError(f"{self._source / CURRENT} cannot be written: {error.strerror}") from error
@@ -110,6 +116,12 @@ def _free(models: Models) -> None:
         trim(0)
 
 
+def _require_named(version: str) -> None:
+    """An empty version is the current one in a request of a step; here it says nothing."""
+    if not version:
+        raise RequestError("expected the name of a version, got an empty one")
+
+
 class _Held:
     def __init__(self, models: Models) -> None:
         self.models = models
@@ -122,13 +134,17 @@ class Releases:
     def __init__(self, source: str | Path, models: Sequence[str], config: ServerConfig) -> None:
         self._repository = Repository(Path(source))
         self._names, self._config = models, config
-        self.current = self._repository.current()
-        self.previous = ""
+        self.current, self.previous = self._repository.current()
         self.shadow = ""
         first = self._load(self.current)
         self.spec = first.bundle.spec
         self.contract_hash = first.contract_hash
         self._held = {self.current: _Held(first)}
+        if self.previous:  # of episodes that outlive a server which died
+            try:
+                self._hold(self._load(self.previous))
+            except (BundleError, ConfigError, ContractError) as error:
+                log.warning("version %s, which answered before, is not held: %s", self.previous, error)
         self._lock = asyncio.Lock()
         self.loading = Histogram(LOADING_BOUNDS)  # seconds of each load
         self._worker = ThreadPoolExecutor(1, "releases", _stand_back)
@@ -147,8 +163,8 @@ class Releases:
     def held(self) -> Iterator[tuple[Models, float]]:
         """Every version's models, and the seconds since they were asked for last, by version."""
         now = time.monotonic()
-        for version in sorted(self._held, key=int):
-            held = self._held[version]
+        held_now = list(self._held.values())  # metrics are read in another thread
+        for held in sorted(held_now, key=lambda held: int(held.models.version)):
             yield held.models, now - held.used
 
     def answer(self, session: Session, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -174,32 +190,31 @@ class Releases:
 
     async def load(self, version: str) -> None:
         """Load and warm up, beside the event loop. Does nothing for a version that is held."""
+        _require_named(version)
         async with self._lock:
             if version in self._held:
                 return
             began = time.perf_counter()
             loaded = await self._beside(self._load, version, LOAD_PAUSE_S)
             self.loading.add(time.perf_counter() - began)
-            require_same_contract(
-                self.spec,
-                loaded.bundle.spec,
-                f"version {self.current}, which is served,",
-                f"version {version}",
-            )
-            self._held[version] = _Held(loaded)
+            self._hold(loaded)
 
     async def switch(self, version: str) -> None:
         """Raises :class:`UnknownNameError` for a version that is not held: load it first."""
+        _require_named(version)
         async with self._lock:
             self.models(version)
             if version == self.shadow:
                 self.shadow = ""
             if version != self.current:
-                await self._beside(self._repository.note_current, version)  # disks take milliseconds
+                await self._beside(
+                    self._repository.note_current, version, self.current
+                )  # disks take milliseconds
                 self.models(self.current)  # its idle time starts now
                 self.previous, self.current = self.current, version
 
     async def unload(self, version: str) -> None:
+        _require_named(version)
         async with self._lock:
             self.models(version)
             if version in (self.current, self.shadow):
@@ -230,6 +245,12 @@ class Releases:
             for version in idle:
                 await self._give_up(version)
             return idle
+
+    def _hold(self, loaded: Models) -> None:
+        """Raises :class:`ContractError` where it was made for another team."""
+        served, other = f"version {self.current}, which is served,", f"version {loaded.version}"
+        require_same_contract(self.spec, loaded.bundle.spec, served, other)
+        self._held[loaded.version] = _Held(loaded)
 
     async def _give_up(self, version: str) -> None:
         await self._beside(_free, self._held.pop(version).models)

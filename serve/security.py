@@ -85,7 +85,13 @@ class Tokens:
         return scheme.lower() == "bearer" and any(found)
 
     def _load(self) -> list[bytes]:
-        lines = [line.strip() for line in _read("access.token_file", self._file).decode().splitlines()]
+        try:
+            text = _read("access.token_file", self._file).decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"access.token_file: expected {self._file} in UTF-8, got a byte {error.object[error.start]:#04x}"
+            ) from error
+        lines = [line.strip() for line in text.splitlines()]
         tokens = [line for line in lines if line and not line.startswith("#")]
         if not tokens:
             raise ConfigError(f"access.token_file: expected a token per line in {self._file}, found none")
@@ -131,19 +137,15 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         if self._tokens.admit(value if isinstance(value, str) else ""):
             return handler
         self._denied()
-        return _denial(handler)
+        return _DENIAL
 
 
-def _denial(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-    async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, DENIED)
+async def _refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, DENIED)
 
-    # gRPC wants a handler of the method's own kind.
-    if handler.request_streaming and handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(refuse)
-    if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(refuse)
-    return grpc.unary_unary_rpc_method_handler(refuse)
+
+# Whatever the method's kind: a unary handler would wait for a message, and hold a place among the calls till then.
+_DENIAL: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(_refuse)
 
 
 def _read(entry: str, file: str | Path) -> bytes:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import logging
+import math
+import os
 import signal
 import socket
 import sys
@@ -18,20 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 
-from omcda_deploy.errors import EndpointError, OmcdaError
+from omcda_deploy.errors import ConfigError, EndpointError, OmcdaError
 from omcda_deploy.serve import event_loop, introspection, oip, policy_service
 from omcda_deploy.serve.admin import AdminService
 from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.handlers import Traffic
-from omcda_deploy.serve.logs import log_as_json
+from omcda_deploy.serve.logs import log_as_json, log_as_text
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.security import Tls, TokenInterceptor, Tokens
 from omcda_deploy.serve.tracing import Tracing
 
+log = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
 GRACE_S = 5.0
+ORPHANED_S = 1.0  # between two looks at whether the supervisor lives
 # gRPC shares a port between servers by default: a second one would take half of the first one's calls.
 _OPTIONS = (("grpc.so_reuseport", 0),)
 NOTICE_S = 0.1  # between NOT_SERVING and the first refusal: watchers are told, requests on their way arrive
@@ -61,12 +66,14 @@ def serve(
     config: ServerConfig | None = None,
     trace: bool = False,
     grace_s: float = GRACE_S,
+    supervisor: int | None = None,
 ) -> None:
     """Serve ``models`` (agents, or ``team``; none: all) until SIGTERM or SIGINT.
 
     ``source`` is a bundle, or a folder of bundles by version (:mod:`omcda_deploy.serve.releases`). The line printed
     when the server is ready says on which port. On a signal, health turns NOT_SERVING, what is in flight is
-    answered for up to ``grace_s`` seconds, and the function returns.
+    answered for up to ``grace_s`` seconds, and the function returns. So it does when ``supervisor``, a process id,
+    is not this process' parent any more.
 
     ``trace`` sends OpenTelemetry spans (:mod:`omcda_deploy.serve.tracing`).
 
@@ -78,17 +85,30 @@ def serve(
     tracing = Tracing() if trace else None
     traffic = Traffic(config.limits, tracing)
     secured = _Security.of(config, traffic)
-    require_free(listen.host, listen.port)
-    if listen.admin_port is not None:
-        require_free(LOOPBACK, listen.admin_port)
-    if listen.health_port is not None:
-        require_free(listen.host, listen.health_port)
+    require_startable(listen, grace_s)
     releases = Releases(source, models, config)
     try:
-        event_loop.run(_serve(releases, listen, traffic, config.limits, secured, grace_s))
+        event_loop.run(_serve(releases, listen, traffic, config.limits, secured, grace_s, supervisor))
     finally:
         if tracing is not None:
             tracing.close()
+
+
+def require_startable(listen: Listen, grace_s: float) -> None:
+    """Raise :class:`EndpointError` for an address that cannot be taken, :class:`ConfigError` for the grace."""
+    if not 0.0 <= grace_s < math.inf:
+        raise ConfigError(f"--grace: expected seconds from 0 on, got {grace_s}")
+    places = [(listen.host, listen.port), (listen.host, listen.metrics_port), (LOOPBACK, listen.admin_port)]
+    places.append((listen.host, listen.health_port))
+    asked = [(host, port) for host, port in places if port is not None]
+    for host, port in asked:
+        require_free(host, port)
+    numbers = [port for _, port in asked if port]
+    for port in numbers:
+        if numbers.count(port) > 1:
+            raise EndpointError(
+                f"expected different ports for policies, metrics, admin and health, got {port} twice"
+            )
 
 
 def require_free(host: str, port: int) -> None:
@@ -99,6 +119,11 @@ def require_free(host: str, port: int) -> None:
         )
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise EndpointError(
+            f"cannot listen on {host}: {error.strerror}. Name an address of this machine with --host"
+        ) from error
+    try:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
@@ -147,11 +172,14 @@ async def _serve(
     limits: Limits,
     security: _Security,
     grace_s: float,
+    supervisor: int | None,
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if supervisor is not None:
+        watching = asyncio.create_task(_orphaned(supervisor, stop))
     server = grpc.aio.server(
         interceptors=security.interceptors,
         options=(*_OPTIONS, ("grpc.max_receive_message_length", limits.message_bytes)),
@@ -161,7 +189,8 @@ async def _serve(
     policy = policy_service.PolicyService(releases)
     server.add_generic_rpc_handlers((inference.handlers(traffic), policy.handlers(traffic)))
     services = (oip.SERVICE, policy_service.SERVICE)
-    health = introspection.add_health(server, services, traffic)
+    health = introspection.Health(services, traffic)
+    server.add_generic_rpc_handlers((health.handlers(),))
     introspection.add_reflection(server, (*services, introspection.HEALTH))
     port = security.add_port(server, listen.host, listen.port)
     async with AsyncExitStack() as beside:
@@ -185,6 +214,16 @@ async def _serve(
         await traffic.quiet(grace_s / 2)
         await traffic.stop()
         await server.stop(grace_s / 2)
+    if supervisor is not None:
+        watching.cancel()
+
+
+async def _orphaned(supervisor: int, stop: asyncio.Event) -> None:
+    """Set ``stop`` when this process has lost its supervisor: nobody would start it again, or stop it."""
+    while os.getppid() == supervisor:
+        await asyncio.sleep(ORPHANED_S)
+    log.error("the supervisor of this server has died: stopping")
+    stop.set()
 
 
 async def _start_admin(beside: AsyncExitStack, releases: Releases, port: int, security: _Security) -> None:
@@ -200,7 +239,7 @@ async def _start_admin(beside: AsyncExitStack, releases: Releases, port: int, se
 
 async def _start_health(beside: AsyncExitStack, health: introspection.Health, host: str, port: int) -> None:
     server = grpc.aio.server(options=_OPTIONS)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    server.add_generic_rpc_handlers((health.handlers(),))
     _Security(None, ()).add_port(server, host, port)
     await server.start()
     beside.push_async_callback(server.stop, 0)
@@ -227,13 +266,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trace", action="store_true", help="send OpenTelemetry spans (OTEL_… variables)")
     parser.add_argument("--log-json", action="store_true", help="log JSON lines to stderr")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds for what is in flight")
+    parser.add_argument("--supervisor", type=int, help="process to stop with: this one's parent")
     given = parser.parse_args(arguments)
-    if given.log_json:
-        log_as_json()
+    log_as_json() if given.log_json else log_as_text()
     try:
         config = read_server_config(given.config)
         listen = Listen(given.host, given.port, given.metrics_port, given.admin_port, given.health_port)
-        serve(given.source, given.model, listen, config=config, trace=given.trace, grace_s=given.grace)
+        serve(
+            given.source,
+            given.model,
+            listen,
+            config=config,
+            trace=given.trace,
+            grace_s=given.grace,
+            supervisor=given.supervisor,
+        )
     except OmcdaError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

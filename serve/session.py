@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -46,7 +47,9 @@ class Session:
         self._distance_limits = self.guard.distance_limits
         self._limited = bool(np.isfinite(self._distance_limits).any())
         self.meter = ModelMeter(self.guard)
-        self.step = None if self._limited else Step(self._model.row, self.guard, self.meter)
+        # Bytes are little-endian on the wire.
+        ordinary = sys.byteorder == "little" and not self._limited
+        self.step = Step(self._model.row, self.guard, self.meter) if ordinary else None
         self._warm_up()
 
     def answer(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -57,14 +60,7 @@ class Session:
         """
         began = time.perf_counter()
         feeds = self._feeds(given)
-        with np.errstate(all="ignore"):
-            outputs = self._model.run(feeds)
-        # a tanh hides an overflow, an argmax turns it into any action, and no guard compares NaN
-        if not (_finite(outputs["action"]) and _finite(outputs["divergence"])):
-            raise RangeError(
-                f"{self.name}: the action for this observation or its divergence is not finite; the largest entry "
-                f"is {np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
-            )
+        outputs = self._run(feeds)
         guarded = self.guard(feeds["noise"], outputs)
         if "action_mask" in feeds:
             self._require_available(guarded.action, feeds["action_mask"])
@@ -84,10 +80,24 @@ class Session:
         return {name: tensor.encode(outputs[name]) for name, tensor in self.outputs.items()}
 
     def act(self, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """The action that :meth:`answer` would give for what has been found valid; counts and refuses nothing."""
+        """The action that :meth:`answer` would give for what has been found valid; counts nothing.
+
+        Raises :class:`RangeError` as it does for what is not finite.
+        """
         feeds = self._feeds(given)
-        outputs = self._model.run(feeds)
+        outputs = self._run(feeds)
         return self.guard(feeds["noise"], outputs).action
+
+    def _run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        with np.errstate(all="ignore"):
+            outputs = self._model.run(feeds)
+        # a tanh hides an overflow, an argmax turns it into any action, and no guard compares NaN
+        if not (_finite(outputs["action"]) and _finite(outputs["divergence"])):
+            raise RangeError(
+                f"{self.name}: the action for this observation or its divergence is not finite; the largest entry "
+                f"is {np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
+            )
+        return outputs
 
     def _feeds(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if missing := self.inputs.keys() - given.keys() - OPTIONAL_INPUTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from types import FrameType
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.serve.config import read_server_config
 from omcda_deploy.serve.releases import Repository
-from omcda_deploy.serve.server import GRACE_S, NOTICE_S, Listen, address_of, require_free, say
+from omcda_deploy.serve.server import GRACE_S, NOTICE_S, Listen, address_of, require_startable, say
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +132,13 @@ def serve_team(
     """
     flags = [*(["--trace"] if trace else []), *(["--log-json"] if json_logs else [])]
     repository = Repository(Path(source))
-    agents = repository.read(repository.current()).spec.names
+    agents = repository.read(repository.current()[0]).spec.names
     read_server_config(config_path).guards_of(agents)  # one complaint rather than one per process
     places = {agent: _shifted(listen, index) for index, agent in enumerate(agents)}
+    if listen.port == 0:
+        raise EndpointError("--base-port: expected the port of the first agent, from 1 on, got 0")
     for place in places.values():
-        require_free(place.host, place.port)
+        require_startable(place, grace_s)
     with _stop_signal() as stop:
         servers: list[AgentServer] = []
         try:
@@ -169,6 +172,7 @@ def _shifted(listen: Listen, by: int) -> Listen:
 def _command(source: Path, agent: str, place: Listen, config_path: Path | None, grace_s: float) -> list[str]:
     command = [sys.executable, "-m", "omcda_deploy.serve", str(source)]
     command += ["--model", agent, "--host", place.host, "--port", str(place.port), "--grace", str(grace_s)]
+    command += ["--supervisor", str(os.getpid())]
     for option, value in (
         ("--metrics-port", place.metrics_port),
         ("--admin-port", place.admin_port),

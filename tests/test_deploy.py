@@ -267,7 +267,7 @@ def test_servers_of_one_folder_note_the_version_at_once(tmp_path: Path) -> None:
     def note() -> None:
         try:
             for _ in range(30):
-                Repository(tmp_path).note_current("1")
+                Repository(tmp_path).note_current("1", "")
         except Exception as error:
             failures.append(error)
 

@@ -79,7 +79,7 @@ def test_a_version_is_loaded_named_switched_to_and_back(folder: Path) -> None:
         await releases.switch("2")
         np.testing.assert_array_equal(action(releases), local["2"])
         np.testing.assert_array_equal(action(releases, "10"), local["10"])
-        assert (releases.current, releases.previous, (folder / CURRENT).read_text()) == ("2", "10", "2\n")
+        assert (releases.current, releases.previous, (folder / CURRENT).read_text()) == ("2", "10", "2\n10\n")
         with pytest.raises(StateError, match="version 2 is in use"):
             await releases.unload("2")
         await releases.unload("10")

@@ -3,6 +3,7 @@
 A page is a TOML file beside which its table is written, with the extension ``.md``::
 
     title = "HalfCheetah-6x1, medium"
+    note = "One paragraph or more."   # may be left out
     task = "mamujoco/halfcheetah-6x1"
     tier = "medium"              # behaviour policies that record the dataset
     transitions = 200000
@@ -51,6 +52,7 @@ class Page:
     seed: int = 0  # of the dataset
     episodes: int = 20
     num_envs: int = 20  # episodes played side by side
+    note: str = ""  # Markdown, above the table: what a reader of the numbers should know
 
 
 def results(
@@ -81,7 +83,7 @@ def results(
         conditions={"Data": _described(made, read_dataset(dataset)), **comparison.conditions},
     )
     table = page.with_suffix(".md")
-    write_text(table, markdown(comparison, made.title, f"omcda-deploy results {page}"))
+    write_text(table, markdown(comparison, made.title, f"omcda-deploy results {page}", made.note))
     console.print(f"wrote {table}")
 
 
@@ -92,7 +94,7 @@ def read_page(path: Path) -> Page:
     for name in values:
         if name not in {field.name for field in fields}:
             raise UnknownNameError(f"entry of {path}", name, [field.name for field in fields])
-    kinds: Mapping[str, type] = {"title": str, "task": str, "tier": str, "runs": list}
+    kinds: Mapping[str, type] = {"title": str, "task": str, "tier": str, "runs": list, "note": str}
     for field in fields:
         kind = kinds.get(field.name, int)
         if field.name not in values:

@@ -51,11 +51,10 @@ def serve(
     if agent or team:
         from omcda_deploy.bundle import TEAM
         from omcda_deploy.serve.config import read_server_config
-        from omcda_deploy.serve.logs import log_as_json
+        from omcda_deploy.serve.logs import log_as_json, log_as_text
         from omcda_deploy.serve.server import serve as serve_models
 
-        if log_json:
-            log_as_json()
+        log_as_json() if log_json else log_as_text()
         settings = read_server_config(config)
         serve_models(
             bundle,
