@@ -17,7 +17,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerStatus(_message.Message):
-    __slots__ = ("current", "previous", "shadow", "versions", "models", "uptime_s", "contract_hash")
+    __slots__ = ("current", "previous", "shadow", "versions", "models", "uptime_s", "contract_hash", "serving")
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     SHADOW_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class ServerStatus(_message.Message):
     MODELS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     CONTRACT_HASH_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
     current: str
     previous: str
     shadow: str
@@ -32,7 +33,8 @@ class ServerStatus(_message.Message):
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
     uptime_s: float
     contract_hash: str
-    def __init__(self, current: _Optional[str] = ..., previous: _Optional[str] = ..., shadow: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., contract_hash: _Optional[str] = ...) -> None: ...
+    serving: bool
+    def __init__(self, current: _Optional[str] = ..., previous: _Optional[str] = ..., shadow: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., contract_hash: _Optional[str] = ..., serving: bool = ...) -> None: ...
 
 class HeldVersion(_message.Message):
     __slots__ = ("version", "bundle_digest", "idle_s")

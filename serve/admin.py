@@ -27,8 +27,9 @@ RETIRE_EVERY_S = 1.0
 
 
 class AdminService:
-    def __init__(self, releases: Releases) -> None:
-        self._releases = releases
+    def __init__(self, releases: Releases, serving: Callable[[], bool]) -> None:
+        """``serving``: whether the server takes steps."""
+        self._releases, self._serving = releases, serving
         self._started = time.monotonic()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -105,6 +106,7 @@ class AdminService:
             ],
             uptime_s=time.monotonic() - self._started,
             contract_hash=releases.contract_hash,
+            serving=self._serving(),
         )
 
 

@@ -17,6 +17,7 @@
     concurrent_calls = 64      # waiting or answered at once, beside the streams
     streams = 16               # open control streams
     message_bytes = 4194304
+    rows = 4096                # of one request: all others wait while it runs
 
     [tls]                      # plaintext without this table
     certificate = "server.pem"
@@ -53,6 +54,7 @@ class Limits:
     concurrent_calls: int = 64
     streams: int = 16
     message_bytes: int = 4 << 20
+    rows: int = 4096
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):

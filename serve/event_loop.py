@@ -1,8 +1,8 @@
-"""How a server process waits for the network: half of what a small policy's answer costs.
+"""How a server process waits for the network, which costs more than a small policy's answer.
 
-gRPC's newer event engine hands every message through threads of its own before asyncio's loop sees it. The poller
-that it replaces wakes one thread, and with uvloop's loop an answer takes 0.85 times the CPU (``bench serve``, one
-client). Together only: uvloop above the event engine answers single calls more slowly than asyncio does.
+gRPC's newer event engine hands every message through threads of its own before asyncio's loop sees it; the poller
+that it replaces wakes one thread. uvloop saves more, but only there: above the event engine it answers single calls
+more slowly than asyncio's own loop.
 """
 
 from __future__ import annotations

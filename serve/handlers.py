@@ -106,13 +106,30 @@ def methods(
 
     For a stream it is what makes that function, once for every stream: it may remember what went before.
     """
-    handlers = {
-        name: _unary(request_type, answer, traffic, traffic.meter(service, name, "unary"))
-        for name, (request_type, answer) in unary.items()
-    }
+    found: dict[str, tuple[Handler, MethodMeter]] = {}
+    for name, (request_type, answer) in unary.items():
+        meter = traffic.meter(service, name, "unary")
+        found[f"/{service}/{name}"] = _unary(request_type, answer, traffic, meter), meter
     for name, (request_type, begin) in (streams or {}).items():
-        handlers[name] = _stream(request_type, begin, traffic, traffic.meter(service, name, "bidi_stream"))
-    return grpc.method_handlers_generic_handler(service, handlers)
+        meter = traffic.meter(service, name, "bidi_stream")
+        found[f"/{service}/{name}"] = _stream(request_type, begin, traffic, meter), meter
+    return _Service(service, found)
+
+
+class _Service(grpc.ServiceRpcHandler):
+    """Finds handlers, and counts the calls that come: one that is given up while it waits reaches no handler."""
+
+    def __init__(self, name: str, found: Mapping[str, tuple[Handler, MethodMeter]]) -> None:
+        self._name, self._found = name, found
+
+    def service_name(self) -> str:
+        return self._name
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        handler, meter = self._found.get(handler_call_details.method, (None, None))
+        if meter is not None:
+            meter.started += 1
+        return handler
 
 
 def _unary(
@@ -122,13 +139,14 @@ def _unary(
 
     async def handle(data: bytes, context: Context) -> bytes:
         traffic.calls += 1
-        meter.started += 1
         try:
             response = _respond(request_type, data, answer, traffic, meter, context)
         except Exception as error:
             await abort(context, error, meter)
             raise  # not reached: abort raises
         meter.handled["OK"] += 1
+        if (left_s := context.time_remaining()) is not None and left_s <= 0.0:
+            meter.late += 1
         return response
 
     return grpc.unary_unary_rpc_method_handler(handle)
@@ -147,7 +165,6 @@ def _stream(
 
     # read() and write() rather than an async generator: a tenth less CPU per message
     async def handle(_: object, context: Context) -> None:
-        meter.started += 1
         try:
             with traffic.stream():
                 answer = begin()

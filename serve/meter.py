@@ -3,8 +3,8 @@
 RPCs are counted as they come. What models answered is noted, and counted in blocks or when somebody asks: a call of
 numpy costs about a microsecond whether it gets one row or a hundred.
 
-Everything is noted in the event loop's thread alone. Readers in other threads see a state that is at most one call
-old.
+Everything is noted in the event loop's thread alone, and counted under a lock by whoever comes first: that thread,
+when a block is full, or a reader in another.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ class Histogram:
             self.counts[place] += count
         self.sum += float(values.sum())
 
+    def copy(self) -> Histogram:
+        other = Histogram(self.bounds)
+        other.counts, other.sum = self.counts.copy(), self.sum
+        return other
+
     def cumulative(self) -> list[tuple[str, int]]:
         """(upper bound, values up to it), as Prometheus has them."""
         totals = np.cumsum(self.counts).tolist()
@@ -65,7 +70,8 @@ class MethodMeter:
 
     def __init__(self, service: str, method: str, kind: str) -> None:
         self.service, self.method, self.kind = service, method, kind  # kind: unary, bidi_stream
-        self.started = 0
+        self.started = 0  # calls that came
+        self.late = 0  # answers that were ready only after their deadline
         self.handled: Counter[str] = Counter()  # by status code
         self.seconds = Histogram(LATENCY_BOUNDS)
 
@@ -90,6 +96,17 @@ class Totals:
     distances: Sequence[Histogram]  # k, an answer's largest; empty where unknown
     answers: int = 0
     rows: int = 0
+
+    def copy(self) -> Totals:
+        return Totals(
+            self.divergence.copy(),
+            self.exceeded.copy(),
+            self.replaced.copy(),
+            [histogram.copy() for histogram in self.ratios],
+            [histogram.copy() for histogram in self.distances],
+            self.answers,
+            self.rows,
+        )
 
 
 class _Note(NamedTuple):
@@ -138,17 +155,19 @@ class ModelMeter:
         self._entries += rows * self._width
         if self._entries >= BLOCK:
             self._entries = 0
-            self.totals()
+            with self._counting:
+                self._count()
 
     def totals(self) -> Totals:
-        """All that has been noted so far, counted."""
+        """All that has been noted so far, counted; it does not change any more."""
         with self._counting:
-            notes = [self._notes.popleft() for _ in range(len(self._notes))]
-            if notes:
-                self._count(notes)
-        return self._totals
+            self._count()
+            return self._totals.copy()
 
-    def _count(self, notes: Sequence[_Note]) -> None:
+    def _count(self) -> None:
+        notes = [self._notes.popleft() for _ in range(len(self._notes))]
+        if not notes:
+            return
         totals, guard = self._totals, self._guard
         rows, observations, divergences, weights, began, seconds = zip(*notes, strict=True)
         k = len(guard.agents)
@@ -183,7 +202,9 @@ class ModelMeter:
 
     def recent(self) -> Recent | None:
         """None before the first answer."""
-        when, seconds = self._recent[: self.totals().answers].T
+        with self._counting:
+            self._count()
+            when, seconds = self._recent[: self._totals.answers].T.copy()
         if not len(when):
             return None
         now = time.perf_counter()

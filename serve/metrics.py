@@ -48,9 +48,13 @@ class ServerCollector:
             "From having a request, or a message of a stream, to having its response.",
             labels=_RPC,
         )
+        late = CounterMetricFamily(
+            "omcda_late_answers", "Answers that were ready only after their deadline.", labels=_RPC
+        )
         for meter in self._traffic.meters:
             labels = [meter.kind, meter.service, meter.method]
             started.add_metric(labels, meter.started)
+            late.add_metric(labels, meter.late)
             for code, count in sorted(meter.handled.items()):
                 handled.add_metric([*labels, code], count)
             seconds.add_metric(labels, meter.seconds.cumulative(), meter.seconds.sum)
@@ -60,7 +64,7 @@ class ServerCollector:
             "omcda_denied_calls", "Calls without a valid token, which no method saw."
         )
         denied.add_metric([], self._traffic.denied)
-        yield from (started, handled, seconds, streams, denied)
+        yield from (started, handled, seconds, late, streams, denied)
 
     def _versions(self) -> Iterator[Metric]:
         releases = self._releases

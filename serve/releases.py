@@ -35,7 +35,7 @@ from omcda_deploy.errors import BundleError, ConfigError, ContractError, Unknown
 from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.meter import Histogram
 from omcda_deploy.serve.session import NAME_LIMIT, Models, Session
-from omcda_deploy.serve.status import RequestError, StateError
+from omcda_deploy.serve.status import ExhaustedError, RequestError, StateError
 from omcda_deploy.spec import require_same_contract
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,16 @@ class Releases:
             yield held.models, now - held.used
 
     def answer(self, session: Session, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """As :meth:`Session.answer`; where there is a shadow, it runs too and the difference is noted."""
+        """As :meth:`Session.answer`; where there is a shadow, it runs too and the difference is noted.
+
+        Raises :class:`ExhaustedError` for more rows than a request may have.
+        """
+        limit = self._config.limits.rows
+        if (rows := max(map(len, given.values()), default=0)) > limit:
+            raise ExhaustedError(
+                f"{session.name}: expected at most {limit} rows in a request, got {rows}: send smaller batches, or "
+                "raise limits.rows"
+            )
         outputs = session.answer(given)
         if self.shadow and session.version == self.current:
             try:

@@ -85,7 +85,7 @@ def serve(
     tracing = Tracing() if trace else None
     traffic = Traffic(config.limits, tracing)
     secured = _Security.of(config, traffic)
-    require_startable(listen, grace_s)
+    require_startable([listen], grace_s)
     releases = Releases(source, models, config)
     try:
         event_loop.run(_serve(releases, listen, traffic, config.limits, secured, grace_s, supervisor))
@@ -94,20 +94,28 @@ def serve(
             tracing.close()
 
 
-def require_startable(listen: Listen, grace_s: float) -> None:
-    """Raise :class:`EndpointError` for an address that cannot be taken, :class:`ConfigError` for the grace."""
+def require_startable(places: Sequence[Listen], grace_s: float) -> None:
+    """Raise :class:`EndpointError` where nobody could listen at ``places``, :class:`ConfigError` for the grace."""
     if not 0.0 <= grace_s < math.inf:
         raise ConfigError(f"--grace: expected seconds from 0 on, got {grace_s}")
-    places = [(listen.host, listen.port), (listen.host, listen.metrics_port), (LOOPBACK, listen.admin_port)]
-    places.append((listen.host, listen.health_port))
-    asked = [(host, port) for host, port in places if port is not None]
+    asked = [
+        (host, port)
+        for place in places
+        for host, port in (
+            (place.host, place.port),
+            (place.host, place.metrics_port),
+            (LOOPBACK, place.admin_port),
+            (place.host, place.health_port),
+        )
+        if port is not None
+    ]
+    numbers = [port for _, port in asked if port]
     for host, port in asked:
         require_free(host, port)
-    numbers = [port for _, port in asked if port]
-    for port in numbers:
         if numbers.count(port) > 1:
             raise EndpointError(
-                f"expected different ports for policies, metrics, admin and health, got {port} twice"
+                f"expected a port for each purpose, got {port} twice: choose others for metrics, admin or "
+                "health"
             )
 
 
@@ -195,7 +203,8 @@ async def _serve(
     port = security.add_port(server, listen.host, listen.port)
     async with AsyncExitStack() as beside:
         if listen.admin_port is not None:
-            await _start_admin(beside, releases, listen.admin_port, security)
+            service = AdminService(releases, lambda: inference.ready)
+            await _start_admin(beside, service, listen.admin_port, security)
         if listen.metrics_port is not None:
             from omcda_deploy.serve.metrics import ServerCollector, serve_metrics
 
@@ -226,8 +235,7 @@ async def _orphaned(supervisor: int, stop: asyncio.Event) -> None:
     stop.set()
 
 
-async def _start_admin(beside: AsyncExitStack, releases: Releases, port: int, security: _Security) -> None:
-    service = AdminService(releases)
+async def _start_admin(beside: AsyncExitStack, service: AdminService, port: int, security: _Security) -> None:
     server = grpc.aio.server(interceptors=security.interceptors, options=_OPTIONS)
     server.add_generic_rpc_handlers((service.handlers(),))
     security.add_port(server, LOOPBACK, port)

@@ -137,8 +137,7 @@ def serve_team(
     places = {agent: _shifted(listen, index) for index, agent in enumerate(agents)}
     if listen.port == 0:
         raise EndpointError("--base-port: expected the port of the first agent, from 1 on, got 0")
-    for place in places.values():
-        require_startable(place, grace_s)
+    require_startable(list(places.values()), grace_s)
     with _stop_signal() as stop:
         servers: list[AgentServer] = []
         try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.request import urlopen
 
 import grpc
@@ -20,6 +22,9 @@ from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.client import RemotePolicy, RemoteTeam
 from omcda_deploy.guard import Guard, GuardSetting, Reference
 from omcda_deploy.local import LocalTeam
+from omcda_deploy.protos import policy_pb2
+from omcda_deploy.serve.config import Limits
+from omcda_deploy.serve.handlers import Traffic, methods
 from omcda_deploy.serve.logs import JsonFormatter
 from omcda_deploy.serve.meter import (
     BLOCK,
@@ -172,6 +177,21 @@ def test_answers_counted_in_blocks_add_up_to_those_of_each_alone(known: bool) ->
     assert (sum(totals.distances[0].counts) > 0) == known
     assert (recent := meter.recent()) is not None
     assert recent.p50_ms == pytest.approx(1.0)
+
+
+def test_answers_that_come_too_late_are_counted() -> None:
+    traffic = Traffic(Limits())
+    service = methods("a.B", traffic, {"C": (policy_pb2.ActRequest, lambda request: b"")})
+    assert isinstance(service, grpc.ServiceRpcHandler)
+    details = cast("grpc.HandlerCallDetails", SimpleNamespace(method="/a.B/C"))
+    for left_s in (None, 0.5, -0.001):
+        handler: Any = service.service(details)
+        context = SimpleNamespace(time_remaining=lambda left_s=left_s: left_s)
+        assert asyncio.run(handler.unary_unary(b"", context)) == b""
+    service.service(details)  # one that was given up before it was handled
+    (meter,) = traffic.meters
+    assert (meter.started, meter.handled["OK"], meter.late) == (4, 3, 1)
+    assert service.service(cast("grpc.HandlerCallDetails", SimpleNamespace(method="/a.B/D"))) is None
 
 
 def test_log_lines_are_json_with_their_fields() -> None:

@@ -24,9 +24,9 @@ from omcda_deploy.client import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import BundleError, ContractError, EndpointError, UnknownNameError
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos import policy_pb2
-from omcda_deploy.serve.config import ServerConfig
+from omcda_deploy.serve.config import Limits, ServerConfig
 from omcda_deploy.serve.releases import CURRENT, Releases
-from omcda_deploy.serve.status import StateError
+from omcda_deploy.serve.status import ExhaustedError, RequestError, StateError
 from omcda_deploy.spec import TeamSpec
 from tests.bundles import continuous_spec, discrete_spec, write_test_bundle
 from tests.server_process import free_port, server_process
@@ -86,6 +86,50 @@ def test_a_version_is_loaded_named_switched_to_and_back(folder: Path) -> None:
         assert held(releases) == ["2"]
 
     asyncio.run(run())
+
+
+def test_admin_calls_name_a_version(folder: Path) -> None:
+    async def run() -> None:
+        releases = Releases(folder, (), ServerConfig())
+        await releases.load("2")
+        await releases.follow("2")
+        for change in (releases.load, releases.switch, releases.unload):
+            with pytest.raises(RequestError, match="expected the name of a version, got an empty one"):
+                await change("")
+        assert (releases.current, releases.shadow, held(releases)) == ("10", "2", ["2", "10"])
+        assert not (folder / CURRENT).exists()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_is_started_again_holds_the_version_before_too(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        releases = Releases(folder, (), ServerConfig())
+        before = action(releases)
+        await releases.load("2")
+        await releases.switch("2")
+        again = Releases(folder, (), ServerConfig())
+        assert (again.current, again.previous, held(again)) == ("2", "10", ["2", "10"])
+        np.testing.assert_array_equal(action(again, "10"), before)  # an episode goes on
+
+    asyncio.run(run())
+    (folder / "10" / "agent_0" / "1" / "model.onnx").write_bytes(b"no graph")
+    assert held(Releases(folder, (), ServerConfig())) == ["2"]
+    assert "version 10, which answered before, is not held" in caplog.text
+    shutil.rmtree(folder / "10")
+    gone = Releases(folder, (), ServerConfig())
+    assert (gone.current, gone.previous) == ("2", "")
+
+
+def test_requests_of_many_rows_are_refused(folder: Path) -> None:
+    releases = Releases(folder, (), ServerConfig(limits=Limits(rows=5)))
+    session = releases.find("agent_0", "")
+    tensor = session.inputs["observation"]
+    releases.answer(session, {"observation": np.zeros(tensor.shape(5), np.float32)})
+    with pytest.raises(ExhaustedError, match=r"at most 5 rows in a request, got 6: .*raise limits.rows"):
+        releases.answer(session, {"observation": np.zeros(tensor.shape(6), np.float32)})
 
 
 def test_what_cannot_be_loaded_changes_nothing(folder: Path) -> None:
@@ -228,7 +272,7 @@ def test_a_team_is_switched_together_or_not_at_all(folder: Path, tmp_path: Path)
             admin.switch("2")
         shown = CliRunner().invoke(app, ["status", *words], catch_exceptions=False)
         assert shown.exit_code == 1
-        assert f"{team.admin[1]} is down: UNAVAILABLE" in shown.output
+        assert f"{team.admin[1]} told no status: UNAVAILABLE" in shown.output
         with TeamAdmin([team.admin[0], team.admin[2]]) as rest:
             assert {status.current for status in rest.status().values()} == {"10"}
 

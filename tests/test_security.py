@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,37 @@ def test_calls_without_a_token_are_refused_except_health(continuous_bundle: Bund
         for token in (None, "", "sesam", "# of the arm"):
             assert status_of(channel, token=token) is grpc.StatusCode.UNAUTHENTICATED
         assert status_of(admin, LOAD) is grpc.StatusCode.UNAUTHENTICATED
-        assert status_of(admin, LOAD, "sesame") is grpc.StatusCode.NOT_FOUND  # of version ""
+        assert status_of(admin, LOAD, "sesame") is grpc.StatusCode.INVALID_ARGUMENT  # of version ""
         stream: Any = channel.stream_stream("/omcda.v1.PolicyService/ActStream")
         with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
             next(stream(iter([b""]), timeout=10))
         with urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=10) as answer:
             assert b"omcda_denied_calls_total 6.0" in answer.read()
+
+
+def test_a_call_without_a_token_is_refused_before_its_message_has_come(
+    continuous_bundle: Bundle, tmp_path: Path
+) -> None:
+    """It would hold a place among the calls for as long as it likes."""
+    (tmp_path / "tokens").write_text("sesame\n")
+    options = config(
+        tmp_path, '[access]\ntoken_file = "tokens"\n[limits]\nconcurrent_calls = 1\nstreams = 1\n'
+    )
+    never = threading.Event()
+    with (
+        server_process(continuous_bundle, "agent_0", options=options) as server,
+        grpc.insecure_channel(server.endpoint) as channel,
+    ):
+        slow: Any = channel.stream_unary(CONTRACT)
+        try:
+            for _ in range(5):
+                with pytest.raises(grpc.RpcError) as raised:
+                    slow(iter(lambda: never.wait(20) or b"", None), timeout=10)
+                assert isinstance(raised.value, grpc.Call)
+                assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert ask(channel, token="sesame") != b""
+        finally:
+            never.set()
 
 
 def test_tokens_are_rotated_without_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +172,11 @@ def test_tokens_are_rotated_without_a_restart(tmp_path: Path, monkeypatch: pytes
     os.utime(file, ns=(1, 1))
     now += 2
     assert tokens.admit("Bearer new")
+    file.write_bytes(b"n\xffw\n")
+    now += 2
+    assert tokens.admit("Bearer new")
+    with pytest.raises(ConfigError, match="in UTF-8, got a byte 0xff"):
+        Tokens(file)
     file.write_text("new\n")
     now += 2
     assert not tokens.admit("Bearer old")

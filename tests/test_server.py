@@ -126,6 +126,28 @@ def test_health_is_serving(channel: grpc.Channel, service: str) -> None:
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_bytes_that_are_no_request_are_the_callers_fault(channel: grpc.Channel, method: str) -> None:
+    call: Any = channel.stream_stream(method)
+    with pytest.raises(grpc.RpcError) as raised:
+        list(call(iter([b"\xff\xff"]), timeout=10))
+    assert isinstance(raised.value, grpc.Call)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.details() == "expected a " + (
+        "grpc.health.v1.HealthCheckRequest, got bytes that are none"
+        if "health" in method
+        else "grpc.reflection.v1alpha.ServerReflectionRequest, got bytes that are none"
+    )
+
+
 def test_health_of_an_unknown_service_is_not_found(channel: grpc.Channel) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="nobody"))
@@ -191,11 +213,14 @@ def test_a_signal_tells_watchers_ends_streams_and_exits_0(
             policy.act(np.zeros(4, np.float32))
 
 
-def test_what_is_in_flight_is_answered(continuous_bundle: Bundle) -> None:
+def test_what_is_in_flight_is_answered(continuous_bundle: Bundle, tmp_path: Path) -> None:
     rows = 100_000
+    (tmp_path / "serve.toml").write_text(f"[limits]\nrows = {rows}\n")
     request = policy_pb2.ActRequest(model="agent_0", batch=rows, observation=bytes(16 * rows))
     with (
-        server_process(continuous_bundle, "agent_0") as server,
+        server_process(
+            continuous_bundle, "agent_0", options=("--config", str(tmp_path / "serve.toml"))
+        ) as server,
         grpc.insecure_channel(server.endpoint) as channel,
     ):
         make: Any = policy_pb2_grpc.PolicyServiceStub

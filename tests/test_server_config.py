@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import grpc
 import numpy as np
 import pytest
 
-from omcda_deploy.bundle import TEAM, Bundle
+from omcda_deploy.bundle import MANIFEST, TEAM, Bundle, read_bundle
 from omcda_deploy.client import RemoteTeam
-from omcda_deploy.errors import ConfigError, EndpointError, UnknownNameError
+from omcda_deploy.errors import BundleError, ConfigError, EndpointError, UnknownNameError
 from omcda_deploy.guard import GuardSetting
 from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.session import Models, Session
@@ -63,6 +64,30 @@ def test_a_wrong_file_is_refused(tmp_path: Path, change: tuple[str, str], messag
     path.write_text(FILE.replace(*change))
     with pytest.raises(ConfigError, match=message):
         read_server_config(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("divergence_p99", float("nan"), "divergence_p99: expected a finite number, got nan"),
+        ("divergence_p99", None, "divergence_p99: expected a finite number, got None"),
+        ("distance_p99", "1", "distance_p99: expected a finite number, got '1'"),
+        ("observation_mean", 3.0, "observation_mean: expected numbers"),
+        ("observation_std", [0.0] * 4, "observation_std: expected numbers above 0"),
+        ("observation_std", [1.0] * 3, "as many means as standard deviations, got 4 and 3"),
+        ("both", [1.0] * 3, "reference of agent_0: expected means of 4 entries, got 3"),
+        ("more", 1, "unexpected keyword argument 'more'"),
+    ],
+)
+def test_references_that_no_data_can_have_are_refused(
+    bundle: Bundle, entry: str, value: Any, message: str
+) -> None:
+    manifest = json.loads((bundle.path / MANIFEST).read_text())
+    names = ("observation_mean", "observation_std") if entry == "both" else (entry,)
+    manifest["agents"]["agent_0"]["reference"] |= dict.fromkeys(names, value)
+    (bundle.path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=message):
+        read_bundle(bundle.path)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_the_blocks_run(tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     assert output.count(f"serving team on 127.0.0.1:{ports['8500']}") == 2, output
-    assert (tmp_path / "releases" / "current").read_text() == "2\n"  # switched to 1, and back
+    assert (tmp_path / "releases" / "current").read_text() == "2\n1\n"  # switched to 1, and back
     assert 'omcda_answers_total{model="team",version="2"} 1.0' in output
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -23,12 +24,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from omcda_deploy import registry
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.client import RemotePolicy, RemoteTeam
-from omcda_deploy.errors import EndpointError, MissedAnswerError
+from omcda_deploy.errors import EndpointError, MissedAnswerError, OmcdaError
 from omcda_deploy.evaluate import evaluate
 from omcda_deploy.fallback import BehaviorTeam
 from omcda_deploy.local import LocalTeam
-from omcda_deploy.serve.server import LOOPBACK
-from omcda_deploy.serve.supervisor import AgentServer, Backoff
+from omcda_deploy.serve.server import LOOPBACK, Listen
+from omcda_deploy.serve.supervisor import AgentServer, Backoff, serve_team
 from tests.bundles import write_test_bundle
 
 TASK = "toy/chain-mixed"
@@ -114,6 +115,42 @@ def test_serve_team_names_the_port_in_use(continuous_bundle: Bundle) -> None:
     assert output == ""
     assert errors.count("\n") == 1
     assert f"{LOOPBACK}:{base + 2}" in errors
+
+
+@pytest.mark.parametrize(
+    ("listen", "grace_s", "message"),
+    [
+        ({"port": 0}, 1.0, "--base-port: expected the port of the first agent, from 1 on, got 0"),
+        ({"port": 20_100, "metrics_port": 65_534}, 1.0, "expected a port from 0 to 65535, got 65536"),
+        ({"port": 20_100, "admin_port": 20_101}, 1.0, "got 20101 twice"),
+        ({"port": 20_100, "metrics_port": 20_100}, 1.0, "expected a port for each purpose, got 20100 twice"),
+        ({"port": 20_100}, float("nan"), "--grace: expected seconds from 0 on, got nan"),
+        ({"port": 20_100, "host": "nobody.invalid"}, 1.0, "cannot listen on nobody.invalid: .* --host"),
+    ],
+)
+def test_what_cannot_be_started_is_refused_before_any_process_is(
+    continuous_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, listen: Any, grace_s: float, message: str
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(OmcdaError, match=message):
+        serve_team(continuous_bundle.path, Listen(**listen), grace_s=grace_s)
+
+
+def test_servers_stop_when_their_supervisor_is_killed(continuous_bundle: Bundle) -> None:
+    base = free_ports(3)
+    with supervisor(continuous_bundle, base) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline().startswith("serving ")
+        process.kill()
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            require_all_free(base, 3)
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("servers without a supervisor went on")
 
 
 # Deaths ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,12 +68,12 @@ def shadow(
 
 
 def status(admin: Admin, credentials: CredentialsFile = None) -> None:
-    """Health, version, rate, latency, divergence and guard of every agent. Status 1 where a server is down."""
+    """Health, version, rate, latency, divergence and guard of every agent. Status 1 unless all serve."""
     with _team(admin, credentials) as team:
         statuses, down = team.survey()
     _print_versions(statuses)
     for at, reason in down.items():
-        console.print(f"{at} is down: {reason}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{at} told no status: {reason}", highlight=False, soft_wrap=True, markup=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("agent", no_wrap=True)
     for column in ("answers/s", "p50, p99 ms", "divergence, budget", "guard", "above, replaced", "shadow"):
@@ -81,7 +82,7 @@ def status(admin: Admin, credentials: CredentialsFile = None) -> None:
         for row in _agent_rows(served):
             table.add_row(*row)
     console.print(table)
-    if down:
+    if down or not all(served.serving for served in statuses.values()):
         raise typer.Exit(1)
 
 
@@ -101,11 +102,12 @@ def _agent_rows(served: ServerStatus) -> Iterator[list[str]]:
 
 def _print_versions(statuses: Statuses | Mapping[str, ServerStatus]) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("server", "current", "held", "previous", "shadow"):
+    for column in ("server", "health", "up", "current", "held", "previous", "shadow"):
         table.add_column(column)
     for at, served in statuses.items():
+        health, up = "SERVING" if served.serving else "NOT_SERVING", timedelta(seconds=int(served.uptime_s))
         held = ", ".join(version.version for version in served.versions)
-        table.add_row(at, served.current, held, served.previous or "-", served.shadow or "-")
+        table.add_row(at, health, str(up), served.current, held, served.previous or "-", served.shadow or "-")
     console.print(table)
 
 
