@@ -23,8 +23,8 @@ from omcda_deploy import registry
 from omcda_deploy.datasets import Float, Scalar
 from omcda_deploy.datasets.omiga_hdf5 import Writer
 from omcda_deploy.envs.vector import BatchedEnvironment, VectorStep, vectorize
-from omcda_deploy.errors import ConfigError, ContractError
-from omcda_deploy.measurements import DiscardCount
+from omcda_deploy.errors import ConfigError
+from omcda_deploy.measurements import DiscardCount, require_ended
 from omcda_deploy.policy import NoiseSource, TeamPolicy
 from omcda_deploy.spec import require_same_contract
 
@@ -241,11 +241,7 @@ class _Recorder:
             age[slots] += 1
             ended = (shown.terminated | shown.truncated) & active
             lost = ended & np.asarray(shown.info.get("discarded", False), np.bool_)
-            if (overdue := active & ~ended & (age >= spec.episode_limit)).any():
-                raise ContractError(
-                    f"{spec.task}: environment {np.argmax(overdue)} did not end within {spec.episode_limit} steps, "
-                    "the episode limit of its spec"
-                )
+            require_ended(spec, active & ~ended, age)
             for slot in slots.tolist():
                 started[int(running[slot])] = int(age[slot])
             self._see(np.flatnonzero(ended), age, shown)

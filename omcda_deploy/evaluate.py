@@ -43,6 +43,7 @@ from omcda_deploy.measurements import (
     replacing,
     require_answer,
     require_at_least,
+    require_ended,
     saturated,
 )
 from omcda_deploy.policy import NoiseSource, TeamPolicy
@@ -252,6 +253,7 @@ def _play(
             sums[active] += step.reward[active]
             ages[active] = t
             ended = active & (step.terminated | step.truncated)
+            require_ended(spec, active & ~ended, t)
             terminal[ended] = step.terminated[ended]
             if "won" in step.info:
                 knows_won = True

@@ -191,6 +191,15 @@ class DiscardCount:
             )
 
 
+def require_ended(spec: TeamSpec, running: NDArray[np.bool_], steps: NDArray[np.int64] | int) -> None:
+    """Raise :class:`ContractError` where environments ``running`` [E] have had all ``steps`` of their spec."""
+    if (overdue := running & (np.asarray(steps) >= spec.episode_limit)).any():
+        raise ContractError(
+            f"{spec.task}: environment {np.argmax(overdue)} did not end within {spec.episode_limit} steps, the "
+            "episode limit of its spec"
+        )
+
+
 def episode_seed(seed: int, episode: int) -> int:
     """The seed of one episode: a function of these two numbers alone, so that no batch size changes it."""
     return int(np.random.SeedSequence(seed, spawn_key=(episode,)).generate_state(1)[0])

@@ -67,6 +67,7 @@ class StarCraft2Env:
         self._seed = seed
         self._episode_count = 0
         self._episode_steps = 0
+        self.force_restarts = 0
         self.last_action = np.zeros((self.n_agents, self.n_actions))
 
     def _launch(self) -> None:
@@ -76,6 +77,7 @@ class StarCraft2Env:
 
     def full_restart(self) -> None:
         self._launch()
+        self.force_restarts += 1
 
     def reset(self) -> tuple[list[Any], Any]:
         self._episode_steps = 0
@@ -247,6 +249,34 @@ class Crashing(Winnable):
     def crash(self) -> tuple[float, bool, dict[str, Any]]:
         self.full_restart()
         return 0, True, {}
+
+
+class CrashingInReset(Winnable):
+    """StarCraft II crashes when the second episode begins: SMAC goes on with the units of the first."""
+
+    def reset(self) -> tuple[list[Any], Any]:
+        if self._episode_count == 1:
+            self._episode_steps = 0
+            self.full_restart()
+            return self.get_obs(), self.get_state()
+        return super().reset()
+
+
+class FailingLater(Winnable):
+    """An exception in the third step of the second episode, as of a StarCraft II that cannot be started again."""
+
+    def step(self, actions: list[int]) -> tuple[float, bool, dict[str, Any]]:
+        if self._episode_count == 1 and self._episode_steps == 2:
+            raise RuntimeError("no port left")
+        return super().step(actions)
+
+
+class Endless(Peaceful):
+    """Never says that an episode is over."""
+
+    def step(self, actions: list[int]) -> tuple[float, bool, dict[str, Any]]:
+        reward, _, info = super().step(actions)
+        return reward, False, info
 
 
 class Dying(Crashing):

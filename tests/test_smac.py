@@ -351,6 +351,30 @@ def test_an_exception_of_the_simulator_is_no_crash(environment: Smac) -> None:
         environment.step(dict.fromkeys(SPEC.names, 1))
 
 
+@variant("FailingLater")
+def test_an_exception_after_steps_that_were_played_costs_its_episode(
+    environment: Smac, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends = [play(environment, seed)[-1][4] for seed in range(3)]
+    assert [bool(infos["agent_0"].get("discarded")) for infos in ends] == [False, True, False]
+    assert "RuntimeError: no port left" in caplog.text
+
+
+@variant("CrashingInReset")
+def test_an_episode_that_began_with_a_crash_is_not_played(
+    environment: Smac, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would be one of dead units."""
+    ends = [play(environment, seed)[-1][4] for seed in range(3)]
+    assert [infos["agent_0"].get("won") for infos in ends] == [True, True, True]
+    assert "StarCraft II crashed when an episode was to begin" in caplog.text
+
+
+def test_an_environment_that_does_not_end_is_not_waited_for() -> None:
+    with pytest.raises(ContractError, match="did not end within 70 steps"):
+        evaluate(Team(), TASK, episodes=1, options=options("Endless"))
+
+
 @variant("Hanging")
 def test_a_host_that_hangs_is_ended(environment: Smac, monkeypatch: pytest.MonkeyPatch) -> None:
     environment.reset(0)

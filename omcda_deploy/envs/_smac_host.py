@@ -13,6 +13,7 @@ A frame is a header (magic, length of the JSON, length of the data), a JSON obje
 |-------------------------------|----------------------------------------------|--------------------|
 | none: the first answer        | ``env_info``                                 | none               |
 | ``reset``                     | nothing                                      | what is shown      |
+|                               | ``crashed``: StarCraft II did                | none               |
 | ``step``, data: int64 [N]     | ``reward``, ``terminated``, ``won``          | what is shown      |
 |                               | ``crashed``: StarCraft II did                | none               |
 |                               | ``refused``: SMAC's words on illegal actions | none               |
@@ -109,11 +110,18 @@ class Host:
 
     def answer(self, control: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         if control.get("command") == "reset":
-            self._environment.reset()
-            return {}, self._shown()
+            return self._reset()
         if control.get("command") == "step":
             return self._step(data)
         raise ValueError(f"expected the command reset or step, got {control!r}")
+
+    def _reset(self) -> tuple[dict[str, Any], bytes]:
+        """Where StarCraft II crashes in it, SMAC starts another and goes on with the last episode's units."""
+        before = getattr(self._environment, "force_restarts", 0)
+        self._environment.reset()
+        if getattr(self._environment, "force_restarts", 0) != before:
+            return {"crashed": True}, b""
+        return {}, self._shown()
 
     def _step(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         actions = np.frombuffer(data, "<i8").tolist()

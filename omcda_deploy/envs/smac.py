@@ -11,7 +11,8 @@ so datasets, bundles and servers need no StarCraft II. Actions: 0 nothing (the d
 move, 6 and up attack. A step is 8 game loops of the 22.4 that a second has at the speed "faster": 2.8 Hz.
 
 An episode in which StarCraft II crashes or the host dies is lost: its last step has reward 0, is a truncation, and
-carries ``discarded: True`` in the first agent's info. The next reset starts a new host.
+carries ``discarded: True`` in the first agent's info; so is one that an exception of SMAC's ends, once a step has
+been played. The next reset starts a new host.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ class Smac:
         self._python, self._factory, self._path = python, factory, path
         self._host: _Host | None = None
         self._playing = False
+        self._proven = False  # a step has been played: this SMAC works
         self._first_episode = False  # of the host's game, not ended yet
         self._steps = 0
         agents = len(self.spec.agents)
@@ -155,16 +157,16 @@ class Smac:
         self._steps, self._playing = 0, False
         if self._host is not None:
             try:
-                self._see(self._host.ask("reset")[1])
-            except _HostDiedError as death:  # between two episodes: nothing is lost
+                self._see(self._reset(self._host))
+            except (_HostDiedError, SimulatorError) as death:  # between two episodes: nothing is lost
                 logger.warning("%s: starting another host: %s", self.spec.task, death)
-                self._host = None
+                self.close()
         if self._host is None:
             try:
                 self._host = self._launch(seed)
                 self._first_episode = True
                 self._require_same_map(self._host.receive()[0]["env_info"])
-                self._see(self._host.ask("reset")[1])
+                self._see(self._reset(self._host))
             except _HostDiedError as death:
                 self._host = None
                 raise SimulatorError(
@@ -187,6 +189,12 @@ class Smac:
             answer, shown = self._host.ask("step", np.array(choices, "<i8").tobytes())
         except _HostDiedError as death:
             return self._discard(str(death))
+        except (
+            SimulatorError
+        ) as failure:  # an exception of SMAC's, as where it cannot start StarCraft II again
+            if not self._proven:
+                raise
+            return self._discard(str(failure))
         if "refused" in answer:
             raise ContractError(
                 f"{self.spec.task}: SMAC refused the actions {choices}, which it had called available: "
@@ -195,7 +203,7 @@ class Smac:
         if "crashed" in answer:
             return self._discard("StarCraft II crashed")
         self._see(shown)
-        self._steps += 1
+        self._steps, self._proven = self._steps + 1, True
         over, won = bool(answer["terminated"]), bool(answer["won"])
         truncated = over and not won and self._steps >= self.spec.episode_limit  # SMAC calls this an end, too
         self._playing = not over
@@ -214,6 +222,12 @@ class Smac:
         if self._host is not None:
             self._host.close()
             self._host = None
+
+    def _reset(self, host: _Host) -> bytes:
+        answer, shown = host.ask("reset")
+        if "crashed" in answer:
+            raise host.lost("StarCraft II crashed when an episode was to begin")
+        return shown
 
     def _launch(self, seed: int | None) -> _Host:
         arguments = ["--map-name", self.spec.task.split("/")[1]]
@@ -283,7 +297,7 @@ def _no_frames(task: str) -> ConfigError:
 
 
 class _HostDiedError(Exception):
-    """Says how the process of a host ended."""
+    """Says how the process of a host ended, or why it was."""
 
 
 class _Host:
@@ -353,6 +367,11 @@ class _Host:
             self._process.wait()
             self._printing.join(CLOSE_SECONDS)
             os.close(self._read)
+
+    def lost(self, reason: str) -> _HostDiedError:
+        """End it for what it has told."""
+        self.close()
+        return _HostDiedError(reason)
 
     def _died(self, error: Exception) -> _HostDiedError:
         if isinstance(error, TimeoutError):
