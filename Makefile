@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # One thread: part of what makes runs repeatable, and the fastest setting for networks of this size.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test check lint types unit slow fuzz demo protos clean
+.PHONY: test check lint types unit slow extras fuzz demo protos clean
 
 test check: lint types unit  ## what CI runs
 
@@ -20,6 +20,12 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/pytest
+
+slow: $(READY)  ## tests that CI leaves out: every other map of SMAX is compiled
+	$(BIN)/pytest -m slow
+
+extras: $(READY)  ## each extra alone in an environment of its own, and whether its packages fit together
+	$(BIN)/python -m tests.extras_alone
 
 fuzz: $(READY)  ## 100,000 hostile requests; 2,000 of them are part of the tests
 	$(BIN)/python -m tests.fuzz

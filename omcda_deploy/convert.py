@@ -17,6 +17,7 @@ from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.spec import TeamSpec
 
 RewardMode = Literal["reward", "return_to_go"]
+HDF5_SUFFIXES = (".h5", ".hdf5")
 REWARD_MODES: tuple[RewardMode, ...] = ("reward", "return_to_go")
 Progress = Callable[[int, int], None]  # (episodes written, episodes in all)
 
@@ -46,6 +47,13 @@ def convert(
     if not source.exists():
         raise DatasetError(f"{source}: no such file or folder: expected a dataset to convert")
     if (name := format or registry.foreign_format_of(source)) is None:
+        if source.is_file() and not source.stat().st_size:
+            raise DatasetError(f"{source} is empty: download it again")
+        if source.suffix in HDF5_SUFFIXES and source.is_file():
+            raise DatasetError(
+                f"{source}: expected HDF5 with the arrays of a known format, got others or a truncated file: look "
+                "at it with h5ls, or download it again"
+            )
         sources = "; ".join(f"{name}: {module.SOURCE}" for name, module in known.items())
         raise DatasetError(
             f"{source}: expected a source of one of these formats ({sources}), got something else"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omcda_deploy import registry
 from omcda_deploy.bundle import MANIFEST
-from omcda_deploy.errors import UnknownNameError
+from omcda_deploy.errors import ConfigError, UnknownNameError
 
 POLICIES = Path(__file__).parent / "policies"
 TIERS = ("expert", "medium", "medium-replay", "medium-expert")
@@ -44,12 +44,13 @@ def tiers(task: str) -> tuple[str, ...]:
 
 
 def behavior_policies(task: str, tier: str) -> list[ShippedPolicy]:
-    """The policies of a tier, in the order in which they record. Raises :class:`UnknownNameError`."""
-    if tier not in (*TIERS, *BATTLE_TIERS):
-        raise UnknownNameError("tier", tier, {*TIERS, *BATTLE_TIERS})
+    """The policies of a tier, in the order in which they record. Raises :class:`UnknownNameError`,
+    and :class:`ConfigError` for a task without any."""
     folder = POLICIES / task
     if task not in shipped_tasks():
-        raise UnknownNameError("task with shipped behaviour policies", task, shipped_tasks())
+        raise ConfigError(
+            f"{task} comes without behaviour policies: record a policy of your own, with --bundle"
+        )
     if tier not in _shipped_tiers(task):
         raise UnknownNameError(f"tier of {task}", tier, _shipped_tiers(task))
     if tier == "medium-expert":

@@ -19,7 +19,7 @@ from omcda_deploy.collect import collect
 from omcda_deploy.datasets import BLOCK, Dataset, blocks, require_available
 from omcda_deploy.datasets.omiga_hdf5 import Writer, concatenate, read, write
 from omcda_deploy.envs import toy
-from omcda_deploy.errors import DatasetError, UnknownNameError
+from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.inspect_dataset import render_table, summarize
 from omcda_deploy.replay import replay
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
@@ -365,7 +365,6 @@ def test_recording_is_repeatable_and_independent_of_workers(tmp_path: Path) -> N
             "unknown tier of mamujoco/hopper-3x1 'medum': did you mean 'medium'",
         ),
         ("mamujoco/hopper-3x1", "behavior", "known are expert, medium, medium-expert, medium-replay"),
-        ("mamujoco-khop1/hopper-3x1", "medium", "task with shipped behaviour policies"),
     ],
 )
 def test_unknown_tiers_are_answered_with_the_tasks_own(
@@ -374,4 +373,20 @@ def test_unknown_tiers_are_answered_with_the_tasks_own(
     arguments = ["collect", task, "--tier", tier, "--out", str(tmp_path / "d.hdf5")]
     with pytest.raises(UnknownNameError, match=message):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mamujoco-khop1/hopper-3x1"], "comes without behaviour policies: .* with --bundle"),
+        (["toy/chain", "--tier", "behavior", "--bundle", "b"], "--tier or --bundle, got both"),
+        (["toy/chain", "--tier", "behavior", "--seed", str(2**63)], r"below 2\^63"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_at_once(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(
+            app, ["collect", *words, "--out", str(tmp_path / "d.hdf5")], catch_exceptions=False
+        )
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
+from omcda_deploy.bundle import read_bundle
+from omcda_deploy.client import RemoteTeam
 from omcda_deploy.collect import collect
 from omcda_deploy.envs import smax
 from omcda_deploy.envs._smax_programs import import_smax, muted
@@ -23,8 +25,11 @@ from omcda_deploy.envs.smax import SmaxVector
 from omcda_deploy.envs.vector import VectorEnvironment, VectorStep, vectorize
 from omcda_deploy.errors import ConfigError, ContractError, UnknownNameError
 from omcda_deploy.evaluate import evaluate
+from omcda_deploy.local import JointTeam, LocalTeam
 from omcda_deploy.policy import Decision, Float
+from omcda_deploy.shipped import POLICIES
 from omcda_deploy.spec import TeamSpec
+from tests.server_process import server_process
 
 pytest.importorskip("jaxmarl")
 
@@ -343,6 +348,30 @@ def test_it_is_evaluated_and_recorded(tmp_path: Path) -> None:
     assert dataset.action_masks is not None
     chosen = np.take_along_axis(dataset.action_masks, dataset.actions[..., None], -1)[dataset.transitions]
     assert chosen.all()
+
+
+def test_a_served_team_plays_as_the_local_one(tmp_path: Path) -> None:
+    """Real policies behind real servers: the same battles to the last digit, masks on the wire included."""
+    bundle = POLICIES / TASK / "medium"
+    settings: dict[str, Any] = {"episodes": 9, "seed": 5, "num_envs": 6}
+    with server_process(bundle, *read_bundle(bundle).spec.names) as server:
+        for stream, stochastic in ((False, False), (True, True)):
+            local = evaluate(LocalTeam(bundle), TASK, stochastic=stochastic, **settings)
+            with RemoteTeam([server.endpoint], stream=stream) as team:
+                served = evaluate(team, TASK, stochastic=stochastic, **settings)
+            np.testing.assert_array_equal(served.returns, local.returns)
+            np.testing.assert_array_equal(served.lengths, local.lengths)
+            assert served.won is not None
+            assert local.won is not None
+            np.testing.assert_array_equal(served.won, local.won)
+            assert served.to_json()["divergence"] == local.to_json()["divergence"]
+
+
+def test_a_hundred_battles_are_those_of_each_alone() -> None:
+    team = JointTeam(POLICIES / TASK / "medium")
+    together, apart = (evaluate(team, TASK, episodes=100, num_envs=count) for count in (100, 7))
+    np.testing.assert_array_equal(together.returns, apart.returns)
+    np.testing.assert_array_equal(together.lengths, apart.lengths)
 
 
 @pytest.mark.slow  # compiles another map

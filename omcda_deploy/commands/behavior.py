@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from omcda_deploy.commands import console, progress_bar
+from omcda_deploy.errors import ConfigError
 
 app = typer.Typer(help="Make the behaviour policies that datasets are recorded with.", no_args_is_help=True)
 
@@ -56,7 +57,12 @@ def measure(
     workers: Annotated[int, typer.Option()] = 2,
 ) -> None:
     """Play each checkpoint for 20 episodes (SMAX: 200), stochastically as recording does, and note its returns."""
-    task = json.loads((run / "config.json").read_text())["task"]
+    config = run / "config.json"
+    if not config.is_file():
+        raise ConfigError(
+            f"{run}: expected a folder of  omcda-deploy behavior train, found no {config.name} there"
+        )
+    task = json.loads(config.read_text())["task"]
     for checkpoint in sorted(run.glob("checkpoint-*.npz")):
         steps = _steps(checkpoint)
         if first <= steps <= last:

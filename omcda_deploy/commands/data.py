@@ -37,11 +37,12 @@ def collect(
     task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
     out: Annotated[Path, typer.Option(help="HDF5 file to write.")],
     tier: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="expert, medium, medium-replay or medium-expert; smax/…: good, medium, poor; toy/…: behavior."
+            help="medium (default), expert, medium-replay or medium-expert; smax/…: good, medium, poor; "
+            "toy/…: behavior."
         ),
-    ] = "medium",
+    ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Record this bundle's policy instead of a tier.")
     ] = None,
@@ -56,13 +57,15 @@ def collect(
     """Record a dataset in OMIGA's HDF5 format with the task's behaviour policies, acting stochastically."""
     from omcda_deploy import registry
     from omcda_deploy.collect import collect_mixture
-    from omcda_deploy.errors import DatasetError, UnknownNameError
+    from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 
     if out.exists():
         raise DatasetError(f"{out} exists already: choose another --out, or remove it first")
     if task not in registry.tasks():
         raise UnknownNameError("task", task, registry.tasks())
-    recorded_by = sources(task, tier, bundle)
+    if bundle is not None and tier is not None:
+        raise ConfigError("expected --tier or --bundle, got both: leave one out")
+    recorded_by = sources(task, tier or "medium", bundle)
     with progress_bar(f"recording {task}") as report:
         summary = collect_mixture(
             task,
@@ -70,7 +73,7 @@ def collect(
             out,
             transitions=transitions,
             seed=seed,
-            behavior=str(bundle) if bundle else tier,
+            behavior=recorded_by[0].behavior if bundle else tier or "medium",
             num_envs=num_envs,
             workers=workers,
             stochastic=not deterministic,
@@ -88,7 +91,7 @@ def sources(task: str, tier: str, bundle: Path | None = None) -> list[Source]:
     from omcda_deploy.shipped import behavior_policies, tiers
 
     if bundle is not None:
-        return [Source(str(bundle), JointTeam(bundle), 1.0)]
+        return [Source(bundle.absolute().name, JointTeam(bundle), 1.0)]
     if (known := tiers(task)) and tier not in known:
         raise UnknownNameError(f"tier of {task}", tier, known)
     if (own := registry.behavior_team(task)) is not None:

@@ -71,7 +71,7 @@ def evaluate(
     on_miss: OnMissOption = OnMiss.raise_,
     simulator_python: SimulatorPython = None,
     simulator_factory: SimulatorFactory = None,
-    video: Annotated[Path | None, typer.Option(help="Write the first episode as mp4 (MuJoCo).")] = None,
+    video: Annotated[Path | None, typer.Option(help="Write the first episode as mp4 (MuJoCo, SMAX).")] = None,
     credentials: CredentialsFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
