@@ -54,7 +54,7 @@ DEFAULTS = {
     "smax/5m_vs_6m": MaskablePpoConfig(),
     # Won nearly always after 500,000 steps: tiers between are close together.
     "smax/6h_vs_8z": MaskablePpoConfig(checkpoint_every=50_000),
-    "smax/corridor": MaskablePpoConfig(checkpoint_every=100_000),
+    "smax/corridor": MaskablePpoConfig(steps=4_000_000, checkpoint_every=100_000),
 }
 
 
