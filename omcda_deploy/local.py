@@ -104,7 +104,7 @@ class LocalPolicy:
         noise: Float | None = None,
         action_mask: NDArray[np.uint8] | None = None,
     ) -> Decision:
-        rows = batch_of(observation, self.spec.observation_size, f"observation of {self.spec.name}")
+        rows = _finite(observation, self.spec)
         shape = (len(rows), self.spec.action.size)
         feeds: dict[str, NDArray[Any]] = {"observation": rows, "noise": _or(noise, shape, np.float32, 0)}
         if self._discrete:
@@ -166,10 +166,7 @@ class JointTeam:
     ) -> dict[str, Decision]:
         agents = self.spec.agents
         single = np.ndim(observation_of(observations, agents[0].name)) == 1
-        rows = [
-            batch_of(observation_of(observations, a.name), a.observation_size, f"observation of {a.name}")
-            for a in agents
-        ]
+        rows = [_finite(observation_of(observations, a.name), a) for a in agents]
         batch = len(rows[0])
         feeds: dict[str, NDArray[Any]] = {
             "observation": np.concatenate(rows, axis=1),
@@ -250,6 +247,18 @@ def batch_of(vectors: NDArray[Any], width: int, what: str) -> Float:
     if rows.ndim != 2 or rows.shape[1] != width:
         raise ContractError(
             f"{what}: expected shape [B, {width}] or [{width}], got {list(np.shape(vectors))}"
+        )
+    return rows
+
+
+def _finite(observation: NDArray[Any], agent: AgentSpec) -> Float:
+    """As :func:`batch_of`; a server refuses other numbers, too."""
+    rows = batch_of(observation, agent.observation_size, f"observation of {agent.name}")
+    if not np.isfinite(rows).all():
+        row, column = np.argwhere(~np.isfinite(rows))[0].tolist()
+        raise ContractError(
+            f"observation of {agent.name}: expected finite numbers, got {rows[row, column]} in row {row}, column "
+            f"{column}: look at what the simulator shows"
         )
     return rows
 

@@ -314,6 +314,15 @@ class Mappo(StarCraft2Env):
         return {**super().get_env_info(), "obs_shape": 124, "state_shape": 156}
 
 
+class Forbidding(StarCraft2Env):
+    """Leaves the third agent nothing to do."""
+
+    def get_avail_actions(self) -> list[list[int]]:
+        available = super().get_avail_actions()
+        available[2] = [0] * self.n_actions
+        return available
+
+
 class Picky(StarCraft2Env):
     """Calls actions available and refuses them."""
 

@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from omcda_deploy.bundle import TEAM, Bundle
-from omcda_deploy.errors import UnknownNameError
-from omcda_deploy.local import LocalPolicy
+from omcda_deploy.errors import ContractError, UnknownNameError
+from omcda_deploy.local import JointTeam, LocalPolicy, LocalTeam
 from omcda_deploy.serve.session import Models, Session
 from omcda_deploy.serve.status import DETAILS_LIMIT, RangeError, RequestError, status_of
 
@@ -59,6 +59,17 @@ def test_an_overflow_that_the_tanh_hides_is_out_of_range(continuous_bundle: Bund
     for ask in (session.answer, session.act):  # a shadow's overflow is a failure of the shadow
         with pytest.raises(RangeError, match=r"divergence is not finite.*3\.4e\+38"):
             ask({"observation": observation})
+
+
+def test_teams_in_process_refuse_numbers_that_servers_refuse(continuous_bundle: Bundle) -> None:
+    observations = {
+        agent.name: np.zeros((2, agent.observation_size), np.float32)
+        for agent in continuous_bundle.spec.agents
+    }
+    observations["agent_1"][1, 2] = np.nan
+    for team in (LocalTeam(continuous_bundle), JointTeam(continuous_bundle)):
+        with pytest.raises(ContractError, match=r"observation of agent_1: .* got nan in row 1, column 2"):
+            team.act(observations)
 
 
 def test_numbers_that_outweigh_the_mask_are_out_of_range(discrete_bundle: Bundle) -> None:

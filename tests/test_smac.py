@@ -370,6 +370,14 @@ def test_an_episode_that_began_with_a_crash_is_not_played(
     assert "StarCraft II crashed when an episode was to begin" in caplog.text
 
 
+@variant("Forbidding")
+def test_a_simulator_that_allows_nothing_is_named(environment: Smac) -> None:
+    with pytest.raises(
+        ContractError, match=r"expected an available action for every agent, .* none for agent_2"
+    ):
+        environment.reset(0)
+
+
 def test_an_environment_that_does_not_end_is_not_waited_for() -> None:
     with pytest.raises(ContractError, match="did not end within 70 steps"):
         evaluate(Team(), TASK, episodes=1, options=options("Endless"))

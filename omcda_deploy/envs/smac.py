@@ -261,6 +261,11 @@ class Smac:
         self._observations = np.frombuffer(shown[:split], "<f4").reshape(self._observations.shape)
         self._state = np.frombuffer(shown[split:end], "<f4")
         self._masks = np.frombuffer(shown[end:], np.uint8).reshape(self._masks.shape)
+        if not (available := self._masks.any(axis=1)).all():
+            raise ContractError(
+                f"{self.spec.task}: expected an available action for every agent, SMAC has none for "
+                f"{self.spec.names[int(available.argmin())]}: look at its get_avail_actions"
+            )
 
     def _discard(self, reason: str) -> StepResult:
         self.close()
