@@ -122,6 +122,7 @@ class Evaluation:
             "lengths": self.lengths.tolist(),
             "ended_by": ["terminal" if end else "time limit" for end in self.terminated],
             "won": None if self.won is None else self.won.tolist(),
+            "win_rate": None if self.won is None else number(float(self.won.mean())),
             "episode_seeds": list(self.episode_seeds),
             "divergence": {name: value.to_json() for name, value in self.divergence.items()},
             "saturation": {name: number(value) for name, value in self.saturation.items()},

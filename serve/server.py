@@ -186,8 +186,6 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    if supervisor is not None:
-        watching = asyncio.create_task(_orphaned(supervisor, stop))
     server = grpc.aio.server(
         interceptors=security.interceptors,
         options=(*_OPTIONS, ("grpc.max_receive_message_length", limits.message_bytes)),
@@ -202,6 +200,8 @@ async def _serve(
     introspection.add_reflection(server, (*services, introspection.HEALTH))
     port = security.add_port(server, listen.host, listen.port)
     async with AsyncExitStack() as beside:
+        if supervisor is not None:
+            beside.callback(asyncio.create_task(_orphaned(supervisor, stop)).cancel)
         if listen.admin_port is not None:
             service = AdminService(releases, lambda: inference.ready)
             await _start_admin(beside, service, listen.admin_port, security)
@@ -223,8 +223,6 @@ async def _serve(
         await traffic.quiet(grace_s / 2)
         await traffic.stop()
         await server.stop(grace_s / 2)
-    if supervisor is not None:
-        watching.cancel()
 
 
 async def _orphaned(supervisor: int, stop: asyncio.Event) -> None:
