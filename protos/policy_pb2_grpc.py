@@ -44,6 +44,11 @@ class PolicyServiceStub(object):
                 request_serializer=omcda__deploy_dot_protos_dot_policy__pb2.ActRequest.SerializeToString,
                 response_deserializer=omcda__deploy_dot_protos_dot_policy__pb2.ActResponse.FromString,
                 _registered_method=True)
+        self.TeamAct = channel.unary_unary(
+                '/omcda.v1.PolicyService/TeamAct',
+                request_serializer=omcda__deploy_dot_protos_dot_policy__pb2.ActRequest.SerializeToString,
+                response_deserializer=omcda__deploy_dot_protos_dot_policy__pb2.ActResponse.FromString,
+                _registered_method=True)
         self.ActStream = channel.stream_stream(
                 '/omcda.v1.PolicyService/ActStream',
                 request_serializer=omcda__deploy_dot_protos_dot_policy__pb2.ActRequest.SerializeToString,
@@ -62,9 +67,17 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Act(self, request, context):
-        """One control step of one model. The joint step of a team is the same call with model "team": its graph has
-        the same tensors, so one message, one validation and one stream serve both. Calls know nothing of each other:
-        the answer is a function of the request alone, so one that failed can be made again.
+        """One control step of one model. Calls know nothing of each other: the answer is a function of the request
+        alone, so one that failed can be made again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TeamAct(self, request, context):
+        """One control step of the whole team by its joint graph: Act for the model "team", which need not be named. The
+        graph has the tensors of an agent's, so one message, one validation and, with the model named, one kind of
+        stream serve both.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +105,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
             ),
             'Act': grpc.unary_unary_rpc_method_handler(
                     servicer.Act,
+                    request_deserializer=omcda__deploy_dot_protos_dot_policy__pb2.ActRequest.FromString,
+                    response_serializer=omcda__deploy_dot_protos_dot_policy__pb2.ActResponse.SerializeToString,
+            ),
+            'TeamAct': grpc.unary_unary_rpc_method_handler(
+                    servicer.TeamAct,
                     request_deserializer=omcda__deploy_dot_protos_dot_policy__pb2.ActRequest.FromString,
                     response_serializer=omcda__deploy_dot_protos_dot_policy__pb2.ActResponse.SerializeToString,
             ),
@@ -153,6 +171,33 @@ class PolicyService(object):
             request,
             target,
             '/omcda.v1.PolicyService/Act',
+            omcda__deploy_dot_protos_dot_policy__pb2.ActRequest.SerializeToString,
+            omcda__deploy_dot_protos_dot_policy__pb2.ActResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TeamAct(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omcda.v1.PolicyService/TeamAct',
             omcda__deploy_dot_protos_dot_policy__pb2.ActRequest.SerializeToString,
             omcda__deploy_dot_protos_dot_policy__pb2.ActResponse.FromString,
             options,

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import grpc
 
+from omcda_deploy.bundle import TEAM
 from omcda_deploy.errors import ContractError
 from omcda_deploy.protos import policy_pb2
 from omcda_deploy.serve.handlers import Traffic, methods
 from omcda_deploy.serve.policy_messages import inputs_of
 from omcda_deploy.serve.releases import Releases
+from omcda_deploy.serve.session import NAME_LIMIT
 from omcda_deploy.serve.status import RequestError
 
 SERVICE = policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name
@@ -46,6 +48,14 @@ class PolicyService:
             step_id=request.step_id, model_version=session.version, batch=request.batch, **answer
         ).SerializeToString()
 
+    def team_act(self, request: policy_pb2.ActRequest) -> bytes:
+        if request.model not in ("", TEAM):
+            raise RequestError(
+                f"TeamAct: expected model {TEAM} or none, got {request.model[:NAME_LIMIT]!r}: call Act for an agent"
+            )
+        request.model = TEAM
+        return self.act(request)
+
     def _require_contract(self, stated: str) -> None:
         """All versions have one contract. Raises :class:`ContractError` when the caller was built for another."""
         if stated and stated != self._releases.contract_hash:
@@ -61,6 +71,7 @@ class PolicyService:
             {
                 "GetContract": (policy_pb2.GetContractRequest, self.get_contract),
                 "Act": (policy_pb2.ActRequest, self.act),
+                "TeamAct": (policy_pb2.ActRequest, self.team_act),
             },
             {"ActStream": (policy_pb2.ActRequest, lambda: Steps(self.act))},
         )

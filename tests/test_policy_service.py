@@ -13,7 +13,9 @@ import pytest
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.local import LocalPolicy
 from omcda_deploy.protos import policy_pb2, policy_pb2_grpc
-from omcda_deploy.serve.policy_service import Steps
+from omcda_deploy.serve.config import ServerConfig
+from omcda_deploy.serve.policy_service import PolicyService, Steps
+from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.status import RequestError
 from omcda_deploy.spec import TeamSpec
 from tests.server_process import ServerProcess
@@ -55,6 +57,17 @@ def test_act_answers_as_the_local_policy(continuous_bundle: Bundle, stub: Any) -
     for name, values in expected.parameters.items():
         assert getattr(response, name) == values.tobytes()
     assert response.logits == response.behavior_logits == b""
+
+
+def test_a_team_acts_by_its_joint_graph(continuous_bundle: Bundle) -> None:
+    service = PolicyService(Releases(continuous_bundle.path, (), ServerConfig()))
+    width = sum(agent.observation_size for agent in continuous_bundle.spec.agents)
+    rows = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32).tobytes()
+    request = policy_pb2.ActRequest(batch=3, observation=rows, step_id=5)
+    answer = service.team_act(request)
+    assert answer == service.act(policy_pb2.ActRequest(model="team", batch=3, observation=rows, step_id=5))
+    with pytest.raises(RequestError, match="expected model team or none, got 'agent_1': call Act"):
+        service.team_act(good(model="agent_1"))
 
 
 def test_a_stream_gives_one_response_per_request_in_order(stub: Any) -> None:
