@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ BLOCK = (
 
 
 Buffer: TypeAlias = "bytes | NDArray[np.float32]"
+Note: TypeAlias = tuple[int, Buffer, Buffer, Buffer, float, float]  # what ModelMeter.add is given
 
 
 class Histogram:
@@ -109,17 +110,6 @@ class Totals:
         )
 
 
-class _Note(NamedTuple):
-    """An answer of B rows; arrays as bytes or as they are."""
-
-    rows: int
-    observation: Buffer  # float32 [B, sum O]
-    divergence: Buffer  # float32 [B, k]
-    policy_weight: Buffer  # float32 [B, k]
-    began: float
-    seconds: float
-
-
 class ModelMeter:
     """One model, an agent or the team."""
 
@@ -129,7 +119,7 @@ class ModelMeter:
         k = len(guard.agents)
         ratios, distances = ([Histogram(RATIO_BOUNDS) for _ in guard.agents] for _ in range(2))
         self._totals = Totals(np.zeros(k), np.zeros(k, np.int64), np.zeros(k, np.int64), ratios, distances)
-        self._notes: deque[_Note] = deque()
+        self._notes: deque[Note] = deque()
         self._entries = 0  # of observations, noted since the last block
         self._counting = Lock()
         self._recent = np.zeros((RECENT, 2))  # when, and how many seconds; a ring
@@ -151,7 +141,7 @@ class ModelMeter:
         ``observation`` [B, sum O], ``divergence`` and ``policy_weight`` [B, k] are float32, as bytes or arrays, and
         not to be changed any more.
         """
-        self._notes.append(_Note(rows, observation, divergence, policy_weight, began, seconds))
+        self._notes.append((rows, observation, divergence, policy_weight, began, seconds))
         self._entries += rows * self._width
         if self._entries >= BLOCK:
             self._entries = 0

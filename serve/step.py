@@ -15,12 +15,14 @@ import time
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from omcda_deploy.guard import Guard
 from omcda_deploy.local import BoundRow
 from omcda_deploy.serve.meter import ModelMeter
 
 _ALLOWED = b"\0\1"  # in a mask
+_FEW = 256  # numbers, up to which a plain sum of them is cheaper than a call of numpy
 
 
 class Step:
@@ -28,14 +30,15 @@ class Step:
 
     def __init__(self, row: BoundRow, guard: Guard, meter: ModelMeter) -> None:
         self._row, self._meter = row, meter
-        self._observed, self._noise_array = row.inputs["observation"], row.inputs["noise"]
+        self._observed, self._disturbed = row.inputs["observation"][0], row.inputs["noise"][0]
         self._inputs = {name: array.data.cast("B") for name, array in row.inputs.items()}
-        self._outputs = [(name, array.data.cast("B")) for name, array in row.outputs.items()]
-        self._silence = bytes(self._noise_array.nbytes)
+        self._names = (*row.outputs, "policy_weight")
+        weight = np.ones(len(guard.agents), np.float32)
+        self._outputs = [array.data.cast("B") for array in (*row.outputs.values(), weight)]
+        self._silence = bytes(self._disturbed.nbytes)
         self._limits = guard.limits
         self._divergence = row.outputs["divergence"].reshape(-1).data
         self._action = row.outputs["action"].reshape(-1).data
-        self._weight = np.ones(len(guard.agents), np.float32).tobytes()
         sizes = [agent.action.size for agent in guard.agents]
         ends = pairwise(np.cumsum([0, *sizes]).tolist())
         self._choices = [slice(*own) for own in ends] if "action_mask" in row.inputs else []
@@ -57,9 +60,7 @@ class Step:
                     return None
             except ValueError:  # another size
                 return None
-            if not math.isfinite(np.vdot(self._observed, self._observed)) or (
-                noise and not math.isfinite(np.vdot(self._noise_array, self._noise_array))
-            ):
+            if not _finite(self._observed) or (noise and not _finite(self._disturbed)):
                 return None
             if mask and (mask.translate(None, _ALLOWED) or any(1 not in mask[own] for own in self._choices)):
                 return None
@@ -76,9 +77,14 @@ class Step:
             for index, limit in self._limits:
                 if divergence[index] > limit:
                     return None
-            outputs = {name: view.tobytes() for name, view in self._outputs}
-        outputs["policy_weight"] = self._weight
-        self._meter.add(
-            1, observation, outputs["divergence"], self._weight, began, time.perf_counter() - began
-        )
+            outputs = dict(zip(self._names, map(memoryview.tobytes, self._outputs), strict=True))
+        weight = outputs["policy_weight"]
+        self._meter.add(1, observation, outputs["divergence"], weight, began, time.perf_counter() - began)
         return outputs
+
+
+def _finite(values: NDArray[np.float32]) -> bool:
+    """Whether all are finite, or, of many, so small that their squares are, too."""
+    if values.size <= _FEW:
+        return math.isfinite(sum(values.tolist()))
+    return math.isfinite(np.vdot(values, values))
