@@ -104,16 +104,24 @@ def response_of(
     answer: Mapping[str, bytes],
 ) -> bytes:
     """A serialised ``ModelInferResponse``."""
-    body = oip.ModelInferResponse(
-        id=request.id, raw_output_contents=[answer[tensor.name] for tensor in wanted]
-    )
-    return _head(session.name, session.version, wanted, rows) + body.SerializeToString()
+    described, before = _around(session.name, session.version, wanted, rows)
+    parts = [described]
+    for tensor, prefix in zip(wanted, before, strict=True):
+        parts += (prefix, answer[tensor.name])
+    if request.id:
+        parts.append(oip.ModelInferResponse(id=request.id).SerializeToString())
+    return b"".join(parts)
 
 
 @lru_cache(maxsize=256)
-def _head(model: str, version: str, tensors: tuple[Tensor, ...], batch: int) -> bytes:
-    """What is the same in every response; two messages in a row are one, with the fields of both."""
-    return oip.ModelInferResponse(
+def _around(
+    model: str, version: str, tensors: tuple[Tensor, ...], batch: int
+) -> tuple[bytes, tuple[bytes, ...]]:
+    """What is the same in every response: its description, and what stands before each tensor's bytes.
+
+    Serialised messages in a row are one, with the fields of all.
+    """
+    described = oip.ModelInferResponse(
         model_name=model,
         model_version=version,
         outputs=[
@@ -121,6 +129,11 @@ def _head(model: str, version: str, tensors: tuple[Tensor, ...], batch: int) -> 
             for t in tensors
         ],
     ).SerializeToString()
+    sizes = [tensor.size(batch) for tensor in tensors]
+    contents = [
+        oip.ModelInferResponse(raw_output_contents=[bytes(size)]).SerializeToString() for size in sizes
+    ]
+    return described, tuple(whole[:-size] for whole, size in zip(contents, sizes, strict=True))
 
 
 def metadata_of(
