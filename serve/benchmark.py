@@ -1,10 +1,12 @@
 """What a served step costs, beside what gRPC alone costs: servers, scenarios, interleaved rounds, ratios.
 
-Every round visits all scenarios in another order, so that a machine that drifts drifts for all; the figures to
-quote are the medians of ratios within a round. The servers are real processes on this machine: all agents in one,
-the joint graph, and a bare grpc.aio server that answers as many bytes (:mod:`omcda_deploy.serve.echo`). The load
-comes from the calling process (:mod:`omcda_deploy.serve.http2`); its CPU per step is among the figures, and has to
-stay far below a server's for them to say anything about servers. Linux only: it reads other processes' clocks.
+Every round starts its servers anew, because a process keeps the pages that it was given, and one start is up to a
+tenth faster than another. It visits all scenarios in another order, so that a machine that drifts drifts for all.
+The figures to quote are the medians of ratios within a round. The servers are real processes on this machine: all
+agents in one, the joint graph, and a bare grpc.aio server that answers as many bytes
+(:mod:`omcda_deploy.serve.echo`). The load comes from the calling process (:mod:`omcda_deploy.serve.http2`); its
+CPU per step is among the figures, and has to stay far below a server's for them to say anything about servers.
+Linux only: it reads other processes' clocks.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ class Report:
     ratios: tuple[Ratio, ...]
     rounds: tuple[Mapping[str, Figures], ...]
     load_average: tuple[float, float]
-    ready_s: float  # from starting the server of all agents to its first line
+    ready_s: float  # from starting the server of all agents to its first line, median over rounds
 
     def median(self, scenario: str) -> dict[str, float]:
         rows = [asdict(figures[scenario]) for figures in self.rounds]
@@ -208,25 +210,27 @@ def run(
     measured: list[Mapping[str, Figures]] = []
     order = list(wanted)
     draw = random.Random(seed)
-    with ExitStack() as stack:
-        agents = start_models(stack, bundle.path, [spec.names], config)
-        servers: dict[Where, Servers] = {
-            "agents": agents,
-            "team": start_models(stack, bundle.path, [[TEAM]], config),
-            "echo": start_echo(stack, agents, spec.names[0], requests),
-        }
-        if processes:
-            alone = [[name] for name in spec.names]
-            servers["processes"] = start_models(stack, bundle.path, alone, config)
-        for done in range(rounds):
-            draw.shuffle(order)
-            figures: dict[str, Figures] = {}
+    ready: list[float] = []
+    for done in range(rounds):
+        draw.shuffle(order)
+        figures: dict[str, Figures] = {}
+        with ExitStack() as stack:
+            agents = start_models(stack, bundle.path, [spec.names], config)
+            servers: dict[Where, Servers] = {
+                "agents": agents,
+                "team": start_models(stack, bundle.path, [[TEAM]], config),
+                "echo": start_echo(stack, agents, spec.names[0], requests),
+            }
+            if processes:
+                alone = [[name] for name in spec.names]
+                servers["processes"] = start_models(stack, bundle.path, alone, config)
             for index, scenario in enumerate(order):
                 progress(done * len(order) + index, rounds * len(order))
                 figures[scenario.name] = _measure(scenario, servers[scenario.where], requests, seconds)
-            measured.append(figures)
+        measured.append(figures)
+        ready.append(agents.ready_s)
     load_average = (before, os.getloadavg()[0])
-    return Report(wanted, targets(clients), tuple(measured), load_average, agents.ready_s)
+    return Report(wanted, targets(clients), tuple(measured), load_average, statistics.median(ready))
 
 
 def require_measurable(**settings: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import grpc
@@ -133,15 +135,24 @@ def _free_port() -> int:
 
 @contextmanager
 def _started(module: str, arguments: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server process that is ready, and its address; stopped at the end."""
+    """A server process that is ready, and its address; stopped at the end. Its log is shown where it fails."""
     command = [sys.executable, "-m", module, *arguments]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             ready = process.stdout.readline()  # empty when the process ends first
             if not ready.startswith("serving "):
                 raise EndpointError("a server to measure did not start: it said why above")
             yield ready.split()[-1], process
+        except EndpointError:
+            log.seek(0)
+            shutil.copyfileobj(log, sys.stderr)
+            raise
         finally:
             process.terminate()
             try:
