@@ -44,8 +44,10 @@ def tiers(task: str) -> tuple[str, ...]:
 
 
 def behavior_policies(task: str, tier: str) -> list[ShippedPolicy]:
-    """The policies of a tier, in the order in which they record. Raises :class:`UnknownNameError`,
-    and :class:`ConfigError` for a task without any."""
+    """The policies of a tier, in the order in which they record.
+
+    Raises :class:`UnknownNameError`, and :class:`ConfigError` for a task without any.
+    """
     folder = POLICIES / task
     if task not in shipped_tasks():
         raise ConfigError(

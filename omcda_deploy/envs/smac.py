@@ -189,12 +189,10 @@ class Smac:
             answer, shown = self._host.ask("step", np.array(choices, "<i8").tobytes())
         except _HostDiedError as death:
             return self._discard(str(death))
-        except (
-            SimulatorError
-        ) as failure:  # an exception of SMAC's, as where it cannot start StarCraft II again
+        except SimulatorError as failure:
             if not self._proven:
                 raise
-            return self._discard(str(failure))
+            return self._discard(str(failure))  # SMAC could not start StarCraft II again, for instance
         if "refused" in answer:
             raise ContractError(
                 f"{self.spec.task}: SMAC refused the actions {choices}, which it had called available: "
