@@ -318,7 +318,7 @@ def _failure(error: BaseException, what: str, deadline_s: float) -> OmcdaError:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             return MissedAnswerError(
                 f"{what} failed, the server cannot be reached ({details}). "
-                "Start it with  omcda-deploy serve BUNDLE  or correct the endpoint"
+                "Start it with  omcda-deploy serve BUNDLE  or correct the endpoint; both sides need TLS, or neither"
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return MissedAnswerError(
@@ -330,6 +330,8 @@ def _failure(error: BaseException, what: str, deadline_s: float) -> OmcdaError:
         case grpc.StatusCode.UNIMPLEMENTED:
             return EndpointError(f"{what} failed, this is no policy server ({details}): correct the endpoint")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return EndpointError(f"{what} was refused: {details}. Send smaller batches")
+            # Our server's own words say what to do; gRPC's are of messages and calls in general.
+            hint = "" if "expected" in details else ". Send smaller batches, or fewer calls at once"
+            return EndpointError(f"{what} was refused: {details}{hint}")
         case _:
             return EndpointError(f"{what} was refused with {code.name}: {details}")

@@ -18,7 +18,8 @@ def cache_folder() -> Path:
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Raises :class:`ConfigError` for a file that is missing or no TOML; ``what`` says what was expected of it."""
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist: expected {what} (TOML)")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"{path} {found}: expected {what} (TOML)")
     try:
         return tomllib.loads(path.read_text())
     except ValueError as error:  # also bytes that are no text

@@ -223,6 +223,14 @@ CASES: list[Case] = [
     ("serve bundle --agent agent_0 --team", "expected --agent or --team, got both"),
     ("serve bundle --team --port 99999", "expected a port from 0 to 65535, got 99999"),
     # who plays
+    (
+        f"evaluate {HOPPER} --endpoints 127.0.0.1:9-7",
+        "127.0.0.1:9-7: expected ports from the lower to the higher",
+    ),
+    (
+        "collect toy/chain --out x.hdf5 --bundle bundle --tier behavior",
+        "expected --tier or --bundle, got both",
+    ),
     (f"evaluate {HOPPER}", "expected --endpoints .* or --bundle .*: give one of them"),
     (f"evaluate {HOPPER} --bundle bundle --endpoints {DOWN}", "expected --endpoints .* or --bundle"),
     (

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from omcda_deploy.errors import ConfigError
+
 if TYPE_CHECKING:
     from omcda_deploy.channel import Credentials
 
@@ -80,6 +82,10 @@ def addresses(endpoints: str) -> list[str]:
         host, _, ports = part.rpartition(":")
         first, dash, last = ports.partition("-")
         if dash and first.isdigit() and last.isdigit():
+            if int(first) > int(last):
+                raise ConfigError(
+                    f"{part}: expected ports from the lower to the higher, got {first} to {last}"
+                )
             found += [f"{host}:{port}" for port in range(int(first), int(last) + 1)]
         else:
             found.append(part)
