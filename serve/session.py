@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ from omcda_deploy.local import OnnxModel
 from omcda_deploy.protos.tensors import DTYPES, answer_tensors, input_tensors
 from omcda_deploy.serve.meter import ModelMeter
 from omcda_deploy.serve.status import RangeError, RequestError
-from omcda_deploy.serve.step import Step
+from omcda_deploy.serve.step import Step, all_finite
 
 NAME_LIMIT = 100  # characters of a caller's name that are compared and repeated
 OPTIONAL_INPUTS = frozenset({"noise"})
@@ -92,7 +91,7 @@ class Session:
         with np.errstate(all="ignore"):
             outputs = self._model.run(feeds)
         # a tanh hides an overflow, an argmax turns it into any action, and no guard compares NaN
-        if not (_finite(outputs["action"]) and _finite(outputs["divergence"])):
+        if not (all_finite(outputs["action"]) and all_finite(outputs["divergence"])):
             raise RangeError(
                 f"{self.name}: the action for this observation or its divergence is not finite; the largest entry "
                 f"is {np.abs(feeds['observation']).max():.3g}: send observations of the range seen in training"
@@ -113,7 +112,7 @@ class Session:
                 values = np.zeros(tensor.shape(rows), DTYPES[tensor.datatype])
             elif tensor.datatype == "UINT8":
                 self._require_choice(values)
-            elif not _finite(values):
+            elif not all_finite(values):
                 row, column = np.argwhere(~np.isfinite(values))[0]
                 raise RequestError(
                     f"{name} of {self.name}: expected finite numbers, got {values[row, column]} "
@@ -165,11 +164,6 @@ class Session:
                 for name, tensor in self.inputs.items()
             }
         )
-
-
-def _finite(values: NDArray[Any]) -> bool:
-    """Whether all are finite; a sum of squares says so at half the price of a look at each, unless it overflows."""
-    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
 
 class Models:
