@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.datasets import Episode, Recording, Scalar
-from omcda_deploy.datasets.omiga_hdf5 import Writer
+from omcda_deploy.datasets.omiga_hdf5 import SUFFIXES, Writer
 from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.spec import TeamSpec
 
 RewardMode = Literal["reward", "return_to_go"]
-HDF5_SUFFIXES = (".h5", ".hdf5")
 REWARD_MODES: tuple[RewardMode, ...] = ("reward", "return_to_go")
 Progress = Callable[[int, int], None]  # (episodes written, episodes in all)
 
@@ -49,7 +48,7 @@ def convert(
     if (name := format or registry.foreign_format_of(source)) is None:
         if source.is_file() and not source.stat().st_size:
             raise DatasetError(f"{source} is empty: download it again")
-        if source.suffix in HDF5_SUFFIXES and source.is_file():
+        if source.suffix in SUFFIXES and source.is_file():
             raise DatasetError(
                 f"{source}: expected HDF5 with the arrays of a known format, got others or a truncated file: look "
                 "at it with h5ls, or download it again"

@@ -28,9 +28,7 @@ RATIO_BOUNDS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 10.0)  # of divergence
 LEAST_THRESHOLD, RATIO_LIMIT = 1e-6, 1e6  # of a threshold of 0 nats, ratios are only large
 RECENT = 1024  # calls of which status reports percentiles and rates
 RATE_S = 60.0
-BLOCK = (
-    8192  # entries of observations that are noted before they are counted: some hundred microseconds' work
-)
+BLOCK = 8192  # entries of observations that are noted before they are counted: a hundred microseconds' work
 
 
 Buffer: TypeAlias = "bytes | NDArray[np.float32]"

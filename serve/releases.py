@@ -216,9 +216,8 @@ class Releases:
             if version == self.shadow:
                 self.shadow = ""
             if version != self.current:
-                await self._beside(
-                    self._repository.note_current, version, self.current
-                )  # disks take milliseconds
+                # Beside the event loop: disks take milliseconds.
+                await self._beside(self._repository.note_current, version, self.current)
                 self.models(self.current)  # its idle time starts now
                 self.previous, self.current = self.current, version
 
