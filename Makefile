@@ -25,10 +25,10 @@ slow: $(READY)  ## tests that CI leaves out: every other map of SMAX is compiled
 	$(BIN)/pytest -m slow
 
 extras: $(READY)  ## each extra alone in an environment of its own, and whether its packages fit together
-	$(BIN)/python -m tests.extras_alone
+	$(BIN)/python -m tests.support.extras_alone
 
 fuzz: $(READY)  ## 100,000 hostile requests; 2,000 of them are part of the tests
-	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.support.fuzz
 
 # About ten minutes: collect, train, export, serve, evaluate. QUICK=1 takes the same path in about two.
 demo: $(READY)

@@ -1,4 +1,4 @@
-"""Joint behaviour policies (:mod:`omcda_deploy.training.behavior_policies`) as bundles of per-agent policies.
+"""Joint behaviour policies (:mod:`omcda_deploy.training.behavior.mujoco`) as bundles of per-agent policies.
 
 A checkpoint is one tanh MLP on the raw observation of the whole body; a bundle's agents see OMIGA's standardised
 vectors. Those end in a one-hot id whose 1 and 0 became ``z1 = (1 - mean) / std`` and ``z0 = -mean / std``, so the

@@ -1,4 +1,4 @@
-"""SMAX's behaviour policies (:mod:`omcda_deploy.training.behavior_policies_smax`) as bundles.
+"""SMAX's behaviour policies (:mod:`omcda_deploy.training.behavior.smax`) as bundles.
 
 A checkpoint is one ReLU MLP for all agents, from an observation and a one-hot id to the logits of all actions.
 """

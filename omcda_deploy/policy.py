@@ -30,7 +30,7 @@ class Decision:
     ``policy_weight``: float32 [B], the policy's weight in what acted, below 1 where a guard stepped in
     (:mod:`omcda_deploy.guard`); None where nothing guards.
     ``fallback``: the policy that was asked did not answer, and the caller's fallback chose ``action``
-    (:mod:`omcda_deploy.fallback`); then ``divergence`` is nan and ``parameters`` is empty.
+    (:mod:`omcda_deploy.client.fallback`); then ``divergence`` is nan and ``parameters`` is empty.
     """
 
     action: NDArray[Any]

@@ -1,9 +1,10 @@
 """What is there by name: tasks, algorithms and dataset formats.
 
-A file in ``omcda_deploy/envs``, ``omcda_deploy/training/algorithms`` or ``omcda_deploy/datasets`` is found by
-listing its folder; code outside the tree is found through the entry-point groups ``omcda_deploy.envs``,
-``omcda_deploy.algorithms`` and ``omcda_deploy.datasets``, whose entries name modules. Algorithms are listed by
-file name and imported only when asked for, so that listing them never imports torch.
+A file in ``omcda_deploy/envs``, ``omcda_deploy/training/algorithms`` or ``omcda_deploy/datasets/formats`` is found
+by listing its folder (folders below it hold what several files share); code outside the tree is found through the
+entry-point groups ``omcda_deploy.envs``, ``omcda_deploy.algorithms`` and ``omcda_deploy.datasets``, whose entries
+name modules. Algorithms are listed by file name and imported only when asked for, so that listing them never
+imports torch.
 
 A simulator's module defines ``TASKS`` and ``make(task, **options)``, and may define ``PACKAGES``, the distributions
 whose versions a recorded dataset should name, ``versions(**options)``, those of what is installed elsewhere,
@@ -36,7 +37,7 @@ from omcda_deploy.spec import TeamSpec
 
 _ENVIRONMENTS = "omcda_deploy.envs"
 _ALGORITHMS = "omcda_deploy.training.algorithms"
-_DATASETS = "omcda_deploy.datasets"
+_DATASETS = "omcda_deploy.datasets.formats"
 
 
 def tasks() -> tuple[str, ...]:
@@ -183,7 +184,7 @@ def _load(kind: str, name: str, package: str, group: str) -> ModuleType:
 def _files(package: str) -> list[str]:
     spec = util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    return [module.name for module in pkgutil.iter_modules(folders) if not module.name.startswith("_")]
+    return [module.name for module in pkgutil.iter_modules(folders) if not module.ispkg]
 
 
 def _entry_points(group: str) -> dict[str, metadata.EntryPoint]:

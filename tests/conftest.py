@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from omcda_deploy.bundle import TEAM, Bundle
-from tests.bundles import continuous_spec, discrete_spec, write_test_bundle
-from tests.server_process import ServerProcess, server_process
+from tests.support.bundles import continuous_spec, discrete_spec, write_test_bundle
+from tests.support.server_process import ServerProcess, server_process
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from omcda_deploy.errors import OmcdaError
-from omcda_deploy.evaluate import evaluate
+from omcda_deploy.play.evaluate import evaluate
 from omcda_deploy.policy import Decision, Float
 from omcda_deploy.training.distributions import TanhGaussian, divergence, policy_of
 from omcda_deploy.training.run_folder import read_config, read_snapshot

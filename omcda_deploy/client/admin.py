@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import grpc
 
-from omcda_deploy.channel import Credentials, open_channel
+from omcda_deploy.client.channel import Credentials, open_channel
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos.admin_pb2 import GetStatusRequest, ServerStatus, VersionRequest
 

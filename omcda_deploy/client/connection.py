@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import grpc
 from numpy.typing import NDArray
 
-from omcda_deploy.channel import Credentials, Metadata, open_channel
+from omcda_deploy.client.channel import Credentials, Metadata, open_channel
 from omcda_deploy.errors import ContractError, EndpointError, MissedAnswerError, OmcdaError
 from omcda_deploy.protos.policy_pb2 import ActRequest, ActResponse, GetContractRequest, GetContractResponse
 from omcda_deploy.protos.tensors import answer_tensors, input_tensors

@@ -4,7 +4,7 @@ Endpoints are gRPC targets, ``127.0.0.1:8500``. On connecting, a client asks eac
 refuses one that does not fit. Policies are for one thread; their channels may be shared.
 
 A step whose answer is missed (:class:`MissedAnswerError`: too late, or the server is gone) is answered by the
-``fallback`` that the caller chose (:mod:`omcda_deploy.fallback`), and the next step asks the server again.
+``fallback`` that the caller chose (:mod:`omcda_deploy.client.fallback`), and the next step asks the server again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Literal, Self
 import numpy as np
 
 from omcda_deploy.bundle import TEAM, parameter_names
-from omcda_deploy.channel import Credentials
-from omcda_deploy.connection import Outputs, Rows, ServedModel, Server
+from omcda_deploy.client.channel import Credentials
+from omcda_deploy.client.connection import Outputs, Rows, ServedModel, Server
+from omcda_deploy.client.fallback import FallbackChoice, Mask, fallback_of
 from omcda_deploy.errors import ContractError, EndpointError, MissedAnswerError
-from omcda_deploy.fallback import FallbackChoice, Mask, fallback_of
 from omcda_deploy.local import batch_of, decision_of, first_row, observation_of, split_decisions
 from omcda_deploy.policy import Decision, Float, Policy
 from omcda_deploy.spec import AgentSpec, TeamSpec, require_same_contract

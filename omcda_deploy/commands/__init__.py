@@ -1,10 +1,14 @@
-"""Commands of the command line, one file per group: the roof, which alone may compose several rooms."""
+"""CLI commands, one file per group: options, checks of input, progress and tables.
+
+The work is done by the libraries they call; what composes training, export and play is in
+:mod:`omcda_deploy.experiments`.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,13 +16,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from omcda_deploy.errors import ConfigError
+from omcda_deploy.errors import ConfigError, OmcdaError
+from omcda_deploy.experiments.observer import Observer
 
 if TYPE_CHECKING:
-    from omcda_deploy.channel import Credentials
+    from omcda_deploy.client.channel import Credentials
 
 console = Console()
-errors = Console(stderr=True)
+stderr = Console(stderr=True)
 
 SimulatorPython = Annotated[
     str | None,
@@ -39,7 +44,7 @@ CredentialsFile = Annotated[
 
 def credentials_of(path: Path | None) -> Credentials | None:
     """The contents of a credentials file, where one was given."""
-    from omcda_deploy.channel import read_credentials
+    from omcda_deploy.client.channel import read_credentials
 
     return None if path is None else read_credentials(path)
 
@@ -57,7 +62,7 @@ def progress_bar(description: str) -> Iterator[ProgressReport]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=errors,
+        console=stderr,
         disable=not sys.stderr.isatty(),
         transient=True,
     ) as progress:
@@ -73,6 +78,25 @@ class ProgressReport:
 
     def __call__(self, done: int, total: int) -> None:
         self._progress.update(self._task, completed=min(done, total), total=total)
+
+
+class TerminalObserver(Observer):
+    """Prints what an experiment does, to stderr."""
+
+    def progress(self, label: str) -> AbstractContextManager[ProgressReport]:
+        return progress_bar(label)
+
+    def recorded(self, dataset: Path) -> None:
+        self._print(f"recorded {dataset}")
+
+    def ended(self, run: Path, error: OmcdaError | None) -> None:
+        self._print(f"done: {run}" if error is None else f"failed: {error}")
+
+    def left_out(self, run: Path, error: OmcdaError) -> None:
+        self._print(f"left out: {run}: {error}")
+
+    def _print(self, line: str) -> None:
+        stderr.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def addresses(endpoints: str) -> list[str]:

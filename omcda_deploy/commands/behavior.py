@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from omcda_deploy.commands import console, progress_bar
-from omcda_deploy.errors import ConfigError
+from omcda_deploy.errors import ConfigError, UnknownNameError
 
 app = typer.Typer(help="Make the behaviour policies that datasets are recorded with.", no_args_is_help=True)
 
@@ -34,13 +34,13 @@ def train(
 
     import torch
 
-    from omcda_deploy.training import behavior_policies
+    from omcda_deploy.training.behavior import mujoco as behavior_policies
 
     logging.getLogger(behavior_policies.__name__).setLevel(logging.INFO)
     torch.set_num_threads(1)
     trainer: Any = behavior_policies
     if task.startswith("smax/"):
-        from omcda_deploy.training import behavior_policies_smax
+        from omcda_deploy.training.behavior import smax as behavior_policies_smax
 
         trainer = behavior_policies_smax
     config = trainer.default_config(task)
@@ -90,8 +90,7 @@ def ship(
     medium-replay gets checkpoints evenly spread up to medium. SMAX has no published returns: there --tier says
     which checkpoints are good, medium and poor.
     """
-    from omcda_deploy.errors import ConfigError
-    from omcda_deploy.training.behavior_policies import PUBLISHED_RETURNS
+    from omcda_deploy.training.behavior.mujoco import PUBLISHED_RETURNS
 
     task = json.loads((run / "config.json").read_text())["task"]
     if checkpoints:
@@ -134,8 +133,8 @@ def write_index(
     out: Annotated[Path, typer.Argument(help="Folder of shipped policies.")] = Path("omcda_deploy/policies"),
 ) -> None:
     """Write README.md of a folder of shipped policies from their manifests."""
-    from omcda_deploy.measurements import write_text
-    from omcda_deploy.training.behavior_policies import PUBLISHED_RETURNS
+    from omcda_deploy.play.measurements import write_text
+    from omcda_deploy.training.behavior.mujoco import PUBLISHED_RETURNS
 
     lines = [
         "# Behaviour policies",
@@ -185,7 +184,6 @@ def write_index(
 
 def _chosen(run: Path, tiers: list[str]) -> dict[str, Path]:
     """Checkpoints by tier, from TIER=STEPS each."""
-    from omcda_deploy.errors import ConfigError, UnknownNameError
 
     there = {str(_steps(path)): path for path in sorted(run.glob("checkpoint-*.npz"))}
     chosen = {}
@@ -214,9 +212,9 @@ def _export_measured(
     """Returns over stochastic episodes of the exported policy; kept as a bundle that says so, if ``out``."""
     import tempfile
 
-    from omcda_deploy.evaluate import evaluate
     from omcda_deploy.export import behavior_policy, behavior_policy_smax
     from omcda_deploy.local import JointTeam
+    from omcda_deploy.play.evaluate import evaluate
 
     smax = task.startswith("smax/")
     episodes = BATTLES if smax else EPISODES

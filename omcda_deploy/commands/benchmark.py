@@ -33,7 +33,7 @@ def train(
     import torch
 
     from omcda_deploy import registry
-    from omcda_deploy.measurements import machine, write_json
+    from omcda_deploy.play.measurements import machine, write_json
     from omcda_deploy.training.benchmark import step_costs
 
     torch.set_num_threads(threads)
@@ -74,8 +74,8 @@ def serve(
 ) -> None:
     """What a served step costs beside a bare gRPC echo of the same messages, as ratios within one run."""
     from omcda_deploy.commands import progress_bar
-    from omcda_deploy.measurements import machine, write_json
-    from omcda_deploy.serve.benchmark import run
+    from omcda_deploy.play.measurements import machine, write_json
+    from omcda_deploy.serve.bench.steps import run
 
     with progress_bar("measuring") as progress:
         report = run(
@@ -138,8 +138,8 @@ def reload(
 ) -> None:
     """What exchanging a team's policies costs the requests answered meanwhile, and what it leaves behind."""
     from omcda_deploy.commands import progress_bar
-    from omcda_deploy.measurements import machine, write_json
-    from omcda_deploy.serve.reload_benchmark import DRIFT, P99_RATIO, run
+    from omcda_deploy.play.measurements import machine, write_json
+    from omcda_deploy.serve.bench.reload import DRIFT, P99_RATIO, run
 
     with progress_bar("measuring") as progress:
         report = run(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from omcda_deploy.commands import console, progress_bar
+from omcda_deploy.errors import DatasetError
 
 
 class RewardMode(StrEnum):
@@ -31,8 +32,7 @@ def convert(
     ] = RewardMode.reward,
 ) -> None:
     """Convert a published SMAC dataset into the HDF5 file that train, replay and inspect read."""
-    from omcda_deploy.convert import convert as write
-    from omcda_deploy.errors import DatasetError
+    from omcda_deploy.datasets.convert import convert as write
 
     if out.exists():
         raise DatasetError(f"{out} exists already: choose another --out, or remove it first")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,7 @@ from omcda_deploy.commands import (
     progress_bar,
     simulator_options,
 )
-
-if TYPE_CHECKING:
-    from omcda_deploy.collect import Source
+from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 
 inspect_app = typer.Typer(help="Look at a dataset or a bundle.", no_args_is_help=True)
 
@@ -25,7 +23,7 @@ inspect_app = typer.Typer(help="Look at a dataset or a bundle.", no_args_is_help
 def tasks() -> None:
     """List the tasks, and the tiers of behaviour policies that datasets can be recorded with."""
     from omcda_deploy import registry
-    from omcda_deploy.shipped import tiers
+    from omcda_deploy.play.shipped import tiers
 
     for task in registry.tasks():
         known = ", ".join(tiers(task))
@@ -56,8 +54,8 @@ def collect(
 ) -> None:
     """Record a dataset in OMIGA's HDF5 format with the task's behaviour policies, acting stochastically."""
     from omcda_deploy import registry
-    from omcda_deploy.collect import collect_mixture
-    from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
+    from omcda_deploy.play.collect import collect_mixture
+    from omcda_deploy.play.shipped import sources
 
     if out.exists():
         raise DatasetError(f"{out} exists already: choose another --out, or remove it first")
@@ -83,25 +81,6 @@ def collect(
     console.print_json(json.dumps(summary))
 
 
-def sources(task: str, tier: str, bundle: Path | None = None) -> list[Source]:
-    from omcda_deploy import registry
-    from omcda_deploy.collect import Source
-    from omcda_deploy.errors import UnknownNameError
-    from omcda_deploy.local import JointTeam
-    from omcda_deploy.shipped import behavior_policies, tiers
-
-    if bundle is not None:
-        return [Source(bundle.absolute().name, JointTeam(bundle), 1.0)]
-    if (known := tiers(task)) and tier not in known:
-        raise UnknownNameError(f"tier of {task}", tier, known)
-    if (own := registry.behavior_team(task)) is not None:
-        return [Source(tier, own, 1.0)]
-    return [
-        Source(policy.label, JointTeam(policy.bundle), policy.share)
-        for policy in behavior_policies(task, tier)
-    ]
-
-
 @inspect_app.command("dataset")
 def inspect_dataset(
     file: Annotated[Path, typer.Argument(help="A dataset file.")],
@@ -109,7 +88,7 @@ def inspect_dataset(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print shapes, episodes, returns, actions and digest of a dataset."""
-    from omcda_deploy.inspect_dataset import render_table, summarize
+    from omcda_deploy.datasets.summary import render_table, summarize
     from omcda_deploy.registry import read_dataset
 
     summary = summarize(read_dataset(file, task))

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from omcda_deploy.commands import console, progress_bar
+from omcda_deploy.errors import ConfigError, EndpointError
 
 if TYPE_CHECKING:
-    from omcda_deploy.client import RemoteTeam
-    from omcda_deploy.evaluate import Evaluation
-    from omcda_deploy.report import Returns
+    from omcda_deploy.client.remote import RemoteTeam
+    from omcda_deploy.play.evaluate import Evaluation
+    from omcda_deploy.report.html import Returns
 
 TASK = "mamujoco/halfcheetah-6x1"
 TIER = "medium-replay"
@@ -53,12 +54,16 @@ def demo(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Collect, train BC and OMCDA, export, serve every agent, evaluate over gRPC, and report."""
-    from omcda_deploy.errors import ConfigError
-    from omcda_deploy.evaluate import evaluate
     from omcda_deploy.local import LocalTeam
+    from omcda_deploy.play.evaluate import evaluate
+    from omcda_deploy.play.shipped import behavior_policies
     from omcda_deploy.registry import read_dataset
-    from omcda_deploy.report import comparison_section, comparison_table, evaluation_section, write_report
-    from omcda_deploy.shipped import behavior_policies
+    from omcda_deploy.report.html import (
+        comparison_section,
+        comparison_table,
+        evaluation_section,
+        write_report,
+    )
 
     scale = QUICK if quick else FULL
     begun = time.monotonic()
@@ -105,7 +110,6 @@ def demo(
 
 def _replace(out: Path) -> None:
     """An empty folder at ``out``; only what an earlier demo made is removed."""
-    from omcda_deploy.errors import ConfigError
 
     marker = out / ".omcda-deploy-demo"
     if out.exists():
@@ -129,8 +133,7 @@ def _command(*words: object) -> None:
 def _served(bundle: Path) -> Iterator[RemoteTeam]:
     """The bundle behind one server process per agent, as a connected team."""
     from omcda_deploy.bundle import read_bundle
-    from omcda_deploy.client import RemoteTeam
-    from omcda_deploy.errors import EndpointError
+    from omcda_deploy.client.remote import RemoteTeam
 
     names = read_bundle(bundle).spec.names
     base = _free_ports(len(names))
@@ -157,7 +160,6 @@ def _served(bundle: Path) -> Iterator[RemoteTeam]:
 
 def _free_ports(count: int) -> int:
     """The first of ``count`` consecutive ports on which nothing listens."""
-    from omcda_deploy.errors import EndpointError
     from omcda_deploy.serve.server import LOOPBACK, require_free
 
     for base in range(8500, 9500, count):

@@ -20,6 +20,7 @@ from omcda_deploy.commands import (
     progress_bar,
     simulator_options,
 )
+from omcda_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from omcda_deploy.policy import TeamPolicy
@@ -77,10 +78,9 @@ def evaluate(
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
 ) -> None:
     """Play live episodes of a task against served agents, or against a bundle in process."""
-    from omcda_deploy.errors import ConfigError
-    from omcda_deploy.evaluate import evaluate as play
-    from omcda_deploy.measurements import write_json
-    from omcda_deploy.report import evaluation_section, evaluation_table, write_report
+    from omcda_deploy.play.evaluate import evaluate as play
+    from omcda_deploy.play.measurements import write_json
+    from omcda_deploy.report.html import evaluation_section, evaluation_table, write_report
 
     _require_folders(video, json_file, report)
     if endpoints is not None and bundle is not None and on_miss is not OnMiss.behavior:
@@ -142,10 +142,10 @@ def replay(
 ) -> None:
     """Send recorded episodes through a team: agreement, parity, latency, deadline misses. Needs no simulator."""
     from omcda_deploy.local import LocalTeam
-    from omcda_deploy.measurements import write_json
+    from omcda_deploy.play.measurements import write_json
+    from omcda_deploy.play.replay import replay as send
     from omcda_deploy.registry import read_dataset
-    from omcda_deploy.replay import replay as send
-    from omcda_deploy.report import replay_section, replay_table, write_report
+    from omcda_deploy.report.html import replay_section, replay_table, write_report
 
     _require_folders(json_file, report)
     recorded = read_dataset(dataset, task)
@@ -184,11 +184,10 @@ def _team(
     credentials: Path | None,
 ) -> Iterator[TeamPolicy]:
     """The served team where there are endpoints, ``bundle`` in process otherwise."""
-    from omcda_deploy.errors import ConfigError
 
     if endpoints is not None:
-        from omcda_deploy.client import RemoteTeam
-        from omcda_deploy.fallback import BehaviorTeam, FallbackChoice
+        from omcda_deploy.client.fallback import BehaviorTeam, FallbackChoice
+        from omcda_deploy.client.remote import RemoteTeam
 
         fallback: FallbackChoice = "hold" if on_miss is OnMiss.hold else "raise"
         if on_miss is OnMiss.behavior:
@@ -215,7 +214,6 @@ def _team(
 
 def _require_folders(*files: Path | None) -> None:
     """Outputs must be writable before minutes are spent on what goes into them."""
-    from omcda_deploy.errors import ConfigError
 
     for file in files:
         if file is not None and not file.parent.is_dir():

@@ -15,7 +15,7 @@ from rich.table import Table
 from omcda_deploy.commands import CredentialsFile, addresses, console, credentials_of
 
 if TYPE_CHECKING:
-    from omcda_deploy.admin import Statuses, TeamAdmin
+    from omcda_deploy.client.admin import Statuses, TeamAdmin
     from omcda_deploy.protos.admin_pb2 import ServerStatus
 
 app = typer.Typer(
@@ -121,7 +121,7 @@ def _percent(value: float) -> str:
 
 @contextmanager
 def _team(admin: str, credentials: Path | None) -> Iterator[TeamAdmin]:
-    from omcda_deploy.admin import TeamAdmin
+    from omcda_deploy.client.admin import TeamAdmin
 
     with TeamAdmin(addresses(admin), credentials_of(credentials)) as team:
         yield team

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from omcda_deploy.errors import ConfigError
+
 
 def serve(
     bundle: Annotated[Path, typer.Argument(help="A bundle, or a folder of bundles named 1, 2, …: versions.")],
@@ -38,7 +40,6 @@ def serve(
     ] = 5.0,
 ) -> None:
     """Serve every agent of a bundle in a process of its own, one agent alone, or the team's joint graph."""
-    from omcda_deploy.errors import ConfigError
 
     if agent and team:
         raise ConfigError("expected --agent or --team, got both: serve them with two commands")

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from omcda_deploy.commands import console, errors
+from omcda_deploy.commands import console, stderr
+from omcda_deploy.errors import ConfigError
 
 
 def algorithms() -> None:
@@ -66,7 +67,6 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder instead.")] = None,
 ) -> None:
     """Train an algorithm on a dataset into a run folder, or resume a run after it was stopped or killed."""
-    from omcda_deploy.errors import ConfigError
     from omcda_deploy.registry import read_dataset
     from omcda_deploy.training.run_folder import read_config
 
@@ -121,7 +121,6 @@ def train(
 
 
 def _settings(pairs: list[str], d_tot: float | None) -> dict[str, Any]:
-    from omcda_deploy.errors import ConfigError
 
     chosen: dict[str, Any] = {}
     for pair in pairs:
@@ -135,7 +134,6 @@ def _settings(pairs: list[str], d_tot: float | None) -> dict[str, Any]:
 
 
 def _require_multiple(evaluate_every: int, kept_every: int) -> None:
-    from omcda_deploy.errors import ConfigError
 
     if evaluate_every < 1:
         raise ConfigError(f"evaluate_every: expected at least 1, got {evaluate_every}")
@@ -147,7 +145,6 @@ def _require_multiple(evaluate_every: int, kept_every: int) -> None:
 
 def _require_only(context: typer.Context, *allowed: str) -> None:
     """Refuse what ``--resume`` would otherwise ignore."""
-    from omcda_deploy.errors import ConfigError
 
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
@@ -159,7 +156,6 @@ def _require_only(context: typer.Context, *allowed: str) -> None:
 
 def _check_request(algo: str, settings: Mapping[str, Any], out: Path) -> int:
     """Refuse what can be refused before a large dataset is read; returns the networks' hidden size."""
-    from omcda_deploy.errors import ConfigError
     from omcda_deploy.registry import load_algorithm
     from omcda_deploy.training.settings import build
 
@@ -177,7 +173,7 @@ def _announce_recipe(task: str, algo: str, chosen: Mapping[str, Any]) -> None:
     used = {name: value for name, value in recipe(task, algo).items() if name not in chosen}
     if used:
         shown = " ".join(f"{name}={value}" for name, value in used.items())
-        errors.print(f"recipe of {task.partition('/')[0]}: {shown}", highlight=False, soft_wrap=True)
+        stderr.print(f"recipe of {task.partition('/')[0]}: {shown}", highlight=False, soft_wrap=True)
 
 
 class TrainingView:
@@ -200,11 +196,11 @@ class TrainingView:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                console=errors,
+                console=stderr,
             )
             self._cloning = self._bar.add_task("cloning the behaviour policy", visible=False)
             self._training = self._bar.add_task("training", total=steps)
-            self._live = Live(self._bar, console=errors, auto_refresh=False)
+            self._live = Live(self._bar, console=stderr, auto_refresh=False)
 
     def __enter__(self) -> TrainingView:
         if self._bar:
@@ -241,7 +237,7 @@ class TrainingView:
             self._print(f"step {step} of {self._steps}: {losses}  sum of KL {kl:.4f} nats")
 
     def _print(self, line: str) -> None:
-        errors.print(line, highlight=False, soft_wrap=True)
+        stderr.print(line, highlight=False, soft_wrap=True)
 
     def _table(self, metrics: Mapping[str, float]) -> Table:
         shown = [entry for entry in self._PER_AGENT if f"{entry[1]}/{self._agents[0]}" in metrics]

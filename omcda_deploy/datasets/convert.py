@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.datasets import Episode, Recording, Scalar
-from omcda_deploy.datasets.omiga_hdf5 import SUFFIXES, Writer
+from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES, Writer
 from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.spec import TeamSpec
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Dataset, blocks
-from omcda_deploy.statistics import digits_of
+from omcda_deploy.formatting import digits_of
 
 if TYPE_CHECKING:
     from rich.table import Table

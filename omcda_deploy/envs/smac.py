@@ -1,7 +1,7 @@
 """SMAC, the StarCraft Multi-Agent Challenge: ``smac/{5m_vs_6m,6h_vs_8z,corridor}`` in oxwhirl's standard form.
 
 SMAC pins a protobuf that this package cannot share an interpreter with. So it runs in one of its own
-(``_smac_host.py``), which talks to us over two pipes; docs/smac.md tells how to install it. The specs are known
+(``smac_host.py``), which talks to us over two pipes; docs/smac.md tells how to install it. The specs are known
 without it, by SMAC's own formulas (baselines.md 9.2): n agents, e enemies, shield bits s_a and s_e,
 
     O = 4 + e (5 + s_e) + (n - 1) (5 + s_a) + 1 + s_a        A = 6 + e
@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.envs import Float, Observations, StepResult, _smac_host, joint_choice
+from omcda_deploy.envs import Float, Observations, StepResult, joint_choice
+from omcda_deploy.envs.programs import smac_host
 from omcda_deploy.errors import ConfigError, ContractError, SimulatorError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
@@ -63,7 +64,7 @@ class _Map:
                 AgentSpec(f"agent_{i}", observation, ActionSpec("discrete", 6 + e)) for i in range(n)
             ),
             state_size=n * (4 + own) + e * (3 + theirs) + n * (6 + e),
-            control_rate=GAME_LOOPS_PER_SECOND / _smac_host.STEP_MUL,
+            control_rate=GAME_LOOPS_PER_SECOND / smac_host.STEP_MUL,
             episode_limit=self.limit,
         )
 
@@ -99,7 +100,7 @@ def versions(python: str | None = None, **_options: Any) -> dict[str, str]:
     """Of SMAC's packages in that interpreter and of StarCraft II; empty where it cannot say."""
     if python is None:
         return {}
-    command = [python, "-I", _smac_host.__file__, "--versions"]
+    command = [python, "-I", smac_host.__file__, "--versions"]
     try:
         told = subprocess.run(command, capture_output=True, check=True, timeout=VERSIONS_SECONDS).stdout
         found: dict[str, str] = json.loads(told)
@@ -304,14 +305,14 @@ class _HostDiedError(Exception):
 
 
 class _Host:
-    """A process that runs ``_smac_host.py``, and the two pipes to it."""
+    """A process that runs ``smac_host.py``, and the two pipes to it."""
 
     def __init__(self, python: str, arguments: Sequence[str]) -> None:
         self._python = python
         requests, self._write = os.pipe()
         self._read, answers = os.pipe()
         # Isolated: else the script's own folder, with this very file in it, would be where it imports `smac` from.
-        command = [python, "-I", _smac_host.__file__, str(requests), str(answers), *arguments]
+        command = [python, "-I", smac_host.__file__, str(requests), str(answers), *arguments]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -338,7 +339,7 @@ class _Host:
         if not self._open:
             raise _HostDiedError("its process was ended")
         try:
-            _smac_host.write_frame(self._write, {"command": command}, data)
+            smac_host.write_frame(self._write, {"command": command}, data)
         except OSError as error:
             raise self._died(error) from error
         return self.receive()
@@ -346,7 +347,7 @@ class _Host:
     def receive(self) -> tuple[dict[str, Any], bytes]:
         """The next answer. Raises :class:`_HostDiedError`, or :class:`SimulatorError` for SMAC's exceptions."""
         try:
-            control, data = _smac_host.read_frame(self._read, ANSWER_SECONDS)
+            control, data = smac_host.read_frame(self._read, ANSWER_SECONDS)
         except (OSError, EOFError, ValueError) as error:
             raise self._died(error) from error
         if "error" in control:

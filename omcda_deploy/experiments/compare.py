@@ -1,4 +1,4 @@
-"""``compare``: trained runs against each other, by the last policy of each.
+"""Comparisons: trained runs against each other, by the last policy of each.
 
 Every finished run is exported and played once, beside itself: run ``R`` gets the bundle ``R-bundle`` and the
 measurements ``R-evaluation.json``, so that comparing again takes no time.
@@ -12,53 +12,33 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.table import Table
-
-from omcda_deploy.commands import console, errors, progress_bar
 from omcda_deploy.errors import ConfigError, OmcdaError
+from omcda_deploy.experiments.observer import Observer
 
 if TYPE_CHECKING:
-    from omcda_deploy.comparison import Comparison, LeftOut, Result, Variant
+    from omcda_deploy.report.comparison import Comparison, LeftOut, Result, Variant
     from omcda_deploy.training.run_folder import RunConfig
 
 
-def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Run folders, or folders with run folders anywhere below.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for report.html, results.md and the CSV files.")],
-    episodes: Annotated[int, typer.Option(help="Episodes per run.")] = 20,
-    seed: Annotated[int, typer.Option(help="Episode k starts from a seed made of this and k.")] = 0,
-    num_envs: Annotated[int, typer.Option(help="Episodes played side by side.")] = 10,
-    workers: Annotated[int, typer.Option(help="Processes that step the simulators; 0 for none.")] = 0,
-) -> None:
-    """Export and play the last policy of every run, and write tables and figures over seeds."""
-    from omcda_deploy.comparison_report import write_comparison
-    from omcda_deploy.measurements import require_at_least
-
-    for value, least, what in ((episodes, 1, "episodes"), (seed, 0, "seed"), (num_envs, 1, "num_envs")):
-        require_at_least(value, least, what)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file: expected a folder to write to")
-    comparison = compare_runs(find_runs(runs), episodes, seed, num_envs, workers)
-    write_comparison(comparison, out)
-    _print(comparison)
-    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-
-
 def compare_runs(
-    folders: Sequence[Path], episodes: int, seed: int, num_envs: int, workers: int = 0
+    folders: Sequence[Path],
+    episodes: int,
+    seed: int,
+    num_envs: int,
+    workers: int = 0,
+    *,
+    observer: Observer | None = None,
 ) -> Comparison:
     """Export and play the last policy of every run, and group the runs by variant.
 
     A run that is unfinished or cannot be played is left out, and the comparison says so. Raises
     :class:`ConfigError` where none is left.
     """
-    from omcda_deploy.comparison import Comparison, LeftOut, summarise
+    from omcda_deploy.report.comparison import Comparison, LeftOut, summarise
 
+    observer = observer or Observer()
     results: list[Result] = []
     left_out: list[LeftOut] = []
     failures: list[OmcdaError] = []
@@ -71,15 +51,16 @@ def compare_runs(
                 reason = f"unfinished: its last policy is of step {step:,} of {config.steps:,}"
                 left_out.append(LeftOut(str(folder), what, reason))
                 continue
-            with progress_bar(f"run {index + 1} of {len(folders)}: {folder}") as progress:
+            label = f"run {index + 1} of {len(folders)}: {folder}"
+            with observer.progress(label) as report:
                 evaluation = evaluate_run(
-                    folder, config, step, episodes, seed, num_envs, workers, progress=progress
+                    folder, config, step, episodes, seed, num_envs, workers, progress=report
                 )
             results.append(_result(folder, config, evaluation))
         except OmcdaError as error:
             failures.append(error)
             left_out.append(LeftOut(str(folder), what, f"failed: {error}"))
-            errors.print(f"left out: {folder}: {error}", highlight=False, soft_wrap=True, markup=False)
+            observer.left_out(folder, error)
     if not results:
         first = (
             f"the first failed: {failures[0]}" if failures else f"{left_out[0].run} is {left_out[0].reason}"
@@ -143,9 +124,9 @@ def evaluate_run(
     environments. Raises :class:`OmcdaError` where the run cannot be exported or played.
     """
     from omcda_deploy.bundle import sha256
-    from omcda_deploy.evaluate import evaluate
     from omcda_deploy.local import LocalTeam
-    from omcda_deploy.measurements import write_json
+    from omcda_deploy.play.evaluate import evaluate
+    from omcda_deploy.play.measurements import write_json
     from omcda_deploy.training.run_folder import snapshot_path
 
     run = folder.resolve()
@@ -188,7 +169,7 @@ def _export(run: Path, step: int, known: str | None) -> Path:
     Another bundle of that name is somebody's, and raises :class:`ConfigError`.
     """
     from omcda_deploy.bundle import read_bundle
-    from omcda_deploy.commands.export import export_run
+    from omcda_deploy.experiments.export import export_run
 
     bundle = run.with_name(f"{run.name}-bundle")
     with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.", dir=run.parent) as scratch:
@@ -207,7 +188,7 @@ def _export(run: Path, step: int, known: str | None) -> Path:
 
 
 def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> Result:
-    from omcda_deploy.comparison import Curves, Result
+    from omcda_deploy.report.comparison import Curves, Result
     from omcda_deploy.training.run_folder import training_seconds
 
     metrics = folder / "metrics.jsonl"
@@ -229,7 +210,7 @@ def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> R
 
 
 def _variant(config: RunConfig) -> Variant:
-    from omcda_deploy.comparison import Variant
+    from omcda_deploy.report.comparison import Variant
 
     task = config.spec.task
     label = Path(config.dataset).stem.removeprefix(task.replace("/", "-") + "-")
@@ -258,21 +239,3 @@ def _changed(config: RunConfig) -> dict[str, Any]:
     if config.time_limit_is_terminal:
         changed["time_limit_is_terminal"] = True
     return changed
-
-
-def _print(comparison: Comparison) -> None:
-    for (task, _), own in comparison.datasets.items():
-        title = f"{task}, {comparison.dataset(own[0].variant)}"
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for column in ("runs of", "seeds", "mean", "std over seeds"):
-            table.add_column(column)
-        for summary in own:
-            spread = f"{summary.std:.4g}" if summary.values.size > 1 else "one seed"
-            table.add_row(
-                comparison.name(summary.variant), str(summary.values.size), f"{summary.mean:.5g}", spread
-            )
-        console.print(table)
-    for left in comparison.left_out:
-        console.print(
-            f"left out of the means: {left.run}: {left.reason}", highlight=False, soft_wrap=True, markup=False
-        )

@@ -1,4 +1,4 @@
-"""``results``: a page of docs/results, from nothing.
+"""Results pages: a page of docs/results, from nothing.
 
 A page is a TOML file beside which its table is written, with the extension ``.md``::
 
@@ -25,16 +25,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from omcda_deploy.commands import console, errors, progress_bar
-from omcda_deploy.commands.compare import compare_runs
-from omcda_deploy.commands.sweep import Job, Sweep, jobs_of, run_queue, sweep_of
 from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.experiments.compare import compare_runs
+from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.experiments.sweep import Job, Sweep, jobs_of, run_queue, sweep_of
 from omcda_deploy.files import read_toml
-from omcda_deploy.statistics import digits_of
+from omcda_deploy.formatting import digits_of
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -55,26 +53,31 @@ class Page:
     note: str = ""  # Markdown, above the table: what a reader of the numbers should know
 
 
-def results(
-    page: Annotated[Path, typer.Argument(help="A page's TOML file; the table is written beside it as .md.")],
-    out: Annotated[Path, typer.Option(help="Folder for datasets, runs and bundles.")] = Path("results"),
-    jobs: Annotated[int, typer.Option(help="Runs at once; one per core if 0.")] = 0,
-) -> None:
-    """Train and play every run of a results page, and write its table."""
-    from omcda_deploy.comparison import LeftOut
-    from omcda_deploy.comparison_report import markdown
-    from omcda_deploy.measurements import write_text
-    from omcda_deploy.registry import read_dataset
+def write_page(page: Path, out: Path, jobs: int, observer: Observer | None = None) -> Path:
+    """Record, train, export and play everything of a page, and write its table; returns the table's path.
 
+    Datasets, runs and bundles lie in ``out``; ``jobs`` runs are trained at once (0: one per core). Raises
+    :class:`ConfigError` where the page is none or nothing can be compared.
+    """
+    from omcda_deploy.play.measurements import write_text
+    from omcda_deploy.registry import read_dataset
+    from omcda_deploy.report.comparison import LeftOut
+    from omcda_deploy.report.comparison_report import markdown
+
+    observer = observer or Observer()
     made = read_page(page)
     dataset = out / f"{made.task.replace('/', '-')}-{made.tier}.hdf5"
     sweeps = _sweeps(made, dataset, page)  # refuses before minutes are spent on recording
-    _record(made, dataset)
+    _record(made, dataset, observer)
     queue = [job for sweep in sweeps for job in jobs_of(sweep, out)]
-    failed = run_queue(queue, jobs)
+    failed = run_queue(queue, jobs, observer=observer)
     ended_early = {job.run for job, _ in failed}
     comparison = compare_runs(
-        [job.run for job in queue if job.run not in ended_early], made.episodes, 0, made.num_envs
+        [job.run for job in queue if job.run not in ended_early],
+        made.episodes,
+        0,
+        made.num_envs,
+        observer=observer,
     )
     failures = [LeftOut(str(job.run), _what(job), f"failed: {why}") for job, why in failed]
     comparison = dataclasses.replace(
@@ -84,7 +87,7 @@ def results(
     )
     table = page.with_suffix(".md")
     write_text(table, markdown(comparison, made.title, f"omcda-deploy results {page}", made.note))
-    console.print(f"wrote {table}")
+    return table
 
 
 def read_page(path: Path) -> Page:
@@ -108,13 +111,13 @@ def read_page(path: Path) -> Page:
     return page
 
 
-def _record(page: Page, dataset: Path) -> None:
-    from omcda_deploy.collect import collect_mixture
-    from omcda_deploy.commands.data import sources
+def _record(page: Page, dataset: Path, observer: Observer) -> None:
+    from omcda_deploy.play.collect import collect_mixture
+    from omcda_deploy.play.shipped import sources
 
     if not dataset.exists():
         dataset.parent.mkdir(parents=True, exist_ok=True)
-        with progress_bar(f"recording {page.task}") as report:
+        with observer.progress(f"recording {page.task}") as report:
             collect_mixture(
                 page.task,
                 sources(page.task, page.tier),
@@ -124,7 +127,7 @@ def _record(page: Page, dataset: Path) -> None:
                 behavior=page.tier,
                 progress=report,
             )
-        errors.print(f"recorded {dataset}", highlight=False, soft_wrap=True)
+        observer.recorded(dataset)
 
 
 def _sweeps(page: Page, dataset: Path, path: Path) -> list[Sweep]:

@@ -1,4 +1,4 @@
-"""``sweep``: a resumable queue of training runs over datasets, algorithms, settings and seeds.
+"""Sweeps: a resumable queue of training runs over datasets, algorithms, settings and seeds.
 
 A sweep is a TOML file::
 
@@ -24,12 +24,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from omcda_deploy.commands import console, errors
 from omcda_deploy.errors import ConfigError, OmcdaError, UnknownNameError
+from omcda_deploy.experiments.observer import Observer
 from omcda_deploy.files import read_toml
 
 
@@ -183,37 +181,24 @@ def run_job(job: Job) -> None:
 
 
 def run_queue(
-    jobs: Iterable[Job], at_once: int, run: Callable[[Job], None] = run_job
+    jobs: Iterable[Job],
+    at_once: int,
+    run: Callable[[Job], None] = run_job,
+    observer: Observer | None = None,
 ) -> list[tuple[Job, str]]:
     """Run all jobs, ``at_once`` (0: one per core) together; returns those that failed, and why."""
+    observer = observer or Observer()
     failed: list[tuple[Job, str]] = []
 
     def attempt(job: Job) -> None:
+        failure = None
         try:
             run(job)
         except OmcdaError as error:
+            failure = error
             failed.append((job, str(error)))
-            errors.print(f"failed: {error}", highlight=False, soft_wrap=True, markup=False)
-        else:
-            errors.print(f"done: {job.run}", highlight=False, soft_wrap=True, markup=False)
+        observer.ended(job.run, failure)
 
     with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:
         list(pool.map(attempt, jobs))
     return failed
-
-
-def sweep(
-    file: Annotated[Path, typer.Argument(help="A sweep file (TOML).")],
-    out: Annotated[Path, typer.Option(help="Folder for the runs; what is there already is gone on with.")],
-    jobs: Annotated[int, typer.Option(help="Runs at once, one thread each; one per core if 0.")] = 0,
-) -> None:
-    """Train every combination of a sweep file; call it again to take up what was killed or failed."""
-    queue = jobs_of(read_sweep(file), out)
-    console.print(
-        f"{len(queue)} runs, {sum(job.finished for job in queue)} of them finished", highlight=False
-    )
-    failed = run_queue(queue, jobs)
-    if failed:
-        raise OmcdaError(
-            f"{len(failed)} of {len(queue)} runs failed, the first: {failed[0][1]}. Mend it and run the sweep again"
-        )

@@ -1,4 +1,4 @@
-"""``toy-results``: the table of docs/toy-results.md, from nothing.
+"""Toy games: the table of docs/toy-results.md, from nothing.
 
 Records each game's own behaviour policies, trains every algorithm that handles discrete actions with the shipped
 networks, reads the learned policy off at every observation there is, and computes what it earns exactly
@@ -9,14 +9,10 @@ sampling of the dataset and of training. One process, one thread; nothing is kep
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
-
-import typer
-
-from omcda_deploy.commands import console, errors
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -84,40 +80,57 @@ class GameResult:
         return lines
 
 
-def toy_results(
-    table: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/toy-results.md"),
-    games: Annotated[list[str] | None, typer.Option("--game", help="Only these; repeatable.")] = None,
-    algorithms: Annotated[list[str] | None, typer.Option("--algo", help="Only these; repeatable.")] = None,
-    transitions: Annotated[int, typer.Option(help="Recorded per game.")] = 200_000,
-    steps: Annotated[int, typer.Option(help="Gradient steps per run.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the datasets and of training.")] = 0,
-) -> None:
-    """Train every discrete algorithm on the toy games and write the table of exact expected returns."""
+def play_games(
+    tasks: Sequence[str],
+    algorithms: Sequence[str],
+    *,
+    transitions: int,
+    steps: int,
+    seed: int,
+    on_row: Callable[[str, Row], None] | None = None,
+) -> list[GameResult]:
+    """:func:`play_game` for each task, in a temporary folder.
+
+    No algorithms: all that handle discrete actions. Raises :class:`UnknownNameError` for one that is not there.
+    """
     from omcda_deploy import registry
 
     discrete = [name for name in registry.algorithms() if "discrete" in registry.load_algorithm(name).ACTIONS]
     chosen = algorithms or discrete
     for name in chosen:
         registry.load_algorithm(name)
-    results = []
     with tempfile.TemporaryDirectory() as scratch:
-        for task in games or GAMES:
-            results.append(
-                play_game(task, chosen, Path(scratch) / task, transitions=transitions, steps=steps, seed=seed)
+        return [
+            play_game(
+                task,
+                chosen,
+                Path(scratch) / task,
+                transitions=transitions,
+                steps=steps,
+                seed=seed,
+                on_row=on_row,
             )
-    write_table(table, results, transitions=transitions, steps=steps, seed=seed)
-    console.print(f"wrote {table}")
-    for line in (line for result in results for line in result.violations()):
-        errors.print(f"not as expected: {line}", highlight=False, soft_wrap=True)
+            for task in tasks
+        ]
 
 
 def play_game(
-    task: str, algorithms: Sequence[str], folder: Path, *, transitions: int, steps: int, seed: int
+    task: str,
+    algorithms: Sequence[str],
+    folder: Path,
+    *,
+    transitions: int,
+    steps: int,
+    seed: int,
+    on_row: Callable[[str, Row], None] | None = None,
 ) -> GameResult:
-    """Record the game and train the algorithms in ``folder``; a run that fails becomes a row that says so."""
-    from omcda_deploy.collect import collect
-    from omcda_deploy.datasets.omiga_hdf5 import read
+    """Record the game and train the algorithms in ``folder``; a run that fails becomes a row that says so.
+
+    ``on_row`` is called with the task and each row as it comes.
+    """
+    from omcda_deploy.datasets.formats.omiga_hdf5 import read
     from omcda_deploy.envs import toy
+    from omcda_deploy.play.collect import collect
 
     played = toy.game(task)
     path = folder / "dataset.hdf5"
@@ -139,8 +152,8 @@ def play_game(
         except Exception as error:  # shown in the table: one algorithm must not cost the others' rows
             row = Row(algorithm, None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
         rows.append(row)
-        shown = row.failure if row.earned is None else f"{row.earned:.3f}"
-        errors.print(f"{task}: {algorithm} {shown}", highlight=False, soft_wrap=True)
+        if on_row:
+            on_row(task, row)
     behavior = toy.exact_return(played, [chain.behavior for chain in played.chains])
     return GameResult(task, dataset, behavior, toy.best_return(played), tuple(rows))
 
@@ -180,7 +193,7 @@ def write_table(
     path: Path, results: Sequence[GameResult], *, transitions: int, steps: int, seed: int
 ) -> None:
     """The Markdown table: one row per algorithm, per game its exact return and its gain."""
-    from omcda_deploy.measurements import machine, now, write_text
+    from omcda_deploy.play.measurements import machine, now, write_text
     from omcda_deploy.training.run_folder import git_revision
 
     tasks = [result.task for result in results]

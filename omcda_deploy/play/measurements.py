@@ -1,4 +1,4 @@
-"""What :mod:`omcda_deploy.evaluate` and :mod:`omcda_deploy.replay` measure alike, and how it is written down."""
+"""Measurements that :mod:`omcda_deploy.play.evaluate` and :mod:`omcda_deploy.play.replay` have in common."""
 
 from __future__ import annotations
 

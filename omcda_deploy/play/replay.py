@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError, DatasetError
-from omcda_deploy.measurements import (
+from omcda_deploy.play.measurements import (
     Divergence,
     FallbackCount,
     Latency,

@@ -14,8 +14,10 @@ from pathlib import Path
 from omcda_deploy import registry
 from omcda_deploy.bundle import MANIFEST
 from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.local import JointTeam
+from omcda_deploy.play.collect import Source
 
-POLICIES = Path(__file__).parent / "policies"
+POLICIES = Path(__file__).parents[1] / "policies"
 TIERS = ("expert", "medium", "medium-replay", "medium-expert")
 BATTLE_TIERS = ("good", "medium", "poor")  # of SMAX, after SMAC's datasets
 BEHAVIOR = "behavior"
@@ -61,6 +63,23 @@ def behavior_policies(task: str, tier: str) -> list[ShippedPolicy]:
         found = sorted(path.parent for path in (folder / tier).glob(f"*/{MANIFEST}"))
         return [ShippedPolicy(f"{tier}/{path.name}", path, 1.0) for path in found]
     return [ShippedPolicy(tier, folder / tier, 1.0)]
+
+
+def sources(task: str, tier: str, bundle: Path | None = None) -> list[Source]:
+    """The policies that record a dataset of ``tier``, with their shares; ``bundle`` alone where one is given.
+
+    Raises :class:`UnknownNameError` for a tier that the task does not have.
+    """
+    if bundle is not None:
+        return [Source(bundle.absolute().name, JointTeam(bundle), 1.0)]
+    if (known := tiers(task)) and tier not in known:
+        raise UnknownNameError(f"tier of {task}", tier, known)
+    if (own := registry.behavior_team(task)) is not None:
+        return [Source(tier, own, 1.0)]
+    return [
+        Source(policy.label, JointTeam(policy.bundle), policy.share)
+        for policy in behavior_policies(task, tier)
+    ]
 
 
 def _shipped_tiers(task: str) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """What trained runs say together: means over seeds, intervals and scores per variant.
 
 Runs are averaged when they are the same :class:`Variant`: task, dataset (by its digest), algorithm, settings and
-number of steps. Anything else keeps them apart. How the numbers are taken is in :mod:`omcda_deploy.statistics`,
-how they are written in :mod:`omcda_deploy.comparison_report`.
+number of steps. Anything else keeps them apart. The statistics are those of
+:mod:`omcda_deploy.report.statistics`; :mod:`omcda_deploy.report.comparison_report` writes them.
 
 Shapes: R runs of a variant, one per seed; L logged steps; N agents.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.statistics import (
+from omcda_deploy.report.statistics import (
     Interval,
     Values,
     bootstrap_interval,

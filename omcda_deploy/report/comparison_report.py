@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from omcda_deploy.comparison import Comparison, Overall, Summary
-from omcda_deploy.figures import Bar, Curve, curves_figure, grouped_bars_figure
-from omcda_deploy.measurements import now, write_text
-from omcda_deploy.report import Section, captioned, html_table, provenance_list, write_report
-from omcda_deploy.statistics import (
+from omcda_deploy.formatting import digits_of
+from omcda_deploy.play.measurements import now, write_text
+from omcda_deploy.report.comparison import Comparison, Overall, Summary
+from omcda_deploy.report.figures import Bar, Curve, curves_figure, grouped_bars_figure
+from omcda_deploy.report.html import Section, captioned, html_table, provenance_list, write_report
+from omcda_deploy.report.statistics import (
     REFERENCES,
     Interval,
     Values,
     bootstrap_interval,
-    digits_of,
     interquartile_mean,
     std,
 )
@@ -44,7 +44,7 @@ def write_comparison(comparison: Comparison, out: Path) -> None:
     * ``summary.csv``: one row per variant, ``score`` being the normalised one; rows whose task is ``*`` are methods
       over several datasets, whose runs and datasets are joined;
     * ``influence.csv``: one row per run, logged step (at most 100, averaged in groups) and agent; ``contribution``
-      is what :class:`omcda_deploy.comparison.Curves` says, and ``contribution_is`` which of the two;
+      is what :class:`omcda_deploy.report.comparison.Curves` says, and ``contribution_is`` which of the two;
     * ``d_tot.csv``: one row per variant that has a budget.
 
     What is not known is an empty cell. Raises :class:`ConfigError` where ``out`` cannot be written.

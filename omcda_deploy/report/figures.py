@@ -1,4 +1,4 @@
-"""Small SVG figures for :mod:`omcda_deploy.report`: no plotting library, no script, no external resource.
+"""Small SVG figures for :mod:`omcda_deploy.report.html`: no plotting library, no script, no external resource.
 
 Every function returns one ``<svg>`` element. Colours come from the CSS classes of the page it stands on, so the
 same figure reads in light and dark.

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from omcda_deploy.evaluate import Evaluation
-from omcda_deploy.figures import bars_figure, divergence_figures, latency_figure, returns_figure
-from omcda_deploy.measurements import Divergence, Latency, TeamDescription, write_text
-from omcda_deploy.replay import Replay, agreement_measure
-from omcda_deploy.statistics import digits_of
+from omcda_deploy.formatting import digits_of
+from omcda_deploy.play.evaluate import Evaluation
+from omcda_deploy.play.measurements import Divergence, Latency, TeamDescription, write_text
+from omcda_deploy.play.replay import Replay, agreement_measure
+from omcda_deploy.report.figures import bars_figure, divergence_figures, latency_figure, returns_figure
 
 Returns: TypeAlias = NDArray[np.float64]  # [E]
 _DASH = "\u2013"

@@ -55,11 +55,6 @@ REFERENCES = {
 }
 
 
-def digits_of(returns: ArrayLike) -> int:
-    """Decimals that tell such returns apart: 1 where they reach 100, 3 for SMAX's, which end at 2."""
-    return 1 if np.abs(returns).max() >= 100 else 3
-
-
 def std(values: ArrayLike) -> float:
     """Population standard deviation (division by R), as the published tables have it; nan for a single run."""
     values = np.asarray(values, np.float64)

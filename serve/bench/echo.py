@@ -1,7 +1,7 @@
 """A bare grpc.aio server: bytes in, the same number of bytes out as the real answer has, nothing between.
 
-What gRPC itself costs, for :mod:`omcda_deploy.serve.benchmark` to compare a server with. Run as
-``python -m omcda_deploy.serve.echo --unary PATH BYTES --stream PATH BYTES``.
+What gRPC itself costs, for :mod:`omcda_deploy.serve.bench.steps` to compare a server with. Run as
+``python -m omcda_deploy.serve.bench.echo --unary PATH BYTES --stream PATH BYTES``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def serve(handlers: Sequence[tuple[str, grpc.RpcMethodHandler[Any, Any]]])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m omcda_deploy.serve.echo")
+    parser = argparse.ArgumentParser(prog="python -m omcda_deploy.serve.bench.echo")
     for kind in ("--unary", "--stream"):
         parser.add_argument(kind, nargs=2, action="append", default=[], metavar=("PATH", "BYTES"))
     given = parser.parse_args()

@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from omcda_deploy.errors import EndpointError
-from omcda_deploy.measurements import Latency
-from omcda_deploy.serve.http2 import TIMEOUT_S, Connection
+from omcda_deploy.play.measurements import Latency
+from omcda_deploy.serve.bench.http2 import TIMEOUT_S, Connection
 
 
 class Answer(NamedTuple):

@@ -97,7 +97,7 @@ def start_echo(stack: ExitStack, beside: Servers, model: str, requests: Requests
     arguments = [part for path, size in sizes.items() for part in ("--unary", path, size)]
     began = time.perf_counter()
     endpoint, process = stack.enter_context(
-        _started("omcda_deploy.serve.echo", [*arguments, "--stream", STREAM, sizes[ACT]])
+        _started("omcda_deploy.serve.bench.echo", [*arguments, "--stream", STREAM, sizes[ACT]])
     )
     return Servers({model: endpoint}, [process], time.perf_counter() - began)
 

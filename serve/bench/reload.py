@@ -8,7 +8,7 @@ is the median of the ratios within rounds.
 What reloads leave behind is told by a server that was reloaded many times, beside one that never was: the ratio of
 their CPU per request before and after, and the memory of the first. Both looks come after the rounds: memory grows
 by the second version, held for a moment, and by what lies between freed blocks, for some tens of reloads.
-Linux only, as :mod:`omcda_deploy.serve.benchmark`.
+Linux only, as :mod:`omcda_deploy.serve.bench.steps`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from omcda_deploy.admin import TeamAdmin
 from omcda_deploy.bundle import Bundle, read_bundle
+from omcda_deploy.client.admin import TeamAdmin
 from omcda_deploy.errors import EndpointError
-from omcda_deploy.measurements import installed_versions, machine
-from omcda_deploy.serve.benchmark import require_measurable
-from omcda_deploy.serve.http2 import Connection
-from omcda_deploy.serve.load import Line, Sockets, closed_loop, open_loop
-from omcda_deploy.serve.measured_servers import ACT, Requests, Servers, requests_of, start_models
+from omcda_deploy.play.measurements import installed_versions, machine
+from omcda_deploy.serve.bench.http2 import Connection
+from omcda_deploy.serve.bench.load import Line, Sockets, closed_loop, open_loop
+from omcda_deploy.serve.bench.measured_servers import ACT, Requests, Servers, requests_of, start_models
+from omcda_deploy.serve.bench.steps import require_measurable
 
 P99_RATIO, DRIFT = 1.5, 0.05  # what should not be passed
 VERSIONS = ("1", "2")

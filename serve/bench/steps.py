@@ -4,8 +4,9 @@ Every round starts its servers anew, because a process keeps the pages that it w
 tenth faster than another. It visits all scenarios in another order, so that a machine that drifts drifts for all.
 The figures to quote are the medians of ratios within a round. The servers are real processes on this machine: all
 agents in one, the joint graph, and a bare grpc.aio server that answers as many bytes
-(:mod:`omcda_deploy.serve.echo`). The load comes from the calling process (:mod:`omcda_deploy.serve.http2`); its
-CPU per step is among the figures, and has to stay far below a server's for them to say anything about servers.
+(:mod:`omcda_deploy.serve.bench.echo`). The load comes from the calling process
+(:mod:`omcda_deploy.serve.bench.http2`); its CPU per step is among the figures, and has to stay far below a server's
+for them to say anything about servers.
 Linux only: it reads other processes' clocks.
 """
 
@@ -25,10 +26,10 @@ from typing import Any, Literal
 
 from omcda_deploy.bundle import TEAM, read_bundle
 from omcda_deploy.errors import ConfigError, EndpointError
-from omcda_deploy.measurements import installed_versions, machine
-from omcda_deploy.serve.http2 import Connection
-from omcda_deploy.serve.load import Line, Sockets, closed_loop, open_loop
-from omcda_deploy.serve.measured_servers import (
+from omcda_deploy.play.measurements import installed_versions, machine
+from omcda_deploy.serve.bench.http2 import Connection
+from omcda_deploy.serve.bench.load import Line, Sockets, closed_loop, open_loop
+from omcda_deploy.serve.bench.measured_servers import (
     ACT,
     INFER,
     STREAM,

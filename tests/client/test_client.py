@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from omcda_deploy.bundle import Bundle
-from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import ContractError, EndpointError
 from omcda_deploy.local import JointTeam, LocalPolicy, LocalTeam
 from omcda_deploy.policy import Decision, NoiseSource
@@ -28,8 +28,8 @@ from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.policy_service import PolicyService
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.spec import TeamSpec
-from tests.bundles import continuous_spec, write_test_bundle
-from tests.server_process import ServerProcess, server_process
+from tests.support.bundles import continuous_spec, write_test_bundle
+from tests.support.server_process import ServerProcess, server_process
 
 Float = NDArray[np.float32]
 

@@ -17,9 +17,9 @@ import pytest
 
 from omcda_deploy import cli, registry
 from omcda_deploy.bundle import TEAM, Bundle
-from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.client.fallback import BehaviorTeam, FallbackChoice
+from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import ConfigError, ContractError, EndpointError, MissedAnswerError
-from omcda_deploy.fallback import BehaviorTeam, FallbackChoice
 from omcda_deploy.guard import GuardSetting
 from omcda_deploy.local import LocalPolicy, LocalTeam
 from omcda_deploy.policy import Decision, NoiseSource
@@ -28,9 +28,9 @@ from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.policy_service import PolicyService
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.session import Session
-from tests.bundles import continuous_spec, write_test_bundle
-from tests.server_process import ServerProcess
-from tests.test_client import assert_same, masks, observations
+from tests.client.test_client import assert_same, masks, observations
+from tests.support.bundles import continuous_spec, write_test_bundle
+from tests.support.server_process import ServerProcess
 
 DEADLINE_S = 0.5  # of the steps that are to be missed: far more than an answer takes, far less than a test
 

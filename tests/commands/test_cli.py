@@ -22,8 +22,8 @@ from omcda_deploy import cli
 from omcda_deploy.bundle import MODEL_FILE, read_bundle
 from omcda_deploy.commands import train as train_command
 from omcda_deploy.registry import team_spec
-from tests.bundles import write_test_bundle
-from tests.synthetic import write_dataset
+from tests.support.bundles import write_test_bundle
+from tests.support.synthetic import write_dataset
 
 HOPPER = "mamujoco/hopper-3x1"
 TINY = ("--set", "hidden=8", "--set", "batch_size=8", "--behavior-steps", 5, "--steps", 10)
@@ -309,7 +309,7 @@ def test_a_process_of_its_own_ends_the_same_way(place: Path) -> None:
         [sys.executable, "-m", "omcda_deploy.cli", "inspect", "bundle", str(place / "changed")],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert_matches(done.stderr, r"\Aerror: .* was changed after export: [^\n]*\n\Z")
@@ -341,7 +341,7 @@ def test_train_export_and_resume_where_the_data_moved(
 
 def test_a_terminal_shows_a_bar_and_the_numbers_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(train_command, "errors", Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(train_command, "stderr", Console(file=screen, force_terminal=True, width=100))
     monkeypatch.setattr(sys, "stderr", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
     per_agent = {"kl": (0.0123, 0.2), "budget": (0.1, 0.3), "alpha": (3.0, 50.0), "influence": (-1.0, 2.0)}
     metrics = {

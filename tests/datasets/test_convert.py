@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 
 from omcda_deploy import registry
 from omcda_deploy.cli import app
-from omcda_deploy.convert import convert, return_to_go, source_digest
-from omcda_deploy.datasets import Episode, Recording, pymarl_hdf5
-from omcda_deploy.datasets._smac import team_spec
-from omcda_deploy.datasets.omiga_hdf5 import write
+from omcda_deploy.datasets import Episode, Recording
+from omcda_deploy.datasets.convert import convert, return_to_go, source_digest
+from omcda_deploy.datasets.formats import pymarl_hdf5
+from omcda_deploy.datasets.formats.omiga_hdf5 import write
+from omcda_deploy.datasets.smac_teams import team_spec
 from omcda_deploy.errors import ContractError, DatasetError, OmcdaError, UnknownNameError
 from omcda_deploy.spec import require_same_contract
-from tests.smac_episodes import SmacEpisode, pymarl_batch, random_episode, save_madt, save_pymarl
+from tests.support.smac_episodes import SmacEpisode, pymarl_batch, random_episode, save_madt, save_pymarl
 
 EPISODES = [random_episode(steps, steps, mappo=False) for steps in (3, 4)]
 

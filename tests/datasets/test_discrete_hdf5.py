@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from omcda_deploy import registry
 from omcda_deploy.cli import app
-from omcda_deploy.collect import collect
 from omcda_deploy.datasets import BLOCK, Dataset, blocks, require_available
-from omcda_deploy.datasets.omiga_hdf5 import Writer, concatenate, read, write
+from omcda_deploy.datasets.formats.omiga_hdf5 import Writer, concatenate, read, write
+from omcda_deploy.datasets.summary import render_table, summarize
 from omcda_deploy.envs import toy
 from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
-from omcda_deploy.inspect_dataset import render_table, summarize
-from omcda_deploy.replay import replay
+from omcda_deploy.play.collect import collect
+from omcda_deploy.play.replay import replay
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from omcda_deploy.training.batches import TransitionSampler
 

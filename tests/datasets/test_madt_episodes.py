@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from omcda_deploy import registry
-from omcda_deploy.convert import convert
-from omcda_deploy.datasets import _torch_episodes, madt_episodes
-from omcda_deploy.datasets._torch_episodes import MalformedError, arrays, load
+from omcda_deploy.datasets import torch_episodes
+from omcda_deploy.datasets.convert import convert
+from omcda_deploy.datasets.formats import madt_episodes
+from omcda_deploy.datasets.torch_episodes import MalformedError, arrays, load
 from omcda_deploy.errors import DatasetError, MissingExtraError
-from tests.smac_episodes import LIMIT, pickled, random_episode, require_episode, save_madt
+from tests.support.smac_episodes import LIMIT, pickled, random_episode, require_episode, save_madt
 
 
 class Payload:
@@ -93,7 +94,7 @@ class Local:
 def test_other_globals_and_damaged_files_are_told_apart(tmp_path: Path) -> None:
     torch.save([Local()], tmp_path / "local.pt")
     with pytest.raises(
-        MalformedError, match=r"refers to tests\.test_madt_episodes\.Local, which was not run"
+        MalformedError, match=r"refers to tests\.datasets\.test_madt_episodes\.Local, which was not run"
     ):
         load(str(tmp_path / "local.pt"))
     torch.save([np.array([Local()], object)], tmp_path / "objects.pt")
@@ -185,6 +186,6 @@ def test_a_loader_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_loader_knows_nothing_of_this_package() -> None:
-    text = Path(_torch_episodes.__file__).read_text()
+    text = Path(torch_episodes.__file__).read_text()
     assert "omcda_deploy" not in text
-    assert _torch_episodes.FRAME.format == madt_episodes._FRAME.format
+    assert torch_episodes.FRAME.format == madt_episodes._FRAME.format

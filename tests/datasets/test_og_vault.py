@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from omcda_deploy import registry
-from omcda_deploy.convert import convert
-from omcda_deploy.datasets import og_vault
+from omcda_deploy.datasets.convert import convert
+from omcda_deploy.datasets.formats import og_vault
 from omcda_deploy.errors import DatasetError
-from tests.smac_episodes import LIMIT, SmacEpisode, random_episode, require_episode
+from tests.support.smac_episodes import LIMIT, SmacEpisode, random_episode, require_episode
 
 ENDS = [(3, "terminals"), (LIMIT, "terminals"), (4, "truncations"), (5, "terminals")]
 TAIL = 2  # rows of an episode that the vault does not finish
@@ -94,7 +94,7 @@ def test_a_vault_becomes_our_file(
 def test_reading_needs_no_jax(written: tuple[bool, Path], tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['jax', 'flashbax', 'orbax', 'torch']))\n"
-        "from pathlib import Path; from omcda_deploy.convert import convert\n"
+        "from pathlib import Path; from omcda_deploy.datasets.convert import convert\n"
         "print(convert(Path(sys.argv[1]), Path(sys.argv[2]))['episodes'])"
     )
     command = [sys.executable, "-c", code, str(written[1]), str(tmp_path / "out.hdf5")]

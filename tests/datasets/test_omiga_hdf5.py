@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.datasets import BLOCK, Float
-from omcda_deploy.datasets.omiga_hdf5 import Writer, concatenate, read, write
+from omcda_deploy.datasets.formats.omiga_hdf5 import Writer, concatenate, read, write
+from omcda_deploy.datasets.summary import render_table, summarize
 from omcda_deploy.errors import DatasetError, UnknownNameError
-from omcda_deploy.inspect_dataset import render_table, summarize
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 HOPPER = "mamujoco/hopper-3x1"

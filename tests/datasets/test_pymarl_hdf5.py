@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 from omcda_deploy import registry
-from omcda_deploy.convert import convert
-from omcda_deploy.datasets import pymarl_hdf5
+from omcda_deploy.datasets.convert import convert
+from omcda_deploy.datasets.formats import pymarl_hdf5
 from omcda_deploy.errors import DatasetError
-from tests.smac_episodes import LIMIT, Batch, pymarl_batch, random_episode, require_episode, save_pymarl
+from tests.support.smac_episodes import (
+    LIMIT,
+    Batch,
+    pymarl_batch,
+    random_episode,
+    require_episode,
+    save_pymarl,
+)
 
 
 def test_ends_are_told_by_terminated_and_final_rows_are_kept_where_recorded(tmp_path: Path) -> None:

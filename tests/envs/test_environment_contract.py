@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {
     task: {
         "python": sys.executable,
         "factory": "fake_smac:StarCraft2Env",
-        "path": str(Path(__file__).parent),
+        "path": str(Path(__file__).parents[1] / "support"),
     }
     for task in smac.TASKS
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from omcda_deploy.envs import toy
-from omcda_deploy.envs.vector import VectorEnvironment
+from omcda_deploy.envs.vector.batched import VectorEnvironment
 from omcda_deploy.errors import ContractError
 from omcda_deploy.policy import NoiseSource
 

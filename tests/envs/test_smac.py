@@ -19,29 +19,31 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from omcda_deploy import measurements, registry
+from omcda_deploy import registry
 from omcda_deploy.cli import app
-from omcda_deploy.collect import Source, collect, collect_mixture
-from omcda_deploy.datasets.omiga_hdf5 import read
-from omcda_deploy.envs import _smac_host, smac
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
+from omcda_deploy.envs import smac
+from omcda_deploy.envs.programs import smac_host
 from omcda_deploy.envs.smac import Smac
-from omcda_deploy.envs.vector import VectorEnvironment
+from omcda_deploy.envs.vector.batched import VectorEnvironment
 from omcda_deploy.errors import ConfigError, ContractError, SimulatorError, UnknownNameError
-from omcda_deploy.evaluate import evaluate
-from omcda_deploy.measurements import episode_seed
+from omcda_deploy.play import measurements
+from omcda_deploy.play.collect import Source, collect, collect_mixture
+from omcda_deploy.play.evaluate import evaluate
+from omcda_deploy.play.measurements import episode_seed
 from omcda_deploy.policy import Decision, Float
-from omcda_deploy.report import evaluation_table
+from omcda_deploy.report.html import evaluation_table
 from omcda_deploy.spec import TeamSpec
-from tests import fake_smac
-from tests.bundles import write_test_bundle
+from tests.support import fake_smac
+from tests.support.bundles import write_test_bundle
 
 TASK = "smac/5m_vs_6m"
 SPEC = smac.SPECS[TASK]
-TESTS = Path(__file__).parent
+SUPPORT = Path(fake_smac.__file__).parent
 
 
 def options(variant: str = "StarCraft2Env") -> dict[str, Any]:
-    return {"python": sys.executable, "factory": f"fake_smac:{variant}", "path": str(TESTS)}
+    return {"python": sys.executable, "factory": f"fake_smac:{variant}", "path": str(SUPPORT)}
 
 
 def made(variant: str = "StarCraft2Env", task: str = TASK) -> Smac:
@@ -503,7 +505,7 @@ def test_losing_every_episode_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_command_line_plays_and_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
-    monkeypatch.chdir(TESTS)  # where a factory's module is looked for
+    monkeypatch.chdir(SUPPORT)  # where a factory's module is looked for
     write_test_bundle(tmp_path / "bundle", SPEC)
     (tmp_path / "game" / "Versions" / "Base70000").mkdir(parents=True)
     monkeypatch.setenv("SC2PATH", str(tmp_path / "game"))
@@ -560,7 +562,7 @@ def test_versions_that_an_interpreter_cannot_tell_are_left_out(
 
 
 def test_the_host_runs_in_old_interpreters_without_this_package() -> None:
-    source = Path(_smac_host.__file__).read_text()
+    source = Path(smac_host.__file__).read_text()
     tree = ast.parse(source, feature_version=(3, 8))
     imported = {
         name.partition(".")[0]
@@ -578,18 +580,18 @@ def test_the_host_runs_in_old_interpreters_without_this_package() -> None:
 
 def test_frames_are_checked() -> None:
     reading, writing = os.pipe()
-    _smac_host.write_frame(writing, {"a": 1}, b"xyz")
-    assert _smac_host.read_frame(reading) == ({"a": 1}, b"xyz")
-    os.write(writing, _smac_host.HEADER.pack(b"SC2!", 1, 1))
+    smac_host.write_frame(writing, {"a": 1}, b"xyz")
+    assert smac_host.read_frame(reading) == ({"a": 1}, b"xyz")
+    os.write(writing, smac_host.HEADER.pack(b"SC2!", 1, 1))
     with pytest.raises(ValueError, match="expected a frame"):
-        _smac_host.read_frame(reading)
-    os.write(writing, _smac_host.HEADER.pack(_smac_host.MAGIC, 2**31, 2**31))
+        smac_host.read_frame(reading)
+    os.write(writing, smac_host.HEADER.pack(smac_host.MAGIC, 2**31, 2**31))
     with pytest.raises(ValueError, match=f"{2**32} bytes"):
-        _smac_host.read_frame(reading)
+        smac_host.read_frame(reading)
     with pytest.raises(TimeoutError):
-        _smac_host.read_frame(reading, 0.01)
-    os.write(writing, _smac_host.HEADER.pack(_smac_host.MAGIC, 7, 0))
+        smac_host.read_frame(reading, 0.01)
+    os.write(writing, smac_host.HEADER.pack(smac_host.MAGIC, 7, 0))
     os.close(writing)
     with pytest.raises(EOFError):
-        _smac_host.read_frame(reading)
+        smac_host.read_frame(reading)
     os.close(reading)

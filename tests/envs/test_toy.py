@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from omcda_deploy.envs import toy
 from omcda_deploy.errors import ConfigError, ContractError, UnknownNameError
 from omcda_deploy.policy import NoiseSource
-from tests import oracles
+from tests.support import oracles
 
 ALPHA = np.array([2.0, 0.7, 0.3])
 

@@ -17,21 +17,22 @@ import numpy as np
 import pytest
 
 from omcda_deploy import cli
-from omcda_deploy.commands import compare as command
-from omcda_deploy.commands.compare import compare, evaluate_run, find_runs
-from omcda_deploy.comparison import Comparison, Curves, Result, Variant, summarise
-from omcda_deploy.comparison_report import write_comparison
+from omcda_deploy.commands.compare import compare
 from omcda_deploy.datasets import Dataset
-from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, ExportError
-from omcda_deploy.evaluate import evaluate
-from omcda_deploy.figures import Bar, Curve, curves_figure, grouped_bars_figure
+from omcda_deploy.experiments import compare as command
+from omcda_deploy.experiments.compare import evaluate_run, find_runs
 from omcda_deploy.local import LocalTeam
+from omcda_deploy.play.evaluate import evaluate
 from omcda_deploy.registry import team_spec
+from omcda_deploy.report.comparison import Comparison, Curves, Result, Variant, summarise
+from omcda_deploy.report.comparison_report import write_comparison
+from omcda_deploy.report.figures import Bar, Curve, curves_figure, grouped_bars_figure
 from omcda_deploy.training import loop
 from omcda_deploy.training.behavior_model import BehaviorConfig
 from omcda_deploy.training.run_folder import read_config
-from tests.synthetic import write_dataset
+from tests.support.synthetic import write_dataset
 
 TASK = "mamujoco/hopper-3x1"
 STEPS = 20
@@ -311,8 +312,8 @@ def test_each_run_is_exported_and_played_once(
     assert LocalTeam(bundle).bundle.manifest["training"]["step"] == STEPS
 
     with monkeypatch.context() as patch:
-        patch.setattr("omcda_deploy.commands.export.export_run", _never)
-        patch.setattr("omcda_deploy.evaluate.evaluate", _never)
+        patch.setattr("omcda_deploy.experiments.export.export_run", _never)
+        patch.setattr("omcda_deploy.play.evaluate.evaluate", _never)
         compare([runs / "bc" / ".." / "bc" / "seed0"], tmp_path / "again", episodes=3, seed=5, num_envs=2)
         assert rows_of(tmp_path / "again" / "summary.csv") == rows_of(tmp_path / "first" / "summary.csv")
         for other in ({"episodes": 4}, {"seed": 6}, {"num_envs": 3}):

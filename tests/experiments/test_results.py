@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from omcda_deploy.cli import app
-from omcda_deploy.commands import results
-from omcda_deploy.commands.results import read_page
-from omcda_deploy.commands.sweep import Job
 from omcda_deploy.errors import ConfigError, OmcdaError
+from omcda_deploy.experiments import results
+from omcda_deploy.experiments.results import read_page, write_page
+from omcda_deploy.experiments.sweep import Job
 from omcda_deploy.registry import read_dataset
 from omcda_deploy.training import loop
 from omcda_deploy.training.behavior_model import BehaviorConfig
@@ -38,7 +38,7 @@ steps = 10
 """
 
 
-def train(jobs: Iterable[Job], at_once: int) -> list[tuple[Job, str]]:
+def train(jobs: Iterable[Job], at_once: int, observer: object = None) -> list[tuple[Job, str]]:
     """BC in this process; everything else fails."""
     failed = []
     for job in jobs:
@@ -99,5 +99,5 @@ def test_a_page_records_its_own_dataset(tmp_path: Path) -> None:
     page = tmp_path / "page.toml"
     page.write_text(PAGE.replace("steps = 10", 'steps = 10\ndatasets = ["a.hdf5"]'))
     with pytest.raises(ConfigError, match=r"runs\[1\]: datasets"):
-        results.results(page, tmp_path / "results")
+        write_page(page, tmp_path / "results", 1)
     assert not (tmp_path / "results").exists()

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from omcda_deploy import cli
-from omcda_deploy.commands.sweep import Job, Sweep, jobs_of, read_sweep, run_job, run_queue
-from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, OmcdaError
+from omcda_deploy.experiments.sweep import Job, Sweep, jobs_of, read_sweep, run_job, run_queue
 from omcda_deploy.files import cache_folder
 from omcda_deploy.registry import team_spec
 from omcda_deploy.training.behavior_model import BehaviorConfig, fit
 from omcda_deploy.training.checkpoint import save_state
-from tests.synthetic import write_dataset
+from tests.support.synthetic import write_dataset
 
 FILE = """
 datasets = ["{data}/a.hdf5", "{data}/b.hdf5"]

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from omcda_deploy.commands import toy_results
-from omcda_deploy.commands.toy_results import GameResult, Row, play_game, write_table
 from omcda_deploy.datasets import Dataset
-from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.envs import toy
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.experiments import toy_games as toy_results
+from omcda_deploy.experiments.toy_games import GameResult, Row, play_game, write_table
 from omcda_deploy.training.networks import CategoricalActor, GreedyActor, NetworkFactory
 from omcda_deploy.training.policy_tables import policy_tables
-from tests.tabular import behavior_table
+from tests.support.tabular import behavior_table
 
 
 def empirical(dataset: Dataset) -> list[toy.Table]:
@@ -79,7 +79,7 @@ def test_greedy_policies_are_one_hot_on_available_actions() -> None:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    from omcda_deploy.collect import collect
+    from omcda_deploy.play.collect import collect
 
     team = toy.behavior_team("toy/one-step")
     path = tmp_path / "d.hdf5"

@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.collect import Source, collect, collect_mixture
-from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.envs import Float, Observations, StepResult
 from omcda_deploy.envs.mamujoco import MultiAgentMujoco
 from omcda_deploy.errors import ConfigError, ContractError
+from omcda_deploy.play.collect import Source, collect, collect_mixture
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from omcda_deploy import evaluate as module
 from omcda_deploy import registry
-from omcda_deploy.envs.vector import VectorStep
+from omcda_deploy.envs.vector.batched import VectorStep
 from omcda_deploy.errors import ConfigError, ContractError
-from omcda_deploy.evaluate import Evaluation, evaluate
 from omcda_deploy.local import LocalTeam
-from omcda_deploy.measurements import agent_latencies, describe, episode_seed
+from omcda_deploy.play import evaluate as module
+from omcda_deploy.play.evaluate import Evaluation, evaluate
+from omcda_deploy.play.measurements import agent_latencies, describe, episode_seed
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
-from tests.bundles import write_test_bundle
+from tests.support.bundles import write_test_bundle
 
 SPEC = TeamSpec(
     task="stub/counting",

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from omcda_deploy import replay as module
 from omcda_deploy.bundle import read_bundle
-from omcda_deploy.collect import collect
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError, ContractError, DatasetError
 from omcda_deploy.local import JointTeam, LocalTeam
+from omcda_deploy.play import replay as module
+from omcda_deploy.play.collect import collect
+from omcda_deploy.play.replay import replay
+from omcda_deploy.play.shipped import POLICIES
 from omcda_deploy.policy import Decision
-from omcda_deploy.replay import replay
-from omcda_deploy.shipped import POLICIES
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 LENGTHS = (4, 7, 2, 5)
@@ -284,7 +284,7 @@ def test_without_a_local_bundle_there_is_no_parity() -> None:
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_a_bundle_agrees_with_itself_exactly(tmp_path: Path, kind: str, batch: int, stochastic: bool) -> None:
     pytest.importorskip("onnx")
-    from tests.bundles import write_test_bundle
+    from tests.support.bundles import write_test_bundle
 
     spec = SPEC if kind == "continuous" else DISCRETE
     actions = None if kind == "continuous" else np.zeros((sum(LENGTHS) + len(LENGTHS), 2), np.int64)
@@ -339,7 +339,7 @@ def test_progress_reaches_its_total() -> None:
 def test_needs_no_simulator() -> None:
     assert importlib.util.find_spec("omcda_deploy.envs")
     code = (
-        "import sys, omcda_deploy.replay; "
+        "import sys, omcda_deploy.play.replay; "
         "print([m for m in sys.modules if m.startswith('omcda_deploy.envs')"
         " or m in ('mujoco', 'gymnasium', 'torch', 'grpc')])"
     )

@@ -16,37 +16,37 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("omcda_deploy", "training", "export", "serve", "protos")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-BEHAVIOR = ("training/behavior_policies*.py", "omcda_deploy/commands/behavior.py")
+BEHAVIOR = ("training/behavior/*.py", "omcda_deploy/commands/behavior.py")
 NEEDED_FOR = {  # extra -> files that must find all they import with this extra alone
-    "data": ("omcda_deploy/datasets/omiga_hdf5.py",),
-    "vault": ("omcda_deploy/datasets/og_vault.py", "omcda_deploy/datasets/omiga_hdf5.py"),
+    "data": ("omcda_deploy/datasets/formats/omiga_hdf5.py",),
+    "vault": ("omcda_deploy/datasets/formats/og_vault.py", "omcda_deploy/datasets/formats/omiga_hdf5.py"),
     "train": (
         "training/**/*.py",
         "omcda_deploy/commands/benchmark.py",
-        "omcda_deploy/datasets/omiga_hdf5.py",
+        "omcda_deploy/datasets/formats/omiga_hdf5.py",
     ),
     "export": ("export/*.py", "omcda_deploy/local.py"),
     "serve": (
-        "serve/*.py",
-        "omcda_deploy/admin.py",
-        "omcda_deploy/client.py",
-        "omcda_deploy/connection.py",
+        "serve/**/*.py",
+        "omcda_deploy/client/admin.py",
+        "omcda_deploy/client/remote.py",
+        "omcda_deploy/client/connection.py",
         "omcda_deploy/local.py",
     ),
     "tracing": ("serve/tracing.py",),
-    "mujoco": ("omcda_deploy/envs/mamujoco*.py", "omcda_deploy/evaluate.py", "omcda_deploy/local.py"),
-    "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector.py"),
+    "mujoco": ("omcda_deploy/envs/mamujoco*.py", "omcda_deploy/play/evaluate.py", "omcda_deploy/local.py"),
+    "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector/batched.py"),
     "behavior": (*BEHAVIOR, "export/*.py", "omcda_deploy/envs/mamujoco*.py", "omcda_deploy/local.py"),
     "dev": ("protos/generate.py",),
 }
 ROOFS = {  # commands that import torch themselves, beside the room that they compose
     "omcda_deploy/commands/behavior.py",
     "omcda_deploy/commands/benchmark.py",
-    "omcda_deploy/datasets/_torch_episodes.py",  # a program, which is started only where torch is
+    "omcda_deploy/datasets/torch_episodes.py",  # a program, which is started only where torch is
 }
 DISTRIBUTIONS = {  # of packages that several distributions share, longest names first
     "google.protobuf": "protobuf",
@@ -161,12 +161,12 @@ def declared(extra: str | None = None) -> set[str]:
 def test_the_scan_sees_every_kind_of_import() -> None:
     seen = {(found.file, found.distribution, found.extra) for found in third_party_imports()}
     assert {
-        ("omcda_deploy/connection.py", "grpcio", None),
+        ("omcda_deploy/client/connection.py", "grpcio", None),
         ("serve/introspection.py", "protobuf", None),
         ("serve/introspection.py", "grpcio-health-checking", None),
         ("training/metrics.py", "tensorboard", None),  # inside a function
         ("omcda_deploy/local.py", "onnxruntime", "serve"),
-        ("omcda_deploy/evaluate.py", "imageio-ffmpeg", "mujoco"),  # by name
+        ("omcda_deploy/play/evaluate.py", "imageio-ffmpeg", "mujoco"),  # by name
         ("protos/generate.py", "grpcio-tools", "dev"),
     } <= seen
 

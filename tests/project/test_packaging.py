@@ -19,7 +19,7 @@ import pytest
 
 import omcda_deploy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROOMS = ("training", "export", "serve", "protos")  # folders at the top of the tree, packages of omcda_deploy
 FOLDERS = ("omcda_deploy", *ROOMS)
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -150,7 +150,8 @@ def test_data_files_open_from_the_installed_wheel(tree: Path, installed: Path, t
     code = """if True:
         import hashlib, importlib.resources, json, sys
         sys.path.insert(0, sys.argv[1])
-        from omcda_deploy import serve, shipped, training
+        from omcda_deploy import serve, training
+        from omcda_deploy.play import shipped
         for module in (serve, shipped, training):
             assert module.__file__.startswith(sys.argv[1]), module.__file__
         digests = {}

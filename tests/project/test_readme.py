@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 SMALLER = {
     "--transitions 200000": "--transitions 2000",
     "--steps 20000": "--steps 100 --behavior-steps 100",
@@ -43,7 +43,7 @@ def test_pipeline_and_python_blocks_run(tmp_path: Path) -> None:
         pipeline = pipeline.replace(old, new)
     for old, new in ports.items():
         pipeline, python = pipeline.replace(old, new), python.replace(old, new)
-    wait = f"""until {sys.executable} -c 'from omcda_deploy.client import RemoteTeam as R; \
+    wait = f"""until {sys.executable} -c 'from omcda_deploy.client.remote import RemoteTeam as R; \
 R(["127.0.0.1:{base + 5}"])' 2>&1 | grep -q "agent_0"; do sleep 0.3; done"""
     lines = pipeline.splitlines()
     served = next(index for index, line in enumerate(lines) if line.endswith("&"))

@@ -19,15 +19,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from omcda_deploy.bundle import Bundle
-from omcda_deploy.channel import Credentials
+from omcda_deploy.client.channel import Credentials
 from omcda_deploy.guard import GuardSetting
 from omcda_deploy.serve.config import Limits
 from omcda_deploy.serve.security import Tls
 from omcda_deploy.serve.status import STATUS
-from tests.bundles import continuous_spec, with_references, write_test_bundle
-from tests.server_process import free_port, server_process
+from tests.support.bundles import continuous_spec, with_references, write_test_bundle
+from tests.support.server_process import free_port, server_process
 
-PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, flags=re.DOTALL)
 
 

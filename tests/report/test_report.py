@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from omcda_deploy import figures
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.evaluate import Evaluation
-from omcda_deploy.measurements import Divergence, Latency, TeamDescription, write_json
-from omcda_deploy.replay import Parity, Replay
-from omcda_deploy.report import (
+from omcda_deploy.play.evaluate import Evaluation
+from omcda_deploy.play.measurements import Divergence, Latency, TeamDescription, write_json
+from omcda_deploy.play.replay import Parity, Replay
+from omcda_deploy.report import figures
+from omcda_deploy.report.html import (
     Section,
     comparison_section,
     comparison_table,

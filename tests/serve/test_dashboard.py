@@ -13,10 +13,10 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from omcda_deploy.bundle import TEAM, Bundle
-from omcda_deploy.client import RemoteTeam
-from tests.server_process import free_port, server_process
+from omcda_deploy.client.remote import RemoteTeam
+from tests.support.server_process import free_port, server_process
 
-BOARD = json.loads((Path(__file__).parents[1] / "serve" / "deploy" / "grafana-dashboard.json").read_text())
+BOARD = json.loads((Path(__file__).parents[2] / "serve" / "deploy" / "grafana-dashboard.json").read_text())
 FROM_PROMETHEUS = {"instance"}  # a label that a scrape does not have
 WORDS = {"and", "by", "on", "group_left"}
 FUNCTIONS = {"rate", "sum", "count", "histogram_quantile"}

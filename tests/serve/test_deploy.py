@@ -26,10 +26,10 @@ from omcda_deploy.serve import introspection, oip, policy_service, server
 from omcda_deploy.serve.config import read_server_config
 from omcda_deploy.serve.releases import CURRENT, Repository
 from omcda_deploy.serve.server import Listen
-from tests.bundles import continuous_spec, write_test_bundle
-from tests.server_process import free_port, server_process
+from tests.support.bundles import continuous_spec, write_test_bundle
+from tests.support.server_process import free_port, server_process
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "serve" / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 MANIFESTS = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml")

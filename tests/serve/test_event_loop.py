@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from omcda_deploy.bundle import Bundle
-from omcda_deploy.client import RemotePolicy
+from omcda_deploy.client.remote import RemotePolicy
 from omcda_deploy.serve import event_loop
-from tests.server_process import server_process
+from tests.support.server_process import server_process
 
 
 def loop_with(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> str:

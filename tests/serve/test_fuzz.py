@@ -10,10 +10,10 @@ import pytest
 
 from omcda_deploy.bundle import TEAM
 from omcda_deploy.protos import oip, policy_pb2
-from tests.bundles import continuous_spec, discrete_spec, write_test_bundle
-from tests.fuzz import TEAMS, fuzz
-from tests.fuzz_calls import ACT, INFER, STREAM, WEIGHTS, Fuzzer
-from tests.judge import complaint
+from tests.support.bundles import continuous_spec, discrete_spec, write_test_bundle
+from tests.support.fuzz import TEAMS, fuzz
+from tests.support.fuzz_calls import ACT, INFER, STREAM, WEIGHTS, Fuzzer
+from tests.support.judge import complaint
 
 CALLS = 1000  # for each of two servers
 

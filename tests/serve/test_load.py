@@ -19,16 +19,16 @@ from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.cli import app
 from omcda_deploy.errors import ConfigError, EndpointError
 from omcda_deploy.protos.policy_pb2 import ActRequest
-from omcda_deploy.serve.benchmark import Figures, Ratio, run
-from omcda_deploy.serve.http2 import FIRST_WINDOW, FRAME_LIMIT, Connection
-from omcda_deploy.serve.load import Answer, closed_loop, open_loop
-from omcda_deploy.serve.measured_servers import ACT, STREAM, requests_of, start_models
-from tests.fuzz import resident_kb
-from tests.server_process import ServerProcess
+from omcda_deploy.serve.bench.http2 import FIRST_WINDOW, FRAME_LIMIT, Connection
+from omcda_deploy.serve.bench.load import Answer, closed_loop, open_loop
+from omcda_deploy.serve.bench.measured_servers import ACT, STREAM, requests_of, start_models
+from omcda_deploy.serve.bench.steps import Figures, Ratio, run
+from tests.support.fuzz import resident_kb
+from tests.support.server_process import ServerProcess
 
 
 class OneAtATime:
-    """A :class:`~omcda_deploy.serve.load.Wire` to a server of ``service_s`` per request, one after another.
+    """A :class:`~omcda_deploy.serve.bench.load.Wire` to a server of ``service_s`` per request, one after another.
 
     It stalls during ``stall`` (from, to): a request begun then waits until its end.
     """
@@ -228,7 +228,7 @@ def test_reloads_refuse_nobody_and_are_reported(
     continuous_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A short run of the whole benchmark, one server process per agent."""
-    monkeypatch.setattr("omcda_deploy.serve.reload_benchmark.COMPARISONS", 1)
+    monkeypatch.setattr("omcda_deploy.serve.bench.reload.COMPARISONS", 1)
     file = tmp_path / "report.json"
     options = ("--seconds", "0.5", "--rounds", "1", "--reloads", "2", "--processes", "--json", str(file))
     result = CliRunner().invoke(app, ["bench", "reload", str(continuous_bundle.path), *options])

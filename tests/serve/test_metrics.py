@@ -19,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from omcda_deploy.bundle import TEAM, Bundle
-from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.guard import Guard, GuardSetting, Reference
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos import policy_pb2
@@ -35,8 +35,8 @@ from omcda_deploy.serve.meter import (
     Histogram,
     ModelMeter,
 )
-from tests.bundles import continuous_spec
-from tests.server_process import free_port, server_process
+from tests.support.bundles import continuous_spec
+from tests.support.server_process import free_port, server_process
 
 Sample = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -15,7 +15,7 @@ from omcda_deploy.bundle import Bundle, output_names
 from omcda_deploy.local import JointTeam, LocalPolicy
 from omcda_deploy.policy import NoiseSource
 from omcda_deploy.protos import oip
-from tests.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 
 SERVICE = "/inference.GRPCInferenceService/"
 FLOAT = np.float32

@@ -18,7 +18,7 @@ from omcda_deploy.serve.policy_service import PolicyService, Steps
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.status import RequestError
 from omcda_deploy.spec import TeamSpec
-from tests.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 
 ROWS = np.arange(8, dtype=np.float32).reshape(2, 4)
 

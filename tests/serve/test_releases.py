@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from omcda_deploy.admin import TeamAdmin
 from omcda_deploy.cli import app
-from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.client.admin import TeamAdmin
+from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import BundleError, ContractError, EndpointError, UnknownNameError
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos import policy_pb2
@@ -28,8 +28,8 @@ from omcda_deploy.serve.config import Limits, ServerConfig
 from omcda_deploy.serve.releases import CURRENT, Releases
 from omcda_deploy.serve.status import ExhaustedError, RequestError, StateError
 from omcda_deploy.spec import TeamSpec
-from tests.bundles import continuous_spec, discrete_spec, write_test_bundle
-from tests.server_process import free_port, server_process
+from tests.support.bundles import continuous_spec, discrete_spec, write_test_bundle
+from tests.support.server_process import free_port, server_process
 
 SPEC = continuous_spec()
 ROWS = {a.name: np.full((2, a.observation_size), 0.3, np.float32) for a in SPEC.agents}

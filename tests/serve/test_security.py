@@ -16,14 +16,14 @@ import trustme
 from typer.testing import CliRunner
 
 from omcda_deploy.bundle import Bundle
-from omcda_deploy.channel import read_credentials
 from omcda_deploy.cli import app
-from omcda_deploy.client import RemoteTeam
+from omcda_deploy.client.channel import read_credentials
+from omcda_deploy.client.remote import RemoteTeam
 from omcda_deploy.errors import ConfigError, EndpointError, OmcdaError
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.serve.config import read_server_config
 from omcda_deploy.serve.security import Tokens
-from tests.server_process import free_port, server_process
+from tests.support.server_process import free_port, server_process
 
 CONTRACT = "/omcda.v1.PolicyService/GetContract"
 HEALTH = "/grpc.health.v1.Health/Check"

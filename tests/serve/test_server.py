@@ -21,11 +21,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from omcda_deploy.bundle import Bundle
-from omcda_deploy.client import RemotePolicy
+from omcda_deploy.client.remote import RemotePolicy
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos import oip, policy_pb2, policy_pb2_grpc
 from omcda_deploy.serve.server import LOOPBACK
-from tests.server_process import ServerProcess, server_process
+from tests.support.server_process import ServerProcess, server_process
 
 GRACE_S = 5.0
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from omcda_deploy.bundle import MANIFEST, TEAM, Bundle, read_bundle
-from omcda_deploy.client import RemoteTeam
+from omcda_deploy.client.remote import RemoteTeam
 from omcda_deploy.errors import BundleError, ConfigError, EndpointError, UnknownNameError
 from omcda_deploy.guard import GuardSetting
 from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.session import Models, Session
 from omcda_deploy.serve.status import RangeError
-from tests.bundles import continuous_spec, with_references, write_test_bundle
-from tests.server_process import server_process
+from tests.support.bundles import continuous_spec, with_references, write_test_bundle
+from tests.support.server_process import server_process
 
 FILE = """
 [guard]

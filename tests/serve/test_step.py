@@ -13,7 +13,7 @@ from omcda_deploy.guard import GuardSetting
 from omcda_deploy.policy import NoiseSource
 from omcda_deploy.serve.session import Session
 from omcda_deploy.serve.status import RangeError
-from tests.bundles import continuous_spec, discrete_spec, with_references, write_test_bundle
+from tests.support.bundles import continuous_spec, discrete_spec, with_references, write_test_bundle
 
 KINDS = ("continuous", "discrete")
 

@@ -23,14 +23,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from omcda_deploy import registry
 from omcda_deploy.bundle import Bundle
-from omcda_deploy.client import RemotePolicy, RemoteTeam
+from omcda_deploy.client.fallback import BehaviorTeam
+from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import EndpointError, MissedAnswerError, OmcdaError
-from omcda_deploy.evaluate import evaluate
-from omcda_deploy.fallback import BehaviorTeam
 from omcda_deploy.local import LocalTeam
+from omcda_deploy.play.evaluate import evaluate
 from omcda_deploy.serve.server import LOOPBACK, Listen
 from omcda_deploy.serve.supervisor import AgentServer, Backoff, serve_team
-from tests.bundles import write_test_bundle
+from tests.support.bundles import write_test_bundle
 
 TASK = "toy/chain-mixed"
 EPISODES = 12  # of 20 steps or so

@@ -12,9 +12,9 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
 
 from omcda_deploy.bundle import Bundle
-from omcda_deploy.client import RemotePolicy
+from omcda_deploy.client.remote import RemotePolicy
 from omcda_deploy.protos import policy_pb2
-from tests.server_process import server_process
+from tests.support.server_process import server_process
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

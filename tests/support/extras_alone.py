@@ -1,4 +1,4 @@
-"""Each extra in an environment of its own: ``python -m tests.extras_alone [EXTRA …]`` (``make extras``).
+"""Each extra in an environment of its own: ``python -m tests.support.extras_alone [EXTRA …]`` (``make extras``).
 
 Installs the package with one extra into a new virtual environment, looks with ``pip check`` whether all there is
 fits together, and whether torch and jax stay out of where they do not belong. Needs a package index, several
@@ -13,7 +13,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch": {"train", "export", "behavior", "all", "dev"}, "jax": {"smax", "all", "dev"}}
 
 

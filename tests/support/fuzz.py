@@ -1,8 +1,9 @@
-"""Hostile traffic for a policy server, and what it must answer: ``python -m tests.fuzz``.
+"""Hostile traffic for a policy server, and what it must answer: ``python -m tests.support.fuzz``.
 
-Every call of :mod:`tests.fuzz_calls` must end within its deadline with a status of the table :data:`ALLOWED`. Where
-it is OK, the request is judged again from its bytes by :mod:`tests.judge`, which shares no code with the server. A
-call that fails is printed with its seed and number, by which it can be sent again alone, and its bytes.
+Every call of :mod:`tests.support.fuzz_calls` must end within its deadline with a status of the table
+:data:`ALLOWED`. Where it is OK, the request is judged again from its bytes by :mod:`tests.support.judge`, which
+shares no code with the server. A call that fails is printed with its seed and number, by which it can be sent
+again alone, and its bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import grpc
 
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.spec import TeamSpec
-from tests.bundles import continuous_spec, discrete_spec, write_test_bundle
-from tests.fuzz_calls import MESSAGE_LIMIT, STREAM, WEIGHTS, Call, Fuzzer, Kind
-from tests.judge import complaint
-from tests.server_process import ServerProcess, server_process
+from tests.support.bundles import continuous_spec, discrete_spec, write_test_bundle
+from tests.support.fuzz_calls import MESSAGE_LIMIT, STREAM, WEIGHTS, Call, Fuzzer, Kind
+from tests.support.judge import complaint
+from tests.support.server_process import ServerProcess, server_process
 
 ALLOWED = {
     "OK": "the request deserves it",
@@ -204,7 +205,7 @@ def _controls(spec: TeamSpec) -> list[tuple[str, bytes]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz", description="Fuzz a server of each kind of team."
+        prog="python -m tests.support.fuzz", description="Fuzz a server of each kind of team."
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first call")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from omcda_deploy.datasets.omiga_hdf5 import Writer
+from omcda_deploy.datasets.formats.omiga_hdf5 import Writer
 from omcda_deploy.spec import ActionKind, ActionSpec, AgentSpec, TeamSpec
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.loop import Algorithm, create_algorithm

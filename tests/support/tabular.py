@@ -1,7 +1,7 @@
 """Tabular stand-ins for networks, and batches that hold a game's expectation exactly.
 
 With tables instead of networks and mixers fixed to their true weights, an algorithm has no approximation error
-left, so what it converges to can be held against the closed forms of :mod:`tests.oracles`.
+left, so what it converges to can be held against the closed forms of :mod:`tests.support.oracles`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from omcda_deploy.training.allocation import (
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import policy_of
 from omcda_deploy.training.networks import DivergenceMixer
-from tests.synthetic import continuous_spec, differing, make_learner, random_batch
+from tests.support.synthetic import continuous_spec, differing, make_learner, random_batch
 
 SPEC = continuous_spec()
 Array = NDArray[np.float64]

@@ -21,7 +21,7 @@ from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.loop import Algorithm
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.settings import build
-from tests.synthetic import HIDDEN, differing, make_learner, random_batch, spec_of
+from tests.support.synthetic import HIDDEN, differing, make_learner, random_batch, spec_of
 
 ALGORITHMS = registry.algorithms()
 KINDS: tuple[ActionKind, ...] = ("continuous", "discrete")

@@ -7,9 +7,9 @@ import torch
 
 from omcda_deploy.envs.toy import OneStepGame, one_step_game
 from omcda_deploy.training.algorithms.bc import Algorithm, Config
-from tests import oracles
-from tests.synthetic import continuous_spec, discrete_spec, make_learner, random_batch
-from tests.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
+from tests.support import oracles
+from tests.support.synthetic import continuous_spec, discrete_spec, make_learner, random_batch
+from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 
 def test_the_continuous_loss_is_the_negative_log_likelihood_of_a_tanh_gaussian() -> None:

@@ -18,8 +18,8 @@ from omcda_deploy.export.graph import PolicyGraph
 from omcda_deploy.training.algorithms import bcq
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.networks import NetworkFactory
-from tests.synthetic import HIDDEN, continuous_spec, discrete_spec, make_learner, random_batch
-from tests.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
+from tests.support.synthetic import HIDDEN, continuous_spec, discrete_spec, make_learner, random_batch
+from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 Float = NDArray[np.float64]
 

@@ -23,8 +23,8 @@ from omcda_deploy.policy import NoiseSource
 pytest.importorskip("jaxmarl")
 pytest.importorskip("sb3_contrib")
 
-from omcda_deploy.training import behavior_policies_smax
-from omcda_deploy.training.behavior_policies_smax import AgentRows, MaskablePpoConfig
+from omcda_deploy.training.behavior import smax as behavior_policies_smax
+from omcda_deploy.training.behavior.smax import AgentRows, MaskablePpoConfig
 
 TASK = "smax/5m_vs_6m"
 SPEC = smax.SPECS[TASK]

@@ -23,9 +23,9 @@ from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import TanhGaussian
 from omcda_deploy.training.networks import GaussianActor, LinearMixer, QmixMixer, VdnMixer, total_value
 from omcda_deploy.training.settings import build
-from tests import oracles
-from tests.synthetic import continuous_spec, discrete_spec, make_learner, random_batch, spec_of
-from tests.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
+from tests.support import oracles
+from tests.support.synthetic import continuous_spec, discrete_spec, make_learner, random_batch, spec_of
+from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 Array = NDArray[np.float64]
 KINDS: tuple[ActionKind, ...] = ("continuous", "discrete")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.envs.toy import Chain, ChainGame, OneStepGame, chain_game, one_step_game
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.spec import ActionKind
@@ -30,8 +30,8 @@ from omcda_deploy.training.algorithms.comadice import (
 )
 from omcda_deploy.training.batches import Batch, TransitionSampler
 from omcda_deploy.training.distributions import policy_of
-from tests.synthetic import continuous_spec, make_learner, random_batch, spec_of, write_dataset
-from tests.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
+from tests.support.synthetic import continuous_spec, make_learner, random_batch, spec_of, write_dataset
+from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 Array = NDArray[np.float64]
 

@@ -16,8 +16,15 @@ from omcda_deploy.errors import ConfigError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from omcda_deploy.training.algorithms import cql
 from omcda_deploy.training.networks import NetworkFactory
-from tests.synthetic import HIDDEN, continuous_spec, differing, discrete_spec, make_learner, random_batch
-from tests.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
+from tests.support.synthetic import (
+    HIDDEN,
+    continuous_spec,
+    differing,
+    discrete_spec,
+    make_learner,
+    random_batch,
+)
+from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 Float = NDArray[np.float64]
 

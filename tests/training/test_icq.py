@@ -11,15 +11,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.envs.toy import ChainGame, Game, OneStepGame, chain_game, one_step_game
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.training.algorithms.icq import Algorithm, Config, batch_weights, effective_share
 from omcda_deploy.training.batches import Batch, TransitionSampler
 from omcda_deploy.training.distributions import policy_of
-from tests import oracles
-from tests.synthetic import continuous_spec, make_learner, random_batch, spec_of, write_dataset
-from tests.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
+from tests.support import oracles
+from tests.support.synthetic import continuous_spec, make_learner, random_batch, spec_of, write_dataset
+from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 TEMPERATURE = 1.5
 Array = NDArray[np.float64]

@@ -25,8 +25,8 @@ from omcda_deploy.training.algorithms.omar import (
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import policy_of
 from omcda_deploy.training.networks import masked_log_softmax
-from tests.synthetic import continuous_spec, discrete_spec, make_learner, random_batch, spec_of
-from tests.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
+from tests.support.synthetic import continuous_spec, discrete_spec, make_learner, random_batch, spec_of
+from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 Array = NDArray[np.float64]
 SHAPE = (6, 3, 2)  # B, N, A

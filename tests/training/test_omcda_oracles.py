@@ -1,7 +1,7 @@
 """OMCDA against closed forms: the eight oracles of its derivation.
 
-The learner is the shipped one; only its networks are tables and its mixers fixed (tests/tabular.py), and its
-batch holds the game's expectation exactly, so agreement is limited by optimisation alone.
+The learner is the shipped one; only its networks are tables and its mixers fixed (tests/support/tabular.py), and
+its batch holds the game's expectation exactly, so agreement is limited by optimisation alone.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from omcda_deploy.training.algorithms.omcda import Algorithm, Config, DecoupledC
 from omcda_deploy.training.allocation import Allocation
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import policy_of
-from tests import oracles
-from tests.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
+from tests.support import oracles
+from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 CONFIG = Config(
     divergence_mixer="identity",

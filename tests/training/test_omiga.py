@@ -13,9 +13,9 @@ from omcda_deploy.envs.toy import Game, OneStepGame, one_step_game
 from omcda_deploy.training.algorithms.omiga import Algorithm, Config, value_loss
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import policy_of
-from tests import oracles
-from tests.synthetic import continuous_spec, discrete_spec, make_learner, random_batch
-from tests.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
+from tests.support import oracles
+from tests.support.synthetic import continuous_spec, discrete_spec, make_learner, random_batch
+from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 ALPHA = 1.5
 Array = NDArray[np.float64]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from omcda_deploy import registry
-from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from omcda_deploy.training import loop
 from omcda_deploy.training.behavior_model import BehaviorConfig
 from omcda_deploy.training.recipes import recipe, recipes
 from omcda_deploy.training.run_folder import read_config
 from omcda_deploy.training.settings import build
-from tests.synthetic import write_dataset
+from tests.support.synthetic import write_dataset
 
 ENTRIES = [
     (name, algorithm, setting)

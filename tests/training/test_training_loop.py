@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from omcda_deploy.datasets import Dataset
-from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, ContractError, OmcdaError, UnknownNameError
 from omcda_deploy.files import cache_folder
 from omcda_deploy.registry import team_spec
@@ -34,7 +34,7 @@ from omcda_deploy.training.distributions import TanhGaussian, policy_of
 from omcda_deploy.training.evaluation import EVALUATIONS, Evaluator, SnapshotTeam
 from omcda_deploy.training.metrics import DivergedError, MetricsWriter, Window
 from omcda_deploy.training.run_folder import read_config, read_snapshot, snapshot_steps, training_seconds
-from tests.synthetic import continuous_spec, differing, write_dataset
+from tests.support.synthetic import continuous_spec, differing, write_dataset
 
 STEPS, EVERY = 60, 20
 SETTINGS = {"hidden": 8, "mixer_hidden": 4, "batch_size": 8, "reallocate_every": 5, "d_tot": 0.01, "tau": 0.2}
@@ -89,9 +89,9 @@ def run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from omcda_deploy.datasets.omiga_hdf5 import read
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.training import checkpoint, loop
-from tests.test_training_loop import train
+from tests.training.test_training_loop import train
 
 file, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 
@@ -115,7 +115,7 @@ else:
 
 def kill(file: Path, out: Path, moment: str) -> None:
     """Train or resume in a process of its own, and SIGKILL it at the given moment."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-c", CHILD, str(file), str(out), moment],

@@ -4,7 +4,7 @@ Each agent of each environment is one row of SB3's batch, so all agents share on
 reaches each of them. The policy sees the agent's observation and its one-hot id; the critic sees the centralised
 state as well. What SMAX forbids has probability zero.
 
-Checkpoints and ``progress.jsonl`` are as in :mod:`omcda_deploy.training.behavior_policies`, with the share of
+Checkpoints and ``progress.jsonl`` are as in :mod:`omcda_deploy.training.behavior.mujoco`, with the share of
 battles won beside the return; steps are those of environments, not of agents.
 """
 
@@ -24,9 +24,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from omcda_deploy.envs.smax import MAP_SIZE, SmaxVector, state_positions
-from omcda_deploy.envs.vector import VectorStep
+from omcda_deploy.envs.vector.batched import VectorStep
 from omcda_deploy.errors import UnknownNameError
-from omcda_deploy.training.behavior_policies import Checkpoints, new_run, write_checkpoint
+from omcda_deploy.training.behavior.mujoco import Checkpoints, new_run, write_checkpoint
 
 
 @dataclass(frozen=True)

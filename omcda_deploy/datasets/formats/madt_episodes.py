@@ -1,6 +1,6 @@
 """Folders of torch-pickled SMAC episodes, one per file: MADT's data (Meng et al., 2021), which OMIGA trains on.
 
-They are pickles, so they are loaded by a process of its own (_torch_episodes.py) that can make nothing but arrays
+They are pickles, so they are loaded by a process of its own (torch_episodes.py) that can make nothing but arrays
 of them; files are taken in the order of their names. What the files do not say:
 
 - No final observation was recorded. The last one stands in for it, as in OMIGA's loader; only the bootstrap at a
@@ -29,12 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Episode, Recording
-from omcda_deploy.datasets._smac import checked_episode, team_spec
+from omcda_deploy.datasets.smac_teams import checked_episode, team_spec
 from omcda_deploy.errors import DatasetError, MissingExtraError
 
 SOURCE = "folder of torch-pickled episodes (MADT, OMIGA)"
 
-_LOADER = Path(__file__).with_name("_torch_episodes.py")
+_LOADER = Path(__file__).parents[1] / "torch_episodes.py"
 _FRAME = struct.Struct("<cQ")
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF"  # of torch.save since 1.6, and before
 _Arrays = dict[str, NDArray[Any]]

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Episode, Recording
-from omcda_deploy.datasets._smac import checked_episode, team_spec
+from omcda_deploy.datasets.smac_teams import checked_episode, team_spec
 from omcda_deploy.errors import DatasetError, MissingExtraError
 
 SOURCE = "folder of an OG-MARL vault, such as 5m_vs_6m.vlt/Good"

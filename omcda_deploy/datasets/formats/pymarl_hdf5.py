@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Episode, Recording
-from omcda_deploy.datasets._smac import checked_episode, team_spec
+from omcda_deploy.datasets.smac_teams import checked_episode, team_spec
 from omcda_deploy.errors import DatasetError, MissingExtraError
 
 SOURCE = "file of PyMARL's episodes (CFCQL, ICQ)"

@@ -1,8 +1,8 @@
 """Serve one SMAC environment over two pipes. Run as a file, by the interpreter that SMAC is installed in:
 
-    python -I _smac_host.py READ WRITE --map-name 5m_vs_6m [--seed N] [--factory MODULE:CALLABLE] [--path FOLDER]
+    python -I smac_host.py READ WRITE --map-name 5m_vs_6m [--seed N] [--factory MODULE:CALLABLE] [--path FOLDER]
 
-    python -I _smac_host.py --versions
+    python -I smac_host.py --versions
 
 It needs Python 3.8, its standard library and numpy, and imports nothing of omcda-deploy. READ and WRITE are
 inherited file descriptors; standard output is left to StarCraft II, which prints there. The end of READ ends it.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.guard import Guard, GuardSetting, Reference
 from omcda_deploy.spec import ActionSpec, Normalizer, TeamSpec
-from tests.bundles import continuous_spec, discrete_spec
+from tests.support.bundles import continuous_spec, discrete_spec
 
 B = 64
 Arrays = dict[str, NDArray[Any]]

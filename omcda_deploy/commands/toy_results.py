@@ -1,0 +1,43 @@
+"""``toy-results``: the table of docs/toy-results.md, from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from omcda_deploy.commands import console, stderr
+
+if TYPE_CHECKING:
+    from omcda_deploy.experiments.toy_games import Row
+
+
+def toy_results(
+    table: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/toy-results.md"),
+    games: Annotated[list[str] | None, typer.Option("--game", help="Only these; repeatable.")] = None,
+    algorithms: Annotated[list[str] | None, typer.Option("--algo", help="Only these; repeatable.")] = None,
+    transitions: Annotated[int, typer.Option(help="Recorded per game.")] = 200_000,
+    steps: Annotated[int, typer.Option(help="Gradient steps per run.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the datasets and of training.")] = 0,
+) -> None:
+    """Train every discrete algorithm on the toy games and write the table of exact expected returns."""
+    from omcda_deploy.experiments.toy_games import GAMES, play_games, write_table
+
+    results = play_games(
+        games or GAMES,
+        algorithms or (),
+        transitions=transitions,
+        steps=steps,
+        seed=seed,
+        on_row=_print_row,
+    )
+    write_table(table, results, transitions=transitions, steps=steps, seed=seed)
+    console.print(f"wrote {table}")
+    for line in (line for result in results for line in result.violations()):
+        stderr.print(f"not as expected: {line}", highlight=False, soft_wrap=True)
+
+
+def _print_row(task: str, row: Row) -> None:
+    shown = row.failure if row.earned is None else f"{row.earned:.3f}"
+    stderr.print(f"{task}: {row.algorithm} {shown}", highlight=False, soft_wrap=True)

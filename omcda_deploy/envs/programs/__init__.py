@@ -1,0 +1,1 @@
+"""Programs that simulators run: the process around SMAC, the compiled battles of SMAX."""

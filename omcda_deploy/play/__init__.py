@@ -1,0 +1,1 @@
+"""A team in a simulator or against recorded episodes: collect, evaluate, replay."""

@@ -1,0 +1,1 @@
+"""Reports: statistics over runs, comparisons, figures, HTML, Markdown and CSV."""

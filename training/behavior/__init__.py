@@ -1,0 +1,1 @@
+"""Behaviour policies that datasets are recorded with, one file per simulator."""
