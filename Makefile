@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # One thread: part of what makes runs repeatable, and the fastest setting for networks of this size.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test check lint types unit slow extras fuzz demo protos clean
+.PHONY: test check lint types unit slow extras fuzz demo docs protos clean
 
 test check: lint types unit  ## what CI runs
 
@@ -33,6 +33,9 @@ fuzz: $(READY)  ## 100,000 hostile requests; 2,000 of them are part of the tests
 # About ten minutes: collect, train, export, serve, evaluate. QUICK=1 takes the same path in about two.
 demo: $(READY)
 	$(BIN)/omcda-deploy demo --out demo $(if $(QUICK),--quick)
+
+docs: $(READY)  ## write docs/api from the docstrings
+	$(BIN)/python docs/generate_api.py
 
 protos: $(READY)  ## regenerate the committed protobuf code
 	$(BIN)/python -m omcda_deploy.protos.generate
