@@ -1,0 +1,105 @@
+"""Files are written whole or not at all, with the permissions and the digest that other tools expect."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from omcda_deploy import files
+from omcda_deploy.errors import ConfigError
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_appears_when_the_block_succeeds(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "video.mp4"
+    with files.atomic(path, durable=durable) as temporary:
+        assert temporary.parent == path.parent  # a rename within one file system
+        assert temporary.name.startswith(".video.mp4.")
+        assert temporary.suffix == ".mp4"
+        temporary.write_text("frames")
+        assert not path.exists()
+    assert path.read_text() == "frames"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "state.pt"
+    path.write_text("old")
+
+    def write() -> None:
+        with files.atomic(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = tmp_path / "state.pt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="No space"), files.atomic(path, durable=True) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_at_once_do_not_share_a_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "current"
+    with files.atomic(path) as first, files.atomic(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the outer block ends last
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_permissions_are_those_of_a_plain_open(tmp_path: Path, umask: int) -> None:
+    previous = os.umask(umask)
+    try:
+        for name in ("plain", "atomic"):
+            (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / "plain").write_text("")
+        files.write_text(tmp_path / "atomic", "")
+        (tmp_path / "secret").touch(mode=0o600)
+        files.write_text(tmp_path / "secret", "token")
+    finally:
+        os.umask(previous)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"plain": 0o666 & ~umask, "atomic": 0o666 & ~umask, "secret": 0o600}
+
+
+def test_text_and_json_are_utf_8_and_end_in_a_line_break(tmp_path: Path) -> None:
+    files.write_text(str(tmp_path / "text"), "π\n")
+    assert (tmp_path / "text").read_bytes() == "π\n".encode()
+    files.write_json(tmp_path / "json", {"a": [1, 0.5]})
+    assert (tmp_path / "json").read_text() == '{\n "a": [\n  1,\n  0.5\n ]\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "json", {"a": math.nan})
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot write .*absent/x \(No such file or directory\): choose"):
+        files.write_text(tmp_path / "absent" / "x", "")
+    with pytest.raises(ConfigError, match="cannot write"):
+        files.write_json(tmp_path, {})
+
+
+def test_sha256_is_that_of_other_tools(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(os.urandom(3_000_000))
+    printed = subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True).stdout
+    assert files.sha256(path) == printed.split()[0]
