@@ -26,7 +26,7 @@ from omcda_deploy.errors import ConfigError, EndpointError
 if TYPE_CHECKING:
     from omcda_deploy.client.remote import RemoteTeam
     from omcda_deploy.play.evaluate import Evaluation
-    from omcda_deploy.report.html import Returns
+    from omcda_deploy.report.evaluation import Returns
 
 TASK = "mamujoco/halfcheetah-6x1"
 TIER = "medium-replay"
@@ -58,12 +58,8 @@ def demo(
     from omcda_deploy.play.evaluate import evaluate
     from omcda_deploy.play.shipped import behavior_policies
     from omcda_deploy.registry import read_dataset
-    from omcda_deploy.report.html import (
-        comparison_section,
-        comparison_table,
-        evaluation_section,
-        write_report,
-    )
+    from omcda_deploy.report.evaluation import comparison_section, comparison_table, evaluation_section
+    from omcda_deploy.report.html import write_report
 
     scale = QUICK if quick else FULL
     begun = time.monotonic()

@@ -80,7 +80,8 @@ def evaluate(
     """Play live episodes of a task against served agents, or against a bundle in process."""
     from omcda_deploy.play.evaluate import evaluate as play
     from omcda_deploy.play.measurements import write_json
-    from omcda_deploy.report.html import evaluation_section, evaluation_table, write_report
+    from omcda_deploy.report.evaluation import evaluation_section, evaluation_table
+    from omcda_deploy.report.html import write_report
 
     _require_folders(video, json_file, report)
     if endpoints is not None and bundle is not None and on_miss is not OnMiss.behavior:
@@ -145,7 +146,8 @@ def replay(
     from omcda_deploy.play.measurements import write_json
     from omcda_deploy.play.replay import replay as send
     from omcda_deploy.registry import read_dataset
-    from omcda_deploy.report.html import replay_section, replay_table, write_report
+    from omcda_deploy.report.html import write_report
+    from omcda_deploy.report.replay import replay_section, replay_table
 
     _require_folders(json_file, report)
     recorded = read_dataset(dataset, task)

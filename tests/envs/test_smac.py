@@ -32,7 +32,7 @@ from omcda_deploy.play.collect import Source, collect, collect_mixture
 from omcda_deploy.play.evaluate import evaluate
 from omcda_deploy.play.measurements import episode_seed
 from omcda_deploy.policy import Decision, Float
-from omcda_deploy.report.html import evaluation_table
+from omcda_deploy.report.evaluation import evaluation_table
 from omcda_deploy.spec import TeamSpec
 from tests.support import fake_smac
 from tests.support.bundles import write_test_bundle

@@ -1,4 +1,4 @@
-"""The report: valid, self-contained, and showing the numbers that were measured."""
+"""Reports of evaluations and replays: valid, self-contained HTML that shows the measured numbers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rich.console import Console
 from rich.table import Table
 
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.files import write_json
 from omcda_deploy.play.evaluate import Evaluation
-from omcda_deploy.play.measurements import Divergence, Latency, TeamDescription, write_json
+from omcda_deploy.play.measurements import Divergence, Latency, TeamDescription
 from omcda_deploy.play.replay import Parity, Replay
 from omcda_deploy.report import figures
-from omcda_deploy.report.html import (
-    Section,
+from omcda_deploy.report.evaluation import (
     comparison_section,
     comparison_table,
     evaluation_section,
     evaluation_table,
-    replay_section,
-    replay_table,
-    write_report,
 )
+from omcda_deploy.report.html import Section, write_report
+from omcda_deploy.report.replay import replay_section, replay_table
+from omcda_deploy.report.svg import Scale
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 SPEC = TeamSpec(
@@ -92,7 +92,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 class Checker(HTMLParser):
-    """Every element closed in order; collects tags, attributes and text."""
+    """Asserts that every element is closed in order; collects tags, attributes and text."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -167,22 +167,28 @@ def test_every_coordinate_is_a_number_inside_its_figure(tmp_path: Path) -> None:
         assert not re.search(r"\b(nan|inf)\b", body)
 
 
-def test_an_evaluation_shows_what_was_measured(tmp_path: Path) -> None:
+def test_a_section_of_an_evaluation_shows_the_measured_numbers(tmp_path: Path) -> None:
     _, page = rendered(tmp_path, evaluation_section(EVALUATION))
     text = " ".join(page.text)
     error = np.std([1000, 2000, 3000, -1234.5], ddof=1) / 2
     assert f"1\u202f191.4 ± {error:.1f}" in text
-    for shown in (
+    for expected in (
         "2 of 4 reached the time limit",
         "51.00 ms",
         "p95 96.00 ms, p99 100.00 ms",
         "4242",
         "b0b" * 10,
     ):
-        assert shown in text
-    for shown in (SPEC.contract_hash, "counting 7", "2026-01-02T03:04:05Z", "a processor, 2 cores", "7.77"):
-        assert shown in text
-    for shown in (
+        assert expected in text
+    for expected in (
+        SPEC.contract_hash,
+        "counting 7",
+        "2026-01-02T03:04:05Z",
+        "a processor, 2 cores",
+        "7.77",
+    ):
+        assert expected in text
+    for expected in (
         "0.1250",
         "25.0 %",
         "d = 0.125 nats",
@@ -190,15 +196,15 @@ def test_an_evaluation_shows_what_was_measured(tmp_path: Path) -> None:
         "\u22121\u202f234.50",
         "KL(π ‖ π_b)",
     ):
-        assert shown in text
+        assert expected in text
     assert text.count("d = ") == 2  # agent_2 has no budget
 
 
-def test_a_replay_shows_what_was_measured(tmp_path: Path) -> None:
+def test_a_section_of_a_replay_shows_the_measured_numbers(tmp_path: Path) -> None:
     _, page = rendered(tmp_path, replay_section(REPLAY))
     text = " ".join(page.text)
-    for shown in ("exact", "0.2222", "of 101 steps at 12.5 Hz (80.0 ms), flat out", "d1ce" * 8, "4343"):
-        assert shown in text
+    for expected in ("exact", "0.2222", "of 101 steps at 12.5 Hz (80.0 ms), flat out", "d1ce" * 8, "4343"):
+        assert expected in text
     _, page = rendered(tmp_path, replay_section(replace(REPLAY, parity=Parity(0.0, 1e-7, 0.5, None))))
     assert "largest difference from the local bundle" in " ".join(page.text)
 
@@ -222,7 +228,7 @@ def test_tables_for_the_terminal() -> None:
     assert cells(table)[4] == ["25.0 %", "0.0 %", "100.0 %"]
     assert cells(table)[5] == ["7.77"] * 3
     assert "over 4 episodes" in printed(table)
-    untimed = replay_table(REPLAY)  # without the agents' times there are no columns for them
+    untimed = replay_table(REPLAY)  # no times per agent, so no columns for them
     assert [len(column) for column in cells(untimed)] == [3] * 5
     assert cells(untimed)[4] == ["0.1111", "0.2222", "0.3333"]
     assert "parity: exact" in printed(untimed)
@@ -232,14 +238,14 @@ def test_tables_for_the_terminal() -> None:
 def test_steps_of_a_fallback_are_named_and_counted(tmp_path: Path) -> None:
     team = replace(TEAM, fallback="hold")
     steps = {"agent_0": 0, "agent_1": 3, "agent_2": 1}
-    unknown = {**DIVERGENCE, "agent_1": Divergence(math.nan, math.nan, np.full(900, math.nan), 0.25)}
+    without_agent_1 = {**DIVERGENCE, "agent_1": Divergence(math.nan, math.nan, np.full(900, math.nan), 0.25)}
     words = "agent_1 in 3, agent_2 in 1 of 101 steps, by hold"
-    evaluation = replace(EVALUATION, team=team, fallback_steps=steps, divergence=unknown)
+    evaluation = replace(EVALUATION, team=team, fallback_steps=steps, divergence=without_agent_1)
     replayed = replace(
         REPLAY,
         team=team,
         fallback_steps=steps,
-        divergence=unknown,
+        divergence=without_agent_1,
         agreement={"agent_0": 0.1, "agent_1": math.nan, "agent_2": 0.2},
         parity=Parity(math.nan, math.nan, math.nan, "b0b"),
     )
@@ -251,7 +257,7 @@ def test_steps_of_a_fallback_are_named_and_counted(tmp_path: Path) -> None:
         assert words in " ".join(page.text)
         assert "answered by the fallback" in page.text
     assert "every step was answered by the fallback" in replay_section(replayed).body
-    # where nothing was missed nothing is said
+    # Reports without missed steps do not mention fallbacks.
     for silent in (replace(evaluation, fallback_steps=dict.fromkeys(steps, 0)), EVALUATION):
         assert "fallback" not in printed(evaluation_table(silent))
         assert "fallback" not in evaluation_section(silent).body
@@ -299,22 +305,14 @@ def test_figures_of_awkward_values(values: NDArray[np.float64]) -> None:
 
 def test_axis_ticks_are_round_and_inside() -> None:
     for low, high in ((0.0, 1.0), (-517.0, -349.0), (0.0, 0.0031), (1190.0, 1206.0)):
-        scale = figures._Scale(low, high, 0.0, 100.0)
+        scale = Scale(low, high, 0.0, 100.0)
         ticks = scale.ticks(6)
         assert 3 <= len(ticks) <= 8
         assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
         steps = np.diff(ticks)
         assert steps == pytest.approx(steps[0])
         assert float(f"{steps[0]:.6e}".split("e")[0]) in (1.0, 2.0, 5.0)
-    assert figures._Scale(0.3, 60.0, 0.0, 100.0, log=True).ticks(6) == pytest.approx(
-        [0.5, 1, 2, 5, 10, 20, 50]
-    )
-
-
-def test_numbers_on_axes() -> None:
-    assert figures.plain(-1234567.0) == "\u22121\u202f234\u202f567"
-    assert figures.plain(0.25) == "0.25"
-    assert figures.plain(0.0) == "0"
+    assert Scale(0.3, 60.0, 0.0, 100.0, log=True).ticks(6) == pytest.approx([0.5, 1, 2, 5, 10, 20, 50])
 
 
 def test_writes_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,3 +332,15 @@ def test_writes_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write_json(tmp_path / "absent" / "result.json", EVALUATION.to_json())
     write_json(tmp_path / "result.json", REPLAY.to_json())
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["OMCDA & <co>", "b" * 60])
+def test_names_in_figures_are_escaped_and_stay_inside(name: str) -> None:
+    bar = figures.Bar(1.0, 0.5, np.array([0.5, 1.5]))
+    curve = figures.Curve(np.array([1.0, 2.0]), np.array([3.0, 4.0]), np.array([0.1, math.nan]))
+    for drawing in (
+        figures.grouped_bars_figure({name: {name: bar}}, name, [name]),
+        figures.curves_figure({name: curve}, name, name),
+        figures.returns_figure({name: np.array([1.0, 2.0])}, name),
+    ):
+        assert name in " ".join([*Checker(drawing).text, *(v for _, v in Checker(drawing).attributes)])
