@@ -1,7 +1,7 @@
 """The command line: ``omcda-deploy <command>``.
 
-Commands live in ``omcda_deploy/commands``, one file per group, and import the rooms they compose when they run, so
-that ``serve`` never waits for torch. An :class:`OmcdaError` becomes one line on stderr and exit status 2.
+Commands live in :mod:`omcda_deploy.commands`, one file per group, and import the packages they need only when they
+run, so that ``serve`` never waits for torch. An :class:`OmcdaError` becomes one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from omcda_deploy.commands import (
     convert,
     data,
     demo,
+    export,
     play,
     release,
     results,
+    serve,
     sweep,
     toy_results,
     train,
 )
-from omcda_deploy.commands import export as export_command
-from omcda_deploy.commands import serve as serve_command
 from omcda_deploy.errors import OmcdaError
 
 app = typer.Typer(
@@ -46,8 +46,8 @@ app.command("collect")(data.collect)
 app.command("convert")(convert.convert)
 app.command("algorithms")(train.algorithms)
 app.command("train")(train.train)
-app.command("export")(export_command.export)
-app.command("serve")(serve_command.serve)
+app.command("export")(export.export)
+app.command("serve")(serve.serve)
 app.command("status")(release.status)
 app.command("evaluate")(play.evaluate)
 app.command("replay")(play.replay)
@@ -58,17 +58,17 @@ app.command("toy-results")(toy_results.toy_results)
 app.command("demo")(demo.demo)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(__version__)
         raise typer.Exit()
 
 
 @app.callback()
 def _options(
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what happens, to stderr."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log progress and decisions to stderr."),
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version."
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
     logging.basicConfig(
@@ -77,7 +77,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point of the ``omcda-deploy`` script."""
+    """Run the command line: the entry point of the ``omcda-deploy`` script."""
     try:
         app()
     except OmcdaError as error:

@@ -28,7 +28,7 @@ def significant(value: _Number | None) -> str:
         return UNKNOWN
     if value == 0:
         return "0"  # never -0
-    return _text(value, ",.0f" if abs(value) >= 1000 else ".4g")
+    return _text(value, ",.0f" if math.fabs(value) >= 1000 else ".4g")
 
 
 def percent(share: _Number | None) -> str:

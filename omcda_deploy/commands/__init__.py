@@ -1,7 +1,6 @@
 """CLI commands, one file per group: options, checks of input, progress and tables.
 
-The work is done by the libraries they call; what composes training, export and play is in
-:mod:`omcda_deploy.experiments`.
+The libraries that they call do the work; :mod:`omcda_deploy.experiments` composes training, export and play.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SimulatorPython = Annotated[
 SimulatorFactory = Annotated[
     str | None,
     typer.Option(
-        metavar="MODULE:CALLABLE", help="SMAC only: what makes the environment there, instead of SMAC itself."
+        metavar="MODULE:CALLABLE", help="SMAC only: makes the environment there, in place of SMAC itself."
     ),
 ]
 
@@ -43,20 +42,20 @@ CredentialsFile = Annotated[
 
 
 def credentials_of(path: Path | None) -> Credentials | None:
-    """The contents of a credentials file, where one was given."""
+    """Read a credentials file; None for no file."""
     from omcda_deploy.client.channel import read_credentials
 
     return None if path is None else read_credentials(path)
 
 
 def simulator_options(python: str | None, factory: str | None) -> dict[str, str]:
-    """The options of a task's simulator, without those that were not given."""
+    """Options of a task's simulator by name, without those left at None."""
     return {name: value for name, value in (("python", python), ("factory", factory)) if value is not None}
 
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[ProgressReport]:
-    """A progress bar on a terminal, nothing elsewhere; yields a callable for ``(done, total)``."""
+    """Show a progress bar on a terminal, and nothing elsewhere; yields a callable for ``(done, total)``."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -70,7 +69,7 @@ def progress_bar(description: str) -> Iterator[ProgressReport]:
 
 
 class ProgressReport:
-    """Callable as ``report(done, total)``."""
+    """Updates a progress bar when called as ``report(done, total)``."""
 
     def __init__(self, progress: Progress, description: str) -> None:
         self._progress = progress
@@ -81,7 +80,7 @@ class ProgressReport:
 
 
 class TerminalObserver(Observer):
-    """Prints what an experiment does, to stderr."""
+    """Prints the progress of an experiment to stderr."""
 
     def progress(self, label: str) -> AbstractContextManager[ProgressReport]:
         return progress_bar(label)
@@ -100,8 +99,8 @@ class TerminalObserver(Observer):
 
 
 def addresses(endpoints: str) -> list[str]:
-    """``a:1,b:5-7`` -> ``[a:1, b:5, b:6, b:7]``."""
-    found = []
+    """Expand ranges of ports: ``a:1,b:5-7`` becomes ``[a:1, b:5, b:6, b:7]``."""
+    expanded = []
     for part in filter(None, (word.strip() for word in endpoints.split(","))):
         host, _, ports = part.rpartition(":")
         first, dash, last = ports.partition("-")
@@ -110,7 +109,7 @@ def addresses(endpoints: str) -> list[str]:
                 raise ConfigError(
                     f"{part}: expected ports from the lower to the higher, got {first} to {last}"
                 )
-            found += [f"{host}:{port}" for port in range(int(first), int(last) + 1)]
+            expanded += [f"{host}:{port}" for port in range(int(first), int(last) + 1)]
         else:
-            found.append(part)
-    return found
+            expanded.append(part)
+    return expanded

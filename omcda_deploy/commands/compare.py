@@ -1,4 +1,4 @@
-"""``compare``: trained runs against each other, by the last policy of each."""
+"""``compare``: play the last policy of trained runs and compare them over seeds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="Folder for report.html, results.md and the CSV files.")],
     episodes: Annotated[int, typer.Option(help="Episodes per run.")] = 20,
-    seed: Annotated[int, typer.Option(help="Episode k starts from a seed made of this and k.")] = 0,
-    num_envs: Annotated[int, typer.Option(help="Episodes played side by side.")] = 10,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the evaluation; episode k's seed is a function of it and k.")
+    ] = 0,
+    num_envs: Annotated[int, typer.Option(help="Environments stepped side by side.")] = 10,
     workers: Annotated[int, typer.Option(help="Processes that step the simulators; 0 for none.")] = 0,
 ) -> None:
     """Export and play the last policy of every run, and write tables and figures over seeds."""
@@ -30,8 +32,8 @@ def compare(
     from omcda_deploy.play.measurements import require_at_least
     from omcda_deploy.report.comparison_report import write_comparison
 
-    for value, least, what in ((episodes, 1, "episodes"), (seed, 0, "seed"), (num_envs, 1, "num_envs")):
-        require_at_least(value, least, what)
+    for value, least, name in ((episodes, 1, "episodes"), (seed, 0, "seed"), (num_envs, 1, "num_envs")):
+        require_at_least(value, least, name)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: expected a folder to write to")
     comparison = compare_runs(
@@ -48,12 +50,13 @@ def compare(
 
 
 def print_comparison(comparison: Comparison) -> None:
-    for (task, _), own in comparison.datasets.items():
-        title = f"{task}, {comparison.dataset(own[0].variant)}"
+    """Print a table per dataset, and the runs that were left out."""
+    for (task, _), summaries in comparison.datasets.items():
+        title = f"{task}, {comparison.dataset(summaries[0].variant)}"
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column in ("runs of", "seeds", "mean", "std over seeds"):
             table.add_column(column)
-        for summary in own:
+        for summary in summaries:
             spread = f"{summary.std:.4g}" if summary.values.size > 1 else "one seed"
             table.add_row(
                 comparison.name(summary.variant), str(summary.values.size), f"{summary.mean:.5g}", spread

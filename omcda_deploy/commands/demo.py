@@ -1,4 +1,4 @@
-"""``demo``: the whole pipeline on real physics, with the commands a user would type.
+"""``demo``: the whole pipeline on MuJoCo, with the commands a user would type.
 
 Collect a HalfCheetah dataset from the shipped behaviour policies, train BC and OMCDA on it, export both, serve each
 with one process per agent, and evaluate over gRPC.
@@ -35,7 +35,7 @@ EPISODES = 20
 
 @dataclass(frozen=True)
 class Scale:
-    """How much the demo does; the path is the same."""
+    """Sizes of a run of the demo; its steps are the same at any size."""
 
     transitions: int
     behavior_steps: int
@@ -48,10 +48,10 @@ QUICK = Scale(transitions=40_000, behavior_steps=1000, steps=500)
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for everything the demo makes; replaced if it is there.")
+        Path, typer.Option(help="Folder for all of the demo's files; an earlier demo's is replaced.")
     ] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="The same path in about two minutes.")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="The same steps in about two minutes.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of recording, training and playing.")] = 0,
 ) -> None:
     """Collect, train BC and OMCDA, export, serve every agent, evaluate over gRPC, and report."""
     from omcda_deploy.local import LocalTeam
@@ -62,8 +62,8 @@ def demo(
     from omcda_deploy.report.html import write_report
 
     scale = QUICK if quick else FULL
-    begun = time.monotonic()
-    _replace(out)
+    started = time.monotonic()
+    _make_empty(out)
     dataset = out / "dataset.hdf5"
     _command(
         "collect", TASK, "--tier", TIER, "--transitions", scale.transitions, "--seed", seed, "--out", dataset
@@ -76,27 +76,27 @@ def demo(
         )
         _command("export", run, "--out", bundle)
 
-    recorded = read_dataset(dataset)
-    last = behavior_policies(TASK, TIER)[-1]  # the most trained of the policies that recorded
+    recording = read_dataset(dataset)
+    best = behavior_policies(TASK, TIER)[-1]  # of the policies that recorded, the one trained longest
     rows: dict[str, Evaluation] = {}
     with progress_bar("behaviour policy") as progress:
         rows["behaviour policy, deterministic"] = evaluate(
-            LocalTeam(last.bundle), TASK, episodes=EPISODES, num_envs=EPISODES, seed=seed, progress=progress
+            LocalTeam(best.bundle), TASK, episodes=EPISODES, num_envs=EPISODES, seed=seed, progress=progress
         )
     for name in ("bc", "omcda"):
         with _served(out / f"{name}-bundle") as team, progress_bar(f"{name}, served") as progress:
             rows[f"{name.upper()}, served"] = evaluate(
                 team, TASK, episodes=EPISODES, num_envs=EPISODES, seed=seed, progress=progress
             )
-    comparison: dict[str, Evaluation | Returns] = {"dataset": recorded.episode_returns, **rows}
+    comparison: dict[str, Evaluation | Returns] = {"dataset": recording.episode_returns, **rows}
     console.print(comparison_table(comparison, f"{TASK}, {EPISODES} episodes, {scale.steps} training steps"))
     report = out / "report.html"
     sections = [comparison_section(comparison), *(evaluation_section(rows[name], name) for name in rows)]
     write_report(
-        report, "omcda-deploy demo", sections, f"{TASK}, dataset {TIER}, digest {recorded.digest[:12]}"
+        report, "omcda-deploy demo", sections, f"{TASK}, dataset {TIER}, digest {recording.digest[:12]}"
     )
-    console.print(f"report: {report}\ndone in {time.monotonic() - begun:.0f} s", highlight=False)
-    mean = float(recorded.episode_returns.mean())
+    console.print(f"report: {report}\ndone in {time.monotonic() - started:.0f} s", highlight=False)
+    mean = float(recording.episode_returns.mean())
     if rows["OMCDA, served"].mean <= mean:
         raise ConfigError(
             f"the demo failed: OMCDA returned {rows['OMCDA, served'].mean:.1f} on average, expected more than the "
@@ -104,9 +104,11 @@ def demo(
         )
 
 
-def _replace(out: Path) -> None:
-    """An empty folder at ``out``; only what an earlier demo made is removed."""
+def _make_empty(out: Path) -> None:
+    """Make an empty folder at ``out``.
 
+    Replaces the folder of an earlier demo; raises :class:`ConfigError` for any other file or folder.
+    """
     marker = out / ".omcda-deploy-demo"
     if out.exists():
         if not marker.exists():
@@ -117,22 +119,22 @@ def _replace(out: Path) -> None:
 
 
 def _command(*words: object) -> None:
-    """Run an omcda-deploy command as a user would, showing it first."""
+    """Print an omcda-deploy command and run it as a user would."""
     arguments = [str(word) for word in words]
     console.print(f"[bold]$ omcda-deploy {shlex.join(arguments)}[/bold]", highlight=False)
-    finished = subprocess.run([sys.executable, "-m", "omcda_deploy.cli", *arguments])
-    if finished.returncode:
-        raise SystemExit(finished.returncode)  # the command has said why
+    status = subprocess.run([sys.executable, "-m", "omcda_deploy.cli", *arguments]).returncode
+    if status:
+        raise SystemExit(status)  # the command has printed its error
 
 
 @contextmanager
 def _served(bundle: Path) -> Iterator[RemoteTeam]:
-    """The bundle behind one server process per agent, as a connected team."""
+    """Serve a bundle with one process per agent, and yield a connected team."""
     from omcda_deploy.bundle import read_bundle
     from omcda_deploy.client.remote import RemoteTeam
 
     names = read_bundle(bundle).spec.names
-    base = _free_ports(len(names))
+    base = _free_port_range(len(names))
     words = ["serve", str(bundle), "--base-port", str(base)]
     console.print(f"[bold]$ omcda-deploy {shlex.join(words)}[/bold]", highlight=False)
     server = subprocess.Popen(
@@ -149,12 +151,12 @@ def _served(bundle: Path) -> Iterator[RemoteTeam]:
             yield team
     finally:
         server.send_signal(signal.SIGTERM)
-        code = server.wait(timeout=30)
-    if code:
-        raise EndpointError(f"the servers of {bundle} stopped with status {code}, expected 0 after SIGTERM")
+        status = server.wait(timeout=30)
+    if status:
+        raise EndpointError(f"the servers of {bundle} stopped with status {status}, expected 0 after SIGTERM")
 
 
-def _free_ports(count: int) -> int:
+def _free_port_range(count: int) -> int:
     """The first of ``count`` consecutive ports on which nothing listens."""
     from omcda_deploy.serve.server import LOOPBACK, require_free
 

@@ -1,4 +1,4 @@
-"""``export``: a run folder becomes a bundle."""
+"""``export``: turn a run folder into a bundle."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from omcda_deploy.commands import console
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder that  omcda-deploy train  made.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, made by  omcda-deploy train.")],
     out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
-    step: Annotated[int | None, typer.Option(help="Policy of this step; the last when omitted.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Training step of the policy; default: the last one kept.")
+    ] = None,
 ) -> None:
     """Export a trained team: one ONNX graph per agent and one for the team, checked against torch."""
     from omcda_deploy.experiments.export import export_run

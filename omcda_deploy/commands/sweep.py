@@ -13,10 +13,10 @@ from omcda_deploy.errors import OmcdaError
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="A sweep file (TOML).")],
-    out: Annotated[Path, typer.Option(help="Folder for the runs; what is there already is gone on with.")],
-    jobs: Annotated[int, typer.Option(help="Runs at once, one thread each; one per core if 0.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the runs; runs already in it are continued.")],
+    jobs: Annotated[int, typer.Option(help="Runs at the same time, one thread each; 0: one per core.")] = 0,
 ) -> None:
-    """Train every combination of a sweep file; call it again to take up what was killed or failed."""
+    """Train every combination of a sweep file; run it again to continue runs that were killed or failed."""
     from omcda_deploy.experiments.sweep import jobs_of, read_sweep, run_queue
 
     queue = jobs_of(read_sweep(file), out)
@@ -26,5 +26,5 @@ def sweep(
     failed = run_queue(queue, jobs, observer=TerminalObserver())
     if failed:
         raise OmcdaError(
-            f"{len(failed)} of {len(queue)} runs failed, the first: {failed[0][1]}. Mend it and run the sweep again"
+            f"{len(failed)} of {len(queue)} runs failed, the first: {failed[0][1]}. Fix it and run the sweep again"
         )

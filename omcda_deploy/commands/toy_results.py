@@ -1,4 +1,4 @@
-"""``toy-results``: the table of docs/toy-results.md, from nothing."""
+"""``toy-results``: record, train, and write the table of docs/toy-results.md."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def toy_results(
     table: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/toy-results.md"),
     games: Annotated[list[str] | None, typer.Option("--game", help="Only these; repeatable.")] = None,
     algorithms: Annotated[list[str] | None, typer.Option("--algo", help="Only these; repeatable.")] = None,
-    transitions: Annotated[int, typer.Option(help="Recorded per game.")] = 200_000,
+    transitions: Annotated[int, typer.Option(help="Transitions recorded per game.")] = 200_000,
     steps: Annotated[int, typer.Option(help="Gradient steps per run.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the datasets and of training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the datasets and of training.")] = 0,
 ) -> None:
     """Train every discrete algorithm on the toy games and write the table of exact expected returns."""
     from omcda_deploy.experiments.toy_games import GAMES, play_games, write_table
@@ -39,5 +39,5 @@ def toy_results(
 
 
 def _print_row(task: str, row: Row) -> None:
-    shown = row.failure if row.earned is None else f"{row.earned:.3f}"
-    stderr.print(f"{task}: {row.algorithm} {shown}", highlight=False, soft_wrap=True)
+    outcome = row.failure if row.earned is None else f"{row.earned:.3f}"
+    stderr.print(f"{task}: {row.algorithm} {outcome}", highlight=False, soft_wrap=True)
