@@ -1,10 +1,11 @@
-"""The wheel holds what the tree holds: every package and data file once, and nothing else."""
+"""The wheel holds each package and data file once and nothing else; the source archive the documents, too."""
 
 from __future__ import annotations
 
 import email
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,14 +17,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+import yaml
 
 import omcda_deploy
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("training", "export", "serve", "protos")  # folders at the top of the tree, packages of omcda_deploy
-FOLDERS = ("omcda_deploy", *ROOMS)
+MAPPED = (
+    "training",
+    "export",
+    "serve",
+    "protos",
+)  # folders at the top of the tree that are packages of omcda_deploy
+FOLDERS = ("omcda_deploy", *MAPPED)
+DOCUMENTS = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
+BESIDE = ("pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "Makefile", "constraints.txt", *DOCUMENTS)
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS: dict[str, Any] = PYPROJECT["tool"]["setuptools"]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 
 
 def files_of(tree: Path) -> Iterator[tuple[Path, str]]:
@@ -37,18 +47,25 @@ def files_of(tree: Path) -> Iterator[tuple[Path, str]]:
 
 def package_folder(package: str) -> Path:
     _, *rest = package.split(".")
-    return ROOT.joinpath(*rest) if rest and rest[0] in ROOMS else ROOT.joinpath("omcda_deploy", *rest)
+    return ROOT.joinpath(*rest) if rest and rest[0] in MAPPED else ROOT.joinpath("omcda_deploy", *rest)
+
+
+def relative_links(markdown: str) -> list[str]:
+    """Targets of links and images that are neither absolute nor within the page."""
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", markdown) + re.findall(
+        r"^\[[^]]+\]:\s*(\S+)", markdown, re.M
+    )
+    return [target for target in targets if not re.match(r"https?://|mailto:|#", target)]
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy to build in, so that no build folder of ours can reach a later wheel."""
+    """A copy to build in, so that no build folder of the tree can get into a later wheel."""
     copy = tmp_path_factory.mktemp("build") / "tree"
     copy.mkdir()
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
-    for folder in (*FOLDERS, "tests"):
+    for name in BESIDE:
+        shutil.copy(ROOT / name, copy)
+    for folder in (*FOLDERS, "docs", "tests"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
     return copy
@@ -59,8 +76,8 @@ def build(kind: str, tree: Path, target: Path) -> Path:
     command = [sys.executable, "-c", code, str(target)]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (made,) = target.iterdir()
-    return made
+    (archive,) = target.iterdir()
+    return archive
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +94,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(archive: Path) -> dict[str, str]:
-    """Path -> sha256 of the package's files in a wheel."""
+    """sha256 of the package's files in a wheel, by path."""
     with zipfile.ZipFile(archive) as opened:
         names = [name for name in opened.namelist() if ".dist-info/" not in name]
         assert len(names) == len(set(names))
@@ -85,12 +102,12 @@ def contents(archive: Path) -> dict[str, str]:
 
 
 def test_packages_are_the_folders_that_hold_them() -> None:
-    found = {
+    folders = {
         PurePosixPath(installed).parent.as_posix().replace("/", ".")
         for file, installed in files_of(ROOT)
         if file.name == "__init__.py"
     }
-    assert sorted(SETUPTOOLS["packages"]) == sorted(found)
+    assert sorted(SETUPTOOLS["packages"]) == sorted(folders)
 
 
 def test_every_python_file_lies_in_a_package() -> None:
@@ -100,11 +117,11 @@ def test_every_python_file_lies_in_a_package() -> None:
     ] == []
 
 
-def test_rooms_are_relative_links_to_the_folders_they_are_mapped_to() -> None:
-    assert SETUPTOOLS["package-dir"] == {f"omcda_deploy.{room}": room for room in ROOMS}
+def test_mapped_packages_are_relative_links_to_their_folders() -> None:
+    assert SETUPTOOLS["package-dir"] == {f"omcda_deploy.{name}": name for name in MAPPED}
     links = {path.name: path.readlink() for path in (ROOT / "omcda_deploy").iterdir() if path.is_symlink()}
-    assert links == {room: Path("..", room) for room in ROOMS}
-    assert all((ROOT / "omcda_deploy" / room / "__init__.py").is_file() for room in ROOMS)
+    assert links == {name: Path("..", name) for name in MAPPED}
+    assert all((ROOT / "omcda_deploy" / name / "__init__.py").is_file() for name in MAPPED)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +134,29 @@ def test_package_data_patterns_match(package: str, pattern: str) -> None:
 
 def test_version_is_stated_alike() -> None:
     assert PYPROJECT["project"]["version"] == omcda_deploy.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == omcda_deploy.__version__
+    assert re.search(
+        rf"^## \[{omcda_deploy.__version__}\]|^This will be {omcda_deploy.__version__},", CHANGELOG, re.M
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_between_documents_lead_somewhere(document: str) -> None:
+    links = relative_links((ROOT / document).read_text())
+    assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+def test_the_readme_has_no_relative_link() -> None:
+    """PyPI shows the README without the tree around it, where such links lead nowhere."""
+    assert relative_links("see [a](docs/a.md), [b](#below), [c](https://example.org)") == ["docs/a.md"]
+    assert relative_links((ROOT / "README.md").read_text()) == []
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    paths = re.findall(r"`((?:docs|training|serve|tests|omcda_deploy)/[\w/.-]*|[A-Z]+\.(?:md|cff))`", text)
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_wheel_holds_every_file_of_the_package_and_no_other(tree: Path, wheel: Path) -> None:
@@ -143,6 +183,7 @@ def test_a_wheel_from_the_source_archive_is_the_same(tree: Path, wheel: Path, tm
         opened.extractall(tmp_path, filter="data")
     unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
     assert not any(path.is_symlink() for path in unpacked.rglob("*"))
+    assert [name for name in (*BESIDE, "docs/serving.md") if not (unpacked / name).is_file()] == []
     assert contents(build("wheel", unpacked, tmp_path / "wheel")) == contents(wheel)
 
 
@@ -160,23 +201,23 @@ def test_data_files_open_from_the_installed_wheel(tree: Path, installed: Path, t
             digests[f"{package}:{name}"] = hashlib.sha256(data).hexdigest()
         print(json.dumps([digests, shipped.shipped_tasks()]))
     """
-    wanted: dict[str, str] = {}
+    expected: dict[str, str] = {}
     for file, at in files_of(tree):
         if file.suffix == ".py":
             continue
-        room = PurePosixPath(at).parts[1]
-        package = f"omcda_deploy.{room}" if room in ROOMS else "omcda_deploy"
+        folder = PurePosixPath(at).parts[1]
+        package = f"omcda_deploy.{folder}" if folder in MAPPED else "omcda_deploy"
         name = PurePosixPath(at).relative_to(package.replace(".", "/"))
-        wanted[f"{package}:{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        expected[f"{package}:{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, str(installed)],
         cwd=tmp_path,
-        input=json.dumps([key.split(":") for key in wanted]),
+        input=json.dumps([key.split(":") for key in expected]),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     digests, tasks = json.loads(done.stdout)
-    assert digests == wanted
+    assert digests == expected
     assert "mamujoco/halfcheetah-6x1" in tasks
