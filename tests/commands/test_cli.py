@@ -1,4 +1,4 @@
-"""The command line on wrong input: status 2, one line on stderr, nothing half-written."""
+"""The command line: wrong input gives status 2, one line on stderr, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     def too_long(number: int, frame: object) -> None:
         raise TimeoutError(f"not refused within {LIMIT_S} s")
 
-    before = signal.signal(signal.SIGALRM, too_long)
+    previous = signal.signal(signal.SIGALRM, too_long)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMCDA_CACHE", str(folder / "cache"))
         run(patch, "train", folder / "data.hdf5", "--algo", "bc", *TINY, "--out", folder / "run")
         yield folder
-    signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGALRM, previous)
 
 
 def save(path: Path, **changes: Any) -> None:
-    """A file as OMIGA's for Hopper, with arrays changed or left out."""
+    """Write a file like OMIGA's for Hopper, with arrays changed or left out."""
     arrays: dict[str, Any] = {
         "o": np.ones((20, 3, 14)),
         "s": np.ones((20, 3, 14)),
@@ -85,7 +85,7 @@ def save(path: Path, **changes: Any) -> None:
 
 
 def run(patch: pytest.MonkeyPatch, *words: object) -> int:
-    """The exit status of the command line, in this process, which must not run on instead of refusing."""
+    """Run the command line in this process and return its exit status; a command that does not end is an error."""
     patch.setattr(sys, "argv", ["omcda-deploy", *map(str, words)])
     signal.alarm(LIMIT_S)
     try:
@@ -99,18 +99,18 @@ def run(patch: pytest.MonkeyPatch, *words: object) -> int:
 
 @pytest.fixture
 def refuse(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """Run a command in the place; returns its one line of error."""
+    """Run a command in ``place`` and return its one line of error."""
 
     def check(*words: object) -> str:
         monkeypatch.chdir(place)
-        before = sorted(place.rglob("*"))
+        files = sorted(place.rglob("*"))
         status = run(monkeypatch, *words)
         out, err = capsys.readouterr()
         assert status == 2, err
         assert len(err.splitlines()) == 1, err
         assert err.startswith("error: ")
         assert out == ""
-        assert sorted(place.rglob("*")) == before, "something was left behind"
+        assert sorted(place.rglob("*")) == files, "a file was left behind"
         return err.removeprefix("error: ").rstrip("\n")
 
     return check
@@ -318,7 +318,7 @@ def test_a_process_of_its_own_ends_the_same_way(place: Path) -> None:
 def test_train_export_and_resume_where_the_data_moved(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """What the refusals above stand beside: the same commands with right input."""
+    """The commands of the refusals above succeed on right input."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMCDA_CACHE", "cache")
     shutil.copy(place / "data.hdf5", "data.hdf5")
