@@ -77,7 +77,7 @@ def demo(
         _command("export", run, "--out", bundle)
 
     recording = read_dataset(dataset)
-    best = behavior_policies(TASK, TIER)[-1]  # of the policies that recorded, the one trained longest
+    best = behavior_policies(TASK, TIER)[-1]  # the longest trained of the policies in the dataset
     rows: dict[str, Evaluation] = {}
     with progress_bar("behaviour policy") as progress:
         rows["behaviour policy, deterministic"] = evaluate(

@@ -33,7 +33,7 @@ from omcda_deploy.report.svg import (
 
 _WIDTH = 900.0
 _MAX_DOTS = 200  # per row; more would only darken the row
-_MAX_POINTS = 300  # of a curve; the panel has no more pixels
+_MAX_POINTS = 300  # per curve; the panel has no more pixels
 
 
 @dataclass(frozen=True)

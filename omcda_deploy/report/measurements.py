@@ -24,24 +24,24 @@ _DIVERGENCE_NAMES = {"kl": "KL(π ‖ π_b)", "neg_log_behavior": "\u2212log π_
 # -- latency ----------------------------------------------------------------------------------------------------
 
 
-def milliseconds(latency: Latency, q: float) -> str:
+def _milliseconds(latency: Latency, q: float) -> str:
     """The q-th percentile in ms."""
     return number(latency.percentile(q), 2)
 
 
 def latency_words(latency: Latency) -> str:
     """Median, p95 and p99 as part of a sentence."""
-    return ", ".join(f"p{q} {milliseconds(latency, q)} ms" for q in _PERCENTILES)
+    return ", ".join(f"p{q} {_milliseconds(latency, q)} ms" for q in _PERCENTILES)
 
 
 def latency_cells(latency: Latency | None) -> list[str]:
     """Median, p95 and p99 in ms as cells of a table."""
-    return [UNKNOWN if latency is None else milliseconds(latency, q) for q in _PERCENTILES]
+    return [UNKNOWN if latency is None else _milliseconds(latency, q) for q in _PERCENTILES]
 
 
 def latency_tile(latency: Latency) -> tuple[str, str, str]:
     """A tile with the median, and p95 and p99 as its detail."""
-    p50, p95, p99 = (milliseconds(latency, q) for q in _PERCENTILES)
+    p50, p95, p99 = (_milliseconds(latency, q) for q in _PERCENTILES)
     return "latency p50", f"{p50} ms", f"p95 {p95} ms, p99 {p99} ms, whole team"
 
 
@@ -63,7 +63,7 @@ def divergence_name(team: TeamDescription) -> str:
     return _DIVERGENCE_NAMES.get(team.divergence_kind or "", "divergence")
 
 
-def divergence_cells(divergence: Divergence) -> list[str]:
+def _divergence_cells(divergence: Divergence) -> list[str]:
     """Mean, p99 and budget in nats as cells of a table."""
     return [number(value, 4) for value in (divergence.mean, divergence.p99, divergence.budget)]
 
@@ -89,13 +89,13 @@ def divergence_parts(divergence: Mapping[str, Divergence], quantity: str) -> lis
 # -- agents -------------------------------------------------------------------------------------------------------
 
 
-def agent_rows(result: Evaluation | Replay, column: Mapping[str, str]) -> list[list[str]]:
+def _agent_rows(result: Evaluation | Replay, column: Mapping[str, str]) -> list[list[str]]:
     """One row per agent: name, divergence, its cell of ``column``, and latency where agents were timed."""
     timed = _timed_agents(result.divergence, result.agent_latency)
     return [
         [
             name,
-            *divergence_cells(divergence),
+            *_divergence_cells(divergence),
             column[name],
             *(latency_cells(result.agent_latency.get(name)) if timed else ()),
         ]
@@ -104,23 +104,23 @@ def agent_rows(result: Evaluation | Replay, column: Mapping[str, str]) -> list[l
 
 
 def agent_section(result: Evaluation | Replay, title: str, column: Mapping[str, str]) -> str:
-    """:func:`agent_rows` as a captioned table of HTML; ``title`` is that of ``column``."""
+    """Captioned table of HTML with one row per agent; ``title`` is that of ``column``."""
     quantity = divergence_name(result.team)
     header = ["agent", f"{quantity}, nats", "p99, nats", "budget d, nats", title]
     if _timed_agents(result.divergence, result.agent_latency):
         header += ["p50, ms", "p95, ms", "p99, ms"]
     return captioned(
-        html_table(header, agent_rows(result, column)),
+        html_table(header, _agent_rows(result, column)),
         f"Per agent: {quantity} averaged over all steps, and its 99th percentile.",
     )
 
 
 def agent_table(result: Evaluation | Replay, heading: str, title: str, column: Mapping[str, str]) -> Table:
-    """:func:`agent_rows` for the terminal, under a ``heading``; ``title`` is that of ``column``."""
+    """Table for the terminal with one row per agent, under a ``heading``; ``title`` is that of ``column``."""
     timed = _timed_agents(result.divergence, result.agent_latency)
     columns = ("divergence", "p99", "budget", title, *(_LATENCY_COLUMNS if timed else ()))
     table = terminal_table(heading, "agent", columns)
-    for row in agent_rows(result, column):
+    for row in _agent_rows(result, column):
         table.add_row(*row)
     return table
 
@@ -128,7 +128,7 @@ def agent_table(result: Evaluation | Replay, heading: str, title: str, column: M
 # -- fallbacks and provenance -------------------------------------------------------------------------------------
 
 
-def fallback_words(result: Evaluation | Replay) -> str:
+def _fallback_words(result: Evaluation | Replay) -> str:
     """The steps of each agent that the fallback answered; empty where it answered none."""
     steps = [f"{name} in {number(missed, 0)}" for name, missed in result.fallback_steps.items() if missed]
     total = count(result.step_latency.seconds.size, "step")
@@ -136,14 +136,14 @@ def fallback_words(result: Evaluation | Replay) -> str:
 
 
 def fallback_line(result: Evaluation | Replay) -> str:
-    """:func:`fallback_words` as a further line of a heading."""
-    words = fallback_words(result)
+    """The steps that the fallback answered, as a further line of a heading; empty where it answered none."""
+    words = _fallback_words(result)
     return f"\nanswered by the fallback: {words}" if words else ""
 
 
 def fallback_tiles(result: Evaluation | Replay) -> list[tuple[str, str, str]]:
     """One tile with the number of steps, or none."""
-    words = fallback_words(result)
+    words = _fallback_words(result)
     total = number(sum(result.fallback_steps.values()), 0)
     return [("answered by the fallback", total, words)] if words else []
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.formatting import significant
 
-COLOURS = 10  # of the page's CSS; further series repeat them, paler
+COLOURS = 10  # classes s0 to s9 in the page's CSS; further series repeat them, paler
 
 
 @dataclass(frozen=True)

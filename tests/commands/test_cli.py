@@ -222,7 +222,7 @@ CASES: list[Case] = [
     (f"evaluate {HOPPER} --bundle incomplete", r"team/1/model\.onnx is missing: the bundle is incomplete"),
     ("serve bundle --agent agent_0 --team", "expected --agent or --team, got both"),
     ("serve bundle --team --port 99999", "expected a port from 0 to 65535, got 99999"),
-    # who plays
+    # teams
     (
         f"evaluate {HOPPER} --endpoints 127.0.0.1:9-7",
         "127.0.0.1:9-7: expected ports from the lower to the higher",
@@ -305,14 +305,14 @@ def test_training_that_diverges_ends_with_the_reason(
 
 
 def test_a_process_of_its_own_ends_the_same_way(place: Path) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "omcda_deploy.cli", "inspect", "bundle", str(place / "changed")],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
     )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert_matches(done.stderr, r"\Aerror: .* was changed after export: [^\n]*\n\Z")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert_matches(process.stderr, r"\Aerror: .* was changed after export: [^\n]*\n\Z")
 
 
 def test_train_export_and_resume_where_the_data_moved(
@@ -355,12 +355,12 @@ def test_a_terminal_shows_a_bar_and_the_numbers_that_matter(monkeypatch: pytest.
         assert "prices wait for the reward critic" in screen.getvalue()
         screen.truncate(0)
         view.log(200, {**metrics, "dual_active": 1.0})
-    shown = screen.getvalue()
+    printed = screen.getvalue()
     for text in ("200/400", "0.0123", "0.1000", "3.000", "-1.000", "b (alpha at its bound)", "policy 1.5"):
-        assert text in shown, text
-    assert "mean exp z 0.97" in shown
-    assert "a (alpha" not in shown
-    assert "prices wait" not in shown
+        assert text in printed, text
+    assert "mean exp z 0.97" in printed
+    assert "a (alpha" not in printed
+    assert "prices wait" not in printed
 
 
 def test_elsewhere_about_twenty_lines_are_printed(

@@ -74,8 +74,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(kind: str, tree: Path, target: Path) -> Path:
     code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
     command = [sys.executable, "-c", code, str(target)]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     (archive,) = target.iterdir()
     return archive
 
@@ -209,7 +209,7 @@ def test_data_files_open_from_the_installed_wheel(tree: Path, installed: Path, t
         package = f"omcda_deploy.{folder}" if folder in MAPPED else "omcda_deploy"
         name = PurePosixPath(at).relative_to(package.replace(".", "/"))
         expected[f"{package}:{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-I", "-c", code, str(installed)],
         cwd=tmp_path,
         input=json.dumps([key.split(":") for key in expected]),
@@ -217,7 +217,7 @@ def test_data_files_open_from_the_installed_wheel(tree: Path, installed: Path, t
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    digests, tasks = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    digests, tasks = json.loads(process.stdout)
     assert digests == expected
     assert "mamujoco/halfcheetah-6x1" in tasks

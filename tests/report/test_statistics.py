@@ -55,13 +55,13 @@ def test_std_is_that_of_the_published_tables() -> None:
 def test_the_interval_is_the_percentiles_of_all_resamples() -> None:
     """Four runs can be drawn in 4^4 equally likely ways; the interval has the percentiles of these."""
     values = np.array([0.0, 1.0, 4.0, 9.0])
-    every = [sum(sorted(values[list(drawn)])[1:3]) / 2 for drawn in itertools.product(range(4), repeat=4)]
+    means = [sum(sorted(values[list(sample)])[1:3]) / 2 for sample in itertools.product(range(4), repeat=4)]
     for confidence in (0.5, 0.8, 0.95):
         tail = 50 * (1 - confidence)
         interval = bootstrap_interval([values], confidence=confidence)
         assert interval is not None
         assert [interval.low, interval.high] == pytest.approx(
-            np.percentile(every, [tail, 100 - tail]), abs=0.26
+            np.percentile(means, [tail, 100 - tail]), abs=0.26
         )
 
 
