@@ -42,7 +42,7 @@ from omcda_deploy.bundle import (
 )
 from omcda_deploy.errors import BundleError, ConfigError, ExportError
 from omcda_deploy.export.graph import PolicyGraph
-from omcda_deploy.guard import Reference
+from omcda_deploy.guard import DataReference
 from omcda_deploy.local import OnnxModel, split_decisions
 from omcda_deploy.policy import Float, NoiseSource
 from omcda_deploy.spec import AgentSpec, TeamSpec
@@ -137,7 +137,7 @@ def export_bundle(
                     "budget": budgets[agent.name],
                     "alpha": alphas[agent.name],
                     "reference": dataclasses.asdict(
-                        Reference.of(spec, agent, feeds[agent.name][0], divergence[agent.name])
+                        DataReference.of(spec, agent, feeds[agent.name][0], divergence[agent.name])
                     ),
                 }
                 for agent in spec.agents

@@ -1,8 +1,8 @@
-"""The bundle: a trained team as it is deployed.
+"""Bundles: trained teams in the form in which they are deployed.
 
-A folder in Triton's model-repository layout plus a manifest::
+A bundle is a folder in Triton's model-repository layout plus a manifest::
 
-    bundle.json                       what it is, for whom, from where, and the sha256 of every other file
+    bundle.json                       team, agents' budgets and data, provenance, sha256 of every other file
     agent_0/config.pbtxt  agent_0/1/model.onnx        one graph per agent
     …
     team/config.pbtxt     team/1/model.onnx           all agents in one graph
@@ -20,7 +20,7 @@ Outputs:
 | name              | type            | shape          | |
 |-------------------|-----------------|----------------|-|
 | `action`          | float32 / int64 | [B, A] / [B]   | ready for the simulator |
-| `divergence`      | float32         | [B]            | nats; the manifest's `divergence_kind` says of what |
+| `divergence`      | float32         | [B]            | nats; of the manifest's `divergence_kind` |
 | `behavior_action` | as `action`     |                | the behaviour policy's deterministic action |
 | `mean`, `log_std`, `behavior_mean`, `behavior_log_std` | float32 | [B, A] | continuous: Gaussians under the tanh |
 | `logits`, `behavior_logits` | float32 | [B, A] | discrete: normalised log-probabilities, masked |
@@ -39,14 +39,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from omcda_deploy.errors import BundleError, ConfigError
-from omcda_deploy.guard import Reference
+from omcda_deploy.guard import DataReference
 from omcda_deploy.spec import TeamSpec
 
 DivergenceKind = Literal["kl", "neg_log_behavior"]
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
-TEAM = "team"  # folder and model name of the joint graph
+TEAM = "team"  # folder and model name of the team graph
 MODEL_FILE = "1/model.onnx"
 CONFIG_FILE = "config.pbtxt"
 
@@ -55,15 +55,17 @@ DISCRETE_PARAMETERS = ("logits", "behavior_logits")
 
 
 def parameter_names(spec: TeamSpec) -> tuple[str, ...]:
-    """Names of the graph outputs that describe the two distributions."""
+    """Names of the graph outputs that describe the policy's and the behaviour policy's distribution."""
     return CONTINUOUS_PARAMETERS if spec.action_kind == "continuous" else DISCRETE_PARAMETERS
 
 
 def output_names(spec: TeamSpec) -> tuple[str, ...]:
+    """Names of all graph outputs, in the order in which graphs are exported."""
     return ("action", "divergence", "behavior_action", *parameter_names(spec))
 
 
 def input_names(spec: TeamSpec) -> tuple[str, ...]:
+    """Names of all graph inputs, in the order in which graphs are exported."""
     return (
         ("observation", "noise")
         if spec.action_kind == "continuous"
@@ -72,6 +74,7 @@ def input_names(spec: TeamSpec) -> tuple[str, ...]:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -89,35 +92,38 @@ class Bundle:
 
     @property
     def divergence_kind(self) -> DivergenceKind:
-        """``kl``: KL(pi_i || pi_b^i); ``neg_log_behavior``: -log pi_b^i(a|o)."""
+        """``kl`` for KL(pi_i || pi_b^i), ``neg_log_behavior`` for -log pi_b^i(a|o)."""
         kind: DivergenceKind = self.manifest["divergence_kind"]
         return kind
 
     @property
     def budgets(self) -> dict[str, float | None]:
-        """d_i per agent in nats, None for algorithms without a budget."""
+        """Budget d_i of each agent in nats, None for algorithms without budgets."""
         return {name: entry["budget"] for name, entry in self.manifest["agents"].items()}
 
     @property
-    def references(self) -> dict[str, Reference]:
-        """What the training data of each agent say; of a bundle that was not made from data, nothing."""
+    def references(self) -> dict[str, DataReference]:
+        """Statistics of each agent's training data; empty for a bundle that was made without data."""
         entries = {name: entry.get("reference") for name, entry in self.manifest["agents"].items()}
-        return {name: Reference(**entry) for name, entry in entries.items() if entry is not None}
+        return {name: DataReference(**entry) for name, entry in entries.items() if entry is not None}
 
     @property
     def digest(self) -> str:
-        """sha256 of the manifest, which holds the sha256 of everything else."""
+        """SHA-256 of the manifest, which holds the SHA-256 of every other file."""
         return sha256(self.path / MANIFEST)
 
     def model_path(self, model: str) -> Path:
-        """The ONNX file of an agent, or of the whole team for ``"team"``."""
+        """Path of the ONNX file of an agent, or of the team graph for ``"team"``.
+
+        Raises :class:`ContractError` for an agent that the team does not have.
+        """
         if model != TEAM:
             self.spec.agent(model)
         return self.path / model / MODEL_FILE
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Read and verify a bundle. Raises :class:`BundleError` when a file is missing or was changed."""
+    """Read a bundle and verify its files. Raises :class:`BundleError` when one is missing, changed or damaged."""
     path = Path(path)
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
@@ -130,7 +136,7 @@ def read_bundle(path: str | Path) -> Bundle:
         spec = TeamSpec.from_json(manifest["team"])
         agents = set(manifest["agents"])
         references = {
-            agent: Reference(**entry["reference"])
+            agent: DataReference(**entry["reference"])
             for agent, entry in manifest["agents"].items()
             if entry.get("reference") is not None
         }
@@ -146,12 +152,13 @@ def read_bundle(path: str | Path) -> Bundle:
     if declared_hash != spec.contract_hash or agents != set(spec.names):
         raise BundleError(f"{manifest_path} was changed: its contract hash does not match its team")
     for agent, reference in references.items():
-        if (size := len(reference.observation_mean)) != (wide := spec.agent(agent).observation_size):
+        if (size := len(reference.observation_mean)) != (width := spec.agent(agent).observation_size):
             raise BundleError(
-                f"{manifest_path}: reference of {agent}: expected means of {wide} entries, got {size}: export again"
+                f"{manifest_path}: reference of {agent}: expected means of {width} entries, got {size}: "
+                "export again"
             )
-    wanted = {f"{model}/{file}" for model in (*spec.names, TEAM) for file in (CONFIG_FILE, MODEL_FILE)}
-    if missing := wanted - files.keys():
+    required = {f"{model}/{file}" for model in (*spec.names, TEAM) for file in (CONFIG_FILE, MODEL_FILE)}
+    if missing := required - files.keys():
         raise BundleError(f"{manifest_path} does not list {sorted(missing)[0]}: export the run again")
     folder = path.resolve()
     for name, digest in files.items():
@@ -160,9 +167,9 @@ def read_bundle(path: str | Path) -> Bundle:
             raise BundleError(f"{manifest_path} lists {name}, which is outside the bundle")
         if not file.is_file():
             raise BundleError(f"{file} is missing: the bundle is incomplete, export the run again")
-        if (found := sha256(file)) != digest:
+        if (actual := sha256(file)) != digest:
             raise BundleError(
-                f"{file} was changed after export: expected sha256 {digest[:12]}…, found {found[:12]}…. "
+                f"{file} was changed after export: expected sha256 {digest[:12]}…, found {actual[:12]}…. "
                 "Export the run again"
             )
     return Bundle(path, spec, manifest)

@@ -1,26 +1,26 @@
-"""The divergence guard: what is done where a policy strays from the behaviour policy further than it is trusted to.
+"""Divergence guard: limit how far a served policy may stray from the behaviour policy.
 
-| mode       | where the divergence exceeds the threshold |
-|------------|--------------------------------------------|
-| `observe`  | the policy's action all the same; only counted |
-| `fallback` | the behaviour policy's action |
+| mode       | action where the divergence exceeds the threshold |
+|------------|---------------------------------------------------|
+| `observe`  | the policy's action; the row is only counted |
+| `fallback` | the behaviour policy's action (:func:`behavior_action`) |
 | `blend`    | an action of ``pi_w ~ pi_b^(1-w) pi^w`` with the largest w for which KL(pi_w || pi_b) <= threshold |
 
-A blend is taken between distributions (natural parameters of the Gaussians under the tanh, or log-probabilities),
-never between actions: the mean of two good actions can be a bad one. KL(pi_w || pi_b) grows with w, from 0 at
-w = 0, so the largest w is found by bisection. All modes use the noise that came with the request; none means the
-mode of the distribution.
+A blend mixes distributions (natural parameters of the Gaussians under the tanh, or log-probabilities), never
+actions: the mean of two good actions can be a bad one. KL(pi_w || pi_b) grows with w, from 0 at w = 0, so the
+largest w is found by bisection. All modes use the noise of the request; a row of zeros stands for no noise and
+means the mode of the distribution.
 
-A threshold is in nats per agent and sample. Where none is set it is the 99th percentile of the divergence on the
-training data: budgets d_i are means over a batch, and the divergence of single states has a heavy tail, so a budget
-would be exceeded all the time.
+A threshold is in nats per agent and sample. Its default is the 99th percentile of the divergence on the training
+data. A budget d_i would not do: it bounds the mean over a batch, and the divergence of single states has a heavy
+tail, so many of them would exceed it.
 
-Beside it stands the distance of the observation from the training data,
+The guard also measures the distance of an observation from the training data,
 
-    distance = sqrt(mean_j ((o_j - mean_j) / std_j)^2)        about 1 on average where the data came from
+    distance = sqrt(mean_j ((o_j - mean_j) / std_j)^2)        about 1 on average on the training data
 
-over the entries of the normalised observation. The divergence does not replace it: on an observation that neither
-policy has seen both extrapolate, and may well agree.
+over the entries j of the normalised observation. The divergence does not replace it: on an observation that neither
+policy was trained on both extrapolate, and may well agree.
 
 Shapes: B batch, k agents of a model (1, or N for the team), vectors joined along the last axis as in the team
 graph.
@@ -30,8 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -44,14 +43,19 @@ Mode = Literal["observe", "fallback", "blend"]
 
 PERCENTILE = 99.0
 _BISECTIONS = 30
-_LEAST_STD = (
-    0.1  # of the root mean square over entries: an entry that was constant in the data may move that much
-)
+# Smallest scale of an entry, relative to the root mean square of the standard deviations of all entries: an entry
+# that was constant in the data may still move that much.
+_LEAST_STD = 0.1
 
 
 @dataclass(frozen=True)
 class GuardSetting:
-    """One agent's guard. ``threshold`` in nats, None for the bundle's; ``distance_limit``: refuse beyond it."""
+    """Guard of one agent.
+
+    ``threshold`` is in nats, None for the bundle's own. Observations further from the training data than
+    ``distance_limit`` are refused. Raises :class:`ConfigError` for an unknown mode and for negative or infinite
+    numbers.
+    """
 
     mode: Mode = "observe"
     threshold: float | None = None
@@ -67,16 +71,19 @@ class GuardSetting:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What an agent's training data say, as a bundle's manifest holds it."""
+class DataReference:
+    """Statistics of one agent's training data, as a bundle's manifest stores them.
+
+    Raises :class:`ConfigError` for numbers that are not finite, standard deviations that are not positive and
+    vectors of unequal length.
+    """
 
     divergence_p99: float
     distance_p99: float
     observation_mean: Sequence[float]  # [O], normalised
-    observation_std: Sequence[float]  # [O], floored so that constant entries have a scale
+    observation_std: Sequence[float]  # [O], raised to a least scale where an entry is (nearly) constant
 
     def __post_init__(self) -> None:
-        """Raises :class:`ConfigError` for what no data can have said."""
         for name in ("divergence_p99", "distance_p99"):
             if not _is_number(value := getattr(self, name)):
                 raise ConfigError(f"reference.{name}: expected a finite number, got {value!r}")
@@ -93,8 +100,8 @@ class Reference:
     @classmethod
     def of(
         cls, spec: TeamSpec, agent: AgentSpec, observations: NDArray[Any], divergence: NDArray[Any]
-    ) -> Reference:
-        """From ``observations`` [M, O], raw or normalised, and the policy's ``divergence`` [M] on them."""
+    ) -> DataReference:
+        """Measure ``observations`` [M, O], raw or normalised, and the policy's ``divergence`` [M] on them."""
         normalised = spec.normalizer.apply(observations.astype(np.float64))
         mean, std = normalised.mean(axis=0), normalised.std(axis=0)
         std = np.maximum(std, max(_LEAST_STD * float(np.sqrt(np.mean(std**2))), 1e-6))
@@ -112,21 +119,57 @@ def _is_number(value: Any) -> bool:
 
 
 class Guarded(NamedTuple):
-    """What a guard made of a batch.
+    """Actions of a batch after a guard.
 
-    ``action``: as the graph's output of that name. ``policy_weight`` [B, k] float32: w of the distribution that
-    acted, 1 for the policy, 0 for the behaviour policy.
+    ``action`` has the shape and type of the graph's output of that name. ``policy_weight`` [B, k] float32 is w of
+    the distribution that acted: 1 for the policy, 0 for the behaviour policy.
     """
 
     action: NDArray[Any]
     policy_weight: NDArray[np.float32]
 
 
-class Guard:
-    """The guards of a model's agents.
+def behavior_action(
+    agent: AgentSpec, parameters: Mapping[str, NDArray[Any]], noise: NDArray[Any] | None
+) -> NDArray[Any]:
+    """Return the behaviour policy's action, sampled with the noise that the policy's action was sampled with.
 
-    Raises :class:`ConfigError` for a mode that needs what the bundle has not: a threshold, or, for ``blend``, a
-    policy with a density.
+    ``parameters`` are outputs of the agent's graph under the names of :mod:`omcda_deploy.bundle`:
+    ``behavior_action``, with ``behavior_mean`` and ``behavior_log_std`` [..., A] for continuous actions, and with
+    ``behavior_logits`` [..., A] for discrete ones. ``noise`` has as many entries as these, or is None.
+
+    Rows without noise (None, or all zeros) take ``behavior_action`` itself, [..., A] or [...]. Other rows
+    are computed in float64 from contiguous copies, because numpy rounds some functions differently on strided
+    arrays: so the answer to a row does not depend on the arrays that it came in.
+    """
+    deterministic = parameters["behavior_action"]
+    if noise is None:
+        return deterministic
+    if agent.action.kind == "discrete":
+        logits = _contiguous(parameters["behavior_logits"])
+        noise = np.reshape(noise, logits.shape)
+        choice = np.where(noise.any(axis=-1), np.argmax(logits + noise, axis=-1), deterministic)
+        return choice[()]  # a scalar rather than an array without dimensions
+    mean, log_std = _contiguous(parameters["behavior_mean"]), _contiguous(parameters["behavior_log_std"])
+    noise = _contiguous(np.reshape(noise, mean.shape))
+    low, high = agent.action.low, agent.action.high
+    sample = (high + low) / 2.0 + (high - low) / 2.0 * np.tanh(mean + np.exp(log_std) * noise)
+    action: NDArray[np.float32] = np.where(noise.any(axis=-1, keepdims=True), sample, deterministic).astype(
+        np.float32
+    )
+    return action
+
+
+def _contiguous(values: NDArray[Any]) -> NDArray[np.float64]:
+    return np.ascontiguousarray(values, np.float64)
+
+
+class Guard:
+    """Guards of the agents of one model, called with each batch of its answers.
+
+    ``observation_slices`` and ``action_slices`` are the positions of its agents in the model's joined vectors.
+    Raises :class:`ConfigError` where a setting needs something that the bundle lacks: a threshold, a description
+    of the observations for ``distance_limit``, or, for ``blend``, a policy with a density.
     """
 
     def __init__(
@@ -135,9 +178,12 @@ class Guard:
         agents: Sequence[AgentSpec],
         divergence_kind: str,
         settings: Mapping[str, GuardSetting],
-        references: Mapping[str, Reference],
+        references: Mapping[str, DataReference],
     ) -> None:
+        """``agents``: one of the team's or all of them; an agent that ``settings`` leave out is only observed."""
         self.agents = tuple(agents)
+        model_spec = replace(spec, agents=self.agents)
+        self.observation_slices, self.action_slices = model_spec.observation_slices, model_spec.action_slices
         self.settings = tuple(settings.get(agent.name, GuardSetting()) for agent in agents)
         self._discrete = spec.action_kind == "discrete"
         self._normalizer = spec.normalizer
@@ -153,8 +199,8 @@ class Guard:
                     f"guard of {agent.name}: the bundle states no threshold, as it was not made from training "
                     "data: set one"
                 )
-            known = references[agent.name].divergence_p99 if agent.name in references else np.inf
-            thresholds.append(known if setting.threshold is None else setting.threshold)
+            default = references[agent.name].divergence_p99 if agent.name in references else np.inf
+            thresholds.append(default if setting.threshold is None else setting.threshold)
         self.thresholds = np.array(thresholds)
         self.distance_limits = np.array(
             [
@@ -164,11 +210,9 @@ class Guard:
         )
         self._active = np.array([setting.mode != "observe" for setting in self.settings])
         self._acts = bool(self._active.any())
-        self._observations = list(pairwise(np.cumsum([0, *(a.observation_size for a in agents)]).tolist()))
-        self._actions = list(pairwise(np.cumsum([0, *(a.action.size for a in agents)]).tolist()))
         self._data = [
-            (np.array(own.observation_mean), np.array(own.observation_std))
-            for own in (references[agent.name] for agent in agents if agent.name in references)
+            (np.array(reference.observation_mean), np.array(reference.observation_std))
+            for reference in (references[agent.name] for agent in agents if agent.name in references)
         ]
         if len(self._data) < len(agents) and np.isfinite(self.distance_limits).any():
             raise ConfigError(
@@ -182,29 +226,35 @@ class Guard:
         return [(index, float(self.thresholds[index])) for index in np.flatnonzero(self._active).tolist()]
 
     def exceeded(self, divergence: NDArray[Any]) -> NDArray[np.bool_]:
-        """Where a divergence [B, k] is above its agent's threshold."""
+        """Mark the entries of a divergence [B, k] that are above their agents' thresholds."""
         above: NDArray[np.bool_] = divergence > self.thresholds
         return above
 
     def distance(self, observation: NDArray[Any]) -> NDArray[np.float64] | None:
-        """``[B, sum O] -> [B, k]``; None for a bundle that does not describe the data of all its agents."""
+        """Distance of each agent's observation from its training data: ``[B, sum O] -> [B, k]``.
+
+        None for a bundle that does not describe the data of all its agents.
+        """
         if len(self._data) < len(self.agents):
             return None
         rows = observation.astype(np.float64)
-        found = np.empty((len(rows), len(self.agents)))
-        for index, (own, known) in enumerate(zip(self._observations, self._data, strict=True)):
-            found[:, index] = _distance(self._normalizer.apply(rows[:, slice(*own)]), *known)
-        return found
+        distances = np.empty((len(rows), len(self.agents)))
+        for index, (columns, moments) in enumerate(zip(self.observation_slices, self._data, strict=True)):
+            distances[:, index] = _distance(self._normalizer.apply(rows[:, columns]), *moments)
+        return distances
 
     def __call__(self, noise: NDArray[Any], outputs: Mapping[str, NDArray[Any]]) -> Guarded:
-        """``noise`` [B, sum A] and the graph's outputs with it."""
+        """Replace the actions that a setting does not trust; ``outputs`` are the graph's for ``noise`` [B, sum A].
+
+        ``outputs`` stay as they are.
+        """
         divergence = outputs["divergence"].reshape(len(noise), -1)  # [B, k]
         weight = np.ones(divergence.shape, np.float32)
         action = outputs["action"]
-        if self._acts and (stopped := self.exceeded(divergence) & self._active).any():
+        if self._acts and (untrusted := self.exceeded(divergence) & self._active).any():
             action = action.copy()
-            for index in np.flatnonzero(stopped.any(axis=0)).tolist():
-                rows = np.flatnonzero(stopped[:, index])
+            for index in np.flatnonzero(untrusted.any(axis=0)).tolist():
+                rows = np.flatnonzero(untrusted[:, index])
                 weight[rows, index] = self._replace(action, rows, index, noise, outputs)
         return Guarded(action, weight)
 
@@ -216,29 +266,35 @@ class Guard:
         noise: NDArray[Any],
         outputs: Mapping[str, NDArray[Any]],
     ) -> NDArray[np.float64]:
-        """Put other actions of agent ``index`` into ``rows`` of ``action``; returns their weights."""
-        own = slice(*self._actions[index])
-        kind = _Logits if self._discrete else _Gaussian
-        pair = kind(outputs, rows, own)
+        """Replace the actions of agent ``index`` in ``rows`` of ``action`` and return their weights [rows]."""
+        agent, columns = self.agents[index], self.action_slices[index]
+        action_columns = action.reshape(len(action), -1)  # a view, [B, sum A] or [B, k]
+        target = index if self._discrete else columns
+        row_noise = noise[rows, columns]
         if self.settings[index].mode == "fallback":
-            weight = np.zeros(len(rows))
-        else:
-            weight = _largest_weight(pair, float(self.thresholds[index]), len(rows))
-        chosen = pair.act(weight, noise[rows, own].astype(np.float64))
-        if self._discrete:
-            action.reshape(len(action), -1)[rows, index] = chosen
-        else:
-            low, high = self.agents[index].action.low, self.agents[index].action.high
-            action[rows, own] = (high + low) / 2.0 + (high - low) / 2.0 * chosen
+            names = ("behavior_logits",) if self._discrete else ("behavior_mean", "behavior_log_std")
+            parameters = {name: outputs[name][rows, columns] for name in names}
+            parameters["behavior_action"] = outputs["behavior_action"].reshape(action_columns.shape)[
+                rows, target
+            ]
+            action_columns[rows, target] = behavior_action(agent, parameters, row_noise)
+            return np.zeros(len(rows))
+        pair = (_Logits if self._discrete else _Gaussian)(outputs, rows, columns)
+        weight = _largest_weight(pair, float(self.thresholds[index]), len(rows))
+        blended = pair.act(weight, row_noise.astype(np.float64))
+        if not self._discrete:
+            low, high = agent.action.low, agent.action.high
+            blended = (high + low) / 2.0 + (high - low) / 2.0 * blended
+        action_columns[rows, target] = blended
         return weight
 
 
 class _Gaussian:
-    """pi_w of Gaussians under the tanh: precision and precision-weighted mean are linear in w."""
+    """Blends pi_w of Gaussians under the tanh: precision and precision-weighted mean are linear in w."""
 
-    def __init__(self, outputs: Mapping[str, NDArray[Any]], rows: NDArray[np.int64], own: slice) -> None:
+    def __init__(self, outputs: Mapping[str, NDArray[Any]], rows: NDArray[np.int64], columns: slice) -> None:
         mean, log_std, mean_b, log_std_b = (
-            outputs[name][rows, own].astype(np.float64)
+            outputs[name][rows, columns].astype(np.float64)
             for name in ("mean", "log_std", "behavior_mean", "behavior_log_std")
         )
         self._precision, self._precision_b = np.exp(-2.0 * log_std), np.exp(-2.0 * log_std_b)
@@ -252,7 +308,7 @@ class _Gaussian:
         return mean, precision
 
     def kl(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-        """KL(pi_w || pi_b) [rows], in nats."""
+        """Return KL(pi_w || pi_b) [rows] in nats."""
         mean, precision = self.at(weight)
         ratio = self._precision_b / precision
         terms = ratio + self._precision_b * (mean - self._mean_b) ** 2 - 1.0 - np.log(ratio)
@@ -260,21 +316,21 @@ class _Gaussian:
         return kl
 
     def act(self, weight: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Actions [rows, A] in [-1, 1]."""
+        """Sample actions [rows, A] in [-1, 1] with standard normal ``noise`` [rows, A]."""
         mean, precision = self.at(weight)
         return np.tanh(mean + noise / np.sqrt(precision))
 
 
 class _Logits:
-    """pi_w of categorical distributions: log-probabilities are linear in w, up to their normalisation."""
+    """Blends pi_w of categorical distributions: log-probabilities are linear in w, up to their normalisation."""
 
-    def __init__(self, outputs: Mapping[str, NDArray[Any]], rows: NDArray[np.int64], own: slice) -> None:
+    def __init__(self, outputs: Mapping[str, NDArray[Any]], rows: NDArray[np.int64], columns: slice) -> None:
         self._logits, self._logits_b = (
-            outputs[name][rows, own].astype(np.float64) for name in ("logits", "behavior_logits")
+            outputs[name][rows, columns].astype(np.float64) for name in ("logits", "behavior_logits")
         )
 
     def at(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Log-probabilities [rows, A] of pi_w; what is unavailable is so to both and stays very unlikely."""
+        """Log-probabilities [rows, A] of pi_w; actions that the mask forbids stay as unlikely as they were."""
         w = weight[:, None]
         scores = (1.0 - w) * self._logits_b + w * self._logits
         scores -= scores.max(axis=1, keepdims=True)
@@ -282,18 +338,20 @@ class _Logits:
         return log_probs
 
     def kl(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return KL(pi_w || pi_b) [rows] in nats."""
         log_probs = self.at(weight)
         terms = np.exp(log_probs) * (log_probs - self._logits_b)
         kl: NDArray[np.float64] = terms.sum(axis=1)
         return kl
 
     def act(self, weight: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Sample actions [rows] with Gumbel ``noise`` [rows, A]."""
         choice: NDArray[np.int64] = np.argmax(self.at(weight) + noise, axis=1)
         return choice
 
 
 def _largest_weight(pair: _Gaussian | _Logits, threshold: float, rows: int) -> NDArray[np.float64]:
-    """Largest w [rows] with KL(pi_w || pi_b) <= threshold, from below."""
+    """Find the largest w [rows] with KL(pi_w || pi_b) <= threshold, approached from below."""
     low, high = np.zeros(rows), np.ones(rows)
     for _ in range(_BISECTIONS):
         middle = 0.5 * (low + high)
@@ -305,6 +363,6 @@ def _largest_weight(pair: _Gaussian | _Logits, threshold: float, rows: int) -> N
 def _distance(
     normalised: NDArray[Any], mean: NDArray[np.float64], std: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """``[B, O] -> [B]``."""
+    """Distance ``[B, O] -> [B]`` from data of the given moments, both [O]."""
     distance: NDArray[np.float64] = np.sqrt((((normalised - mean) / std) ** 2).mean(axis=1))
     return distance

@@ -1,4 +1,4 @@
-"""Bundles in process, through onnxruntime: what a server runs, and what ``evaluate --bundle`` runs."""
+"""Run bundles in this process, through onnxruntime. Servers and ``evaluate --bundle`` do."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8
 class OnnxModel:
     """One graph on one thread.
 
-    These graphs run for tens of microseconds; a second intra-op thread costs more than it saves and starves the
-    control loop beside it, and one thread makes answers equal to the last digit wherever the model runs.
+    These graphs run for tens of microseconds: a second intra-op thread costs more than it saves and starves the
+    control loop beside it. One thread also makes answers equal to the last digit wherever the model runs. Raises
+    MissingExtraError without onnxruntime and :class:`BundleError` for a file that it cannot load.
     """
 
     def __init__(self, path: Path) -> None:
-        # It would report to its maker otherwise, from a robot too; read once, when it is imported.
+        # Turn off onnxruntime's telemetry. It reads the variable once, when it is first imported.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import onnxruntime
@@ -47,37 +48,40 @@ class OnnxModel:
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs for all inputs, which have the graph's types and widths and one number of rows."""
+        """Compute all outputs. ``feeds`` holds all inputs, of the graph's types and widths and of one row count."""
         if len(feeds[self.inputs[0]]) == 1:
             return self.row.answer(feeds)
         return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
 
 
 class BoundRow:
-    """A graph bound once to arrays of one row, a control step's, which costs less than binding them anew.
+    """A graph bound once to arrays of one row, because a control step has one and binding anew costs more.
 
-    ``inputs``, ``outputs``: those arrays by name, ``[1, ...]``, which :meth:`run` reads and writes. They are for
-    one caller at a time: who uses them rather than :meth:`answer` holds ``lock``.
+    ``inputs`` and ``outputs`` are these arrays [1, ...] by name; :meth:`run` reads and writes them. They serve one
+    caller at a time: a caller that uses them directly, rather than :meth:`answer`, must hold ``lock``.
     """
 
     def __init__(self, value: Any, session: Any) -> None:
-        """``value``: onnxruntime's ``OrtValue``."""
+        """``value`` is onnxruntime's class ``OrtValue``, ``session`` an ``InferenceSession``."""
         self._session, self._binding = session, session.io_binding()
         self.inputs, self.outputs = (
             {entry.name: np.zeros((1, *entry.shape[1:]), _DTYPES[entry.type]) for entry in entries}
             for entries in (session.get_inputs(), session.get_outputs())
         )
         for name, array in self.inputs.items():
-            self._binding.bind_ortvalue_input(name, value.ortvalue_from_numpy(array))  # which share memory
+            self._binding.bind_ortvalue_input(
+                name, value.ortvalue_from_numpy(array)
+            )  # shares the array's memory
         for name, array in self.outputs.items():
             self._binding.bind_ortvalue_output(name, value.ortvalue_from_numpy(array))
         self.lock = Lock()
 
     def run(self) -> None:
+        """Compute ``outputs`` from ``inputs``, in place."""
         self._session.run_with_iobinding(self._binding)
 
     def answer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """As :meth:`OnnxModel.run`."""
+        """Compute copies of all outputs, as :meth:`OnnxModel.run` does for one row."""
         with self.lock:
             for name, array in self.inputs.items():
                 array[...] = feeds[name]
@@ -86,7 +90,10 @@ class BoundRow:
 
 
 class LocalPolicy:
-    """One agent of a bundle, in this process."""
+    """One agent of a bundle, in this process.
+
+    :meth:`act` raises :class:`ContractError` for inputs of other shapes and observations that are not finite.
+    """
 
     def __init__(self, bundle: Bundle, agent: str) -> None:
         self.spec: AgentSpec = bundle.spec.agent(agent)
@@ -106,15 +113,18 @@ class LocalPolicy:
     ) -> Decision:
         rows = _finite(observation, self.spec)
         shape = (len(rows), self.spec.action.size)
-        feeds: dict[str, NDArray[Any]] = {"observation": rows, "noise": _or(noise, shape, np.float32, 0)}
+        feeds: dict[str, NDArray[Any]] = {
+            "observation": rows,
+            "noise": _or_default(noise, shape, np.float32, 0),
+        }
         if self._discrete:
-            feeds["action_mask"] = _or(action_mask, shape, np.uint8, 1)
+            feeds["action_mask"] = _or_default(action_mask, shape, np.uint8, 1)
         decision = decision_of(self._model.run(feeds), self._parameters)
         return decision if np.ndim(observation) == 2 else first_row(decision)
 
 
 class LocalTeam:
-    """All agents of a bundle in this process, one graph each, as the per-agent servers run them."""
+    """All agents of a bundle in this process, one graph each, as per-agent servers run them."""
 
     def __init__(self, bundle: Bundle | str | Path) -> None:
         if not isinstance(bundle, Bundle):
@@ -172,7 +182,7 @@ class JointTeam:
             "observation": np.concatenate(rows, axis=1),
             "noise": np.concatenate(
                 [
-                    _or(noise[a.name] if noise else None, (batch, a.action.size), np.float32, 0)
+                    _or_default(noise[a.name] if noise else None, (batch, a.action.size), np.float32, 0)
                     for a in agents
                 ],
                 axis=1,
@@ -181,7 +191,9 @@ class JointTeam:
         if self.spec.action_kind == "discrete":
             feeds["action_mask"] = np.concatenate(
                 [
-                    _or(action_masks[a.name] if action_masks else None, (batch, a.action.size), np.uint8, 1)
+                    _or_default(
+                        action_masks[a.name] if action_masks else None, (batch, a.action.size), np.uint8, 1
+                    )
                     for a in agents
                 ],
                 axis=1,
@@ -191,19 +203,16 @@ class JointTeam:
 
 
 def split_decisions(spec: TeamSpec, outputs: Mapping[str, NDArray[Any]]) -> dict[str, Decision]:
-    """The team graph's joined outputs as one :class:`Decision` per agent."""
+    """Split the team graph's joined outputs into one :class:`Decision` per agent."""
     decisions = {}
-    start = 0
-    for index, agent in enumerate(spec.agents):
-        wide = slice(start, start + agent.action.size)
-        start += agent.action.size
-        own: Any = wide if agent.action.kind == "continuous" else index
+    for index, (agent, columns) in enumerate(zip(spec.agents, spec.action_slices, strict=True)):
+        action_columns = columns if agent.action.kind == "continuous" else index
         decisions[agent.name] = Decision(
-            outputs["action"][:, own],
+            outputs["action"][:, action_columns],
             outputs["divergence"][:, index],
             {
-                "behavior_action": outputs["behavior_action"][:, own],
-                **{name: outputs[name][:, wide] for name in parameter_names(spec)},
+                "behavior_action": outputs["behavior_action"][:, action_columns],
+                **{name: outputs[name][:, columns] for name in parameter_names(spec)},
             },
             outputs["policy_weight"][:, index] if "policy_weight" in outputs else None,
         )
@@ -211,7 +220,7 @@ def split_decisions(spec: TeamSpec, outputs: Mapping[str, NDArray[Any]]) -> dict
 
 
 def decision_of(outputs: Mapping[str, NDArray[Any]], parameters: tuple[str, ...]) -> Decision:
-    """An agent graph's outputs as a :class:`Decision`."""
+    """Wrap the outputs of one agent's graph."""
     return Decision(
         outputs["action"],
         outputs["divergence"],
@@ -221,7 +230,7 @@ def decision_of(outputs: Mapping[str, NDArray[Any]], parameters: tuple[str, ...]
 
 
 def first_row(decision: Decision) -> Decision:
-    """The answer to a batch of one as the answer to a single vector."""
+    """Turn the answer to a batch of one row into the answer to a single vector."""
     return Decision(
         decision.action[0],
         decision.divergence[0],
@@ -231,6 +240,7 @@ def first_row(decision: Decision) -> Decision:
 
 
 def observation_of(observations: Mapping[str, Float], name: str) -> Float:
+    """Take one agent's observation. Raises :class:`ContractError` where it is missing."""
     try:
         return observations[name]
     except KeyError:
@@ -240,7 +250,10 @@ def observation_of(observations: Mapping[str, Float], name: str) -> Float:
 
 
 def batch_of(vectors: NDArray[Any], width: int, what: str) -> Float:
-    """``[B, width]`` or ``[width]`` as contiguous float32 ``[B, width]``; anything else is a ContractError."""
+    """Return [B, width] or [width] as contiguous float32 [B, width]; raise :class:`ContractError` for other shapes.
+
+    ``what`` names the vectors in the message.
+    """
     rows = np.ascontiguousarray(vectors, np.float32)
     if rows.ndim == 1:
         rows = rows[None]
@@ -252,7 +265,7 @@ def batch_of(vectors: NDArray[Any], width: int, what: str) -> Float:
 
 
 def _finite(observation: NDArray[Any], agent: AgentSpec) -> Float:
-    """As :func:`batch_of`; a server refuses other numbers, too."""
+    """Return the observation as :func:`batch_of` does; refuse infinite numbers and NaN, as a server does."""
     rows = batch_of(observation, agent.observation_size, f"observation of {agent.name}")
     if not np.isfinite(rows).all():
         row, column = np.argwhere(~np.isfinite(rows))[0].tolist()
@@ -263,7 +276,9 @@ def _finite(observation: NDArray[Any], agent: AgentSpec) -> Float:
     return rows
 
 
-def _or(values: NDArray[Any] | None, shape: tuple[int, int], dtype: Any, default: int) -> NDArray[Any]:
+def _or_default(
+    values: NDArray[Any] | None, shape: tuple[int, int], dtype: Any, default: int
+) -> NDArray[Any]:
     if values is None:
         return np.full(shape, default, dtype)
     rows = np.ascontiguousarray(values, dtype).reshape(-1, shape[1])

@@ -1,8 +1,8 @@
-"""Policies as every part of the package meets them: in process, behind a server, recorded, or wrapped.
+"""Policies: one interface for policies in process, behind a server, recorded or wrapped.
 
-A policy acts for one agent, a team policy for all of them. Both take a batch ``[B, O]`` or one vector ``[O]`` per
-agent, and answer in kind. They are deterministic functions: what makes an action random is the ``noise`` that the
-caller draws (:class:`NoiseSource`), so a served team and a local one given the same noise act alike.
+A policy acts for one agent, a team policy for all of them. Both take a batch [B, O] or one vector [O] per agent,
+and answer in kind. They are deterministic functions of their inputs: the caller draws the ``noise`` that makes an
+action random (:class:`NoiseSource`), so a served team and a local one act alike on the same noise.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Float: TypeAlias = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Decision:
-    """One agent's answer for a batch.
+    """Answer of one agent for a batch of B rows; the answer to a single vector lacks the first axis.
 
-    ``action``: float32 [B, A], or int64 [B] for discrete actions, ready for the simulator.
-    ``divergence``: float32 [B]; its meaning is the bundle's ``divergence_kind``.
-    ``parameters``: the policy's and the behaviour policy's distributions and the behaviour action, under the
-    names of the graph's outputs (:mod:`omcda_deploy.bundle`); empty for a policy that has none to tell.
-    ``policy_weight``: float32 [B], the policy's weight in what acted, below 1 where a guard stepped in
-    (:mod:`omcda_deploy.guard`); None where nothing guards.
-    ``fallback``: the policy that was asked did not answer, and the caller's fallback chose ``action``
-    (:mod:`omcda_deploy.client.fallback`); then ``divergence`` is nan and ``parameters`` is empty.
+    * ``action``: float32 [B, A], or int64 [B] for discrete actions, ready for the simulator.
+    * ``divergence``: float32 [B]; its meaning is the bundle's ``divergence_kind``.
+    * ``parameters``: the distributions of the policy and the behaviour policy and the behaviour action, under the
+      names of the graph's outputs (:mod:`omcda_deploy.bundle`); empty for policies without them.
+    * ``policy_weight``: float32 [B], the policy's weight in the distribution that acted, below 1 where a guard
+      replaced the action (:mod:`omcda_deploy.guard`); None without a guard.
+    * ``fallback``: True where the policy did not answer in time and the caller's fallback chose ``action``
+      (:mod:`omcda_deploy.client.fallback`); then ``divergence`` is nan and ``parameters`` is empty.
     """
 
     action: NDArray[Any]
@@ -41,12 +41,12 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Acts for one agent."""
+    """Policy of one agent."""
 
     spec: AgentSpec
 
     def reset(self) -> None:
-        """Forget the episode. A no-op for the feed-forward policies of this package."""
+        """Forget the episode; a no-op for the feed-forward policies of this package."""
         ...
 
     def act(
@@ -56,16 +56,22 @@ class Policy(Protocol):
         noise: Float | None = None,
         action_mask: NDArray[np.uint8] | None = None,
     ) -> Decision:
-        """``observation`` [B, O] or [O]; ``noise`` of the same leading shape, None for the deterministic action."""
+        """Act on ``observation`` [B, O] or [O].
+
+        ``noise`` [B, A] or [A] is None for the deterministic action; ``action_mask`` [B, A] or [A] is 1 where a
+        discrete action is available, None where all are. Raises :class:`ContractError` for other shapes.
+        """
         ...
 
 
 class TeamPolicy(Protocol):
-    """Acts for a whole team; mappings are keyed by agent name."""
+    """Policy of a whole team; mappings are keyed by agent name."""
 
     spec: TeamSpec
 
-    def reset(self) -> None: ...
+    def reset(self) -> None:
+        """Forget the episode."""
+        ...
 
     def act(
         self,
@@ -73,14 +79,16 @@ class TeamPolicy(Protocol):
         *,
         noise: Mapping[str, Float] | None = None,
         action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
-    ) -> dict[str, Decision]: ...
+    ) -> dict[str, Decision]:
+        """Act for all agents; arguments per agent are those of :meth:`Policy.act`."""
+        ...
 
 
 class NoiseSource:
-    """Seeded noise that turns deterministic policies into samples of their distributions.
+    """Seeded noise that makes deterministic policies sample from their distributions.
 
-    Continuous actions take standard normal noise [B, A] (``tanh(mean + std * noise)``), discrete ones Gumbel
-    noise [B, A] (``argmax(logits + noise)``).
+    Continuous actions take standard normal noise (``tanh(mean + std * noise)``), discrete ones Gumbel noise
+    (``argmax(logits + noise)``).
     """
 
     def __init__(self, spec: TeamSpec, seed: int) -> None:
@@ -88,6 +96,7 @@ class NoiseSource:
         self._generator = np.random.default_rng(seed)
 
     def draw(self, batch: int) -> dict[str, Float]:
+        """Draw the noise [B, A_i] of every agent for one call of ``batch`` rows."""
         draw = (
             self._generator.standard_normal
             if self._spec.action_kind == "continuous"

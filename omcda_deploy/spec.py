@@ -1,8 +1,8 @@
-"""What a team is: its agents in order, what each sees and does, and at which rate.
+"""Team specifications: the agents in order, their observations and actions, and the control rate.
 
 A :class:`TeamSpec` is the contract between a simulator, a dataset, a bundle, a policy server and a client. Its
 :attr:`~TeamSpec.contract_hash` is compared wherever two of them meet, and :func:`require_same_contract` names
-the first field in which they differ.
+the first fields in which they differ.
 
 Shape letters used in every docstring of this package: B batch (also E, parallel episodes), T time, N agents,
 O observation size, A action size (continuous) or number of actions (discrete), S state size.
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -22,15 +23,18 @@ from numpy.typing import NDArray
 from omcda_deploy.errors import ConfigError, ContractError
 
 ActionKind = Literal["continuous", "discrete"]
-LEAST_VARIANCE = (
-    1e-12  # below it a vector's entries are equal up to float32 rounding, and become (nearly) zeros
-)
-DTYPE = "float32"  # of every observation, noise and continuous action, in files, graphs and on the wire
+# A vector of smaller variance has entries that are equal up to float32 rounding; they become (nearly) zeros.
+LEAST_VARIANCE = 1e-12
+# The type of every observation, noise and continuous action, in files, in graphs and on the wire.
+DTYPE = "float32"
 
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """An agent's actions: ``size`` numbers in [low, high], or one of ``size`` choices under a mask."""
+    """Actions of one agent: ``size`` numbers in [low, high], or one of ``size`` choices under a mask.
+
+    Raises :class:`ConfigError` for an unknown kind or a size below 1.
+    """
 
     kind: ActionKind
     size: int
@@ -55,20 +59,22 @@ class AgentSpec:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """How a simulator's raw observation becomes the one that policies see.
+    """Map from a simulator's raw observation to the one that policies see.
 
-    ``none``: as it is. ``per-vector-standardize``: ``(x - mean(x)) / std(x)`` over the entries of each vector
-    (OMIGA's recipe, baselines.md 9.1); it is idempotent, so the exported graph applies it to whatever comes.
+    ``none`` is the identity. ``per-vector-standardize`` is ``(x - mean(x)) / std(x)`` over the entries of each
+    vector, OMIGA's recipe (docs/simulators.md#observations). It is idempotent, so the exported graph applies it to
+    raw and to normalised observations alike.
     """
 
     kind: Literal["none", "per-vector-standardize"] = "none"
 
     @property
     def digest(self) -> str:
+        """Short hash of the kind, as the contract lists it."""
         return hashlib.sha256(self.kind.encode()).hexdigest()[:16]
 
     def apply(self, vectors: NDArray[Any]) -> NDArray[Any]:
-        """Normalised observations: ``[..., O] -> [..., O]``, of the same floating type."""
+        """Normalise observations: ``[..., O] -> [..., O]``, of the same floating type."""
         if self.kind == "none":
             return vectors
         centered = vectors - vectors.mean(axis=-1, keepdims=True)
@@ -79,10 +85,12 @@ class Normalizer:
 
 @dataclass(frozen=True)
 class TeamSpec:
-    """A task as its policies meet it. ``task`` is a label; everything else is part of the contract.
+    """The agents of a task, in the order of every joined vector.
 
-    ``state_size`` is the length of the centralised state that mixers are trained on; servers never see it.
-    ``control_rate`` is in Hz, ``episode_limit`` in steps.
+    ``control_rate`` is in Hz. ``state_size`` is the length S of the centralised state that mixers are trained on;
+    servers never see it. ``episode_limit`` is in steps. The contract that two sides must share (:meth:`contract`)
+    consists of agents, normaliser and control rate; ``task`` is a label. Raises :class:`ConfigError` for a team
+    without agents, with two agents of one name, or with both kinds of actions.
     """
 
     task: str
@@ -102,29 +110,47 @@ class TeamSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the agents in team order."""
         return tuple(agent.name for agent in self.agents)
 
     @property
     def action_kind(self) -> ActionKind:
+        """The one kind of actions that all agents share."""
         return self.agents[0].action.kind
 
     @property
     def observation_size(self) -> int:
-        """Length of the longest observation: the width to which shared networks pad."""
+        """Length of the longest observation, to which shared networks pad the others."""
         return max(agent.observation_size for agent in self.agents)
 
     @property
     def action_size(self) -> int:
+        """Largest action size of any agent, to which shared networks pad the others."""
         return max(agent.action.size for agent in self.agents)
 
+    @cached_property
+    def observation_slices(self) -> tuple[slice, ...]:
+        """Position of each agent's observation in a joined vector [sum of O_i], in team order."""
+        return _consecutive_slices(agent.observation_size for agent in self.agents)
+
+    @cached_property
+    def action_slices(self) -> tuple[slice, ...]:
+        """Position of each agent's entries in a joined vector [sum of A_i], in team order.
+
+        Such vectors are continuous actions, noise, distribution parameters and, for discrete tasks, masks and
+        logits; a joined discrete action [N] has one entry per agent instead.
+        """
+        return _consecutive_slices(agent.action.size for agent in self.agents)
+
     def agent(self, name: str) -> AgentSpec:
+        """The agent of that name. Raises :class:`ContractError` where the team has none."""
         for agent in self.agents:
             if agent.name == name:
                 return agent
         raise ContractError(f"unknown agent {name!r}: the team of {self.task} is {', '.join(self.names)}")
 
     def contract(self) -> dict[str, Any]:
-        """The fields two sides must agree on, as plain JSON values in a fixed order."""
+        """Fields that two sides must agree on, as plain JSON values in a fixed order."""
         return {
             "agents": [
                 {
@@ -144,10 +170,12 @@ class TeamSpec:
 
     @property
     def contract_hash(self) -> str:
+        """SHA-256 of :meth:`contract` in canonical JSON, as hexadecimal digits."""
         canonical = json.dumps(self.contract(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
+        """All fields as plain JSON values, as bundles, datasets and run folders store them."""
         return {
             "task": self.task,
             **self.contract(),
@@ -157,7 +185,7 @@ class TeamSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TeamSpec:
-        """Inverse of :meth:`to_json`. Raises :class:`ContractError` where a field is missing or of another type."""
+        """Read what :meth:`to_json` wrote. Raises :class:`ContractError` for missing fields and other types."""
         try:
             return cls(
                 task=str(data["task"]),
@@ -181,6 +209,15 @@ class TeamSpec:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ContractError(f"not a team spec: {type(error).__name__} {error}") from error
+
+
+def _consecutive_slices(sizes: Iterable[int]) -> tuple[slice, ...]:
+    slices = []
+    start = 0
+    for size in sizes:
+        slices.append(slice(start, start + size))
+        start += size
+    return tuple(slices)
 
 
 def _differences(ours: Any, theirs: Any, path: str) -> list[str]:

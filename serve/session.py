@@ -40,9 +40,7 @@ class Session:
         self._model = OnnxModel(bundle.model_path(name))
         self._agents = bundle.spec.agents if name == TEAM else (bundle.spec.agent(name),)
         self.guard = Guard(bundle.spec, self._agents, bundle.divergence_kind, guards, bundle.references)
-        self._first_actions = np.cumsum(
-            [0, *(agent.action.size for agent in self._agents[:-1])]
-        )  # in a joined mask
+        self._first_actions = np.array([columns.start for columns in self.guard.action_slices])
         self._distance_limits = self.guard.distance_limits
         self._limited = bool(np.isfinite(self._distance_limits).any())
         self.meter = ModelMeter(self.guard)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,9 +39,7 @@ class Step:
         self._limits = guard.limits
         self._divergence = row.outputs["divergence"].reshape(-1).data
         self._action = row.outputs["action"].reshape(-1).data
-        sizes = [agent.action.size for agent in guard.agents]
-        ends = pairwise(np.cumsum([0, *sizes]).tolist())
-        self._choices = [slice(*own) for own in ends] if "action_mask" in row.inputs else []
+        self._choices = list(guard.action_slices) if "action_mask" in row.inputs else []
 
     def __call__(self, observation: bytes, noise: bytes, mask: bytes) -> dict[str, bytes] | None:
         """The answer's tensors by name, or None for a step that is not ordinary.

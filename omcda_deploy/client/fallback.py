@@ -1,12 +1,12 @@
-"""Who acts for an agent whose server does not answer in time.
+"""Fallbacks: actions for agents whose server does not answer in time.
 
-| ``fallback``                  | an agent whose answer is missed |
-|-------------------------------|---------------------------------|
-| ``"raise"``                   | the step fails with :class:`MissedAnswerError` |
-| ``"hold"``                    | repeats its last action of this episode; raises before its first |
-| a policy per agent, or a team | does what that policy says, which is asked for the missed steps only |
+| ``fallback``                  | in a step whose answer is missed                                           |
+|-------------------------------|----------------------------------------------------------------------------|
+| ``"raise"``                   | the step fails with :class:`MissedAnswerError`                             |
+| ``"hold"``                    | the agent repeats its last action of this episode; without one, as "raise" |
+| a policy per agent, or a team | that policy acts; it is asked in missed steps only                         |
 
-Held actions that an action mask forbids by now give way to the first action that it allows.
+A held action that the present mask forbids is replaced by the first action that the mask allows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.errors import ConfigError, ContractError, MissedAnswerError
+from omcda_deploy.guard import behavior_action
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.policy import Decision, Float, Policy, TeamPolicy
 from omcda_deploy.spec import AgentSpec, TeamSpec, require_same_contract
@@ -30,7 +31,7 @@ FallbackChoice: TypeAlias = Literal["raise", "hold"] | Mapping[str, Policy] | Te
 
 
 class Fallback(Protocol):
-    """What a client keeps of a choice. ``name`` says who answers: ``hold``, or the types of the policies."""
+    """Source of the actions of missed steps; reports name it by ``name``, ``hold`` or the types of the policies."""
 
     name: str
 
@@ -39,7 +40,7 @@ class Fallback(Protocol):
         ...
 
     def note(self, decisions: Mapping[str, Decision]) -> None:
-        """The step was answered: all of a team's decisions, those of the fallback included."""
+        """Remember the decisions of a finished step, those of all agents and of the fallback included."""
         ...
 
     def answer(
@@ -49,14 +50,15 @@ class Fallback(Protocol):
         noise: Mapping[str, Float] | None,
         action_masks: Mapping[str, Mask] | None,
     ) -> dict[str, Decision]:
-        """Decisions of the agents in ``missed``. Raises :class:`MissedAnswerError` where there are none."""
+        """Decide for the agents in ``missed``. Raises :class:`MissedAnswerError` where there is nothing to hold."""
         ...
 
 
 def fallback_of(choice: FallbackChoice, spec: TeamSpec, agents: Sequence[AgentSpec]) -> Fallback | None:
-    """What stands in for ``agents`` of a team; None for ``"raise"``.
+    """Make the fallback of ``agents`` of a team; None for ``"raise"``.
 
-    Raises :class:`ConfigError` for a choice that is none, :class:`ContractError` for policies that do not fit.
+    Raises :class:`ConfigError` for an unknown choice or policies of other agents, :class:`ContractError` for
+    policies of another task.
     """
     if isinstance(choice, str):
         if choice not in ("raise", "hold"):
@@ -80,9 +82,10 @@ def fallback_of(choice: FallbackChoice, spec: TeamSpec, agents: Sequence[AgentSp
 
 
 class BehaviorTeam:
-    """The behaviour policy of a local bundle as a team of its own: at worst as good as the data.
+    """The behaviour policy of a local bundle as a team of its own: it acts as the recorded data did.
 
-    Answers as a server whose guard never trusts the policy: ``divergence`` and ``parameters`` are the bundle's,
+    Its actions are those of a server whose guard is in mode ``fallback`` and never trusts the policy
+    (:func:`omcda_deploy.guard.behavior_action`). ``divergence`` and ``parameters`` are the bundle's,
     ``policy_weight`` is 0.
     """
 
@@ -103,25 +106,13 @@ class BehaviorTeam:
         return {
             name: replace(
                 decision,
-                action=_behavior(self.spec.agent(name), decision, noise[name] if noise else None),
+                action=behavior_action(
+                    self.spec.agent(name), decision.parameters, noise[name] if noise else None
+                ),
                 policy_weight=np.zeros_like(decision.divergence),
             )
             for name, decision in self._team.act(observations, noise=noise, action_masks=action_masks).items()
         }
-
-
-def _behavior(agent: AgentSpec, decision: Decision, noise: Float | None) -> NDArray[Any]:
-    """The behaviour policy's action, sampled with the noise that the policy's would have been."""
-    said = decision.parameters
-    if noise is None:
-        return said["behavior_action"]
-    if agent.action.kind == "discrete":
-        choice: NDArray[np.int64] = np.argmax(said["behavior_logits"] + noise, axis=-1)
-        return choice
-    low, high = agent.action.low, agent.action.high
-    sample = np.tanh(said["behavior_mean"] + np.exp(said["behavior_log_std"]) * noise)
-    action: Float = ((high + low) / 2 + (high - low) / 2 * sample).astype(np.float32)
-    return action
 
 
 class _Hold:
@@ -134,7 +125,7 @@ class _Hold:
         self._last.clear()
 
     def note(self, decisions: Mapping[str, Decision]) -> None:
-        self._last = {name: _marked(decision) for name, decision in decisions.items()}
+        self._last = {name: _as_fallback(decision) for name, decision in decisions.items()}
 
     def answer(
         self,
@@ -144,18 +135,18 @@ class _Hold:
         action_masks: Mapping[str, Mask] | None,
     ) -> dict[str, Decision]:
         return {
-            name: self._held(name, error, observations[name], action_masks[name] if action_masks else None)
+            name: self._hold(name, error, observations[name], action_masks[name] if action_masks else None)
             for name, error in missed.items()
         }
 
-    def _held(self, name: str, error: MissedAnswerError, observation: Float, mask: Mask | None) -> Decision:
+    def _hold(self, name: str, error: MissedAnswerError, observation: Float, mask: Mask | None) -> Decision:
         last = self._last.get(name)
         if last is None or last.divergence.shape != np.shape(observation)[:-1]:
             raise MissedAnswerError(
                 f"{error}. There is no action of this episode and batch size to hold: use a policy as fallback"
             ) from error
         if mask is None:
-            return _marked(last)
+            return _as_fallback(last)
         allowed = np.take_along_axis(mask, np.asarray(last.action)[..., None], axis=-1)[..., 0]
         return replace(last, action=np.where(allowed, last.action, mask.argmax(axis=-1)))
 
@@ -180,7 +171,7 @@ class _Policies:
         action_masks: Mapping[str, Mask] | None,
     ) -> dict[str, Decision]:
         return {
-            name: _marked(
+            name: _as_fallback(
                 self._policies[name].act(
                     observations[name],
                     noise=noise[name] if noise else None,
@@ -210,11 +201,11 @@ class _Team:
         action_masks: Mapping[str, Mask] | None,
     ) -> dict[str, Decision]:
         decisions = self._team.act(observations, noise=noise, action_masks=action_masks)
-        return {name: _marked(decisions[name]) for name in missed}
+        return {name: _as_fallback(decisions[name]) for name in missed}
 
 
-def _marked(decision: Decision) -> Decision:
-    """The action alone, as a copy of its own: what else was said is not the asked policy's word on this step."""
+def _as_fallback(decision: Decision) -> Decision:
+    """Copy the action alone; divergence and parameters belong to the fallback, not to the requested policy."""
     return Decision(
         np.array(decision.action), np.full(np.shape(decision.divergence), np.nan, np.float32), fallback=True
     )

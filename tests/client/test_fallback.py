@@ -261,30 +261,76 @@ def test_the_command_line_says_who_answered(
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
-def test_the_behavior_team_acts_as_a_guard_that_never_trusts(
-    kind: str, request: pytest.FixtureRequest
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
+    kind: str, noisy: bool, request: pytest.FixtureRequest
 ) -> None:
+    """To the bit, in a batch and row by row, from the graphs of single agents and from the team's."""
     bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
-    spec = bundle.spec
-    seen, noise = observations(spec, 7), NoiseSource(spec, 4).draw(7)
-    allowed = masks(spec, 7) if kind == "discrete" else None
-    for drawn in (None, noise):
-        decisions = BehaviorTeam(bundle).act(seen, noise=drawn, action_masks=allowed)
-        for name in spec.names:
-            session = Session(bundle, name, {name: GuardSetting("fallback", threshold=0.0)})
-            feeds: dict[str, Any] = {"observation": seen[name]}
-            feeds |= {} if drawn is None else {"noise": drawn[name]}
-            feeds |= {} if allowed is None else {"action_mask": allowed[name]}
-            answer = session.answer(feeds)
-            assert (answer["policy_weight"] == 0).any()  # all but what only one action is allowed for
-            np.testing.assert_allclose(decisions[name].action, answer["action"], atol=1e-6)
-            assert decisions[name].action.dtype == answer["action"].dtype
-            assert decisions[name].policy_weight is not None
-            assert not np.any(decisions[name].policy_weight)
-            policy_action = LocalPolicy(bundle, name).act(
-                seen[name], noise=feeds.get("noise"), action_mask=feeds.get("action_mask")
-            )
-            assert (decisions[name].action != policy_action.action).any()
+    spec, rows = bundle.spec, 2000
+    seen = observations(spec, rows)
+    noise = NoiseSource(spec, 4).draw(rows) if noisy else None
+    allowed = masks(spec, rows) if kind == "discrete" else None
+    team = BehaviorTeam(bundle)
+    decisions = team.act(seen, noise=noise, action_masks=allowed)
+    distrust = dict.fromkeys(spec.names, GuardSetting("fallback", threshold=0.0))
+
+    def inputs(row: slice, *names: str) -> dict[str, Any]:
+        joined = {"observation": seen, "noise": noise, "action_mask": allowed}
+        return {
+            name: np.concatenate([values[agent][row] for agent in names], axis=1)
+            for name, values in joined.items()
+            if values is not None
+        }
+
+    joint = Session(bundle, TEAM, distrust).answer(inputs(slice(None), *spec.names))
+    for index, name in enumerate(spec.names):
+        decision = decisions[name]
+        session = Session(bundle, name, distrust)
+        answer = session.answer(inputs(slice(None), name))
+        replaced = answer["policy_weight"] == 0
+        assert replaced.sum() > rows / 3  # masks leave the other rows a single action: their divergence is 0
+        assert decision.action.dtype == answer["action"].dtype
+        assert decision.action.shape == answer["action"].shape
+        assert decision.action[replaced].tobytes() == answer["action"][replaced].tobytes()
+        if not noisy:
+            assert answer["action"][replaced].tobytes() == answer["behavior_action"][replaced].tobytes()
+            columns = spec.action_slices[index] if kind == "continuous" else index
+            in_team = joint["policy_weight"][:, index] == 0
+            joint_actions = (joint[output][in_team, columns] for output in ("action", "behavior_action"))
+            np.testing.assert_array_equal(*joint_actions)
+        for row in range(0, rows, 10):
+            single = team.act(
+                {agent: values[row] for agent, values in seen.items()},
+                noise=None if noise is None else {agent: values[row] for agent, values in noise.items()},
+                action_masks=None if allowed is None else {agent: m[row] for agent, m in allowed.items()},
+            )[name]
+            one = session.answer(inputs(slice(row, row + 1), name))
+            if one["policy_weight"][0] == 0:
+                assert single.action.tobytes() == one["action"][0].tobytes()
+                assert np.shape(single.action) == np.shape(one["action"][0])
+        assert decision.policy_weight is not None
+        assert not np.any(decision.policy_weight)
+        policy = LocalPolicy(bundle, name)
+        trusted = policy.act(
+            seen[name],
+            noise=None if noise is None else noise[name],
+            action_mask=None if allowed is None else allowed[name],
+        )
+        assert (decision.action != trusted.action).any()
+
+
+def test_rows_without_noise_take_the_graphs_own_behavior_action(continuous_bundle: Bundle) -> None:
+    """Zeros are no noise: a server fills them in for a request without any, so both sides must agree on it."""
+    spec, rows = continuous_bundle.spec, 64
+    seen, noise = observations(spec, rows), NoiseSource(spec, 4).draw(rows)
+    for values in noise.values():
+        values[::2] = 0.0
+    mixed = BehaviorTeam(continuous_bundle).act(seen, noise=noise)
+    quiet = BehaviorTeam(continuous_bundle).act(seen)
+    for name in spec.names:
+        assert mixed[name].action[::2].tobytes() == quiet[name].action[::2].tobytes()
+        assert (mixed[name].action[1::2] != quiet[name].action[1::2]).all()
 
 
 @pytest.mark.parametrize("stream", [False, True])

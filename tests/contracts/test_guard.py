@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.guard import Guard, GuardSetting, Reference
+from omcda_deploy.guard import DataReference, Guard, GuardSetting
 from omcda_deploy.spec import ActionSpec, Normalizer, TeamSpec
 from tests.support.bundles import continuous_spec, discrete_spec
 
@@ -45,7 +45,9 @@ def slices(spec: TeamSpec) -> list[slice]:
     return [slice(end - agent.action.size, end) for end, agent in zip(ends, spec.agents, strict=True)]
 
 
-def guard(spec: TeamSpec, references: dict[str, Reference] | None = None, **settings: GuardSetting) -> Guard:
+def guard(
+    spec: TeamSpec, references: dict[str, DataReference] | None = None, **settings: GuardSetting
+) -> Guard:
     return Guard(spec, spec.agents, "kl", settings, references or {})
 
 
@@ -141,7 +143,7 @@ def test_observing_changes_nothing_and_counts(generator: np.random.Generator) ->
     spec = continuous_spec()
     noise = np.zeros((B, sum(agent.action.size for agent in spec.agents)), np.float32)
     outputs = gaussian_outputs(spec, generator, noise)
-    references = {name: Reference(0.3 * (i + 1), 2.0, [0.0], [1.0]) for i, name in enumerate(spec.names)}
+    references = {name: DataReference(0.3 * (i + 1), 2.0, [0.0], [1.0]) for i, name in enumerate(spec.names)}
     references = {
         agent.name: replace(
             references[agent.name],
@@ -165,7 +167,7 @@ def test_distance_is_the_root_mean_square_of_standardised_entries(
     data = {a.name: generator.normal(2.0, 3.0, size=(500, a.observation_size)) for a in spec.agents}
     data["agent_0"][:, 0] = 1.5  # constant in the data
     references = {
-        agent.name: Reference.of(spec, agent, data[agent.name], np.linspace(0.0, 1.0, 500))
+        agent.name: DataReference.of(spec, agent, data[agent.name], np.linspace(0.0, 1.0, 500))
         for agent in spec.agents
     }
     assert references["agent_0"].divergence_p99 == pytest.approx(0.99)
@@ -190,17 +192,30 @@ def test_distance_is_the_root_mean_square_of_standardised_entries(
         np.testing.assert_array_equal(moved[:, 1:], distance[:, 1:])
 
 
-def test_scaled_actions_are_scaled_back(generator: np.random.Generator) -> None:
+def test_sampled_actions_are_scaled_to_their_range(generator: np.random.Generator) -> None:
     spec = continuous_spec()
     agents = tuple(replace(a, action=ActionSpec("continuous", a.action.size, -2.0, 6.0)) for a in spec.agents)
     spec = replace(spec, agents=agents)
-    noise = np.zeros((B, sum(agent.action.size for agent in spec.agents)), np.float32)
+    noise = generator.normal(size=(B, sum(agent.action.size for agent in spec.agents))).astype(np.float32)
     outputs = gaussian_outputs(spec, generator, noise)
-    made = guard(spec, agent_0=GuardSetting("fallback", 0.0))(noise, outputs)
-    own = slices(spec)[0]
-    np.testing.assert_allclose(
-        made.action[:, own], 2.0 + 4.0 * np.tanh(outputs["behavior_mean"][:, own]), atol=1e-5
-    )
+    guarded = guard(spec, agent_0=GuardSetting("fallback", 0.0))(noise, outputs)
+    columns = slices(spec)[0]
+    sample = np.tanh(outputs["behavior_mean"] + np.exp(outputs["behavior_log_std"]) * noise)
+    np.testing.assert_allclose(guarded.action[:, columns], 2.0 + 4.0 * sample[:, columns], atol=1e-5)
+
+
+def test_without_noise_the_fallback_is_the_graphs_behavior_action(generator: np.random.Generator) -> None:
+    """To the bit: whoever reads both tensors of one answer must see one action, rounded once."""
+    spec = continuous_spec()
+    noise = generator.normal(size=(B, sum(agent.action.size for agent in spec.agents))).astype(np.float32)
+    noise[::2] = 0.0
+    outputs = gaussian_outputs(spec, generator, noise)
+    outputs["behavior_action"] = generator.uniform(-1, 1, size=noise.shape).astype(np.float32)
+    guarded = guard(spec, agent_1=GuardSetting("fallback", 0.0))(noise, outputs)
+    columns = slices(spec)[1]
+    same = guarded.action[:, columns] == outputs["behavior_action"][:, columns]
+    assert same[::2].all()
+    assert not same[1::2].any()
 
 
 def test_what_cannot_be_guarded_is_refused() -> None:

@@ -18,7 +18,7 @@ from omcda_deploy.bundle import MODEL_FILE, TEAM, Bundle, read_bundle
 from omcda_deploy.errors import BundleError, ConfigError, ExportError
 from omcda_deploy.export import bundle as writer
 from omcda_deploy.export.bundle import export_bundle
-from omcda_deploy.guard import Reference
+from omcda_deploy.guard import DataReference
 from omcda_deploy.local import JointTeam, LocalTeam, OnnxModel
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.spec import ActionSpec, AgentSpec, Normalizer, TeamSpec
@@ -308,7 +308,9 @@ def test_manifest_and_reproducible_bytes(tmp_path: Path) -> None:
     decision = LocalTeam(first.bundle).act(first.own)["agent_1"]
     reference = first.bundle.references["agent_1"]
     assert reference.divergence_p99 == pytest.approx(np.percentile(decision.divergence, 99), rel=1e-5)
-    assert reference == Reference.of(spec, spec.agent("agent_1"), first.own["agent_1"], decision.divergence)
+    assert reference == DataReference.of(
+        spec, spec.agent("agent_1"), first.own["agent_1"], decision.divergence
+    )
     assert manifest["parity"]["rows"] == M
     assert 0 < manifest["parity"]["against_torch"]["action"]["max_abs"] <= 1e-5
     assert read_bundle(tmp_path / "a").spec == spec

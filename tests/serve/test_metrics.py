@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
-from omcda_deploy.guard import Guard, GuardSetting, Reference
+from omcda_deploy.guard import DataReference, Guard, GuardSetting
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos import policy_pb2
 from omcda_deploy.serve.config import Limits
@@ -140,7 +140,7 @@ def test_answers_counted_in_blocks_add_up_to_those_of_each_alone(known: bool) ->
     spec, generator = continuous_spec(), np.random.default_rng(4)
     width, k = sum(agent.observation_size for agent in spec.agents), len(spec.agents)
     references = {
-        agent.name: Reference(0.5, 2.0, [0.5] * agent.observation_size, [1.5] * agent.observation_size)
+        agent.name: DataReference(0.5, 2.0, [0.5] * agent.observation_size, [1.5] * agent.observation_size)
         for agent in spec.agents
     }
     settings = {"agent_0": GuardSetting("fallback", 0.3), "agent_2": GuardSetting("observe", 0.0)}

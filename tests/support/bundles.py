@@ -25,7 +25,7 @@ from omcda_deploy.bundle import (
     read_bundle,
     sha256,
 )
-from omcda_deploy.guard import Reference
+from omcda_deploy.guard import DataReference
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos.tensors import Tensor, input_tensors, output_tensors
 from omcda_deploy.spec import ActionSpec, AgentSpec, Normalizer, TeamSpec
@@ -94,7 +94,7 @@ def with_references(bundle: Bundle) -> Bundle:
     observations = {a.name: generator.normal(size=(400, a.observation_size)) for a in bundle.spec.agents}
     decisions = LocalTeam(bundle).act({name: rows.astype(np.float32) for name, rows in observations.items()})
     for agent in bundle.spec.agents:
-        reference = Reference.of(
+        reference = DataReference.of(
             bundle.spec, agent, observations[agent.name], decisions[agent.name].divergence
         )
         manifest["agents"][agent.name]["reference"] = asdict(reference)
