@@ -152,12 +152,15 @@ def behavior_action(
         return choice[()]  # a scalar rather than an array without dimensions
     mean, log_std = _contiguous(parameters["behavior_mean"]), _contiguous(parameters["behavior_log_std"])
     noise = _contiguous(np.reshape(noise, mean.shape))
+    sample = _scaled(agent, np.tanh(mean + np.exp(log_std) * noise))
+    action = np.where(noise.any(axis=-1, keepdims=True), sample, deterministic)
+    return action.astype(np.float32)
+
+
+def _scaled(agent: AgentSpec, squashed: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scale actions from [-1, 1] to the agent's range."""
     low, high = agent.action.low, agent.action.high
-    sample = (high + low) / 2.0 + (high - low) / 2.0 * np.tanh(mean + np.exp(log_std) * noise)
-    action: NDArray[np.float32] = np.where(noise.any(axis=-1, keepdims=True), sample, deterministic).astype(
-        np.float32
-    )
-    return action
+    return (high + low) / 2.0 + (high - low) / 2.0 * squashed
 
 
 def _contiguous(values: NDArray[Any]) -> NDArray[np.float64]:
@@ -281,11 +284,8 @@ class Guard:
             return np.zeros(len(rows))
         pair = (_Logits if self._discrete else _Gaussian)(outputs, rows, columns)
         weight = _largest_weight(pair, float(self.thresholds[index]), len(rows))
-        blended = pair.act(weight, row_noise.astype(np.float64))
-        if not self._discrete:
-            low, high = agent.action.low, agent.action.high
-            blended = (high + low) / 2.0 + (high - low) / 2.0 * blended
-        action_columns[rows, target] = blended
+        sample: NDArray[Any] = pair.act(weight, row_noise.astype(np.float64))
+        action_columns[rows, target] = sample if self._discrete else _scaled(agent, sample)
         return weight
 
 

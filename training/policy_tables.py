@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from omcda_deploy.envs.toy import Game, Table, team_spec
+from omcda_deploy.envs.tabular import Game, Table, team_spec
 
 
 @torch.no_grad()

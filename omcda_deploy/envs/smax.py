@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.envs import Float, Observations, StepResult, joint_choice
 from omcda_deploy.envs.programs.smax_battles import Programs, programs
-from omcda_deploy.envs.vector.batched import VectorStep, checked_actions, require_counts, require_indices
+from omcda_deploy.envs.vector import VectorStep, checked_actions, require_counts, require_indices
 from omcda_deploy.errors import ConfigError, ContractError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
@@ -85,7 +85,7 @@ class _Shown:
 
 
 class SmaxVector:
-    """E battles in step, by the rules of :class:`omcda_deploy.envs.vector.batched.VectorEnvironment`.
+    """E battles in step, by the rules of :class:`omcda_deploy.envs.vector.VectorEnvironment`.
 
     Info holds ``won`` [E]: all enemies are dead and an ally is not, so an end by mutual destruction is not won.
     Seeds are those of ``jax.random.PRNGKey``: 0 to 2**64 - 1. ``render_mode="rgb_array"`` makes ``render`` work.

@@ -2,7 +2,7 @@
 
 Records each game's own behaviour policies, trains every algorithm that handles discrete actions with the shipped
 networks, reads the learned policy off at every observation there is, and computes what it earns exactly
-(:func:`omcda_deploy.envs.toy.exact_return`). So the numbers carry no noise of evaluation: what remains is the
+(:func:`omcda_deploy.envs.tabular.exact_return`). So the numbers carry no noise of evaluation: what remains is the
 sampling of the dataset and of training. One process, one thread; nothing is kept but the table.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
-    from omcda_deploy.envs import toy
+    from omcda_deploy.envs import tabular
 
 Settings: TypeAlias = Mapping[str, Any]
 
@@ -129,10 +129,10 @@ def play_game(
     ``on_row`` is called with the task and each row as it comes.
     """
     from omcda_deploy.datasets.formats.omiga_hdf5 import read
-    from omcda_deploy.envs import toy
+    from omcda_deploy.envs import tabular, toy
     from omcda_deploy.play.collect import collect
 
-    played = toy.game(task)
+    played = tabular.game(task)
     path = folder / "dataset.hdf5"
     collect(
         task,
@@ -148,14 +148,14 @@ def play_game(
     for algorithm in algorithms:
         try:
             tables = learn(dataset, path, algorithm, folder / algorithm, steps=steps, seed=seed)
-            row = Row(algorithm, toy.exact_return(played, tables))
+            row = Row(algorithm, tabular.exact_return(played, tables))
         except Exception as error:  # shown in the table: one algorithm must not cost the others' rows
             row = Row(algorithm, None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
         rows.append(row)
         if on_row:
             on_row(task, row)
-    behavior = toy.exact_return(played, [chain.behavior for chain in played.chains])
-    return GameResult(task, dataset, behavior, toy.best_return(played), tuple(rows))
+    behavior = tabular.exact_return(played, [chain.behavior for chain in played.chains])
+    return GameResult(task, dataset, behavior, tabular.best_return(played), tuple(rows))
 
 
 def settings_of(algorithm: str, task: str) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def settings_of(algorithm: str, task: str) -> dict[str, Any]:
 
 def learn(
     dataset: Dataset, path: Path, algorithm: str, run: Path, *, steps: int, seed: int
-) -> list[toy.Table]:
+) -> list[tabular.Table]:
     """Train one run and return its policies, per agent a table [X, K]."""
-    from omcda_deploy.envs import toy
+    from omcda_deploy.envs import tabular
     from omcda_deploy.training import loop
     from omcda_deploy.training.behavior_model import BehaviorConfig
     from omcda_deploy.training.policy_tables import policy_tables
@@ -186,7 +186,7 @@ def learn(
         checkpoint_every=steps,
         snapshot_every=steps,
     )
-    return policy_tables(read_snapshot(run).policy, toy.game(task))
+    return policy_tables(read_snapshot(run).policy, tabular.game(task))
 
 
 def write_table(
@@ -202,9 +202,10 @@ def write_table(
         "# Exact returns on the toy games",
         "",
         "Written by `omcda-deploy toy-results`; do not edit. Each entry is the exact expected undiscounted return",
-        "of an episode (`omcda_deploy.envs.toy.exact_return`) under the learned policies: stochastic ones as they",
-        "are, greedy ones with all probability on their choice. In brackets the gain: the share of the way from",
-        "the behaviour policies (0 %) to the best play (100 %). Nothing is sampled and nothing selected; one seed.",
+        "of an episode (`omcda_deploy.envs.tabular.exact_return`) under the learned policies: stochastic ones as",
+        "they are, greedy ones with all probability on their choice. In brackets the gain: the share of the way",
+        "from the behaviour policies (0 %) to the best play (100 %). Nothing is sampled and nothing selected;",
+        "one seed.",
         "",
         *(
             f"* `{r.task}`: {r.dataset.transitions.size:,} transitions of the game's own behaviour policies, which "

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from omcda_deploy import registry
 from omcda_deploy.datasets import Float, Scalar
 from omcda_deploy.datasets.formats.omiga_hdf5 import Writer
-from omcda_deploy.envs.vector.batched import BatchedEnvironment, VectorStep, vectorize
+from omcda_deploy.envs.vector import BatchedEnvironment, VectorStep, vectorize
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.play.measurements import DiscardCount, require_ended
 from omcda_deploy.policy import NoiseSource, TeamPolicy

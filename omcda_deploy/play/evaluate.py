@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.envs.vector.batched import BatchedEnvironment, vectorize
+from omcda_deploy.envs.vector import BatchedEnvironment, vectorize
 from omcda_deploy.errors import ConfigError, MissingExtraError, OmcdaError
 from omcda_deploy.play.measurements import (
     DiscardCount,

@@ -297,8 +297,7 @@ def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
             assert answer["action"][replaced].tobytes() == answer["behavior_action"][replaced].tobytes()
             columns = spec.action_slices[index] if kind == "continuous" else index
             in_team = joint["policy_weight"][:, index] == 0
-            joint_actions = (joint[output][in_team, columns] for output in ("action", "behavior_action"))
-            np.testing.assert_array_equal(*joint_actions)
+            assert (joint["action"][in_team, columns] == joint["behavior_action"][in_team, columns]).all()
         for row in range(0, rows, 10):
             single = team.act(
                 {agent: values[row] for agent, values in seen.items()},

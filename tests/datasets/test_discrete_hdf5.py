@@ -18,7 +18,7 @@ from omcda_deploy.cli import app
 from omcda_deploy.datasets import BLOCK, Dataset, blocks, require_available
 from omcda_deploy.datasets.formats.omiga_hdf5 import Writer, concatenate, read, write
 from omcda_deploy.datasets.summary import render_table, summarize
-from omcda_deploy.envs import toy
+from omcda_deploy.envs import tabular, toy
 from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.play.collect import collect
 from omcda_deploy.play.replay import replay
@@ -271,7 +271,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_recorded_game_is_its_behaviour(recorded: Path) -> None:
     dataset = read(recorded, "toy/masked")
-    game = toy.game("toy/masked")
+    game = tabular.game("toy/masked")
     masks = dataset.action_masks
     assert masks is not None
     assert dataset.transitions.size >= 3000
@@ -286,7 +286,7 @@ def test_a_recorded_game_is_its_behaviour(recorded: Path) -> None:
     t = dataset.transitions
     rewards = sum(c.rewards[state[t, i], dataset.actions[t, i]] for i, c in enumerate(game.chains))
     np.testing.assert_allclose(dataset.rewards[t], rewards, rtol=1e-5, atol=1e-5)
-    exact = toy.exact_return(game, [chain.behavior for chain in game.chains])
+    exact = tabular.exact_return(game, [chain.behavior for chain in game.chains])
     error = dataset.episode_returns.std() / np.sqrt(dataset.episode_returns.size)
     assert dataset.episode_returns.mean() == pytest.approx(exact, abs=4 * error)
 
@@ -323,7 +323,7 @@ def test_the_behaviour_agrees_with_its_own_recording(recorded: Path) -> None:
     """Replayed greedily it agrees as often as its likeliest choice was taken."""
     dataset = read(recorded)
     played = replay(toy.behavior_team("toy/masked"), dataset, episodes=10**6, batch=64)
-    likeliest = [chain.behavior.argmax(-1) for chain in toy.game("toy/masked").chains]
+    likeliest = [chain.behavior.argmax(-1) for chain in tabular.game("toy/masked").chains]
     state = dataset.observations.argmax(-1)
     rows = np.concatenate(
         [

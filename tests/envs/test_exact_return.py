@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from omcda_deploy.envs import toy
-from omcda_deploy.envs.vector.batched import VectorEnvironment
+from omcda_deploy.envs import tabular, toy
+from omcda_deploy.envs.vector import VectorEnvironment
 from omcda_deploy.errors import ContractError
 from omcda_deploy.policy import NoiseSource
 
 
-def random_policies(game: toy.Game, seed: int) -> list[toy.Table]:
+def random_policies(game: tabular.Game, seed: int) -> list[tabular.Table]:
     """Distributions over the available actions that have nothing to do with behaviour."""
     rng = np.random.default_rng(seed)
     tables = []
@@ -28,8 +28,8 @@ def random_policies(game: toy.Game, seed: int) -> list[toy.Table]:
 
 @pytest.mark.parametrize("task", ["toy/one-step", "toy/one-step-hidden"])
 def test_one_step_games_by_enumeration(task: str) -> None:
-    game = toy.game(task)
-    assert isinstance(game, toy.OneStepGame)
+    game = tabular.game(task)
+    assert isinstance(game, tabular.OneStepGame)
     policies = random_policies(game, 1)
     expected = 0.0
     for scale in game.state_scales:
@@ -37,10 +37,10 @@ def test_one_step_games_by_enumeration(task: str) -> None:
             probability = np.prod([table[0, a] for table, a in zip(policies, joint, strict=True)])
             reward = scale * sum(game.rewards[i, a] for i, a in enumerate(joint))
             expected += float(probability * reward) / len(game.state_scales)
-    assert toy.exact_return(game, policies) == pytest.approx(expected, rel=1e-12)
+    assert tabular.exact_return(game, policies) == pytest.approx(expected, rel=1e-12)
 
 
-def played_returns(task: str, policies: list[toy.Table], episodes: int) -> toy.Table:
+def played_returns(task: str, policies: list[tabular.Table], episodes: int) -> tabular.Table:
     """Undiscounted returns of stochastic episodes in the environment, [episodes]."""
     team = toy.TabularPolicies(task, policies)
     noise = NoiseSource(team.spec, seed=7)
@@ -62,64 +62,66 @@ def test_played_episodes_earn_it(task: str, monkeypatch: pytest.MonkeyPatch) -> 
     spec = toy.make(task).spec
     monkeypatch.setattr("omcda_deploy.registry.team_spec", lambda name, **options: spec)
     monkeypatch.setattr("omcda_deploy.registry.make_environment", toy.make)  # no search for each of 400
-    game = toy.game(task)
+    game = tabular.game(task)
     for policies in ([chain.behavior for chain in game.chains], random_policies(game, 2)):
         returns = played_returns(task, policies, 400)
         error = returns.std() / np.sqrt(len(returns))
-        assert toy.exact_return(game, policies) == pytest.approx(returns.mean(), abs=4 * error)
+        assert tabular.exact_return(game, policies) == pytest.approx(returns.mean(), abs=4 * error)
 
 
 def test_start_end_and_limit_each_count() -> None:
     """One agent walks 0 -> 1 -> 2 -> 2 … and earns 1, 10, 100 there."""
     walk = np.zeros((3, 1, 3))
     walk[[0, 1, 2], 0, [1, 2, 2]] = 1.0
-    chain = toy.Chain(np.array([[1.0], [10.0], [100.0]]), walk, np.ones((3, 1)), np.array([1.0, 0.0, 0.0]))
-    game = toy.ChainGame((chain,), gamma=0.5, stop=0.5)
-    limit = toy.team_spec("", game).episode_limit
+    chain = tabular.Chain(
+        np.array([[1.0], [10.0], [100.0]]), walk, np.ones((3, 1)), np.array([1.0, 0.0, 0.0])
+    )
+    game = tabular.ChainGame((chain,), gamma=0.5, stop=0.5)
+    limit = tabular.team_spec("", game).episode_limit
     expected = 1 + 0.5 * 10 + sum(0.5**t * 100 for t in range(2, limit))
     policies = [np.ones((3, 1))]
-    assert toy.exact_return(game, policies) == pytest.approx(expected, rel=1e-12)  # gamma plays no part
+    assert tabular.exact_return(game, policies) == pytest.approx(expected, rel=1e-12)  # gamma plays no part
     forever = replace(game, stop=0.0)
-    assert toy.exact_return(forever, policies) == pytest.approx(11 + 100 * (limit - 2))
+    assert tabular.exact_return(forever, policies) == pytest.approx(11 + 100 * (limit - 2))
     late = replace(forever, chains=(replace(chain, start=np.array([0.0, 0.25, 0.75])),))
-    assert toy.exact_return(late, policies) == pytest.approx(0.25 * 10 + 100 * (limit - 0.25))
-    assert toy.best_return(late) == pytest.approx(toy.exact_return(late, policies))
+    assert tabular.exact_return(late, policies) == pytest.approx(0.25 * 10 + 100 * (limit - 0.25))
+    assert tabular.best_return(late) == pytest.approx(tabular.exact_return(late, policies))
 
 
 def test_best_return_bounds_every_policy_and_is_nearly_reached() -> None:
-    game = toy.game("toy/masked")
-    assert isinstance(game, toy.ChainGame)
+    game = tabular.game("toy/masked")
+    assert isinstance(game, tabular.ChainGame)
     best = 0.0
     for chain in game.chains:
         single = replace(game, chains=(chain,))
         choices = [np.flatnonzero(row) for row in chain.available]
         returns = [
-            toy.exact_return(single, [np.eye(4)[list(picked)]]) for picked in itertools.product(*choices)
+            tabular.exact_return(single, [np.eye(4)[list(picked)]]) for picked in itertools.product(*choices)
         ]
-        assert max(returns) <= toy.best_return(single) + 1e-9
+        assert max(returns) <= tabular.best_return(single) + 1e-9
         best += max(returns)
-    assert 0.97 * toy.best_return(game) < best <= toy.best_return(game) + 1e-9
+    assert 0.97 * tabular.best_return(game) < best <= tabular.best_return(game) + 1e-9
     # masks bind: with every action available there would be more to earn
     free = tuple(replace(chain, behavior=np.full((3, 4), 0.25)) for chain in game.chains)
-    assert toy.best_return(replace(game, chains=free)) > toy.best_return(game) + 1
-    one_step = toy.game("toy/one-step")
-    assert isinstance(one_step, toy.OneStepGame)
-    assert toy.best_return(one_step) == pytest.approx(one_step.rewards.max(-1).sum())
+    assert tabular.best_return(replace(game, chains=free)) > tabular.best_return(game) + 1
+    one_step = tabular.game("toy/one-step")
+    assert isinstance(one_step, tabular.OneStepGame)
+    assert tabular.best_return(one_step) == pytest.approx(one_step.rewards.max(-1).sum())
 
 
 def test_tables_must_be_policies_of_the_game() -> None:
-    game = toy.game("toy/masked")
+    game = tabular.game("toy/masked")
     behavior = [chain.behavior for chain in game.chains]
     with pytest.raises(
         ContractError, match=r"expected tables of shapes \[\(3, 4\), \(3, 4\), \(3, 4\)\], got"
     ):
-        toy.exact_return(game, behavior[:2])
+        tabular.exact_return(game, behavior[:2])
     uniform = np.full((3, 4), 0.25)
     with pytest.raises(
         ContractError, match="policy of agent 1 in state 0: expected probabilities of the avail"
     ):
-        toy.exact_return(game, [behavior[0], uniform, behavior[2]])
+        tabular.exact_return(game, [behavior[0], uniform, behavior[2]])
     with pytest.raises(ContractError, match="that sum to 1"):
-        toy.exact_return(game, [behavior[0], 0.5 * behavior[1], behavior[2]])
+        tabular.exact_return(game, [behavior[0], 0.5 * behavior[1], behavior[2]])
     with pytest.raises(ContractError, match="policy of agent 2"):
-        toy.exact_return(game, [*behavior[:2], np.full((3, 4), np.nan)])
+        tabular.exact_return(game, [*behavior[:2], np.full((3, 4), np.nan)])

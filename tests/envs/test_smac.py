@@ -25,7 +25,7 @@ from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.envs import smac
 from omcda_deploy.envs.programs import smac_host
 from omcda_deploy.envs.smac import Smac
-from omcda_deploy.envs.vector.batched import VectorEnvironment
+from omcda_deploy.envs.vector import VectorEnvironment
 from omcda_deploy.errors import ConfigError, ContractError, SimulatorError, UnknownNameError
 from omcda_deploy.play import measurements
 from omcda_deploy.play.collect import Source, collect, collect_mixture
@@ -245,7 +245,7 @@ def test_killing_one_host_disturbs_no_other_environment() -> None:
             team = Team()
             for t in range(6):
                 if kill and t == 4:
-                    os.kill(pid_of(vector._shares[0]._environments[1]), signal.SIGKILL)
+                    os.kill(pid_of(vector._groups[0]._environments[1]), signal.SIGKILL)
                 decisions = team.act(step.observations, action_masks=step.action_masks)
                 step = vector.step({name: d.action for name, d in decisions.items()}, active)
                 lost = np.asarray(step.info.get("discarded", np.zeros(3)), np.bool_)

@@ -21,7 +21,7 @@ from omcda_deploy.client.remote import RemoteTeam
 from omcda_deploy.envs import smax
 from omcda_deploy.envs.programs.smax_battles import import_smax, muted
 from omcda_deploy.envs.smax import SmaxVector
-from omcda_deploy.envs.vector.batched import VectorEnvironment, VectorStep, vectorize
+from omcda_deploy.envs.vector import VectorEnvironment, VectorStep, vectorize
 from omcda_deploy.errors import ConfigError, ContractError, UnknownNameError
 from omcda_deploy.local import JointTeam, LocalTeam
 from omcda_deploy.play.collect import collect
@@ -115,7 +115,7 @@ import sys
 sys.modules["jax"] = sys.modules["jaxmarl"] = None  # an import of either fails
 from omcda_deploy import registry
 from omcda_deploy.errors import MissingExtraError
-from omcda_deploy.envs.vector.batched import vectorize
+from omcda_deploy.envs.vector import vectorize
 assert {TASK!r} in registry.tasks()
 assert registry.team_spec({TASK!r}).state_size == 132
 for make in (registry.make_environment, lambda task: vectorize(task, 2)):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from omcda_deploy.envs import toy
+from omcda_deploy.envs import tabular, toy
 from omcda_deploy.errors import ConfigError, ContractError, UnknownNameError
 from omcda_deploy.policy import NoiseSource
 from tests.support import oracles
@@ -19,7 +19,7 @@ ALPHA = np.array([2.0, 0.7, 0.3])
 
 @pytest.mark.parametrize("seed", range(3))
 def test_product_of_local_optima_is_the_joint_optimum(seed: int) -> None:
-    game = toy.one_step_game(seed)
+    game = tabular.one_step_game(seed)
     reward = oracles.joint_reward(game.rewards)
     joint = oracles.joint_optimum(reward, game.behavior, ALPHA)
     optima = oracles.one_step_optima(game.rewards, game.behavior, ALPHA)
@@ -35,7 +35,7 @@ def test_product_of_local_optima_is_the_joint_optimum(seed: int) -> None:
 
 
 def test_one_common_alpha_is_the_softmax_of_the_joint_reward() -> None:
-    game = toy.one_step_game(5)
+    game = tabular.one_step_game(5)
     reward, prior = oracles.joint_reward(game.rewards), oracles.joint_product(game.behavior)
     joint = prior * np.exp(reward / 0.8)
     optima = oracles.one_step_optima(game.rewards, game.behavior, 0.8)
@@ -43,7 +43,7 @@ def test_one_common_alpha_is_the_softmax_of_the_joint_reward() -> None:
 
 
 def test_value_is_reward_minus_priced_divergence() -> None:
-    game = toy.one_step_game(1)
+    game = tabular.one_step_game(1)
     optima = oracles.one_step_optima(game.rewards, game.behavior, ALPHA)
     np.testing.assert_allclose(optima.reward - ALPHA * optima.kl, ALPHA * optima.log_z, rtol=1e-12)
     scaled = oracles.one_step_optima(10 * game.rewards, game.behavior, 10 * ALPHA)
@@ -52,7 +52,7 @@ def test_value_is_reward_minus_priced_divergence() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_alphas_spend_the_budgets_or_sit_on_the_floor(seed: int) -> None:
-    game = toy.one_step_game(seed)
+    game = tabular.one_step_game(seed)
     limit = oracles.largest_kl(game.rewards, game.behavior)
     budgets = np.array([0.5 * limit[0], 0.2 * limit[1], 1.1 * limit[2]])
     alpha = oracles.alphas_for_budgets(game.rewards, game.behavior, budgets)
@@ -67,7 +67,7 @@ def test_alphas_spend_the_budgets_or_sit_on_the_floor(seed: int) -> None:
 
 @pytest.mark.parametrize("metric", ["euclidean", "fisher"])
 def test_influence_at_the_optimum_is_the_shadow_price(metric: str) -> None:
-    game = toy.one_step_game(7)
+    game = tabular.one_step_game(7)
     policy = oracles.one_step_optima(game.rewards, game.behavior, ALPHA).policy
     measured = oracles.influence(game.rewards, policy, game.behavior, metric)
     np.testing.assert_allclose(measured, ALPHA, rtol=1e-9)
@@ -85,7 +85,7 @@ def test_influence_at_the_optimum_is_the_shadow_price(metric: str) -> None:
 def test_one_alpha_for_all_beats_every_other_division_of_the_budget() -> None:
     rng = np.random.default_rng(0)
     for seed in range(8):
-        game = toy.one_step_game(seed)
+        game = tabular.one_step_game(seed)
         alpha = oracles.common_alpha(game.rewards, game.behavior, 0.6)
         best = oracles.one_step_optima(game.rewards, game.behavior, alpha).team_reward
         for shares in [np.full(3, 1 / 3), *rng.dirichlet(np.ones(3), 5)]:
@@ -93,7 +93,7 @@ def test_one_alpha_for_all_beats_every_other_division_of_the_budget() -> None:
             assert reward <= best + 1e-9
 
 
-def _solve(game: toy.ChainGame, alpha: NDArray[np.float64]) -> list[oracles.ChainSolution]:
+def _solve(game: tabular.ChainGame, alpha: NDArray[np.float64]) -> list[oracles.ChainSolution]:
     discount = game.gamma * (1 - game.stop)
     return [
         oracles.solve_chain(c.rewards, c.transitions, c.behavior, a, discount)
@@ -102,7 +102,7 @@ def _solve(game: toy.ChainGame, alpha: NDArray[np.float64]) -> list[oracles.Chai
 
 
 def test_chain_values_solve_the_split_bellman_equations() -> None:
-    game = toy.chain_game(4, agents=3)
+    game = tabular.chain_game(4, agents=3)
     discount = game.gamma * (1 - game.stop)
     for chain, alpha, solution in zip(game.chains, ALPHA, _solve(game, ALPHA), strict=True):
         policy, q, v = (
@@ -122,7 +122,7 @@ def test_chain_values_solve_the_split_bellman_equations() -> None:
 
 
 def test_chain_optimum_beats_other_policies_in_every_state() -> None:
-    game = toy.chain_game(6)
+    game = tabular.chain_game(6)
     discount = game.gamma * (1 - game.stop)
     rng = np.random.default_rng(0)
     for chain, alpha, best in zip(game.chains, ALPHA[:2], _solve(game, ALPHA[:2]), strict=True):
@@ -135,7 +135,7 @@ def test_chain_optimum_beats_other_policies_in_every_state() -> None:
 
 @pytest.mark.parametrize("branching", [1, 2])
 def test_sums_of_chain_values_are_values_of_the_joint_mdp(branching: int) -> None:
-    game = toy.chain_game(8, branching=branching)
+    game = tabular.chain_game(8, branching=branching)
     solutions = _solve(game, ALPHA[:2])
     joint = oracles.evaluate_joint(
         [s.policy for s in solutions],
@@ -153,7 +153,7 @@ def test_sums_of_chain_values_are_values_of_the_joint_mdp(branching: int) -> Non
 
 
 def test_a_chain_that_always_stops_is_a_one_step_game() -> None:
-    game = toy.one_step_game(3)
+    game = tabular.one_step_game(3)
     optima = oracles.one_step_optima(game.rewards, game.behavior, ALPHA)
     for i, chain in enumerate(game.chains):
         solution = oracles.solve_chain(chain.rewards, chain.transitions, chain.behavior, ALPHA[i], 0.0)
@@ -165,17 +165,17 @@ def test_a_chain_that_always_stops_is_a_one_step_game() -> None:
 
 
 def test_games_are_drawn_from_their_seed() -> None:
-    first, again, other = toy.one_step_game(3), toy.one_step_game(3), toy.one_step_game(4)
+    first, again, other = tabular.one_step_game(3), tabular.one_step_game(3), tabular.one_step_game(4)
     np.testing.assert_array_equal(first.rewards, again.rewards)
     assert not np.allclose(first.rewards, other.rewards)
-    many = np.concatenate([toy.one_step_game(seed).rewards for seed in range(200)], axis=1)
-    np.testing.assert_allclose(many.std(-1), toy.SCALES, rtol=0.1)
-    chain, chain_again = toy.chain_game(3), toy.chain_game(3)
+    many = np.concatenate([tabular.one_step_game(seed).rewards for seed in range(200)], axis=1)
+    np.testing.assert_allclose(many.std(-1), tabular.SCALES, rtol=0.1)
+    chain, chain_again = tabular.chain_game(3), tabular.chain_game(3)
     np.testing.assert_array_equal(chain.chains[1].transitions, chain_again.chains[1].transitions)
 
 
 def test_single_chain_is_the_first_of_the_pair() -> None:
-    pair, single = toy.game("toy/chain").chains, toy.game("toy/chain-single").chains
+    pair, single = tabular.game("toy/chain").chains, tabular.game("toy/chain-single").chains
     assert (len(pair), len(single)) == (2, 1)
     np.testing.assert_array_equal(pair[0].transitions, single[0].transitions)
     np.testing.assert_array_equal(pair[0].rewards, single[0].rewards)
@@ -183,23 +183,23 @@ def test_single_chain_is_the_first_of_the_pair() -> None:
 
 @pytest.mark.parametrize("branching", [1, 2, 4])
 def test_chains_branch_as_asked(branching: int) -> None:
-    for chain in toy.chain_game(0, branching=branching).chains:
+    for chain in tabular.chain_game(0, branching=branching).chains:
         np.testing.assert_allclose(chain.transitions.sum(-1), 1.0)
         assert ((chain.transitions > 0).sum(-1) == branching).all()
 
 
 def test_generator_refuses_sizes_out_of_range() -> None:
     with pytest.raises(ConfigError, match="branching from 1 to the 4 states, got 5"):
-        toy.chain_game(0, branching=5)
+        tabular.chain_game(0, branching=5)
     with pytest.raises(ConfigError, match=r"expected 2 sizes .* got \[4\]"):
-        toy.chain_game(0, states=(4,))
+        tabular.chain_game(0, states=(4,))
     with pytest.raises(ConfigError, match="gamma"):
-        toy.chain_game(0, gamma=1.0)
+        tabular.chain_game(0, gamma=1.0)
 
 
 def test_one_step_enumeration_has_the_behaviours_probabilities() -> None:
-    game = toy.one_step_game(2)
-    batch = toy.transitions(game)
+    game = tabular.one_step_game(2)
+    batch = tabular.transitions(game)
     assert len(batch) == 5**3
     expected = np.prod([game.behavior[i, batch.actions[:, i]] for i in range(3)], axis=0)
     np.testing.assert_allclose(batch.weights, expected, rtol=1e-12)
@@ -210,8 +210,8 @@ def test_one_step_enumeration_has_the_behaviours_probabilities() -> None:
 
 
 def test_hidden_states_scale_the_reward_behind_one_observation() -> None:
-    game = toy.one_step_game(2, state_scales=(0.5, 1.5))
-    batch = toy.transitions(game)
+    game = tabular.one_step_game(2, state_scales=(0.5, 1.5))
+    batch = tabular.transitions(game)
     assert len(batch) == 2 * 5**3
     assert np.unique(batch.observations.reshape(len(batch), -1), axis=0).shape[0] == 1
     hidden = batch.states[:, -2:]
@@ -223,8 +223,8 @@ def test_hidden_states_scale_the_reward_behind_one_observation() -> None:
 
 
 def test_chain_enumeration_gives_exact_backups() -> None:
-    game = toy.chain_game(9, agents=2, states=(2, 3), actions=(3, 2))
-    batch = toy.transitions(game)
+    game = tabular.chain_game(9, agents=2, states=(2, 3), actions=(3, 2))
+    batch = tabular.transitions(game)
     assert batch.weights.sum() == pytest.approx(1.0)
     assert batch.weights[batch.terminals].sum() == pytest.approx(game.stop)
     rng = np.random.default_rng(0)
@@ -249,8 +249,8 @@ def test_chain_enumeration_gives_exact_backups() -> None:
 
 
 def test_padding_of_agents_of_different_sizes() -> None:
-    game = toy.game("toy/chain-mixed")
-    batch = toy.transitions(game)
+    game = tabular.game("toy/chain-mixed")
+    batch = tabular.transitions(game)
     assert batch.observations.shape[1:] == (3, 4)
     assert batch.states.shape[1] == 2 + 4 + 3
     assert batch.action_masks[0].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
@@ -259,8 +259,8 @@ def test_padding_of_agents_of_different_sizes() -> None:
 
 
 def test_masked_oracle_never_leaves_the_available_actions() -> None:
-    game = toy.game("toy/masked")
-    assert isinstance(game, toy.ChainGame)
+    game = tabular.game("toy/masked")
+    assert isinstance(game, tabular.ChainGame)
     discount = game.gamma * (1 - game.stop)
     for chain, alpha, best in zip(game.chains, ALPHA, _solve(game, ALPHA), strict=True):
         assert not chain.available.all()
@@ -277,8 +277,8 @@ def test_masked_oracle_never_leaves_the_available_actions() -> None:
 
 
 def test_masks_of_a_row_and_the_next_follow_the_states() -> None:
-    game = toy.game("toy/masked")
-    batch = toy.transitions(game)
+    game = tabular.game("toy/masked")
+    batch = tabular.transitions(game)
     assert batch.weights.sum() == pytest.approx(1.0)
     for i, chain in enumerate(game.chains):
         state = batch.observations[:, i].argmax(-1)
@@ -290,18 +290,18 @@ def test_masks_of_a_row_and_the_next_follow_the_states() -> None:
 
 
 def test_masks_are_drawn_as_asked() -> None:
-    assert all(chain.available.all() for chain in toy.chain_game(0).chains)
-    none = toy.chain_game(0, masked=1.0).chains
+    assert all(chain.available.all() for chain in tabular.chain_game(0).chains)
+    none = tabular.chain_game(0, masked=1.0).chains
     assert all((chain.available.sum(-1) == 1).all() for chain in none)  # one is left
-    many = [c.available for seed in range(60) for c in toy.chain_game(seed, actions=6, masked=0.3).chains]
+    many = [c.available for seed in range(60) for c in tabular.chain_game(seed, actions=6, masked=0.3).chains]
     kept = np.concatenate(many).mean()
     assert kept == pytest.approx(1 - 0.3 * 5 / 6, abs=5 * np.sqrt(0.25 / (len(many) * 24)))
     with pytest.raises(ConfigError, match="masked"):
-        toy.chain_game(0, masked=1.1)
+        tabular.chain_game(0, masked=1.1)
 
 
 def test_samples_follow_the_weights() -> None:
-    batch = toy.transitions(toy.one_step_game(0))
+    batch = tabular.transitions(tabular.one_step_game(0))
     dataset = batch.sample(20_000, seed=1)
     assert len(dataset) == 20_000
     exact = np.array([batch.weights[batch.actions[:, 0] == a].sum() for a in range(5)])
@@ -357,7 +357,7 @@ def test_hidden_state_is_in_the_centralised_state_alone() -> None:
         assert all(values.tolist() == [1.0] for values in observations.values())
         hidden = int(environment.state()[-2:].argmax())
         _, rewards, terminations, truncations, _ = environment.step(dict.fromkeys(observations, 2))
-        assert isinstance(environment.game, toy.OneStepGame)
+        assert isinstance(environment.game, tabular.OneStepGame)
         base = float(environment.game.rewards[:, 2].sum())
         assert rewards["agent_0"] == pytest.approx((0.5, 1.5)[hidden] * base)
         assert terminations["agent_0"]
@@ -368,7 +368,7 @@ def test_hidden_state_is_in_the_centralised_state_alone() -> None:
 
 def test_tabular_policies_sample_their_tables() -> None:
     team = toy.TabularPolicies("toy/chain-mixed")
-    game = toy.game("toy/chain-mixed")
+    game = tabular.game("toy/chain-mixed")
     noise = NoiseSource(team.spec, seed=0).draw(20_000)
     observations = {
         agent.name: np.tile(np.eye(agent.observation_size, dtype=np.float32)[1], (20_000, 1))
@@ -385,8 +385,8 @@ def test_tabular_policies_sample_their_tables() -> None:
 
 
 def test_tabular_policies_report_their_divergence() -> None:
-    game = toy.game("toy/chain")
-    assert isinstance(game, toy.ChainGame)
+    game = tabular.game("toy/chain")
+    assert isinstance(game, tabular.ChainGame)
     solutions = _solve(game, ALPHA[:2])
     team = toy.TabularPolicies("toy/chain", [s.policy for s in solutions])
     states = {name: np.eye(4, dtype=np.float32) for name in team.spec.names}
@@ -401,7 +401,7 @@ def test_returns_of_an_optimum_match_its_values() -> None:
     """Rolling pi* out earns what policy evaluation says: tables, policies and environment agree."""
     environment = toy.make("toy/chain")
     game = environment.game
-    assert isinstance(game, toy.ChainGame)
+    assert isinstance(game, tabular.ChainGame)
     solutions = _solve(game, ALPHA[:2])
     exact = 0.0
     for chain, solution in zip(game.chains, solutions, strict=True):
@@ -466,20 +466,20 @@ def test_masked_behaviour_plays_only_what_is_available() -> None:
     noise = NoiseSource(team.spec, seed=0).draw(3000)
     states = {name: np.tile(np.eye(3, dtype=np.float32), (1000, 1)) for name in team.spec.names}
     for chain, decision in zip(
-        toy.game("toy/masked").chains, team.act(states, noise=noise).values(), strict=True
+        tabular.game("toy/masked").chains, team.act(states, noise=noise).values(), strict=True
     ):
         assert chain.available[np.arange(3000) % 3, decision.action].all()
         np.testing.assert_allclose(decision.divergence, 0.0, atol=1e-6)
-    greedy = [np.eye(4)[chain.behavior.argmax(-1)] for chain in toy.game("toy/masked").chains]
+    greedy = [np.eye(4)[chain.behavior.argmax(-1)] for chain in tabular.game("toy/masked").chains]
     for table, chain, decision in zip(
         greedy,
-        toy.game("toy/masked").chains,
+        tabular.game("toy/masked").chains,
         toy.TabularPolicies("toy/masked", greedy).act(states).values(),
         strict=True,
     ):
         expected = -np.log((table * chain.behavior).sum(-1))
         np.testing.assert_allclose(decision.divergence[:3], expected, rtol=1e-5)
-    forbidden = [np.where(chain.available, 0.0, 1.0) for chain in toy.game("toy/masked").chains]
+    forbidden = [np.where(chain.available, 0.0, 1.0) for chain in tabular.game("toy/masked").chains]
     with pytest.raises(
         ContractError, match=r"policy of agent 0 in state .: expected probabilities of the avail"
     ):

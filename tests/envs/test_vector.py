@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.envs import Float, Observations, StepResult
-from omcda_deploy.envs.vector.batched import VectorEnvironment, VectorStep
+from omcda_deploy.envs.vector import VectorEnvironment, VectorStep
 from omcda_deploy.errors import ConfigError, ContractError, SimulatorError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 

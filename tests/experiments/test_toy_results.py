@@ -11,7 +11,7 @@ import torch
 
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
-from omcda_deploy.envs import toy
+from omcda_deploy.envs import tabular, toy
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.experiments import toy_games as toy_results
 from omcda_deploy.experiments.toy_games import GameResult, Row, play_game, write_table
@@ -20,12 +20,12 @@ from omcda_deploy.training.policy_tables import policy_tables
 from tests.support.tabular import behavior_table
 
 
-def empirical(dataset: Dataset) -> list[toy.Table]:
+def empirical(dataset: Dataset) -> list[tabular.Table]:
     """What a perfect clone of the dataset would do: the share of each choice in each state."""
     tables = []
     rows = dataset.transitions
     state = dataset.observations[rows].argmax(-1)
-    for i, chain in enumerate(toy.game(dataset.spec.task).chains):
+    for i, chain in enumerate(tabular.game(dataset.spec.task).chains):
         counts = np.zeros(chain.rewards.shape)
         np.add.at(counts, (state[:, i], dataset.actions[rows, i]), 1)
         tables.append(counts / counts.sum(-1, keepdims=True))
@@ -43,7 +43,7 @@ def test_value_learners_beat_behaviour_and_a_clone_matches_it(
     assert result.violations() == []
     earned = {row.algorithm: row.earned for row in result.rows}
     assert earned["bc"] is not None
-    clone = toy.exact_return(toy.game("toy/masked"), empirical(result.dataset))
+    clone = tabular.exact_return(tabular.game("toy/masked"), empirical(result.dataset))
     assert result.gain(clone + result.behavior - earned["bc"]) == pytest.approx(0.0, abs=0.01)
     for name in ("omcda", "omiga"):
         value = earned[name]
@@ -53,10 +53,10 @@ def test_value_learners_beat_behaviour_and_a_clone_matches_it(
 
 
 def test_tables_are_the_actors_own_probabilities() -> None:
-    game = toy.game("toy/masked")
+    game = tabular.game("toy/masked")
     for table, chain in zip(policy_tables(behavior_table(game), game), game.chains, strict=True):
         np.testing.assert_allclose(table, chain.behavior, atol=1e-6)
-    mixed = toy.game("toy/chain-mixed")
+    mixed = tabular.game("toy/chain-mixed")
     torch.manual_seed(0)
     actor = CategoricalActor(4, 4, 3, hidden=8)
     for i, (table, chain) in enumerate(zip(policy_tables(actor, mixed), mixed.chains, strict=True)):
@@ -67,14 +67,14 @@ def test_tables_are_the_actors_own_probabilities() -> None:
 
 
 def test_greedy_policies_are_one_hot_on_available_actions() -> None:
-    game = toy.game("toy/masked")
-    q: Any = NetworkFactory(toy.team_spec("toy/masked", game), 8).q()
+    game = tabular.game("toy/masked")
+    q: Any = NetworkFactory(tabular.team_spec("toy/masked", game), 8).q()
     tables = policy_tables(GreedyActor(q), game)
     values = q.values(torch.eye(3)[:, None].expand(3, 3, 3)).detach().numpy()  # [X, N, K]
     for i, (table, chain) in enumerate(zip(tables, game.chains, strict=True)):
         best = np.where(chain.available, values[:, i], -np.inf).argmax(-1)
         np.testing.assert_array_equal(table, np.eye(4)[best])
-    toy.exact_return(game, tables)
+    tabular.exact_return(game, tables)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.envs.vector.batched import VectorStep
+from omcda_deploy.envs.vector import VectorStep
 from omcda_deploy.errors import ConfigError, ContractError
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.play import evaluate as module

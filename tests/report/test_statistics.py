@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from omcda_deploy.envs.vector.batched import VectorEnvironment
+from omcda_deploy.envs.vector import VectorEnvironment
 from omcda_deploy.report.statistics import (
     REFERENCES,
     Interval,

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from omcda_deploy.envs.toy import Chain, ChainGame, Game, OneStepGame, team_spec, transitions
+from omcda_deploy.envs.tabular import Chain, ChainGame, Game, OneStepGame, team_spec, transitions
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.networks import IdentityDivergenceMixer, NetworkFactory, masked_log_softmax

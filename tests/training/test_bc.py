@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from omcda_deploy.envs.toy import OneStepGame, one_step_game
+from omcda_deploy.envs.tabular import OneStepGame, one_step_game
 from omcda_deploy.training.algorithms.bc import Algorithm, Config
 from tests.support import oracles
 from tests.support.synthetic import continuous_spec, discrete_spec, make_learner, random_batch

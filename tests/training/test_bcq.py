@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from omcda_deploy.envs.toy import ChainGame, Game, OneStepGame, chain_game, one_step_game
+from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, one_step_game
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.export.bundle import _settle_ties
 from omcda_deploy.export.graph import PolicyGraph

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from omcda_deploy.envs.toy import ChainGame, Game, OneStepGame, chain_game, one_step_game
+from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, one_step_game
 from omcda_deploy.spec import ActionKind
 from omcda_deploy.training.algorithms.cfcql import (
     Algorithm,

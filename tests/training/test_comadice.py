@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
-from omcda_deploy.envs.toy import Chain, ChainGame, OneStepGame, chain_game, one_step_game
+from omcda_deploy.envs.tabular import Chain, ChainGame, OneStepGame, chain_game, one_step_game
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.spec import ActionKind
 from omcda_deploy.training.algorithms.comadice import (

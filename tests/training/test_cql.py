@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from omcda_deploy.envs.toy import OneStepGame, one_step_game
+from omcda_deploy.envs.tabular import OneStepGame, one_step_game
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from omcda_deploy.training.algorithms import cql

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
-from omcda_deploy.envs.toy import ChainGame, Game, OneStepGame, chain_game, one_step_game
+from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, one_step_game
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.training.algorithms.icq import Algorithm, Config, batch_weights, effective_share
 from omcda_deploy.training.batches import Batch, TransitionSampler

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from omcda_deploy.envs.toy import OneStepGame, one_step_game
+from omcda_deploy.envs.tabular import OneStepGame, one_step_game
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.training.algorithms.omar import (
     Algorithm,

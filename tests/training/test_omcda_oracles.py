@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from omcda_deploy.envs.toy import ChainGame, Game, OneStepGame, chain_game, one_step_game
+from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, one_step_game
 from omcda_deploy.training.algorithms.omcda import Algorithm, Config, DecoupledCritic
 from omcda_deploy.training.allocation import Allocation
 from omcda_deploy.training.batches import Batch

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from omcda_deploy.envs.toy import Game, OneStepGame, one_step_game
+from omcda_deploy.envs.tabular import Game, OneStepGame, one_step_game
 from omcda_deploy.training.algorithms.omiga import Algorithm, Config, value_loss
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import policy_of

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from omcda_deploy.envs.smax import MAP_SIZE, SmaxVector, state_positions
-from omcda_deploy.envs.vector.batched import VectorStep
+from omcda_deploy.envs.vector import VectorStep
 from omcda_deploy.errors import UnknownNameError
 from omcda_deploy.training.behavior.mujoco import Checkpoints, new_run, write_checkpoint
 
