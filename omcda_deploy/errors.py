@@ -1,7 +1,22 @@
 """Errors that a user can act on.
 
-Every message says what was expected, what came, and what to do next. The command line prints the message as
-one line and exits with status 2; anything that is not an :class:`OmcdaError` is a defect of this package.
+    OmcdaError
+    ├── DatasetError
+    ├── BundleError
+    ├── ContractError
+    ├── ConfigError
+    ├── EndpointError
+    │   └── MissedAnswerError
+    ├── SimulatorError
+    ├── ExportError
+    ├── UnknownNameError
+    ├── MissingExtraError
+    ├── PluginError
+    ├── RequestError, RangeError, ExhaustedError, StateError, StoppingError     omcda_deploy.serve.status
+    └── DivergedError                                                           omcda_deploy.training.metrics
+
+Every message says what was expected, what came, and what to do next. The command line prints the message as one
+line and exits with status 2; any exception that is not an :class:`OmcdaError` is a defect of this package.
 """
 
 from __future__ import annotations
@@ -11,7 +26,7 @@ from collections.abc import Iterable
 
 
 class OmcdaError(Exception):
-    """Base of all errors caused by input: a file, a name, a setting, an endpoint."""
+    """Base of all errors caused by input, such as a file, a name, a setting or an endpoint."""
 
 
 class DatasetError(OmcdaError):
@@ -19,15 +34,15 @@ class DatasetError(OmcdaError):
 
 
 class BundleError(OmcdaError):
-    """A bundle is missing a file, was changed after export, or does not fit what it is used for."""
+    """A bundle is missing a file, was changed after export, or does not fit its use."""
 
 
 class ContractError(OmcdaError):
-    """Two sides (bundle, simulator, dataset, endpoint, client) disagree about what agents see or do."""
+    """Two sides (bundle, simulator, dataset, endpoint, client) disagree about observations or actions."""
 
 
 class ConfigError(OmcdaError):
-    """A setting is outside its range, or a run folder cannot be used as asked."""
+    """A setting is outside its range, or a run folder cannot be used as requested."""
 
 
 class EndpointError(OmcdaError):
@@ -35,7 +50,7 @@ class EndpointError(OmcdaError):
 
 
 class MissedAnswerError(EndpointError):
-    """A policy server is gone, or its answer did not come before the deadline: what a fallback stands in for."""
+    """A policy server is gone or did not answer before the deadline; a fallback can act in its place."""
 
 
 class SimulatorError(OmcdaError):
@@ -47,13 +62,14 @@ class ExportError(OmcdaError):
 
 
 class UnknownNameError(OmcdaError):
-    """A task, algorithm, tier or agent name that nothing is registered under."""
+    """A task, algorithm, tier or agent has no such name; the message names the most similar one."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        known = sorted(known)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    def __init__(self, kind: str, name: str, known: Iterable[str], note: str = "") -> None:
+        """``known``: the names that exist; ``note`` ends the message."""
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        super().__init__(f"unknown {kind} {name!r}: {hint}known are {', '.join(known) or 'none'}")
+        super().__init__(f"unknown {kind} {name!r}: {hint}known are {', '.join(names) or 'none'}{note}")
 
 
 class MissingExtraError(OmcdaError):
@@ -61,3 +77,7 @@ class MissingExtraError(OmcdaError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: run  pip install 'omcda-deploy[{extra}]'")
+
+
+class PluginError(OmcdaError):
+    """A module that adds a simulator, dataset format or algorithm cannot be imported or lacks a required name."""

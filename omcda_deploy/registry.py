@@ -1,84 +1,121 @@
-"""What is there by name: tasks, algorithms and dataset formats.
+"""Tasks, algorithms and dataset formats by name.
 
-A file in ``omcda_deploy/envs``, ``omcda_deploy/training/algorithms`` or ``omcda_deploy/datasets/formats`` is found
-by listing its folder (folders below it hold what several files share); code outside the tree is found through the
-entry-point groups ``omcda_deploy.envs``, ``omcda_deploy.algorithms`` and ``omcda_deploy.datasets``, whose entries
-name modules. Algorithms are listed by file name and imported only when asked for, so that listing them never
-imports torch.
+A module in ``omcda_deploy/envs``, ``omcda_deploy/training/algorithms`` or ``omcda_deploy/datasets/formats`` is
+found by listing its folder; the folders inside these hold code that several modules share. Modules outside the tree
+are found through the entry-point groups ``omcda_deploy.envs``, ``omcda_deploy.algorithms`` and
+``omcda_deploy.datasets``. :mod:`omcda_deploy.plugins` says which names each kind of module defines.
 
-A simulator's module defines ``TASKS`` and ``make(task, **options)``, and may define ``PACKAGES``, the distributions
-whose versions a recorded dataset should name, ``versions(**options)``, those of what is installed elsewhere,
-``SPECS``, each task's spec where it is known without it, ``make_vector(task, num_envs, **options)``, many
-environments in one call, and ``behavior_team(task)``, the behaviour policies that its tasks are defined with. A
-format's module defines ``SUFFIXES`` and ``read(path, task)``.
-
-A foreign format's module is not read but converted, once, into one that is. Instead it defines ``SOURCE``, what a
-source of it is, in words; ``recognizes(path) -> bool``, which tells by what lies at an existing path and is quick;
-and ``open_recording(path, task)``, a context manager that yields a :class:`~omcda_deploy.datasets.Recording`.
+Algorithms are listed by file name and imported when they are asked for, so that listing them never imports torch.
+An entry point that cannot be used is reported once, as a warning, and named wherever a name stays unknown; it does
+not affect the others.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import pkgutil
 import shlex
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from omcda_deploy.datasets import Dataset
-from omcda_deploy.envs import Environment
-from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
-from omcda_deploy.policy import TeamPolicy
-from omcda_deploy.spec import TeamSpec
+from omcda_deploy.errors import ConfigError, DatasetError, PluginError, UnknownNameError
+from omcda_deploy.plugins import (
+    AlgorithmModule,
+    DatasetFormat,
+    ForeignFormat,
+    Simulator,
+    WithBehavior,
+    WithPackages,
+    WithSpecs,
+    WithVector,
+    WithVersions,
+    format_protocol,
+    require_protocol,
+)
 
-_ENVIRONMENTS = "omcda_deploy.envs"
-_ALGORITHMS = "omcda_deploy.training.algorithms"
-_DATASETS = "omcda_deploy.datasets.formats"
+if TYPE_CHECKING:
+    from omcda_deploy.datasets import Dataset
+    from omcda_deploy.envs import Environment
+    from omcda_deploy.envs.vector import BatchedEnvironment
+    from omcda_deploy.policy import TeamPolicy
+    from omcda_deploy.spec import TeamSpec
+
+log = logging.getLogger(__name__)
+
+
+class _Group(NamedTuple):
+    """Modules of one kind: those of a package, and those of an entry-point group."""
+
+    kind: str
+    package: str
+    entry_points: str
+
+
+_SIMULATORS = _Group("simulator", "omcda_deploy.envs", "omcda_deploy.envs")
+_ALGORITHMS = _Group("algorithm", "omcda_deploy.training.algorithms", "omcda_deploy.algorithms")
+_FORMATS = _Group("dataset format", "omcda_deploy.datasets.formats", "omcda_deploy.datasets")
+
+
+class _Modules(NamedTuple):
+    """The usable modules of a group by name, and the errors of those entry points that are not."""
+
+    by_name: dict[str, Any]
+    errors: list[PluginError]
+
+    def note(self) -> str:
+        """The errors as the end of a message about a name that is not among the usable ones."""
+        return "".join(f". It may belong to a plug-in that cannot be used: {error}" for error in self.errors)
+
+
+def rescan() -> None:
+    """Forget which modules there are, after a package was installed in a running process."""
+    for cached in (_listed, _module, _simulators, _tasks, _formats):
+        cached.cache_clear()
 
 
 def tasks() -> tuple[str, ...]:
-    """Names of all tasks, whether or not their simulator is installed."""
-    return tuple(sorted(_environments()))
+    """Names of all tasks, whether or not their simulators are installed."""
+    return tuple(sorted(_tasks()))
 
 
 def make_environment(task: str, **options: Any) -> Environment:
     """Create one environment.
 
-    Raises :class:`UnknownNameError`, MissingExtraError without its simulator, and :class:`ConfigError` for an
-    option that its simulator does not have.
+    Raises :class:`UnknownNameError`, MissingExtraError where its simulator is not installed, and
+    :class:`ConfigError` for an option that its simulator does not have.
     """
-    make = _environment(task).make
+    make = _simulator(task).make
     require_options(task, make, options)
-    environment: Environment = make(task, **options)
-    return environment
+    return make(task, **options)
 
 
 def require_options(task: str, make: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` for ``options`` that ``make`` does not take; options are what has a default."""
+    """Raise :class:`ConfigError` for ``options`` that are no parameters of ``make`` with a default."""
     parameters = inspect.signature(make).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+    names = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    if not open_ended and (unknown := sorted(options.keys() - set(known))):
+    if not open_ended and (unknown := sorted(options.keys() - set(names))):
         raise ConfigError(
-            f"{task} has no option {', '.join(unknown)}: expected {' or '.join(known) or 'none'}; leave it out"
+            f"{task} has no option {', '.join(unknown)}: expected {' or '.join(names) or 'none'}; leave it out"
         )
 
 
-def vector_factory(task: str) -> Callable[..., Any] | None:
-    """``make_vector(task, num_envs, **options)`` of the task's simulator, where it batches by itself."""
-    make: Callable[..., Any] | None = getattr(_environments().get(task), "make_vector", None)
-    return make
+def vector_factory(task: str) -> Callable[..., BatchedEnvironment] | None:
+    """Return ``make_vector(task, num_envs, **options)`` of the task's simulator, None where it has none."""
+    module = _tasks().get(task)
+    return module.make_vector if isinstance(module, WithVector) else None
 
 
 def team_spec(task: str, **options: Any) -> TeamSpec:
-    """The task's spec: what its simulator's module states, else what an environment made with ``options`` has."""
-    stated: Mapping[str, TeamSpec] = getattr(_environments().get(task), "SPECS", {})
-    if task in stated:
-        return stated[task]
+    """Return the spec that the task's simulator states, or that of an environment made with ``options``."""
+    module = _tasks().get(task)
+    if isinstance(module, WithSpecs) and task in module.SPECS:
+        return module.SPECS[task]
     environment = make_environment(task, **options)
     try:
         return environment.spec
@@ -87,105 +124,142 @@ def team_spec(task: str, **options: Any) -> TeamSpec:
 
 
 def simulator_versions(task: str, **options: Any) -> dict[str, str]:
-    """Versions of what the task's physics depends on, for a simulator made with ``options``."""
-    module = _environment(task)
-    packages = getattr(module, "PACKAGES", ())
-    elsewhere: Callable[..., dict[str, str]] = getattr(module, "versions", lambda **options: {})
-    return {package: metadata.version(package) for package in packages} | elsewhere(**options)
+    """Versions of the software on which the task's physics depends, for a simulator made with ``options``."""
+    module = _simulator(task)
+    packages = module.PACKAGES if isinstance(module, WithPackages) else ()
+    elsewhere = module.versions(**options) if isinstance(module, WithVersions) else {}
+    return {package: metadata.version(package) for package in packages} | elsewhere
 
 
 def behavior_team(task: str) -> TeamPolicy | None:
-    """The behaviour policies that the task itself comes with, where its simulator defines any."""
-    make = getattr(_environment(task), "behavior_team", None)
-    team: TeamPolicy | None = make(task) if make else None
-    return team
+    """Behaviour policies with which the task is defined; None where its simulator defines none."""
+    module = _simulator(task)
+    return module.behavior_team(task) if isinstance(module, WithBehavior) else None
 
 
 def algorithms() -> tuple[str, ...]:
     """Names of all algorithms. Imports none of them."""
-    return tuple(sorted({*_files(_ALGORITHMS), *_entry_points("omcda_deploy.algorithms")}))
+    return tuple(sorted(_listed(_ALGORITHMS)))
 
 
-def load_algorithm(name: str) -> ModuleType:
-    """Import an algorithm's module. Raises :class:`UnknownNameError`."""
-    return _load("algorithm", name, _ALGORITHMS, "omcda_deploy.algorithms")
+def load_algorithm(name: str) -> AlgorithmModule:
+    """Import an algorithm's module. Raises :class:`UnknownNameError` and :class:`PluginError`."""
+    return cast(AlgorithmModule, _module(_ALGORITHMS, name))
 
 
 def dataset_formats() -> tuple[str, ...]:
     """Names of all dataset formats."""
-    return tuple(sorted({*_files(_DATASETS), *_entry_points("omcda_deploy.datasets")}))
+    return tuple(sorted(_listed(_FORMATS)))
 
 
-def load_dataset_format(name: str) -> ModuleType:
-    """Import a dataset format's module. Raises :class:`UnknownNameError`."""
-    return _load("dataset format", name, _DATASETS, "omcda_deploy.datasets")
+def load_dataset_format(name: str) -> DatasetFormat | ForeignFormat:
+    """Import a dataset format's module. Raises :class:`UnknownNameError` and :class:`PluginError`."""
+    return cast("DatasetFormat | ForeignFormat", _module(_FORMATS, name))
 
 
 def read_dataset(path: str | Path, task: str | None = None) -> Dataset:
-    """Read a dataset of any format, told by the end of its name.
+    """Read a dataset; the end of its name tells its format.
 
-    Raises :class:`DatasetError`; for a source of a foreign format it names the command that converts it.
+    Raises :class:`DatasetError`. For a source of a foreign format its message names the command that converts it.
     """
     path = Path(path)
     if (foreign := foreign_format_of(path)) is not None:
-        quoted, out = shlex.quote(str(path)), shlex.quote(f"{path.absolute().stem}-converted.hdf5")
+        source, out = shlex.quote(str(path)), shlex.quote(f"{path.absolute().stem}-converted.hdf5")
         raise DatasetError(
-            f"{path} is a {load_dataset_format(foreign).SOURCE}: convert it first, with  "
-            f"omcda-deploy convert {quoted} --out {out}"
+            f"{path} is a {foreign_formats()[foreign].SOURCE}: convert it first, with  "
+            f"omcda-deploy convert {source} --out {out}"
         )
     suffixes = {}
-    for name in dataset_formats():
-        module = load_dataset_format(name)
-        for suffix in getattr(module, "SUFFIXES", ()):
+    for name, module in _formats().by_name.items():
+        if format_protocol(module) is ForeignFormat:
+            continue
+        for suffix in module.SUFFIXES:
             if path.name.endswith(suffix):
                 dataset: Dataset = module.read(path, task)
                 return dataset
             suffixes[suffix] = name
-    known = ", ".join(f"{suffix} ({name})" for suffix, name in sorted(suffixes.items()))
-    raise DatasetError(f"{path}: expected a file name ending in one of {known}")
+    endings = ", ".join(f"{suffix} ({name})" for suffix, name in sorted(suffixes.items()))
+    raise DatasetError(f"{path}: expected a file name ending in one of {endings}{_formats().note()}")
 
 
-def foreign_formats() -> dict[str, ModuleType]:
-    """The formats that are converted instead of read, by name."""
-    modules = {name: load_dataset_format(name) for name in dataset_formats()}
-    return {name: module for name, module in modules.items() if hasattr(module, "open_recording")}
+def foreign_formats() -> dict[str, ForeignFormat]:
+    """Formats that are converted rather than read, by name."""
+    modules = _formats().by_name
+    return {name: module for name, module in modules.items() if format_protocol(module) is ForeignFormat}
 
 
 def foreign_format_of(path: Path) -> str | None:
-    """The foreign format in which ``path`` is, if any."""
+    """Name of the foreign format of an existing ``path``, None for any other path."""
     if not path.exists():
         return None
     return next((name for name, module in foreign_formats().items() if module.recognizes(path)), None)
 
 
-def _environments() -> dict[str, ModuleType]:
-    modules = [importlib.import_module(f"{_ENVIRONMENTS}.{name}") for name in _files(_ENVIRONMENTS)]
-    modules += [entry.load() for entry in _entry_points("omcda_deploy.envs").values()]
-    return {task: module for module in modules for task in getattr(module, "TASKS", ())}
+def _simulator(task: str) -> Simulator:
+    if task not in _tasks():
+        raise UnknownNameError("task", task, _tasks(), _simulators().note())
+    return _tasks()[task]
 
 
-def _environment(task: str) -> ModuleType:
-    environments = _environments()
-    if task not in environments:
-        raise UnknownNameError("task", task, environments)
-    return environments[task]
+@cache
+def _tasks() -> dict[str, Simulator]:
+    return {task: module for module in _simulators().by_name.values() for task in module.TASKS}
 
 
-def _load(kind: str, name: str, package: str, group: str) -> ModuleType:
-    files, entries = _files(package), _entry_points(group)
-    if name in files:
-        return importlib.import_module(f"{package}.{name}")
-    if name in entries:
-        module: ModuleType = entries[name].load()
-        return module
-    raise UnknownNameError(kind, name, {*files, *entries})
+@cache
+def _simulators() -> _Modules:
+    return _modules(_SIMULATORS)
 
 
-def _files(package: str) -> list[str]:
-    spec = util.find_spec(package)
+@cache
+def _formats() -> _Modules:
+    return _modules(_FORMATS)
+
+
+def _modules(group: _Group) -> _Modules:
+    modules = _Modules({}, [])
+    for name, entry in _listed(group).items():
+        try:
+            modules.by_name[name] = _module(group, name)
+        except PluginError as error:
+            if entry is None:  # a file of this package: a defect that must not go unnoticed
+                raise
+            log.warning("%s", error)
+            modules.errors.append(error)
+    return modules
+
+
+@cache
+def _module(group: _Group, name: str) -> Any:
+    """Import one module of a group and check it. Raises :class:`UnknownNameError` and :class:`PluginError`."""
+    listed = _listed(group)
+    if name not in listed:
+        raise UnknownNameError(group.kind, name, listed)
+    entry = listed[name]
+    if entry is None:
+        label = f"{group.package}.{name}"
+        module = importlib.import_module(label)
+    else:
+        label = f"{entry.value} (entry point {name!r} of {group.entry_points})"
+        try:
+            module = entry.load()
+        except Exception as error:  # whatever a module raises that is not ours
+            raise PluginError(
+                f"{label} cannot be imported: {type(error).__name__}: {error}. Repair or uninstall its package"
+            ) from error
+    protocols = {_SIMULATORS: Simulator, _ALGORITHMS: AlgorithmModule}
+    require_protocol(module, protocols.get(group) or format_protocol(module), label)
+    return module
+
+
+@cache
+def _listed(group: _Group) -> dict[str, metadata.EntryPoint | None]:
+    """Names of a group's modules, with their entry points; None for a file of the package, which comes first."""
+    spec = util.find_spec(group.package)
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    return [module.name for module in pkgutil.iter_modules(folders) if not module.ispkg]
-
-
-def _entry_points(group: str) -> dict[str, metadata.EntryPoint]:
-    return {entry.name: entry for entry in metadata.entry_points(group=group)}
+    listed: dict[str, metadata.EntryPoint | None] = {
+        module.name: None for module in pkgutil.iter_modules(folders) if not module.ispkg
+    }
+    for entry in metadata.entry_points(group=group.entry_points):
+        listed.setdefault(entry.name, entry)
+    return listed

@@ -1,7 +1,11 @@
+"""Plug-in modules by name: those of the tree, those of entry points, and those that break their protocol."""
+
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,55 @@ import pytest
 
 import omcda_deploy.training.algorithms
 from omcda_deploy import registry
-from omcda_deploy.errors import DatasetError, UnknownNameError
+from omcda_deploy.datasets.formats import madt_episodes, og_vault, omiga_hdf5, pymarl_hdf5
+from omcda_deploy.envs import mamujoco, mamujoco_khop, smac, smax, toy
+from omcda_deploy.errors import DatasetError, PluginError, UnknownNameError
+from omcda_deploy.plugins import DatasetFormat, ForeignFormat, Simulator, WithBehavior, WithVector
+
+# mypy holds the modules of the tree against the types of their protocols; the tests see names alone.
+SIMULATORS: tuple[Simulator, ...] = (mamujoco, mamujoco_khop, smac, smax, toy)
+FORMATS: tuple[DatasetFormat, ...] = (omiga_hdf5,)
+FOREIGN_FORMATS: tuple[ForeignFormat, ...] = (madt_episodes, og_vault, pymarl_hdf5)
+BATCHED: WithVector = smax
+RECORDABLE: WithBehavior = toy
+
+GROUPS = ("omcda_deploy.algorithms", "omcda_deploy.envs", "omcda_deploy.datasets")
+ALGORITHM = """
+PAPER, SUMMARY, ACTIONS, DIVERGENCE = "a paper", "a summary", frozenset(), {}
+Config = Algorithm = make_policy = object
+"""
+SIMULATOR = """
+TASKS = ("outside/task",)
+PACKAGES = ("numpy",)
+def make(task, **options): return (task, options)
+"""
+FORMAT = """
+SUFFIXES = (".out",)
+def read(path, task): return task
+"""
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """``install(group, name, source)`` adds a module with an entry point, as installing its package would."""
+    entries = {group: list[metadata.EntryPoint]() for group in GROUPS}
+    monkeypatch.setattr(metadata, "entry_points", lambda group: metadata.EntryPoints(entries[group]))
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = []
+
+    def add(group: str, name: str, source: str) -> None:
+        module = f"outside_{name}"
+        modules.append(module)
+        (tmp_path / f"{module}.py").write_text(source)
+        entries[f"omcda_deploy.{group}"].append(metadata.EntryPoint(name, module, f"omcda_deploy.{group}"))
+        registry.rescan()
+
+    yield add
+    monkeypatch.undo()
+    for module in modules:
+        sys.modules.pop(module, None)
+    registry.rescan()
 
 
 def run(code: str) -> str:
@@ -49,31 +101,109 @@ def test_listing_needs_neither_torch_nor_a_simulator() -> None:
     assert "pip install 'omcda-deploy[mujoco]'" in lines[1]
 
 
-def test_entry_points_add_to_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "outside_algorithm.py").write_text("LOADED = True\n")
-    (tmp_path / "outside_env.py").write_text(
-        "TASKS = ('outside/task',)\nPACKAGES = ('numpy',)\ndef make(task, **options): return (task, options)\n"
-    )
-    (tmp_path / "outside_format.py").write_text("SUFFIXES = ('.out',)\ndef read(path, task): return task\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    entries = {
-        "omcda_deploy.algorithms": ("mine", "outside_algorithm"),
-        "omcda_deploy.envs": ("sim", "outside_env"),
-        "omcda_deploy.datasets": ("out", "outside_format"),
-    }
-    monkeypatch.setattr(
-        metadata,
-        "entry_points",
-        lambda group: metadata.EntryPoints([metadata.EntryPoint(*entries[group], group)]),
-    )
+def test_modules_of_the_tree_are_all_registered() -> None:
+    assert {task for module in SIMULATORS for task in module.TASKS} == set(registry.tasks())
+    formats = {registry.load_dataset_format(name) for name in registry.dataset_formats()}
+    assert formats == {*FORMATS, *FOREIGN_FORMATS}
+    assert set(registry.foreign_formats().values()) == set(FOREIGN_FORMATS)
+    batched = {task for task in registry.tasks() if registry.vector_factory(task) is not None}
+    assert batched == set(smax.TASKS)
+
+
+def test_entry_points_add_to_each_kind(install: Install) -> None:
+    install("algorithms", "mine", ALGORITHM)
+    install("envs", "sim", SIMULATOR)
+    install("datasets", "out", FORMAT)
     assert "mine" in registry.algorithms()
-    assert registry.load_algorithm("mine").LOADED
+    assert registry.load_algorithm("mine").PAPER == "a paper"
     assert "outside/task" in registry.tasks()
     made: Any = registry.make_environment("outside/task", size=3)
     assert made == ("outside/task", {"size": 3})
     assert registry.simulator_versions("outside/task") == {"numpy": metadata.version("numpy")}
+    assert registry.behavior_team("outside/task") is None
     read: Any = registry.read_dataset("episodes.out", "a-task")
     assert read == "a-task"
+
+
+def test_each_missing_name_of_an_algorithm_is_named(install: Install) -> None:
+    install("algorithms", "typo", ALGORITHM.replace("make_policy", "make_polices").replace("PAPER", "TITLE"))
+    with pytest.raises(PluginError) as refused:
+        registry.load_algorithm("typo")
+    message = str(refused.value)
+    assert message.startswith(
+        "outside_typo (entry point 'typo' of omcda_deploy.algorithms): expected PAPER, "
+    )
+    assert "missing is PAPER, make_policy (is make_polices a misspelling of it?): define it" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "missing"),
+    [
+        ("SUFIXES = ('.out',)\ndef read(path, task): ...", r"SUFFIXES \(is SUFIXES a misspelling"),
+        ("suffixes = ('.out',)\ndef read(path, task): ...", r"SUFFIXES \(is suffixes a misspelling"),
+        ("SUFFIXES = ('.out',)", "missing is read: define it"),
+        (
+            "SOURCE = 'a folder'\ndef recognize(path): ...\ndef open_recording(path, task): ...",
+            r"recognizes \(is recognize a misspelling",
+        ),
+        ("", "missing is SUFFIXES, read: define it"),
+    ],
+)
+def test_an_incomplete_format_is_an_error_and_no_missing_format(
+    install: Install, source: str, missing: str, tmp_path: Path
+) -> None:
+    install("datasets", "broken", source)
+    with pytest.raises(PluginError, match=missing):
+        registry.load_dataset_format("broken")
+    with pytest.raises(
+        DatasetError, match=rf"ending in one of \.h5 .*'broken' of omcda_deploy\.datasets.*{missing}"
+    ):
+        registry.read_dataset(tmp_path / "episodes.out")
+
+
+def test_an_incomplete_file_of_the_tree_is_always_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(omiga_hdf5, "SUFFIXES")
+    registry.rescan()
+    try:
+        with pytest.raises(
+            PluginError, match=r"omcda_deploy\.datasets\.formats\.omiga_hdf5: expected SUFFIXES, read"
+        ):
+            registry.read_dataset("episodes.out")
+    finally:
+        monkeypatch.undo()
+        registry.rescan()
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
+        (SIMULATOR.replace("make", "makes"), r"make \(is makes a misspelling of it\?\)"),
+    ],
+)
+def test_a_broken_simulator_names_itself_and_spares_the_others(
+    install: Install, source: str, cause: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    install("envs", "broken", source)
+    install("envs", "sim", SIMULATOR)
+    with caplog.at_level(logging.WARNING, logger="omcda_deploy.registry"):
+        assert {"outside/task", *toy.TASKS} <= set(registry.tasks())
+        assert registry.team_spec("toy/chain").task == "toy/chain"
+        assert registry.make_environment("outside/task")
+    (warning,) = caplog.messages  # once, not at each look-up
+    assert "outside_broken (entry point 'broken' of omcda_deploy.envs)" in warning
+    with pytest.raises(UnknownNameError, match=rf"unknown task 'broken/task': .*'broken' of .*{cause}"):
+        registry.make_environment("broken/task")
+
+
+def test_modules_are_listed_once(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("envs", "sim", SIMULATOR)
+    assert "outside/task" in registry.tasks()
+    monkeypatch.setattr(metadata, "entry_points", lambda group: pytest.fail("listed again"))
+    for _ in range(2):
+        assert "outside/task" in registry.tasks()
+        assert registry.team_spec("toy/chain").task == "toy/chain"
 
 
 def test_dataset_formats_are_told_by_file_name(tmp_path: Path) -> None:

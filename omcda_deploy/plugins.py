@@ -1,0 +1,176 @@
+"""Interfaces of plug-in modules: simulators, dataset formats and algorithms.
+
+One module adds one simulator, format or algorithm, and the module itself is the plug-in: it defines the names of a
+protocol of this file. :mod:`omcda_deploy.registry` finds such modules and checks them when it loads them
+(:func:`require_protocol`). Optional names have protocols of their own (``With…``), which the registry looks for.
+"""
+
+# ruff: noqa: N802 (constants of modules are read-only properties here, so that more specific types fit)
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from omcda_deploy.errors import PluginError
+
+if TYPE_CHECKING:
+    from omcda_deploy.bundle import DivergenceKind
+    from omcda_deploy.datasets import Dataset, Recording
+    from omcda_deploy.envs import Environment
+    from omcda_deploy.envs.vector import BatchedEnvironment
+    from omcda_deploy.policy import TeamPolicy
+    from omcda_deploy.spec import ActionKind, TeamSpec
+
+
+class Simulator(Protocol):
+    """Module of a simulator, such as ``omcda_deploy/envs/toy.py``.
+
+    It must import without the simulator's own packages; ``make`` raises MissingExtraError where they are missing.
+    It may define :class:`WithPackages`, :class:`WithVersions`, :class:`WithSpecs`, :class:`WithVector` and
+    :class:`WithBehavior`.
+    """
+
+    @property
+    def TASKS(self) -> tuple[str, ...]:
+        """Names of its tasks, such as ``toy/chain``."""
+        ...
+
+    @property
+    def make(self) -> Callable[..., Environment]:
+        """``make(task, **options)``, in which every option has a default."""
+        ...
+
+
+@runtime_checkable
+class WithPackages(Protocol):
+    """Simulator whose physics depends on installed distributions; recorded datasets name their versions."""
+
+    @property
+    def PACKAGES(self) -> tuple[str, ...]:
+        """Names of the distributions."""
+        ...
+
+
+@runtime_checkable
+class WithVersions(Protocol):
+    """Simulator that depends on software which is installed elsewhere."""
+
+    @property
+    def versions(self) -> Callable[..., dict[str, str]]:
+        """``versions(**options)``, with the options of ``make``."""
+        ...
+
+
+@runtime_checkable
+class WithSpecs(Protocol):
+    """Simulator that states the specs of its tasks, so that they are known where it is not installed."""
+
+    @property
+    def SPECS(self) -> Mapping[str, TeamSpec]:
+        """Specs by task; a task that it leaves out is made to learn its spec."""
+        ...
+
+
+@runtime_checkable
+class WithVector(Protocol):
+    """Simulator that steps many environments in one call."""
+
+    @property
+    def make_vector(self) -> Callable[..., BatchedEnvironment]:
+        """``make_vector(task, num_envs, **options)``, with the options of ``make``."""
+        ...
+
+
+@runtime_checkable
+class WithBehavior(Protocol):
+    """Simulator whose tasks are defined together with behaviour policies."""
+
+    @property
+    def behavior_team(self) -> Callable[[str], TeamPolicy]:
+        """``behavior_team(task)``."""
+        ...
+
+
+class DatasetFormat(Protocol):
+    """Module of a dataset format that is read as it is, such as ``datasets/formats/omiga_hdf5.py``."""
+
+    @property
+    def SUFFIXES(self) -> tuple[str, ...]:
+        """Ends of its files' names, such as ``.hdf5``."""
+        ...
+
+    @property
+    def read(self) -> Callable[[Path, str | None], Dataset]:
+        """``read(path, task)``; a task of None is the one that the file names."""
+        ...
+
+
+class ForeignFormat(Protocol):
+    """Module of a foreign dataset format, which is converted once into HDF5, such as ``og_vault.py``."""
+
+    SOURCE: str  # a source of the format in words, such as "folder of torch-pickled episodes"
+
+    @property
+    def recognizes(self) -> Callable[[Path], bool]:
+        """``recognizes(path)``, which looks quickly at an existing path."""
+        ...
+
+    @property
+    def open_recording(self) -> Callable[[Path, str | None], AbstractContextManager[Recording]]:
+        """``open_recording(path, task)``, a context manager; a task of None is the one that the path names."""
+        ...
+
+
+class AlgorithmModule(Protocol):
+    """Module of an algorithm, such as ``training/algorithms/omcda.py``. It may import torch, and define COLUMNS."""
+
+    PAPER: str  # title and year of its source
+    SUMMARY: str  # a few words on its method
+    ACTIONS: frozenset[ActionKind]  # kinds of actions that it handles
+    DIVERGENCE: Mapping[ActionKind, DivergenceKind]  # divergence_kind of its exported policies
+    Config: type[Any]  # frozen dataclass of its settings, with at least `hidden` and `batch_size`
+    Algorithm: type[Any]  # class of its learners, an omcda_deploy.training.loop.Algorithm
+
+    @property
+    def make_policy(self) -> Callable[..., Any]:
+        """``make_policy(config, networks)``, the torch module that is trained and exported."""
+        ...
+
+
+def member_names(protocol: type[Any]) -> list[str]:
+    """Names that a module must define for one of the protocols above."""
+    properties = [name for name, member in vars(protocol).items() if isinstance(member, property)]
+    return [*vars(protocol).get("__annotations__", ()), *properties]
+
+
+def format_protocol(module: Any) -> type[Any]:
+    """Return the protocol for a dataset format's module: the foreign one if the module defines any of its names."""
+    foreign = any(hasattr(module, name) for name in member_names(ForeignFormat))
+    return ForeignFormat if foreign else DatasetFormat
+
+
+def require_protocol(module: Any, protocol: type[Any], label: str) -> None:
+    """Raise :class:`PluginError` unless ``module`` defines every name of ``protocol``.
+
+    The message names the module by ``label``, the missing names, and for each the most similar name that the module
+    defines, which may be misspelt.
+    """
+    required = member_names(protocol)
+    missing = [name for name in required if not hasattr(module, name)]
+    if not missing:
+        return
+    public = {
+        name.lower(): name for name in vars(module) if not name.startswith("_") and name not in required
+    }
+    hints = []
+    for name in missing:
+        near = difflib.get_close_matches(name.lower(), public, n=1, cutoff=0.75)
+        hints.append(f"{name} (is {public[near[0]]} a misspelling of it?)" if near else name)
+    raise PluginError(
+        f"{label}: expected {', '.join(required)}, as omcda_deploy.plugins.{protocol.__name__} says, missing is "
+        f"{', '.join(hints)}: define it"
+    )
