@@ -64,12 +64,12 @@ class ExportError(OmcdaError):
 class UnknownNameError(OmcdaError):
     """A task, algorithm, tier or agent has no such name; the message names the most similar one."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], note: str = "") -> None:
-        """``known``: the names that exist; ``note`` ends the message."""
-        names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    def __init__(self, kind: str, name: str, names: Iterable[str], note: str = "") -> None:
+        """``names`` are those that exist; ``note`` ends the message."""
+        choices = sorted(names)
+        near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        super().__init__(f"unknown {kind} {name!r}: {hint}known are {', '.join(names) or 'none'}{note}")
+        super().__init__(f"unknown {kind} {name!r}: {hint}known are {', '.join(choices) or 'none'}{note}")
 
 
 class MissingExtraError(OmcdaError):

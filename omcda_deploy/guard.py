@@ -43,8 +43,8 @@ Mode = Literal["observe", "fallback", "blend"]
 
 PERCENTILE = 99.0
 _BISECTIONS = 30
-# Smallest scale of an entry, relative to the root mean square of the standard deviations of all entries: an entry
-# that was constant in the data may still move that much.
+# Smallest scale of an entry, relative to the root mean square of the standard deviations of all entries: even a
+# constant entry of the data may move that much.
 _LEAST_STD = 0.1
 
 

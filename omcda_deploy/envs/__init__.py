@@ -1,7 +1,8 @@
-"""Simulators behind one small protocol, shaped like PettingZoo's parallel API.
+"""Simulators behind one small protocol, shaped like PettingZoo's parallel API (docs/simulators.md#the-contract).
 
-One file per simulator. Each defines ``TASKS``, the task names it serves, and ``make(task, **options)``; the
-registry finds the file by listing this folder, or through the entry-point group ``omcda_deploy.envs``.
+One file per simulator, which defines the names of :class:`omcda_deploy.plugins.Simulator`. The registry finds it by
+listing this folder, or through the entry-point group ``omcda_deploy.envs``. The folders inside this one hold code
+that is no simulator by itself.
 """
 
 from __future__ import annotations
@@ -23,41 +24,49 @@ StepResult: TypeAlias = tuple[
 
 
 class Environment(Protocol):
-    """One episode at a time of a cooperative team; every agent receives the same reward.
+    """Environment of a cooperative team, one episode at a time; every agent receives the same reward.
 
-    As in PettingZoo, dictionaries are keyed by agent name. A discrete task puts ``action_mask`` (uint8 [A]) into
-    each agent's info. ``terminations`` are ends of the task, ``truncations`` are time limits; both are equal for
-    all agents, and the keys of observations never change during an episode.
+    As in PettingZoo, dictionaries are keyed by agent name. A discrete task puts ``action_mask`` (uint8 [A], 1 where
+    an action is available) into each agent's info. ``terminations`` are ends of the task, ``truncations`` are time
+    limits; both are equal for all agents, and the keys of observations never change during an episode.
     """
 
     spec: TeamSpec
 
     @property
-    def possible_agents(self) -> list[str]: ...
+    def possible_agents(self) -> list[str]:
+        """Names of the agents in team order."""
+        ...
 
     def reset(self, seed: int | None = None) -> tuple[Observations, dict[str, dict[str, Any]]]:
-        """Start an episode; the same seed starts the same episode."""
+        """Start an episode and return observations and infos; the same seed starts the same episode."""
         ...
 
     def step(self, actions: Mapping[str, Any]) -> StepResult:
-        """Apply one action per agent: float32 [A] in [-1, 1], or an int."""
+        """Apply one action per agent, float32 [A] in [-1, 1] or an int.
+
+        Returns observations, rewards, terminations, truncations and infos. Raises :class:`ContractError` for
+        actions that do not fit.
+        """
         ...
 
     def state(self) -> Float:
-        """Centralised state [S] of the present step, for mixers."""
+        """Centralised state [S] of the present step, on which mixers are trained."""
         ...
 
     def render(self) -> NDArray[np.uint8]:
         """The present frame, uint8 [height, width, 3]."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what the simulator holds."""
+        ...
 
 
 def joint_action(spec: TeamSpec, actions: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Continuous actions of all agents, one after another in team order: float64 [sum of A].
+    """Join the continuous actions of all agents in team order: float64 [sum of A_i].
 
-    Raises :class:`ContractError` for a missing or unknown agent, a wrong size, or a number not finite.
+    Raises :class:`ContractError` for a missing or unknown agent, a wrong size, or a number that is not finite.
     """
     _require_team(spec, actions)
     vectors = []
@@ -75,7 +84,10 @@ def joint_action(spec: TeamSpec, actions: Mapping[str, Any]) -> NDArray[np.float
 
 
 def joint_choice(spec: TeamSpec, actions: Mapping[str, Any]) -> list[int]:
-    """Discrete actions of all agents in team order; errors as in :func:`joint_action`."""
+    """List the discrete actions of all agents in team order.
+
+    Raises :class:`ContractError` for a missing or unknown agent, and for anything but an integer from 0 to A_i - 1.
+    """
     _require_team(spec, actions)
     choices = []
     for agent in spec.agents:

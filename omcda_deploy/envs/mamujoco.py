@@ -1,12 +1,13 @@
 """Multi-agent MuJoCo as OMIGA's data were recorded: ``mamujoco/{hopper-3x1,ant-2x4,halfcheetah-6x1}``.
 
-Every agent observes the full vector of the v2 environment followed by its one-hot id, standardised over the
-entries of that vector, ``(x - mean(x)) / std(x)``; the centralised state is all these vectors one after another
-(baselines.md 9.1). Agent k of n drives the k-th of n equal runs of actuators in MuJoCo's own order.
+Every agent observes the full vector of the v2 environment followed by its one-hot id, standardised over the entries
+of that vector, ``(x - mean(x)) / std(x)`` (docs/simulators.md#observations). The centralised state is these vectors
+joined (docs/simulators.md#state). Agent k of n drives the k-th of n equal groups of actuators in MuJoCo's order.
 
-The v2 environments are rebuilt from Gymnasium's v5 ones: Ant without contact forces or contact cost and 84 zeros
-in their place, and +1 on the step that terminates Hopper or Ant, which v5 withholds (simulators.md section 1).
-Physics is that of the installed mujoco; 3.3.7 is the release closest to the one behind the published data.
+The v2 environments are rebuilt from Gymnasium's v5 ones: Ant without contact cost and with 84 zeros in place of the
+contact forces, and +1 on the step that terminates Hopper or Ant, which v5 withholds
+(docs/simulators.md#rewards-and-ends). The physics is that of the installed mujoco; 3.3.7 is the release closest to
+the one behind the published data (docs/simulators.md#versions).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ EPISODE_LIMIT = 1000
 
 @dataclass(frozen=True)
 class _Body:
-    """A v5 environment and what turns it into its v2 ancestor."""
+    """A v5 environment and its differences from the v2 environment of the same body."""
 
     gymnasium_id: str
     agents: int
     joints_per_agent: int
-    observation: int  # length of v5's observation, as configured by `options`
-    zeros: int  # entries that v2 appends and that were always zero
+    observation: int  # length of v5's observation under `options`
+    zeros: int  # entries that v2 appends, always zero
     control_rate: float  # Hz, 1 / dt
     options: Mapping[str, Any]
 
@@ -63,9 +64,10 @@ def standardize(vectors: NDArray[Any]) -> Float:
 
 
 class JointBody:
-    """The single-agent v2 environment: all joints driven by one action vector, no time limit of its own.
+    """Single-agent v2 environment: one action vector drives all joints, and no time limit ends an episode.
 
-    This is what behaviour policies are trained on, and what :class:`MultiAgentMujoco` shares out to a team.
+    Behaviour policies are trained on it; :class:`MultiAgentMujoco` divides it among a team. Raises
+    :class:`MissingExtraError` without gymnasium and :class:`UnknownNameError` for an unknown body.
     """
 
     def __init__(self, name: str, render_mode: str | None = None) -> None:
@@ -78,25 +80,27 @@ class JointBody:
         self.body = _BODIES[name]
         entry = gymnasium.spec(self.body.gymnasium_id).entry_point
         create: Callable[..., Any] = gymnasium.envs.registration.load_env_creator(str(entry))
-        # Created without gymnasium.make: its wrappers add a third of the step time, and the limit is ours.
-        # Gymnasium's own view stands still, and the body walks out of it.
+        # Not made by gymnasium.make, whose wrappers add a third to the time of a step and a limit that the team's
+        # environment has anyway. The camera is "track" because the body walks out of the default, fixed view.
         self._env = create(render_mode=render_mode, camera_name="track", **self.body.options)
         self._render_mode = render_mode
         self.observation_size = self.body.observation
         self.action_size = self.body.agents * self.body.joints_per_agent
 
     def reset(self, seed: int | None = None) -> NDArray[np.float64]:
+        """Start an episode and return v5's observation."""
         observation, _ = self._env.reset(seed=seed)
         return np.asarray(observation, np.float64)
 
     def step(self, action: NDArray[Any]) -> tuple[NDArray[np.float64], float, bool]:
-        """``action`` [joints] in [-1, 1] -> (observation, v2's reward, terminated)."""
+        """Apply ``action`` [joints] in [-1, 1]; return v5's observation, v2's reward and the terminal flag."""
         observation, reward, terminated, _, _ = self._env.step(action)
         if terminated:
             reward += 1.0  # v2 pays the healthy reward on the terminating step too; v5 does not
         return np.asarray(observation, np.float64), float(reward), bool(terminated)
 
     def render(self) -> NDArray[np.uint8]:
+        """The present frame. Raises :class:`ConfigError` for an environment without ``render_mode``."""
         if self._render_mode is None:
             raise ConfigError("MuJoCo was made without render_mode: use render_mode='rgb_array'")
         return np.asarray(self._env.render(), np.uint8)
@@ -106,11 +110,12 @@ class JointBody:
 
 
 def make(task: str, render_mode: str | None = None) -> MultiAgentMujoco:
+    """Make an environment. Raises :class:`UnknownNameError`, and :class:`MissingExtraError` without gymnasium."""
     return MultiAgentMujoco(task, render_mode)
 
 
 class MultiAgentMujoco:
-    """OMIGA's multi-agent view of a :class:`JointBody`. ``render_mode="rgb_array"`` makes ``render()`` work."""
+    """OMIGA's team of agents on one :class:`JointBody`. ``render()`` needs ``render_mode="rgb_array"``."""
 
     def __init__(self, task: str, render_mode: str | None = None) -> None:
         if task not in TASKS:
@@ -131,7 +136,7 @@ class MultiAgentMujoco:
         )
         self._vectors = np.zeros((body.agents, width))
         self._vectors[:, -body.agents :] = np.eye(body.agents)
-        self._seen: Float = np.zeros((body.agents, width), np.float32)
+        self._standardized: Float = np.zeros((body.agents, width), np.float32)
         self._steps = 0
 
     @property
@@ -158,7 +163,7 @@ class MultiAgentMujoco:
         )
 
     def state(self) -> Float:
-        return self._seen.reshape(-1).copy()
+        return self._standardized.reshape(-1).copy()
 
     def render(self) -> NDArray[np.uint8]:
         return self._joint.render()
@@ -168,5 +173,5 @@ class MultiAgentMujoco:
 
     def _observe(self, observation: NDArray[np.float64]) -> Observations:
         self._vectors[:, : observation.size] = observation
-        self._seen = standardize(self._vectors)
-        return {name: self._seen[i].copy() for i, name in enumerate(self.spec.names)}
+        self._standardized = standardize(self._vectors)
+        return {name: self._standardized[i].copy() for i, name in enumerate(self.spec.names)}

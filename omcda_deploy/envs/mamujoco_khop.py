@@ -1,12 +1,12 @@
-"""Multi-agent MuJoCo with decentralised observations.
+"""Multi-agent MuJoCo with decentralised observations (docs/simulators.md#ma-mujoco-k-hop).
 
 Tasks: ``mamujoco-khop1/{hopper-3x1,ant-2x4,halfcheetah-6x1}``, Gymnasium-Robotics' ``mamujoco_v1`` with
-``agent_obsk=1``. Every agent sees its own joints, the positions of the joints one hop away, and the torso, as
-Gymnasium-Robotics gives them: unnormalised, and of another length for each agent. The centralised state is the
-raw observation of the single-agent environment (11, 105 and 17 numbers). Unlike in ``mamujoco/…``, Ant keeps
+``agent_obsk=1``. Every agent observes its own joints, the positions of the joints one hop away and the torso, as
+Gymnasium-Robotics returns them: not normalised, and of a different length for each agent. The centralised state is
+the raw observation of the single-agent environment (11, 105 and 17 numbers). Unlike in ``mamujoco/…``, Ant keeps
 its contact forces: they are 42 of an agent's 63 numbers.
 
-Agents keep Gymnasium-Robotics' names and order, each driving the actuators (MuJoCo's indices) of its joints:
+Agents have Gymnasium-Robotics' names and order; each drives the actuators (MuJoCo's indices) of its joints:
 
 | task            | agents in order, each with its actuators                                     |
 |-----------------|------------------------------------------------------------------------------|
@@ -14,9 +14,9 @@ Agents keep Gymnasium-Robotics' names and order, each driving the actuators (MuJ
 | halfcheetah-6x1 | 0 bthigh; 1 bshin; 2 bfoot; 3 fthigh; 4 fshin; 5 ffoot                       |
 | ant-2x4         | 2 hip_1, 3 ankle_1, 4 hip_2, 5 ankle_2; 6 hip_3, 7 ankle_3, 0 hip_4, 1 ankle_4 |
 
-Ant's agents therefore drive other actuators than in ``mamujoco/ant-2x4`` (0 1 2 3 and 4 5 6 7): never mix data
-of the two. Reward and episode end are those of ``mamujoco/…`` (+1 on the terminating step, no contact cost), so
-the same motion earns the same return under either view.
+So Ant's agents drive other actuators than in ``mamujoco/ant-2x4`` (0 1 2 3 and 4 5 6 7): never mix data of the two.
+Rewards and ends are those of ``mamujoco/…`` (+1 on the terminating step, no contact cost), so the same motion earns
+the same return in both.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ EPISODE_LIMIT = 1000
 
 @dataclass(frozen=True)
 class _Body:
+    """Arguments and sizes of one Gymnasium-Robotics environment."""
+
     scenario: str
     factorization: str
     state_size: int
@@ -58,17 +60,21 @@ PACKAGES = ("mujoco", "gymnasium", "gymnasium-robotics")
 
 
 def make(task: str, render_mode: str | None = None) -> DecentralizedMujoco:
+    """Make an environment; errors are those of :class:`DecentralizedMujoco`."""
     return DecentralizedMujoco(task, render_mode)
 
 
 class DecentralizedMujoco:
-    """One k-hop task. ``render_mode="rgb_array"`` makes ``render()`` work."""
+    """Environment of one k-hop task. ``render()`` needs ``render_mode="rgb_array"``.
+
+    Raises :class:`UnknownNameError`, and :class:`MissingExtraError` without gymnasium-robotics.
+    """
 
     def __init__(self, task: str, render_mode: str | None = None) -> None:
         if task not in TASKS:
             raise UnknownNameError("task", task, TASKS)
         try:
-            # Its __init__ prints a notice about unrelated environments on every import.
+            # gymnasium_robotics prints a notice about unrelated environments when it is imported.
             with contextlib.redirect_stderr(io.StringIO()):
                 from gymnasium_robotics import mamujoco_v1
         except ImportError as error:
@@ -110,7 +116,7 @@ class DecentralizedMujoco:
             dict(zip(names, rows, strict=True))
         )
         terminated = bool(terminations[names[0]])
-        # v5 withholds the healthy reward on the terminating step; v2, and so mamujoco/…, pays it.
+        # v5 withholds the healthy reward on the terminating step; v2 pays it, and so does mamujoco/….
         reward = float(rewards[names[0]]) + terminated
         return (
             self._float32(observations),
@@ -124,6 +130,7 @@ class DecentralizedMujoco:
         return np.asarray(self._parallel.state(), np.float32)
 
     def render(self) -> NDArray[np.uint8]:
+        """The present frame. Raises :class:`ConfigError` for an environment without ``render_mode``."""
         if self._render_mode is None:
             raise ConfigError(f"{self.spec.task} was made without render_mode: use render_mode='rgb_array'")
         return np.asarray(self._parallel.render(), np.uint8)

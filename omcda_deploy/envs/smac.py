@@ -1,18 +1,19 @@
 """SMAC, the StarCraft Multi-Agent Challenge: ``smac/{5m_vs_6m,6h_vs_8z,corridor}`` in oxwhirl's standard form.
 
-SMAC pins a protobuf that this package cannot share an interpreter with. So it runs in one of its own
-(``smac_host.py``), which talks to us over two pipes; docs/smac.md tells how to install it. The specs are known
-without it, by SMAC's own formulas (baselines.md 9.2): n agents, e enemies, shield bits s_a and s_e,
+SMAC pins a version of protobuf that this package cannot use. So it runs in an interpreter of its own
+(``programs/smac_host.py``) and exchanges messages with this module over two pipes; docs/smac.md explains its
+installation. The specs follow from SMAC's own formulas (docs/simulators.md#sizes-by-smacs-formulas), with n agents,
+e enemies and shield bits s_a and s_e:
 
     O = 4 + e (5 + s_e) + (n - 1) (5 + s_a) + 1 + s_a        A = 6 + e
     S = n (4 + s_a) + e (3 + s_e) + n A
 
-so datasets, bundles and servers need no StarCraft II. Actions: 0 nothing (the dead, and they alone), 1 stop, 2-5
-move, 6 and up attack. A step is 8 game loops of the 22.4 that a second has at the speed "faster": 2.8 Hz.
+so datasets, bundles and servers need no StarCraft II. Actions: 0 nothing (the only one of the dead), 1 stop, 2-5
+move, 6 and up attack. A step is 8 game loops, of which a second has 22.4 at the speed "faster": 2.8 Hz.
 
-An episode in which StarCraft II crashes or the host dies is lost: its last step has reward 0, is a truncation, and
-carries ``discarded: True`` in the first agent's info; so is one that an exception of SMAC's ends, once a step has
-been played. The next reset starts a new host.
+An episode is lost when StarCraft II crashes, when the host dies, or when SMAC raises an exception in an environment
+that has played a step before. Its last step has reward 0, is a truncation, and carries ``discarded: True`` in the
+first agent's info. The next reset starts a new host.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 ANSWER_SECONDS = 300.0  # longer than StarCraft II takes to start, or SMAC to start it again after a crash
 VERSIONS_SECONDS = 30.0
-CLOSE_SECONDS = 10.0  # for a host to end its StarCraft II before both are killed
-PRINTED_BYTES = 4096  # of what a host and StarCraft II print, kept for error messages
+CLOSE_SECONDS = 10.0  # time for a host to end its StarCraft II before both are killed
+PRINTED_BYTES = 4096  # end of the output of a host and StarCraft II, kept for error messages
 GAME_LOOPS_PER_SECOND = 22.4
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Map:
+    """Numbers from which a map's spec follows."""
+
     agents: int
     enemies: int
     limit: int  # steps
@@ -56,14 +59,14 @@ class _Map:
     enemy_shield: int = 0
 
     def spec(self, task: str) -> TeamSpec:
-        n, e, own, theirs = self.agents, self.enemies, self.ally_shield, self.enemy_shield
-        observation = 4 + e * (5 + theirs) + (n - 1) * (5 + own) + 1 + own
+        n, e, s_a, s_e = self.agents, self.enemies, self.ally_shield, self.enemy_shield
+        observation = 4 + e * (5 + s_e) + (n - 1) * (5 + s_a) + 1 + s_a
         return TeamSpec(
             task=task,
             agents=tuple(
                 AgentSpec(f"agent_{i}", observation, ActionSpec("discrete", 6 + e)) for i in range(n)
             ),
-            state_size=n * (4 + own) + e * (3 + theirs) + n * (6 + e),
+            state_size=n * (4 + s_a) + e * (3 + s_e) + n * (6 + e),
             control_rate=GAME_LOOPS_PER_SECOND / smac_host.STEP_MUL,
             episode_limit=self.limit,
         )
@@ -74,7 +77,7 @@ _MAPS = {
     "6h_vs_8z": _Map(6, 8, 150, enemy_shield=1),
     "corridor": _Map(6, 24, 400, ally_shield=1),
 }
-SPECS = {f"smac/{name}": played.spec(f"smac/{name}") for name, played in _MAPS.items()}
+SPECS = {f"smac/{name}": smac_map.spec(f"smac/{name}") for name, smac_map in _MAPS.items()}
 TASKS = tuple(SPECS)
 
 
@@ -85,36 +88,36 @@ def make(
     path: str | None = None,
     render_mode: str | None = None,
 ) -> Smac:
-    """A team in SMAC. Nothing is started before the first reset.
+    """Make a team in SMAC. The first reset starts SMAC.
 
     ``python`` is the interpreter that SMAC is installed in. ``factory``, as ``module:callable``, makes the
     environment there instead of ``smac.env:StarCraft2Env``, from the same keywords (map_name, seed, difficulty,
-    step_mul); its module is looked for among that interpreter's packages, then in the folder ``path`` (default: the
+    step_mul). Its module is searched among that interpreter's packages, then in the folder ``path`` (default: the
     working directory). Raises :class:`UnknownNameError`, and :class:`ConfigError` without an interpreter, for a
-    factory of another form and for any ``render_mode``: SMAC shows no frames.
+    factory of another form and for any ``render_mode``, because SMAC renders no frames.
     """
     return Smac(task, python, factory, path, render_mode)
 
 
 def versions(python: str | None = None, **_options: Any) -> dict[str, str]:
-    """Of SMAC's packages in that interpreter and of StarCraft II; empty where it cannot say."""
+    """Versions of SMAC's packages in that interpreter and of StarCraft II; empty where they cannot be read."""
     if python is None:
         return {}
     command = [python, "-I", smac_host.__file__, "--versions"]
     try:
-        told = subprocess.run(command, capture_output=True, check=True, timeout=VERSIONS_SECONDS).stdout
-        found: dict[str, str] = json.loads(told)
+        output = subprocess.run(command, capture_output=True, check=True, timeout=VERSIONS_SECONDS).stdout
+        installed: dict[str, str] = json.loads(output)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         logger.warning("the versions of SMAC in %s stay unknown: %s", python, error)
         return {}
-    return found
+    return installed
 
 
 class Smac:
-    """One SMAC environment in an interpreter of its own; see :func:`make` for the options.
+    """Environment of SMAC in an interpreter of its own; see :func:`make` for the options.
 
-    SMAC takes a seed only where its game is created: the seed of the first reset, and of the first after a lost
-    episode, counts. Further episodes go on in that game, whatever their seed.
+    SMAC takes a seed only when it creates its game: at the first reset, and at the first after a lost episode.
+    Further episodes continue in that game, and their seeds have no effect.
     """
 
     def __init__(
@@ -135,8 +138,8 @@ class Smac:
         self._python, self._factory, self._path = python, factory, path
         self._host: _Host | None = None
         self._playing = False
-        self._proven = False  # a step has been played: this SMAC works
-        self._first_episode = False  # of the host's game, not ended yet
+        self._proven = False  # True once a step was played, so that this SMAC is known to work
+        self._first_episode = False  # True while the first episode of the host's game goes on
         self._steps = 0
         agents = len(self.spec.agents)
         self._observations: Float = np.zeros((agents, self.spec.observation_size), np.float32)
@@ -148,18 +151,18 @@ class Smac:
         return list(self.spec.names)
 
     def reset(self, seed: int | None = None) -> tuple[Observations, dict[str, dict[str, Any]]]:
-        """Start an episode; ``seed`` counts where a host is started for it.
+        """Start an episode; ``seed`` has an effect where a host is started for it.
 
-        Raises :class:`ContractError` where the interpreter's SMAC shows another team than oxwhirl's, and
+        Raises :class:`ContractError` where the interpreter's SMAC has another team than oxwhirl's, and
         :class:`SimulatorError` where SMAC does not start.
         """
-        if self._first_episode:  # SMAC would launch another game beside it, and scale its rewards anew
-            self.close()
+        if self._first_episode:
+            self.close()  # a reset in its first episode makes SMAC launch a second game and rescale rewards
         self._steps, self._playing = 0, False
         if self._host is not None:
             try:
-                self._see(self._reset(self._host))
-            except (_HostDiedError, SimulatorError) as death:  # between two episodes: nothing is lost
+                self._read_step(self._reset(self._host))
+            except (_HostDiedError, SimulatorError) as death:  # between two episodes, so none is lost
                 logger.warning("%s: starting another host: %s", self.spec.task, death)
                 self.close()
         if self._host is None:
@@ -167,7 +170,7 @@ class Smac:
                 self._host = self._launch(seed)
                 self._first_episode = True
                 self._require_same_map(self._host.receive()[0]["env_info"])
-                self._see(self._reset(self._host))
+                self._read_step(self._reset(self._host))
             except _HostDiedError as death:
                 self._host = None
                 raise SimulatorError(
@@ -187,13 +190,13 @@ class Smac:
                     f"{np.flatnonzero(mask).tolist()}, got {choice}: give the policy its action mask"
                 )
         try:
-            answer, shown = self._host.ask("step", np.array(choices, "<i8").tobytes())
+            answer, data = self._host.ask("step", np.array(choices, "<i8").tobytes())
         except _HostDiedError as death:
             return self._discard(str(death))
         except SimulatorError as failure:
             if not self._proven:
                 raise
-            return self._discard(str(failure))  # SMAC could not start StarCraft II again, for instance
+            return self._discard(str(failure))  # perhaps SMAC could not start StarCraft II again
         if "refused" in answer:
             raise ContractError(
                 f"{self.spec.task}: SMAC refused the actions {choices}, which it had called available: "
@@ -201,10 +204,10 @@ class Smac:
             )
         if "crashed" in answer:
             return self._discard("StarCraft II crashed")
-        self._see(shown)
+        self._read_step(data)
         self._steps, self._proven = self._steps + 1, True
         over, won = bool(answer["terminated"]), bool(answer["won"])
-        truncated = over and not won and self._steps >= self.spec.episode_limit  # SMAC calls this an end, too
+        truncated = over and not won and self._steps >= self.spec.episode_limit  # an end, for SMAC
         self._playing = not over
         self._first_episode &= not over
         return self._result(float(answer["reward"]), over and not truncated, truncated, {"won": won})
@@ -223,10 +226,10 @@ class Smac:
             self._host = None
 
     def _reset(self, host: _Host) -> bytes:
-        answer, shown = host.ask("reset")
+        answer, data = host.ask("reset")
         if "crashed" in answer:
             raise host.lost("StarCraft II crashed when an episode was to begin")
-        return shown
+        return data
 
     def _launch(self, seed: int | None) -> _Host:
         arguments = ["--map-name", self.spec.task.split("/")[1]]
@@ -236,7 +239,7 @@ class Smac:
             arguments += ["--factory", self._factory, "--path", str(Path(self._path or ".").resolve())]
         return _Host(self._python, arguments)
 
-    def _require_same_map(self, found: Mapping[str, int]) -> None:
+    def _require_same_map(self, env_info: Mapping[str, int]) -> None:
         expected = {
             "n_agents": len(self.spec.agents),
             "obs_shape": self.spec.observation_size,
@@ -245,7 +248,9 @@ class Smac:
             "episode_limit": self.spec.episode_limit,
         }
         if different := [
-            f"{name} {found[name]} against {size}" for name, size in expected.items() if found[name] != size
+            f"{name} {env_info[name]} against {size}"
+            for name, size in expected.items()
+            if env_info[name] != size
         ]:
             self.close()
             raise ContractError(
@@ -254,12 +259,12 @@ class Smac:
                 "bundles and datasets"
             )
 
-    def _see(self, shown: bytes) -> None:
+    def _read_step(self, data: bytes) -> None:
         split = self._observations.nbytes
         end = split + self._state.nbytes
-        self._observations = np.frombuffer(shown[:split], "<f4").reshape(self._observations.shape)
-        self._state = np.frombuffer(shown[split:end], "<f4")
-        self._masks = np.frombuffer(shown[end:], np.uint8).reshape(self._masks.shape)
+        self._observations = np.frombuffer(data[:split], "<f4").reshape(self._observations.shape)
+        self._state = np.frombuffer(data[split:end], "<f4")
+        self._masks = np.frombuffer(data[end:], np.uint8).reshape(self._masks.shape)
         if not (available := self._masks.any(axis=1)).all():
             raise ContractError(
                 f"{self.spec.task}: expected an available action for every agent, SMAC has none for "
@@ -301,7 +306,7 @@ def _no_frames(task: str) -> ConfigError:
 
 
 class _HostDiedError(Exception):
-    """Says how the process of a host ended, or why it was."""
+    """The process of a host has ended; the message says how, or why it was ended."""
 
 
 class _Host:
@@ -311,7 +316,7 @@ class _Host:
         self._python = python
         requests, self._write = os.pipe()
         self._read, answers = os.pipe()
-        # Isolated: else the script's own folder, with this very file in it, would be where it imports `smac` from.
+        # -I: neither PYTHONPATH nor the script's folder may hide that interpreter's packages.
         command = [python, "-I", smac_host.__file__, str(requests), str(answers), *arguments]
         try:
             self._process = subprocess.Popen(
@@ -320,7 +325,7 @@ class _Host:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(requests, answers),
-                start_new_session=True,  # a group to be killed with its StarCraft II, and out of reach of Ctrl-C
+                start_new_session=True,  # so that it is killed together with StarCraft II, and not by Ctrl-C
             )
         except OSError as error:
             os.close(self._write)
@@ -335,7 +340,7 @@ class _Host:
         self._printing.start()
 
     def ask(self, command: str, data: bytes = b"") -> tuple[dict[str, Any], bytes]:
-        """Send a request and wait for its answer; raises as :meth:`receive` does."""
+        """Send a request and wait for its answer; errors are those of :meth:`receive`."""
         if not self._open:
             raise _HostDiedError("its process was ended")
         try:
@@ -345,7 +350,7 @@ class _Host:
         return self.receive()
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
-        """The next answer. Raises :class:`_HostDiedError`, or :class:`SimulatorError` for SMAC's exceptions."""
+        """Read an answer. Raises :class:`_HostDiedError`, and :class:`SimulatorError` for SMAC's exceptions."""
         try:
             control, data = smac_host.read_frame(self._read, ANSWER_SECONDS)
         except (OSError, EOFError, ValueError) as error:
@@ -358,36 +363,35 @@ class _Host:
         return control, data
 
     def close(self) -> None:
-        """Let it end its StarCraft II, or kill both. A second call does nothing."""
+        """Let the host end its StarCraft II, or kill both. A second call does nothing."""
         if self._open:
             self._open = False
             os.close(self._write)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(CLOSE_SECONDS)
-            with suppress(
-                ProcessLookupError, PermissionError
-            ):  # none is left; macOS denies where all are dead
+            # No process of the group may be left; macOS raises PermissionError where all have ended.
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._printing.join(CLOSE_SECONDS)
             os.close(self._read)
 
     def lost(self, reason: str) -> _HostDiedError:
-        """End it for what it has told."""
+        """End the host because of an answer; return the error to raise."""
         self.close()
         return _HostDiedError(reason)
 
     def _died(self, error: Exception) -> _HostDiedError:
         if isinstance(error, TimeoutError):
-            self._process.kill()  # closing would wait for it once more
+            self._process.kill()  # otherwise close() would wait for it once more
         self.close()
-        ended = isinstance(error, EOFError | BrokenPipeError)
-        reason = f"its process ended with exit code {self._process.returncode}" if ended else str(error)
+        closed_pipe = isinstance(error, EOFError | BrokenPipeError)
+        reason = f"its process ended with exit code {self._process.returncode}" if closed_pipe else str(error)
         last = " / ".join(self._printed.decode(errors="replace").strip().splitlines()[-5:])
         return _HostDiedError(f"{reason}, having printed {last!r}" if last else reason)
 
     def _drain(self) -> None:
-        """Read what is printed, so that no printer ever waits; the last of it is kept."""
+        """Read the host's output, so that printing never blocks it, and keep the end."""
         assert self._process.stdout is not None
         with self._process.stdout as stream:
             while part := os.read(stream.fileno(), 1 << 16):

@@ -1,15 +1,15 @@
 """SMAX, JaxMARL's battles without StarCraft II: ``smax/{5m_vs_6m,6h_vs_8z,corridor}``.
 
-Allies against JaxMARL's scripted enemies, which walk to a unit they see and shoot the closest in range. SMAX is not
-SMAC: ``docs/smax.md`` says how they differ, and their numbers never stand in one table. ``corridor`` is SMAC's
-units on SMAX's open field (JaxMARL has no such map), so nothing of SMAC's choke point is left.
+Allies fight JaxMARL's scripted enemies, which walk to a unit they see and shoot the closest in range
+(docs/simulators.md#smax). SMAX is not SMAC: docs/smax.md says how they differ, and their numbers never stand in one
+table. ``corridor`` is SMAC's units on SMAX's open field (JaxMARL has no such map), without SMAC's choke point.
 
-Actions are 0-3 move, 4 stop, 5+k attack enemy k; the dead have ``stop`` alone. The reward is the share of the
-enemies' health that was taken off in the step, and 1 more in the step that wins. 100 steps are the limit.
+Actions are 0-3 move, 4 stop, 5+k attack enemy k; the dead can only stop. The reward is the fraction of the enemies'
+health that the step took off, plus 1 in the step that wins. An episode has at most 100 steps.
 
-JaxMARL steps :data:`ROWS` environments at a time in one compiled program, whatever their number: XLA rounds
-differently for other shapes, and a battle amplifies the last digit, so this is what makes an episode a function of
-its seed and actions alone. It also means one compilation per map, kept in ``$OMCDA_CACHE/jax`` for later processes
+JaxMARL steps :data:`ROWS` environments at a time in one compiled program, however many there are. XLA rounds
+differently for other shapes, and a battle amplifies the last digit; with one shape an episode is a function of its
+seed and actions alone. It also takes one compilation per map only, kept in ``$OMCDA_CACHE/jax`` for later processes
 (unless jax already has a cache). Specs need no jax.
 """
 
@@ -31,8 +31,9 @@ from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 _MAPS = {"5m_vs_6m": (5, 6), "6h_vs_8z": (6, 8), "corridor": (6, 24)}  # allies, enemies
 _UNIT_TYPES = 6
-_SEEN_FEATURES = 7 + _UNIT_TYPES  # of each other unit in an observation
-_OWN_FEATURES = 4 + _UNIT_TYPES  # health, x, y, weapon cooldown, type; also of each unit in the state
+_OTHER_FEATURES = 7 + _UNIT_TYPES  # per other unit in an observation
+# Health, x, y, weapon cooldown and type: per observing unit in its observation, and per unit in the state.
+_UNIT_FEATURES = 4 + _UNIT_TYPES
 _STOP, _FIRST_ATTACK = 4, 5
 
 CONTROL_RATE = 2.0  # Hz: 8 world steps of 1/16 s to a control step
@@ -46,12 +47,13 @@ PACKAGES = ("jaxmarl", "jax")
 
 def _spec(name: str) -> TeamSpec:
     allies, enemies = _MAPS[name]
-    observation = _SEEN_FEATURES * (allies + enemies - 1) + _OWN_FEATURES
+    observation = _OTHER_FEATURES * (allies + enemies - 1) + _UNIT_FEATURES
     actions = ActionSpec("discrete", _FIRST_ATTACK + enemies)
     return TeamSpec(
         task=f"smax/{name}",
         agents=tuple(AgentSpec(f"agent_{i}", observation, actions) for i in range(allies)),
-        state_size=(_OWN_FEATURES + 2) * (allies + enemies),  # and each unit's team and type number
+        state_size=(_UNIT_FEATURES + 2)
+        * (allies + enemies),  # the features, team and type number of each unit
         control_rate=CONTROL_RATE,
         episode_limit=EPISODE_LIMIT,
     )
@@ -62,22 +64,24 @@ TASKS = tuple(SPECS)
 
 
 def state_positions(spec: TeamSpec) -> list[tuple[int, int]]:
-    """Where each unit's x and y stand in the centralised state, from 0 to :data:`MAP_SIZE`."""
-    units = spec.state_size // (_OWN_FEATURES + 2)
-    return [(unit * _OWN_FEATURES + 1, unit * _OWN_FEATURES + 2) for unit in range(units)]
+    """Indices of each unit's x and y in the centralised state; their values are from 0 to :data:`MAP_SIZE`."""
+    units = spec.state_size // (_UNIT_FEATURES + 2)
+    return [(unit * _UNIT_FEATURES + 1, unit * _UNIT_FEATURES + 2) for unit in range(units)]
 
 
 def make(task: str, render_mode: str | None = None) -> Smax:
+    """Make one battle; errors are those of :class:`SmaxVector`."""
     return Smax(task, render_mode)
 
 
 def make_vector(task: str, num_envs: int, render_mode: str | None = None) -> SmaxVector:
+    """Make ``num_envs`` battles that are stepped together; errors are those of :class:`SmaxVector`."""
     return SmaxVector(task, num_envs, render_mode)
 
 
 @dataclass
-class _Shown:
-    """What the environments show; E is a multiple of :data:`ROWS`."""
+class _StepArrays:
+    """Arrays of the present step; E is a multiple of :data:`ROWS`."""
 
     observation: Float  # [E, N, O]
     state: Float  # [E, S]
@@ -85,11 +89,14 @@ class _Shown:
 
 
 class SmaxVector:
-    """E battles in step, by the rules of :class:`omcda_deploy.envs.vector.VectorEnvironment`.
+    """E battles stepped together, an :class:`omcda_deploy.envs.vector.BatchedEnvironment`.
 
-    Info holds ``won`` [E]: all enemies are dead and an ally is not, so an end by mutual destruction is not won.
-    Seeds are those of ``jax.random.PRNGKey``: 0 to 2**64 - 1. ``render_mode="rgb_array"`` makes ``render`` work.
-    An action that the mask forbids is a :class:`ContractError`, and nothing was stepped then.
+    Info holds ``won`` [E]: all enemies are dead and an ally lives, so mutual destruction is not won. Seeds are
+    those of ``jax.random.PRNGKey``: 0 to 2**64 - 1. ``render()`` needs ``render_mode="rgb_array"``.
+
+    Actions that a mask forbids raise :class:`ContractError` before any battle is stepped. Raises
+    :class:`UnknownNameError`, MissingExtraError without jaxmarl, and :class:`ConfigError` for another
+    ``render_mode``.
     """
 
     def __init__(self, task: str, num_envs: int, render_mode: str | None = None) -> None:
@@ -103,11 +110,11 @@ class SmaxVector:
         self._render_mode = render_mode
         name = task.removeprefix("smax/")
         self._programs: Programs | None = programs(name, *_MAPS[name], EPISODE_LIMIT)
-        self._ended = np.ones(num_envs, np.bool_)
+        self._idle = np.ones(num_envs, np.bool_)
         blocks = -(-num_envs // ROWS)
         self._carries: list[Any] = [None] * blocks
         agents, rows = len(self.spec.agents), blocks * ROWS
-        self._shown = _Shown(
+        self._present = _StepArrays(
             np.zeros((rows, agents, self.spec.observation_size), np.float32),
             np.zeros((rows, self.spec.state_size), np.float32),
             np.zeros((rows, agents, self.spec.action_size), np.uint8),
@@ -118,44 +125,44 @@ class SmaxVector:
         require_indices(seeds, self.num_envs)
         if outside := [seed for seed in seeds.values() if not 0 <= seed < 2**64]:
             raise ContractError(f"expected seeds from 0 to 2**64 - 1, got {outside[0]}")
-        keys = np.zeros((len(self._shown.state), 2), np.uint32)
+        keys = np.zeros((len(self._present.state), 2), np.uint32)
         chosen = np.zeros(len(keys), np.bool_)
         for row, seed in seeds.items():
-            keys[row], chosen[row] = divmod(seed, 2**32), True  # what jax.random.PRNGKey makes of it
-        for block, own in self._blocks(chosen):
-            fresh, before = compiled.reset(keys[own]), self._carries[block]
-            self._carries[block] = fresh if before is None else compiled.keep(chosen[own], fresh, before)
-            self._observe(compiled, block, own)
-        self._ended[list(seeds)] = False
-        nothing = np.zeros(self.num_envs, np.bool_)
-        return self._answer(np.zeros(self.num_envs), nothing, nothing.copy(), nothing.copy())
+            keys[row], chosen[row] = divmod(seed, 2**32), True  # the two halves of jax.random.PRNGKey(seed)
+        for block, rows in self._blocks(chosen):
+            fresh, previous = compiled.reset(keys[rows]), self._carries[block]
+            self._carries[block] = fresh if previous is None else compiled.keep(chosen[rows], fresh, previous)
+            self._observe(compiled, block, rows)
+        self._idle[list(seeds)] = False
+        terminated, truncated, won = (np.zeros(self.num_envs, np.bool_) for _ in range(3))
+        return self._answer(np.zeros(self.num_envs), terminated, truncated, won)
 
     def step(
         self, actions: Mapping[str, NDArray[Any]], active: NDArray[np.bool_] | None = None
     ) -> VectorStep:
         compiled = self._open()
-        active, columns = checked_actions(self.spec, self.num_envs, self._ended, actions, active)
-        joint = np.full((len(self._shown.state), len(columns)), _STOP, np.int32)
+        active, columns = checked_actions(self.spec, self.num_envs, self._idle, actions, active)
+        joint = np.full((len(self._present.state), len(columns)), _STOP, np.int32)
         stepped = np.zeros(len(joint), np.bool_)
         stepped[: self.num_envs] = active
         joint[stepped] = self._available(np.stack(columns, axis=1), active)
         reward = np.zeros(len(joint), np.float64)
         terminated, truncated, won = (np.zeros(len(joint), np.bool_) for _ in range(3))
-        for block, own in self._blocks(stepped):
-            self._carries[block], outcome = compiled.step(self._carries[block], joint[own], stepped[own])
-            reward[own], terminated[own], truncated[own], won[own] = outcome
-            self._observe(compiled, block, own)
+        for block, rows in self._blocks(stepped):
+            self._carries[block], outcome = compiled.step(self._carries[block], joint[rows], stepped[rows])
+            reward[rows], terminated[rows], truncated[rows], won[rows] = outcome
+            self._observe(compiled, block, rows)
         count = self.num_envs
         answer = self._answer(reward[:count], terminated[:count], truncated[:count], won[:count])
-        self._ended |= answer.terminated | answer.truncated
+        self._idle |= answer.terminated | answer.truncated
         return answer
 
     def render(self, index: int) -> NDArray[np.uint8]:
-        """The present frame of one environment, uint8 [384, 384, 3]: allies blue, enemies red, the wounded pale."""
+        """Draw the present frame of one battle, uint8 [384, 384, 3]: allies blue, enemies red, the wounded pale."""
         require_indices([index], self.num_envs)
         if self._render_mode is None:
             raise ConfigError("SMAX was made without render_mode: use render_mode='rgb_array'")
-        return _frame(self._shown.state[index], len(self.spec.agents))
+        return _frame(self._present.state[index], len(self.spec.agents))
 
     def close(self) -> None:
         self._programs, self._carries = None, []
@@ -173,20 +180,20 @@ class SmaxVector:
             raise ContractError("this SmaxVector is closed: make a new one")
         return self._programs
 
-    def _blocks(self, concerned: NDArray[np.bool_]) -> list[tuple[int, slice]]:
-        """The blocks of ROWS rows that hold any row of ``concerned``."""
+    def _blocks(self, marked: NDArray[np.bool_]) -> list[tuple[int, slice]]:
+        """Find the blocks of ROWS rows in which any row is marked: number of each block, and its rows."""
         blocks = [(block, slice(block * ROWS, (block + 1) * ROWS)) for block in range(len(self._carries))]
-        return [(block, own) for block, own in blocks if concerned[own].any()]
+        return [(block, rows) for block, rows in blocks if marked[rows].any()]
 
-    def _observe(self, compiled: Programs, block: int, own: slice) -> None:
-        shown = self._shown
-        shown.observation[own], shown.state[own], shown.action_mask[own] = compiled.observe(
+    def _observe(self, compiled: Programs, block: int, rows: slice) -> None:
+        arrays = self._present
+        arrays.observation[rows], arrays.state[rows], arrays.action_mask[rows] = compiled.observe(
             self._carries[block]
         )
 
     def _available(self, choices: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[Any]:
-        """``choices`` [E, N] of the active rows, all of which their masks allow."""
-        masks = self._shown.action_mask[: self.num_envs][active]
+        """Select the active rows of ``choices`` [E, N]. Raises :class:`ContractError` where a mask forbids one."""
+        masks = self._present.action_mask[: self.num_envs][active]
         chosen = choices[active]
         inside = (chosen >= 0) & (chosen < self.spec.action_size)
         allowed = np.take_along_axis(masks, np.where(inside, chosen, 0)[..., None], axis=-1)[..., 0] != 0
@@ -206,11 +213,11 @@ class SmaxVector:
         won: NDArray[np.bool_],
     ) -> VectorStep:
         count, names = self.num_envs, self.spec.names
-        observation = self._shown.observation[:count].copy()
-        mask = self._shown.action_mask[:count].copy()
+        observation = self._present.observation[:count].copy()
+        mask = self._present.action_mask[:count].copy()
         return VectorStep(
             observations={name: observation[:, i] for i, name in enumerate(names)},
-            state=self._shown.state[:count].copy(),
+            state=self._present.state[:count].copy(),
             action_masks={name: mask[:, i] for i, name in enumerate(names)},
             reward=reward,
             terminated=terminated,
@@ -220,7 +227,7 @@ class SmaxVector:
 
 
 class Smax:
-    """One battle at a time: :class:`SmaxVector` of one. The first agent's info holds ``won``."""
+    """One battle, a :class:`SmaxVector` of one row. The first agent's info holds ``won``."""
 
     def __init__(self, task: str, render_mode: str | None = None) -> None:
         self._vector = SmaxVector(task, 1, render_mode)
@@ -279,7 +286,7 @@ def _frame(state: Float, allies: int) -> NDArray[np.uint8]:
     size = int(MAP_SIZE * _PIXELS)
     frame = np.full((size, size, 3), 235, np.uint8)
     across, down = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
-    units = state[: state.size // (_OWN_FEATURES + 2) * _OWN_FEATURES].reshape(-1, _OWN_FEATURES)
+    units = state[: state.size // (_UNIT_FEATURES + 2) * _UNIT_FEATURES].reshape(-1, _UNIT_FEATURES)
     for unit, (health, x, y, *_) in enumerate(units):
         if health > 0:  # the dead are all zeros
             inside = (across - x * _PIXELS) ** 2 + (down - (MAP_SIZE - y) * _PIXELS) ** 2 < (

@@ -1,4 +1,4 @@
-"""Missed answers: counted exactly, never taken late, and answered by whom the caller chose."""
+"""Missed answers are counted exactly, never taken late, and answered by the fallback that the caller chose."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.client.test_client import assert_same, masks, observations
 from tests.support.bundles import continuous_spec, write_test_bundle
 from tests.support.server_process import ServerProcess
 
-DEADLINE_S = 0.5  # of the steps that are to be missed: far more than an answer takes, far less than a test
+DEADLINE_S = 0.5  # far longer than an answer takes, far shorter than a test
 
 
 class SlowService(policy_pb2_grpc.PolicyServiceServicer):
@@ -90,7 +90,7 @@ def slow_server(
 def team_without_servers(
     bundle: Bundle, fallback: FallbackChoice, *models: str, stream: bool = False
 ) -> Iterator[RemoteTeam]:
-    """A team that has acted once, and whose server is gone since."""
+    """A team that has acted once, and whose server has stopped after that."""
     with (
         slow_server(bundle, *(models or bundle.spec.names)) as (endpoint, _, server),
         RemoteTeam([endpoint], fallback=fallback, deadline_s=5, stream=stream) as team,
@@ -107,10 +107,10 @@ def all_available(bundle: Bundle, batch: int) -> dict[str, Any] | None:
 
 
 def is_fallback(decision: Decision) -> bool:
-    """Marked, and claiming nothing that nobody knows."""
-    known = np.isfinite(decision.divergence)
-    assert known.all() != decision.fallback
-    assert not (decision.fallback and (known.any() or decision.parameters))
+    """Tell a marked decision; it must not claim a divergence or parameters."""
+    finite = np.isfinite(decision.divergence)
+    assert finite.all() != decision.fallback
+    assert not (decision.fallback and (finite.any() or decision.parameters))
     return decision.fallback
 
 
@@ -126,12 +126,12 @@ def test_misses_are_counted_exactly_and_late_answers_never_taken(
         RemoteTeam([endpoint], stream=stream, deadline_s=DEADLINE_S, fallback="hold") as team,
     ):
         service.late = late
-        held: Mapping[str, Decision] = {}
+        previous: Mapping[str, Decision] = {}
         for step in range(1, 10):
             if step == 6:
                 team.reset()
-            seen = observations(spec, 2, seed=step)
-            decisions, expected = team.act(seen), local.act(seen)
+            batch = observations(spec, 2, seed=step)
+            decisions, expected = team.act(batch), local.act(batch)
             missed = {name for name, missed_step in late if missed_step == step}
             assert {name for name, decision in decisions.items() if is_fallback(decision)} == missed
             assert set(team.latencies) == set(spec.names) - missed
@@ -141,8 +141,8 @@ def test_misses_are_counted_exactly_and_late_answers_never_taken(
                 {n: expected[n] for n in spec.names if n not in missed},
             )
             for name in missed:
-                assert decisions[name].action.tobytes() == held[name].action.tobytes()
-            held = decisions
+                assert decisions[name].action.tobytes() == previous[name].action.tobytes()
+            previous = decisions
         assert team.missed == {"agent_0": 0, "agent_1": 3, "agent_2": 1}
         assert team.fallback == "hold"
         assert service.answered_late == 4, "no answer came late: the test shows nothing"
@@ -154,35 +154,35 @@ def test_misses_are_counted_exactly_and_late_answers_never_taken(
 def test_a_first_step_that_is_missed_has_nothing_to_hold_and_is_asked_again_as_the_first(
     continuous_bundle: Bundle, stream: bool
 ) -> None:
-    seen = observations(continuous_bundle.spec, None)["agent_0"]
+    batch = observations(continuous_bundle.spec, None)["agent_0"]
     with (
         slow_server(continuous_bundle, "agent_0") as (endpoint, service, _),
         RemotePolicy(endpoint, stream=stream, deadline_s=DEADLINE_S, fallback="hold") as policy,
     ):
         service.late = {("agent_0", 1), ("agent_0", 3)}
         with pytest.raises(MissedAnswerError, match=rf"{endpoint}: step of agent_0 .*500 ms.* to hold"):
-            policy.act(seen)
-        answered = policy.act(seen)
-        assert_same({"": answered}, {"": LocalPolicy(continuous_bundle, "agent_0").act(seen)})
+            policy.act(batch)
+        answered = policy.act(batch)
+        assert_same({"": answered}, {"": LocalPolicy(continuous_bundle, "agent_0").act(batch)})
         assert [request.reset for request in service.requests] == [True, True]
-        held = policy.act(-seen)
-        assert is_fallback(held)
-        assert held.action.tobytes() == answered.action.tobytes()
-        assert held.action.shape == answered.action.shape
+        decision = policy.act(-batch)
+        assert is_fallback(decision)
+        assert decision.action.tobytes() == answered.action.tobytes()
+        assert decision.action.shape == answered.action.shape
         assert (policy.missed, policy.latency) == (2, None)
         policy.reset()
         service.late = {("agent_0", 4)}
         with pytest.raises(MissedAnswerError, match="to hold"):  # the last episode's action is not this one's
-            policy.act(seen)
+            policy.act(batch)
 
 
 def test_held_actions_belong_to_the_policy_not_to_the_caller(continuous_bundle: Bundle) -> None:
-    seen = observations(continuous_bundle.spec, 2)
+    batch = observations(continuous_bundle.spec, 2)
     with team_without_servers(continuous_bundle, "hold") as team:
-        first = team.act(seen)["agent_1"].action
-        kept = first.copy()
+        first = team.act(batch)["agent_1"].action
+        copy = first.copy()
         first[:] = 9.0
-        np.testing.assert_array_equal(team.act(seen)["agent_1"].action, kept)
+        np.testing.assert_array_equal(team.act(batch)["agent_1"].action, copy)
         with pytest.raises(MissedAnswerError, match="batch size to hold"):
             team.act(observations(continuous_bundle.spec, 3))
 
@@ -190,15 +190,15 @@ def test_held_actions_belong_to_the_policy_not_to_the_caller(continuous_bundle: 
 def test_a_held_action_that_is_forbidden_by_now_gives_way(discrete_bundle: Bundle) -> None:
     spec = discrete_bundle.spec
     with team_without_servers(discrete_bundle, "hold") as team:
-        seen, free = observations(spec, 2, seed=5), all_available(discrete_bundle, 2)
-        held = {name: decision.action for name, decision in team.act(seen, action_masks=free).items()}
+        batch, free = observations(spec, 2, seed=5), all_available(discrete_bundle, 2)
+        actions = {name: decision.action for name, decision in team.act(batch, action_masks=free).items()}
         allowed = masks(spec, 2)
         given_way = 0
-        for name, decision in team.act(seen, action_masks=allowed).items():
+        for name, decision in team.act(batch, action_masks=allowed).items():
             for row, action in enumerate(decision.action):
-                kept = allowed[name][row, held[name][row]]
-                assert action == (held[name][row] if kept else np.flatnonzero(allowed[name][row])[0])
-                given_way += not kept
+                allows = allowed[name][row, actions[name][row]]
+                assert action == (actions[name][row] if allows else np.flatnonzero(allowed[name][row])[0])
+                given_way += not allows
             assert decision.action.dtype == np.int64
         assert 0 < given_way < 4, "the masks forbid all or nothing: the test shows half"
 
@@ -210,14 +210,14 @@ def test_policies_stand_in_with_the_same_noise_and_masks(
 ) -> None:
     bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
     other = write_test_bundle(tmp_path / "other", bundle.spec, seed=99)
-    given: dict[str, Any] = {"noise": NoiseSource(bundle.spec, 4).draw(3)}
+    arguments: dict[str, Any] = {"noise": NoiseSource(bundle.spec, 4).draw(3)}
     if kind == "discrete":
-        given["action_masks"] = masks(bundle.spec, 3)
-    seen = observations(bundle.spec, 3)
-    expected = LocalTeam(other).act(seen, **given)
+        arguments["action_masks"] = masks(bundle.spec, 3)
+    batch = observations(bundle.spec, 3)
+    expected = LocalTeam(other).act(batch, **arguments)
     for fallback in (LocalTeam(other), {name: LocalPolicy(other, name) for name in bundle.spec.names}):
         with team_without_servers(bundle, fallback, stream=stream) as team:
-            decisions = team.act(seen, **given)
+            decisions = team.act(batch, **arguments)
             assert all(is_fallback(decision) for decision in decisions.values())
             for name, decision in decisions.items():
                 assert decision.action.tobytes() == expected[name].action.tobytes()
@@ -226,10 +226,10 @@ def test_policies_stand_in_with_the_same_noise_and_masks(
 
 
 def test_a_missed_joint_graph_is_missed_by_every_agent(continuous_bundle: Bundle) -> None:
-    seen = observations(continuous_bundle.spec, 2)
+    batch = observations(continuous_bundle.spec, 2)
     with team_without_servers(continuous_bundle, LocalTeam(continuous_bundle), TEAM) as team:
         assert list(team.endpoints) == [TEAM]
-        decisions = team.act(seen)
+        decisions = team.act(batch)
         assert all(is_fallback(decision) for decision in decisions.values())
         assert team.missed == dict.fromkeys(continuous_bundle.spec.names, 1)
 
@@ -251,9 +251,9 @@ def test_the_command_line_says_who_answered(
             str(tmp_path / "out.json"),
         ]
         monkeypatch.setattr("sys.argv", ["omcda-deploy", *words])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             cli.main()
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     result = json.loads((tmp_path / "out.json").read_text())
     steps = {"agent_0": 0, "agent_1": 1, "agent_2": 0}
     assert result["fallback"] == {"by": "BehaviorTeam", "steps": steps}
@@ -268,15 +268,15 @@ def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
     """To the bit, in a batch and row by row, from the graphs of single agents and from the team's."""
     bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
     spec, rows = bundle.spec, 2000
-    seen = observations(spec, rows)
+    batch = observations(spec, rows)
     noise = NoiseSource(spec, 4).draw(rows) if noisy else None
     allowed = masks(spec, rows) if kind == "discrete" else None
     team = BehaviorTeam(bundle)
-    decisions = team.act(seen, noise=noise, action_masks=allowed)
+    decisions = team.act(batch, noise=noise, action_masks=allowed)
     distrust = dict.fromkeys(spec.names, GuardSetting("fallback", threshold=0.0))
 
     def inputs(row: slice, *names: str) -> dict[str, Any]:
-        joined = {"observation": seen, "noise": noise, "action_mask": allowed}
+        joined = {"observation": batch, "noise": noise, "action_mask": allowed}
         return {
             name: np.concatenate([values[agent][row] for agent in names], axis=1)
             for name, values in joined.items()
@@ -300,7 +300,7 @@ def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
             assert (joint["action"][in_team, columns] == joint["behavior_action"][in_team, columns]).all()
         for row in range(0, rows, 10):
             single = team.act(
-                {agent: values[row] for agent, values in seen.items()},
+                {agent: values[row] for agent, values in batch.items()},
                 noise=None if noise is None else {agent: values[row] for agent, values in noise.items()},
                 action_masks=None if allowed is None else {agent: m[row] for agent, m in allowed.items()},
             )[name]
@@ -312,7 +312,7 @@ def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
         assert not np.any(decision.policy_weight)
         policy = LocalPolicy(bundle, name)
         trusted = policy.act(
-            seen[name],
+            batch[name],
             noise=None if noise is None else noise[name],
             action_mask=None if allowed is None else allowed[name],
         )
@@ -322,11 +322,11 @@ def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
 def test_rows_without_noise_take_the_graphs_own_behavior_action(continuous_bundle: Bundle) -> None:
     """Zeros are no noise: a server fills them in for a request without any, so both sides must agree on it."""
     spec, rows = continuous_bundle.spec, 64
-    seen, noise = observations(spec, rows), NoiseSource(spec, 4).draw(rows)
+    batch, noise = observations(spec, rows), NoiseSource(spec, 4).draw(rows)
     for values in noise.values():
         values[::2] = 0.0
-    mixed = BehaviorTeam(continuous_bundle).act(seen, noise=noise)
-    quiet = BehaviorTeam(continuous_bundle).act(seen)
+    mixed = BehaviorTeam(continuous_bundle).act(batch, noise=noise)
+    quiet = BehaviorTeam(continuous_bundle).act(batch)
     for name in spec.names:
         assert mixed[name].action[::2].tobytes() == quiet[name].action[::2].tobytes()
         assert (mixed[name].action[1::2] != quiet[name].action[1::2]).all()
@@ -349,17 +349,17 @@ def test_an_agents_latency_is_its_own(continuous_bundle: Bundle, stream: bool) -
 
 def test_a_stream_that_ended_between_two_steps_costs_no_step(continuous_bundle: Bundle) -> None:
     """A server that was started again while nobody asked anything."""
-    seen = observations(continuous_bundle.spec, 1)
+    batch = observations(continuous_bundle.spec, 1)
     with slow_server(continuous_bundle, *continuous_bundle.spec.names) as (endpoint, _, server):
         team = RemoteTeam([endpoint], stream=True, deadline_s=5, fallback="hold")
-        team.act(seen)
-        before = {thread for thread in threading.enumerate() if thread.name.startswith("answers of")}
+        team.act(batch)
+        readers = {thread for thread in threading.enumerate() if thread.name.startswith("answers of")}
         server.stop(None).wait()
-    for thread in before:  # those that read the old streams have seen their end
+    for thread in readers:  # those that read the old streams have seen their end
         thread.join(5)
     port = int(endpoint.rpartition(":")[2])
     with slow_server(continuous_bundle, *continuous_bundle.spec.names, port=port), team:
-        assert_same(team.act(seen), LocalTeam(continuous_bundle).act(seen))
+        assert_same(team.act(batch), LocalTeam(continuous_bundle).act(batch))
         assert not any(team.missed.values())
 
 
@@ -368,10 +368,10 @@ def test_what_a_server_refuses_is_no_miss(
     continuous_bundle: Bundle, continuous_server: ServerProcess, stream: bool
 ) -> None:
     """A fallback would hide for ever that the request is wrong."""
-    seen = observations(continuous_bundle.spec, 2)
-    bad = seen | {"agent_1": np.full((2, 5), np.nan, np.float32)}
+    batch = observations(continuous_bundle.spec, 2)
+    bad = batch | {"agent_1": np.full((2, 5), np.nan, np.float32)}
     with RemoteTeam([continuous_server.endpoint], stream=stream, deadline_s=5, fallback="hold") as team:
-        team.act(seen)
+        team.act(batch)
         with pytest.raises(EndpointError, match=r"agent_1.*finite") as raised:
             team.act(bad)
         assert not isinstance(raised.value, MissedAnswerError)

@@ -1,4 +1,4 @@
-"""The divergence guard against closed forms: what acts, by which weight, and what is left alone."""
+"""The divergence guard against closed forms: actions, weights, and outputs that stay as they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def gaussian_outputs(spec: TeamSpec, generator: np.random.Generator, noise: NDArray[Any]) -> Arrays:
-    """What a team graph answers: random Gaussians, their KL per agent, and samples."""
+    """Outputs of a team graph: random Gaussians, their KL per agent, and samples."""
     width = sum(agent.action.size for agent in spec.agents)
     mean, mean_b = generator.normal(size=(2, B, width)).astype(np.float32)
     log_std, log_std_b = generator.uniform(-1.5, 0.3, size=(2, B, width)).astype(np.float32)
@@ -29,7 +29,7 @@ def gaussian_outputs(spec: TeamSpec, generator: np.random.Generator, noise: NDAr
         "log_std": log_std,
         "behavior_mean": mean_b,
         "behavior_log_std": log_std_b,
-        "divergence": np.stack([kl[:, own].sum(1) for own in slices(spec)], axis=1).astype(np.float32),
+        "divergence": np.stack([kl[:, part].sum(1) for part in slices(spec)], axis=1).astype(np.float32),
         "action": np.tanh(mean + np.exp(log_std) * noise).astype(np.float32),
         "behavior_action": np.tanh(mean_b).astype(np.float32),
     }
@@ -65,21 +65,21 @@ def test_fallback_is_the_behaviour_policy_where_the_threshold_is_exceeded(
     noise = generator.normal(size=(B, width)).astype(np.float32) * noisy
     outputs = gaussian_outputs(spec, generator, noise)
     threshold = float(np.median(outputs["divergence"][:, 1]))
-    before = {name: values.copy() for name, values in outputs.items()}
-    made = guard(spec, agent_1=GuardSetting("fallback", threshold))(noise, outputs)
+    originals = {name: values.copy() for name, values in outputs.items()}
+    result = guard(spec, agent_1=GuardSetting("fallback", threshold))(noise, outputs)
     above = outputs["divergence"][:, 1] > threshold
     assert 10 < above.sum() < B - 10
-    own = slices(spec)[1]
+    columns = slices(spec)[1]
     behavior = np.tanh(outputs["behavior_mean"] + np.exp(outputs["behavior_log_std"]) * noise)
-    np.testing.assert_allclose(made.action[above, own], behavior[above, own], atol=1e-6)
-    np.testing.assert_array_equal(made.policy_weight[:, 1], np.where(above, 0.0, 1.0))
+    np.testing.assert_allclose(result.action[above, columns], behavior[above, columns], atol=1e-6)
+    np.testing.assert_array_equal(result.policy_weight[:, 1], np.where(above, 0.0, 1.0))
     # Everything else is the policy's, bit for bit, and the graph's outputs are left as they came.
-    np.testing.assert_array_equal(made.action[~above], outputs["action"][~above])
+    np.testing.assert_array_equal(result.action[~above], outputs["action"][~above])
     others = np.ones(width, bool)
-    others[own] = False
-    np.testing.assert_array_equal(made.action[:, others], outputs["action"][:, others])
-    assert (made.policy_weight[:, [0, 2]] == 1.0).all()
-    assert all((values == before[name]).all() for name, values in outputs.items())
+    others[columns] = False
+    np.testing.assert_array_equal(result.action[:, others], outputs["action"][:, others])
+    assert (result.policy_weight[:, [0, 2]] == 1.0).all()
+    assert all((values == originals[name]).all() for name, values in outputs.items())
 
 
 def test_a_gaussian_blend_spends_the_threshold(generator: np.random.Generator) -> None:
@@ -87,31 +87,31 @@ def test_a_gaussian_blend_spends_the_threshold(generator: np.random.Generator) -
     spec = continuous_spec()
     noise = generator.normal(size=(B, sum(agent.action.size for agent in spec.agents))).astype(np.float32)
     outputs = gaussian_outputs(spec, generator, noise)
-    made = guard(spec, agent_2=GuardSetting("blend", 0.4))(noise, outputs)
-    above, own = outputs["divergence"][:, 2] > 0.4, slices(spec)[2]
+    result = guard(spec, agent_2=GuardSetting("blend", 0.4))(noise, outputs)
+    above, columns = outputs["divergence"][:, 2] > 0.4, slices(spec)[2]
     assert above.sum() > 10
-    assert (made.policy_weight[~above, 2] == 1.0).all()
-    w = made.policy_weight[above, 2].astype(np.float64)[:, None]
+    assert (result.policy_weight[~above, 2] == 1.0).all()
+    w = result.policy_weight[above, 2].astype(np.float64)[:, None]
     assert ((w > 0) & (w < 1)).all()
     mean, mean_b, var, var_b = (
-        outputs["mean"][above, own].astype(np.float64),
-        outputs["behavior_mean"][above, own].astype(np.float64),
-        np.exp(2.0 * outputs["log_std"][above, own].astype(np.float64)),
-        np.exp(2.0 * outputs["behavior_log_std"][above, own].astype(np.float64)),
+        outputs["mean"][above, columns].astype(np.float64),
+        outputs["behavior_mean"][above, columns].astype(np.float64),
+        np.exp(2.0 * outputs["log_std"][above, columns].astype(np.float64)),
+        np.exp(2.0 * outputs["behavior_log_std"][above, columns].astype(np.float64)),
     )
     # The product of densities pi_b^(1-w) pi^w, completed to a square.
     var_w = 1.0 / ((1 - w) / var_b + w / var)
     mean_w = var_w * ((1 - w) * mean_b / var_b + w * mean / var)
     np.testing.assert_allclose(gaussian_kl(mean_w, var_w, mean_b, var_b).sum(1), 0.4, atol=1e-6)
     np.testing.assert_allclose(
-        made.action[above, own], np.tanh(mean_w + np.sqrt(var_w) * noise[above, own]), atol=1e-6
+        result.action[above, columns], np.tanh(mean_w + np.sqrt(var_w) * noise[above, columns]), atol=1e-6
     )
 
 
 def test_a_categorical_blend_spends_the_threshold_and_stays_available(generator: np.random.Generator) -> None:
     spec = discrete_spec()
     width = sum(agent.action.size for agent in spec.agents)
-    own = slices(spec)[1]
+    columns = slices(spec)[1]
     logits, behavior = np.full((2, B, width), np.finfo(np.float32).min / 4, np.float32)
     for part in slices(spec):
         for array in (logits, behavior):
@@ -123,20 +123,20 @@ def test_a_categorical_blend_spends_the_threshold_and_stays_available(generator:
     noise = generator.gumbel(size=(B, width)).astype(np.float32)
     action = np.stack([(logits + noise)[:, p].argmax(1) for p in slices(spec)], axis=1)
     outputs = {"logits": logits, "behavior_logits": behavior, "divergence": kl, "action": action}
-    made = guard(spec, agent_1=GuardSetting("blend", 0.5))(noise, outputs)
+    result = guard(spec, agent_1=GuardSetting("blend", 0.5))(noise, outputs)
     above = kl[:, 1] > 0.5
     assert above.sum() > 10
-    w = made.policy_weight[above, 1].astype(np.float64)[:, None]
-    unnormalised = np.exp(behavior[above, own]) ** (1 - w) * np.exp(logits[above, own]) ** w
+    w = result.policy_weight[above, 1].astype(np.float64)[:, None]
+    unnormalised = np.exp(behavior[above, columns]) ** (1 - w) * np.exp(logits[above, columns]) ** w
     blend = unnormalised / unnormalised.sum(1, keepdims=True)
     inside = blend[:, :-1]
-    spent = (inside * np.log(inside / np.exp(behavior[above, own][:, :-1]))).sum(1)
+    spent = (inside * np.log(inside / np.exp(behavior[above, columns][:, :-1]))).sum(1)
     np.testing.assert_allclose(spent, 0.5, atol=1e-5)
     assert (blend[:, -1] == 0.0).all()
     np.testing.assert_array_equal(
-        made.action[above, 1], np.argmax(np.log(inside) + noise[above, own][:, :-1], axis=1)
+        result.action[above, 1], np.argmax(np.log(inside) + noise[above, columns][:, :-1], axis=1)
     )
-    np.testing.assert_array_equal(made.action[:, 0], action[:, 0])
+    np.testing.assert_array_equal(result.action[:, 0], action[:, 0])
 
 
 def test_observing_changes_nothing_and_counts(generator: np.random.Generator) -> None:
@@ -152,9 +152,9 @@ def test_observing_changes_nothing_and_counts(generator: np.random.Generator) ->
         )
         for agent in spec.agents
     }
-    made = guard(spec, references)(noise, outputs)
-    assert made.action is outputs["action"]
-    assert (made.policy_weight == 1.0).all()
+    result = guard(spec, references)(noise, outputs)
+    assert result.action is outputs["action"]
+    assert (result.policy_weight == 1.0).all()
     above = guard(spec, references).exceeded(outputs["divergence"])
     np.testing.assert_array_equal(above, outputs["divergence"] > [0.3, 0.6, 0.9])
 

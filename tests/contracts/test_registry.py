@@ -66,8 +66,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return process.stdout
 
 
 def test_tasks_are_listed_and_made_by_name() -> None:
@@ -117,8 +117,8 @@ def test_entry_points_add_to_each_kind(install: Install) -> None:
     assert "mine" in registry.algorithms()
     assert registry.load_algorithm("mine").PAPER == "a paper"
     assert "outside/task" in registry.tasks()
-    made: Any = registry.make_environment("outside/task", size=3)
-    assert made == ("outside/task", {"size": 3})
+    environment: Any = registry.make_environment("outside/task", size=3)
+    assert environment == ("outside/task", {"size": 3})
     assert registry.simulator_versions("outside/task") == {"numpy": metadata.version("numpy")}
     assert registry.behavior_team("outside/task") is None
     read: Any = registry.read_dataset("episodes.out", "a-task")

@@ -1,4 +1,4 @@
-"""What every task of the registry owes to collectors, evaluators and users' own loops."""
+"""Contract of every task in the registry with collectors, evaluators and users' own loops."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ SLOW = {"smax/6h_vs_8z", "smax/corridor"}  # each compiles for seconds; smax/5m_
 )
 def environment(request: pytest.FixtureRequest) -> Iterator[Environment]:
     try:
-        made = registry.make_environment(request.param, **OPTIONS.get(request.param, {}))
+        task_environment = registry.make_environment(request.param, **OPTIONS.get(request.param, {}))
     except MissingExtraError as error:
         pytest.skip(str(error))
-    yield made
-    made.close()
+    yield task_environment
+    task_environment.close()
 
 
 def _actions(spec: TeamSpec, noise: NoiseSource, infos: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -55,16 +55,16 @@ def _actions(spec: TeamSpec, noise: NoiseSource, infos: dict[str, dict[str, Any]
 
 
 def _record(environment: Environment, seed: int, noise_seed: int = 0) -> list[dict[str, Any]]:
-    """What one seeded episode of at most STEPS steps shows."""
+    """Record a seeded episode of at most STEPS steps."""
     noise = NoiseSource(environment.spec, noise_seed)
     observations, infos = environment.reset(seed=seed)
-    shown: list[dict[str, Any]] = [
+    steps: list[dict[str, Any]] = [
         {"observations": observations, "infos": infos, "state": environment.state(), "over": False}
     ]
-    while len(shown) <= STEPS and not shown[-1]["over"]:
-        actions = _actions(environment.spec, noise, shown[-1]["infos"])
+    while len(steps) <= STEPS and not steps[-1]["over"]:
+        actions = _actions(environment.spec, noise, steps[-1]["infos"])
         observations, rewards, terminations, truncations, infos = environment.step(actions)
-        shown.append(
+        steps.append(
             {
                 "observations": observations,
                 "rewards": rewards,
@@ -75,7 +75,7 @@ def _record(environment: Environment, seed: int, noise_seed: int = 0) -> list[di
                 "over": any(terminations.values()) or any(truncations.values()),
             }
         )
-    return shown
+    return steps
 
 
 def test_spec_describes_what_comes(environment: Environment) -> None:
@@ -87,17 +87,17 @@ def test_spec_describes_what_comes(environment: Environment) -> None:
     )
     assert spec.control_rate > 0
     assert TeamSpec.from_json(spec.to_json()).contract_hash == spec.contract_hash
-    for shown in _record(environment, seed=0):
-        assert list(shown["observations"]) == list(spec.names)
-        assert list(shown["infos"]) == list(spec.names)
-        assert shown["state"].shape == (spec.state_size,)
-        assert shown["state"].dtype == np.float32
+    for step in _record(environment, seed=0):
+        assert list(step["observations"]) == list(spec.names)
+        assert list(step["infos"]) == list(spec.names)
+        assert step["state"].shape == (spec.state_size,)
+        assert step["state"].dtype == np.float32
         for agent in spec.agents:
-            observation = shown["observations"][agent.name]
+            observation = step["observations"][agent.name]
             assert observation.shape == (agent.observation_size,)
             assert observation.dtype == np.float32
             assert np.isfinite(observation).all()
-            mask = shown["infos"][agent.name].get("action_mask")
+            mask = step["infos"][agent.name].get("action_mask")
             if spec.action_kind == "discrete":
                 assert mask.shape == (agent.action.size,)
                 assert mask.dtype == np.uint8
@@ -109,14 +109,14 @@ def test_spec_describes_what_comes(environment: Environment) -> None:
 
 def test_the_team_shares_reward_and_end(environment: Environment) -> None:
     spec = environment.spec
-    for shown in _record(environment, seed=1)[1:]:
+    for step in _record(environment, seed=1)[1:]:
         for name, kind in (("rewards", float), ("terminations", bool), ("truncations", bool)):
-            values = shown[name]
+            values = step[name]
             assert list(values) == list(spec.names)
             assert len(set(values.values())) == 1
             assert all(type(value) is kind for value in values.values())
         first = spec.names[0]
-        assert not (shown["terminations"][first] and shown["truncations"][first])
+        assert not (step["terminations"][first] and step["truncations"][first])
 
 
 def _equal(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> bool:
@@ -142,15 +142,15 @@ def test_seeds_repeat_episodes(environment: Environment) -> None:
 
 
 def test_results_are_the_callers_own(environment: Environment) -> None:
-    """What was handed out does not change under the caller's hands when the episode goes on."""
-    shown = _record(environment, seed=2)
-    copies = [{name: values.copy() for name, values in step["observations"].items()} for step in shown]
-    states = [step["state"].copy() for step in shown]
+    """Arrays that a step returned do not change when the episode goes on."""
+    steps = _record(environment, seed=2)
+    copies = [{name: values.copy() for name, values in step["observations"].items()} for step in steps]
+    states = [step["state"].copy() for step in steps]
     _record(environment, seed=3)
-    for step, copy, state in zip(shown, copies, states, strict=True):
+    for step, copy, state in zip(steps, copies, states, strict=True):
         assert all(np.array_equal(step["observations"][name], copy[name]) for name in copy)
         np.testing.assert_array_equal(step["state"], state)
-    shown[-1]["observations"][environment.spec.names[0]][:] = 77.0
+    steps[-1]["observations"][environment.spec.names[0]][:] = 77.0
     assert not (environment.state() == 77.0).any()
 
 

@@ -46,14 +46,14 @@ def played_returns(task: str, policies: list[tabular.Table], episodes: int) -> t
     noise = NoiseSource(team.spec, seed=7)
     totals = np.zeros(episodes)
     with VectorEnvironment(task, episodes) as vector:
-        shown = vector.reset({index: 1000 + index for index in range(episodes)})
+        answer = vector.reset({index: 1000 + index for index in range(episodes)})
         active = np.ones(episodes, np.bool_)
         while active.any():
-            decisions = team.act(shown.observations, noise=noise.draw(episodes))
+            decisions = team.act(answer.observations, noise=noise.draw(episodes))
             actions = {name: decision.action for name, decision in decisions.items()}
-            shown = vector.step(actions, active)
-            totals += shown.reward
-            active &= ~(shown.terminated | shown.truncated)
+            answer = vector.step(actions, active)
+            totals += answer.reward
+            active &= ~(answer.terminated | answer.truncated)
     return totals
 
 

@@ -1,4 +1,4 @@
-"""What each agent of the k-hop tasks sees and drives, against indices worked out by hand."""
+"""Observations and actuators of each agent of the k-hop tasks, against indices worked out by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("gymnasium_robotics")
 
 
 def _forces(*bodies: int) -> list[int]:
-    """Where Ant's state holds the contact forces of MuJoCo's bodies: 27 numbers, then 6 for each from body 1."""
+    """Indices of the contact forces of MuJoCo's bodies in Ant's state: 27 numbers, then 6 per body from body 1."""
     return [27 + 6 * (body - 1) + i for body in bodies for i in range(6)]
 
 
@@ -89,8 +89,8 @@ def test_agents_see_their_own_neighbourhood(body: str) -> None:
     touched = False
     for _ in range(40):
         state = environment.state()
-        for seen, indices in zip(observations.values(), SEEN[body], strict=True):
-            np.testing.assert_array_equal(seen, state[indices])
+        for entries, indices in zip(observations.values(), SEEN[body], strict=True):
+            np.testing.assert_array_equal(entries, state[indices])
         touched = touched or bool(np.any(state[27:]))
         observations, *_ = environment.step(
             {a.name: rng.uniform(-1, 1, a.action.size).astype(np.float32) for a in environment.spec.agents}

@@ -74,20 +74,20 @@ def test_observations_hold_the_full_vector_and_the_identity(body: str) -> None:
     raw = joint.reset(seed=3)
     rng = np.random.default_rng(0)
     for _ in range(5):
-        for i, seen in enumerate(observations.values()):
-            assert seen.dtype == np.float32
-            one_hot = seen[-len(observations) :].astype(np.float64)
+        for i, vector in enumerate(observations.values()):
+            assert vector.dtype == np.float32
+            one_hot = vector[-len(observations) :].astype(np.float64)
             assert one_hot.argmax() == i
             rest = np.delete(one_hot, i)
             assert np.ptp(rest) < 1e-6
             scale = 1.0 / (one_hot[i] - rest[0])
-            undone = (seen[: -len(observations)] - rest[0]) * scale
+            undone = (vector[: -len(observations)] - rest[0]) * scale
             np.testing.assert_allclose(undone[: raw.size], raw, atol=2e-6 * scale)
             np.testing.assert_allclose(undone[raw.size :], 0.0, atol=2e-6 * scale)  # Ant's 84 zeros
             assert undone.size == raw.size + (84 if body == "ant-2x4" else 0)
-            np.testing.assert_allclose(mamujoco.standardize(seen), seen, atol=1e-6)
-            assert seen.mean() == pytest.approx(0.0, abs=1e-6)
-            assert seen.std() == pytest.approx(1.0, abs=1e-6)
+            np.testing.assert_allclose(mamujoco.standardize(vector), vector, atol=1e-6)
+            assert vector.mean() == pytest.approx(0.0, abs=1e-6)
+            assert vector.std() == pytest.approx(1.0, abs=1e-6)
         action = rng.uniform(-1, 1, joint.action_size).astype(np.float32)
         observations, *_ = environment.step(_shared_out(environment.spec, action))
         raw, _, _ = joint.step(action.astype(np.float64))
@@ -145,7 +145,7 @@ def test_both_views_are_one_body(body: str) -> None:
     rng = np.random.default_rng(0)
     full.reset(seed=0)
     khop.reset(seed=0)
-    ended = False
+    over = False
     for _ in range(200):
         action = rng.uniform(-1, 1, sum(agent.action.size for agent in full.spec.agents))
         _, rewards, ends, limits, _ = full.step(_shared_out(full.spec, action))
@@ -153,9 +153,9 @@ def test_both_views_are_one_body(body: str) -> None:
         assert khop_rewards["agent_0"] == pytest.approx(rewards["agent_0"], abs=1e-9)
         assert khop_ends == ends
         assert khop_limits == limits
-        if ended := ends["agent_0"]:
+        if over := ends["agent_0"]:
             break
-    assert ended == (body != "halfcheetah-6x1")
+    assert over == (body != "halfcheetah-6x1")
 
 
 def test_ants_two_views_order_their_actuators_differently() -> None:
@@ -213,11 +213,11 @@ def test_wrong_actions_are_refused(task: str) -> None:
         ({**good, "agent_1": np.zeros((1, size))}, "agent_1: expected shape"),
         ({**good, "agent_1": np.full(size, np.nan)}, "expected finite numbers"),
     ]
-    before = environment.state()
+    earlier = environment.state()
     for actions, message in cases:
         with pytest.raises(ContractError, match=message):
             environment.step(actions)
-    np.testing.assert_array_equal(environment.state(), before)
+    np.testing.assert_array_equal(environment.state(), earlier)
     environment.step(good)
 
 

@@ -46,7 +46,7 @@ def options(variant: str = "StarCraft2Env") -> dict[str, Any]:
     return {"python": sys.executable, "factory": f"fake_smac:{variant}", "path": str(SUPPORT)}
 
 
-def made(variant: str = "StarCraft2Env", task: str = TASK) -> Smac:
+def make_smac(variant: str = "StarCraft2Env", task: str = TASK) -> Smac:
     return smac.make(task, **options(variant))
 
 
@@ -104,7 +104,7 @@ def play_directly(game: Any) -> tuple[float, int, bool] | None:
     info: dict[str, bool] = {}
     while not terminated:
         actions = [
-            choice(*seen) for seen in zip(game.get_obs(), np.array(game.get_avail_actions()), strict=True)
+            choice(*inputs) for inputs in zip(game.get_obs(), np.array(game.get_avail_actions()), strict=True)
         ]
         reward, terminated, info = game.step(actions)
         if not info:
@@ -113,7 +113,7 @@ def play_directly(game: Any) -> tuple[float, int, bool] | None:
     return total, steps, info["battle_won"]
 
 
-def ended(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
     for _ in range(100):
         try:
             if (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -131,7 +131,7 @@ def pid_of(environment: Any) -> int:
 
 @pytest.fixture
 def environment(request: pytest.FixtureRequest) -> Iterator[Smac]:
-    environment = made(getattr(request, "param", "StarCraft2Env"))
+    environment = make_smac(getattr(request, "param", "StarCraft2Env"))
     yield environment
     environment.close()
 
@@ -163,7 +163,7 @@ def test_specs_are_oxwhirls_and_need_no_simulator(
 @pytest.mark.parametrize("task", smac.TASKS)
 def test_a_host_shows_what_the_simulator_shows(task: str) -> None:
     game = fake_smac.StarCraft2Env(task.split("/")[1], seed=2**32 - 1)
-    environment = made(task=task)
+    environment = make_smac(task=task)
     for episode in range(2):
         game.reset()
         observations, infos = environment.reset(seed=2**32 - 1 if episode == 0 else 7)  # one game: one seed
@@ -219,7 +219,7 @@ def test_a_crash_ends_and_discards_the_episode(environment: Smac, caplog: pytest
     assert "StarCraft II crashed" in caplog.text
     with pytest.raises(ContractError, match="between episodes"):
         environment.step(dict.fromkeys(SPEC.names, 1))
-    again = play(environment, 10)  # in a new game: of the old one, the rewards would be scaled down
+    again = play(environment, 10)  # A new game: in the old one the rewards would be scaled down.
     assert sum(step[1]["agent_0"] for step in again) == pytest.approx(20.0)
     assert "discarded" not in again[-1][4]["agent_0"]
 
@@ -232,13 +232,13 @@ def test_a_host_that_dies_discards_the_episode_and_takes_its_game_with_it(
     assert steps[-1][4]["agent_0"]["discarded"] is True
     assert "exit code -9, having printed" in caplog.text
     game = int(caplog.text.partition("game ")[2].split()[0])
-    assert ended(game)
+    assert is_gone(game)
     assert play(environment, 10)[-1][4]["agent_0"]["won"]
 
 
 def test_killing_one_host_disturbs_no_other_environment() -> None:
     def run(kill: bool) -> list[Any]:
-        shown = []
+        trace = []
         with VectorEnvironment(TASK, 3, **options()) as vector:
             step = vector.reset({0: 1, 1: 2, 2: 3})
             active = np.ones(3, np.bool_)
@@ -252,11 +252,11 @@ def test_killing_one_host_disturbs_no_other_environment() -> None:
                 assert lost.tolist() == [False, kill and t == 4, False]
                 assert step.truncated.tolist() == lost.tolist()
                 active &= ~lost
-                shown.append((step.state[[0, 2]], step.reward[[0, 2]]))
+                trace.append((step.state[[0, 2]], step.reward[[0, 2]]))
             step = vector.reset({1: 5})
             assert step.action_masks is not None
             assert step.action_masks["agent_0"][1].any()
-        return shown
+        return trace
 
     for quiet, killed in zip(run(False), run(True), strict=True):
         np.testing.assert_array_equal(quiet[0], killed[0])
@@ -290,7 +290,7 @@ def test_unavailable_actions_are_refused_here_and_there(environment: Smac) -> No
     ):
         environment.step({**dict.fromkeys(SPEC.names, 1), "agent_2": 0})
     environment.step(dict.fromkeys(SPEC.names, 1))
-    picky = made("Picky")
+    picky = make_smac("Picky")
     picky.reset(0)
     with pytest.raises(
         ContractError, match=r"refused the actions \[1, 1, 1, 1, 1\].*Agent 0 cannot perform action 1"
@@ -322,7 +322,7 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="SMAC saves replays"):
         smac.make(TASK, **options(), render_mode="rgb_array")
     with pytest.raises(ConfigError, match="SMAC saves replays"):
-        made().render()
+        make_smac().render()
     with pytest.raises(ConfigError, match=r"has no option python: expected render_mode"):
         evaluate(Team(), "toy/one-step", options={"python": sys.executable})
     with pytest.raises(ConfigError, match="--simulator-python"):
@@ -392,7 +392,7 @@ def test_a_host_that_hangs_is_ended(environment: Smac, monkeypatch: pytest.Monke
     monkeypatch.setattr(smac, "ANSWER_SECONDS", 0.3)
     *_, infos = environment.step(dict.fromkeys(SPEC.names, 1))
     assert infos["agent_0"]["discarded"]
-    assert ended(pid)
+    assert is_gone(pid)
 
 
 def test_a_host_ends_with_whom_it_serves() -> None:
@@ -406,44 +406,45 @@ def test_a_host_ends_with_whom_it_serves() -> None:
         pid = int(parent.stdout.readline())
         assert (Path("/proc") / str(pid)).exists()
         parent.kill()
-    assert ended(pid)
+    assert is_gone(pid)
 
 
 def reference(seeds: Iterator[int], episodes: int, num_envs: int) -> tuple[list[int], list[Any], int]:
     """(seeds, results, lost) of ``Crashing`` played in rounds: one game per environment until it crashes."""
     games: list[Any] = [None] * num_envs
-    kept: list[int] = []
+    kept_seeds: list[int] = []
     results: list[Any] = []
     lost = 0
-    while len(kept) < episodes:
-        for index in range(
-            min(num_envs, episodes - len(kept))
-        ):  # as many as are missing when the round starts
+    while len(kept_seeds) < episodes:
+        missing = episodes - len(kept_seeds)  # when the round starts
+        for index in range(min(num_envs, missing)):
             seed = next(seeds)
             games[index] = games[index] or fake_smac.Crashing("5m_vs_6m", seed=seed)
             if (result := play_directly(games[index])) is None:
                 games[index], lost = None, lost + 1
             else:
-                kept.append(seed)
+                kept_seeds.append(seed)
                 results.append(result)
-    return kept, results, lost
+    return kept_seeds, results, lost
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_replaces_lost_episodes(workers: int) -> None:
-    found = evaluate(
+    evaluation = evaluate(
         Team(), TASK, episodes=7, seed=7, num_envs=3, workers=workers, options=options("Crashing")
     )
-    kept, results, lost = reference((episode_seed(7, k) for k in range(100)), 7, 3)
+    seeds, results, lost = reference((episode_seed(7, k) for k in range(100)), 7, 3)
     assert lost > 0
-    assert found.discarded == found.to_json()["discarded"] == lost
-    assert list(found.episode_seeds) == kept
-    assert found.won is not None
-    played = zip(found.returns.tolist(), found.lengths.tolist(), found.won.tolist(), strict=True)
-    assert list(played) == results
-    assert found.terminated.all()
-    assert found.divergence["agent_0"].by_step.size == found.lengths.max()
-    assert f"{lost} episode" in str(evaluation_table(found).title)
+    assert evaluation.discarded == evaluation.to_json()["discarded"] == lost
+    assert list(evaluation.episode_seeds) == seeds
+    assert evaluation.won is not None
+    outcomes = zip(
+        evaluation.returns.tolist(), evaluation.lengths.tolist(), evaluation.won.tolist(), strict=True
+    )
+    assert list(outcomes) == results
+    assert evaluation.terminated.all()
+    assert evaluation.divergence["agent_0"].by_step.size == evaluation.lengths.max()
+    assert f"{lost} episode" in str(evaluation_table(evaluation).title)
 
 
 def recorded_seeds(seed: int) -> Iterator[int]:
@@ -458,12 +459,12 @@ def test_collecting_leaves_lost_episodes_out(tmp_path: Path) -> None:
     summary = collect(
         TASK, Team(), tmp_path / "a.h5", transitions=70, seed=1, num_envs=1, workers=0, **settings
     )
-    kept, results, lost = reference(recorded_seeds(1), summary["episodes"], 1)
+    seeds, results, lost = reference(recorded_seeds(1), summary["episodes"], 1)
     assert lost > 0
     assert summary["discarded"] == lost
     data = read(tmp_path / "a.h5")
     assert data.episode_seeds is not None
-    assert data.episode_seeds.tolist() == kept
+    assert data.episode_seeds.tolist() == seeds
     assert data.episode_length.tolist() == [length for _, length, _ in results]
     np.testing.assert_allclose(data.episode_returns, [total for total, _, _ in results])
     assert sum(data.episode_length[:-1]) < 70 <= sum(data.episode_length)
@@ -505,7 +506,7 @@ def test_losing_every_episode_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_command_line_plays_and_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
-    monkeypatch.chdir(SUPPORT)  # where a factory's module is looked for
+    monkeypatch.chdir(SUPPORT)  # the folder in which a factory's module is searched
     write_test_bundle(tmp_path / "bundle", SPEC)
     (tmp_path / "game" / "Versions" / "Base70000").mkdir(parents=True)
     monkeypatch.setenv("SC2PATH", str(tmp_path / "game"))
@@ -544,8 +545,8 @@ def test_what_was_played_is_named_by_version(tmp_path: Path, monkeypatch: pytest
     text = f"#!/bin/sh\nshift\nPYTHONPATH='{tmp_path / 'packages'}' exec '{sys.executable}' \"$@\"\n"
     python.write_text(text)
     python.chmod(0o755)
-    found = registry.simulator_versions(TASK, python=str(python), factory="x:y", render_mode=None)
-    assert found == {"smac": "1.0.1", "pysc2": "3.0.0", "StarCraftII": "build 75689"}
+    packages = registry.simulator_versions(TASK, python=str(python), factory="x:y", render_mode=None)
+    assert packages == {"smac": "1.0.1", "pysc2": "3.0.0", "StarCraftII": "build 75689"}
     monkeypatch.setenv("SC2PATH", str(tmp_path))
     assert registry.simulator_versions(TASK, python=sys.executable) == {}
     assert registry.simulator_versions(TASK) == {}

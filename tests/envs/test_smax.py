@@ -39,8 +39,8 @@ ALLIES, ENEMIES, STOP, FIRST_ATTACK = 5, 6, 4, 5
 
 @pytest.fixture
 def battles() -> Iterator[SmaxVector]:
-    with SmaxVector(TASK, 5) as made:
-        yield made
+    with SmaxVector(TASK, 5) as vector:
+        yield vector
 
 
 def masks_of(step: VectorStep) -> NDArray[np.uint8]:
@@ -66,7 +66,7 @@ def choose(masks: NDArray[np.uint8], t: int, seeds: list[int]) -> NDArray[np.int
 
 def episodes(task: str, seeds: list[int]) -> dict[int, list[list[Any]]]:
     """By seed, all that each step of its episode shows, for as long as it lasts."""
-    shown: dict[int, list[list[Any]]] = {seed: [] for seed in seeds}
+    results: dict[int, list[list[Any]]] = {seed: [] for seed in seeds}
     with SmaxVector(task, len(seeds)) as battles:
         step = battles.reset(dict(enumerate(seeds)))
         active = np.ones(len(seeds), np.bool_)
@@ -76,11 +76,11 @@ def episodes(task: str, seeds: list[int]) -> dict[int, list[list[Any]]]:
             fields = (observations_of(step), step.state, masks, step.reward)
             flags = (step.terminated, step.truncated, step.info["won"])
             for row in np.flatnonzero(active):
-                shown[seeds[row]].append([values[row] for values in fields + flags])
+                results[seeds[row]].append([values[row] for values in fields + flags])
             active &= ~(step.terminated | step.truncated)
             if not active.any():
                 break
-    return shown
+    return results
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,10 @@ for make in (registry.make_environment, lambda task: vectorize(task, 2)):
     except MissingExtraError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["jaxmarl is not installed: run  pip install 'omcda-deploy[smax]'"] * 2
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (
+        process.stdout.splitlines() == ["jaxmarl is not installed: run  pip install 'omcda-deploy[smax]'"] * 2
+    )
 
 
 def test_steps_are_jaxmarls_own(battles: SmaxVector) -> None:
@@ -133,32 +135,32 @@ def test_steps_are_jaxmarls_own(battles: SmaxVector) -> None:
     jax, jaxmarl = import_smax()
     battle = jaxmarl.HeuristicEnemySMAX(scenario=jaxmarl.map_name_to_scenario("5m_vs_6m"))
     seeds, row = [3, 4, 2**32 - 1, 5, 6], 2
-    shown = battles.reset(dict(enumerate(seeds)))
-    key, own = jax.random.split(jax.random.PRNGKey(np.uint32(seeds[row])))
-    expected, state = battle.reset(own)
-    ended = 0
+    answer = battles.reset(dict(enumerate(seeds)))
+    key, subkey = jax.random.split(jax.random.PRNGKey(np.uint32(seeds[row])))
+    expected, state = battle.reset(subkey)
+    over = 0
     for t in range(smax.EPISODE_LIMIT):
         for i, agent in enumerate(battle.agents):
-            np.testing.assert_allclose(observations_of(shown)[row, i], expected[agent], atol=1e-5)
-        np.testing.assert_allclose(shown.state[row], expected["world_state"], atol=1e-5)
+            np.testing.assert_allclose(observations_of(answer)[row, i], expected[agent], atol=1e-5)
+        np.testing.assert_allclose(answer.state[row], expected["world_state"], atol=1e-5)
         available = battle.get_avail_actions(state)
-        masks = masks_of(shown)
+        masks = masks_of(answer)
         np.testing.assert_array_equal(masks[row], [available[agent] for agent in battle.agents])
-        if ended:
+        if over:
             break
         ours = jax.tree.map(lambda leaf: np.asarray(leaf)[row], battles._carries[0])
         np.testing.assert_array_equal(ours[0], key)
         joint = choose(masks, t, seeds)
-        joint[shown.terminated] = STOP
-        shown = battles.step(named(battles.spec, joint), ~battles._ended)
-        key, own = jax.random.split(key)
+        joint[answer.terminated] = STOP
+        answer = battles.step(named(battles.spec, joint), ~battles._idle)
+        key, subkey = jax.random.split(key)
         # From our state, so that a battle cannot drift away over a difference in rounding.
         actions = dict(zip(battle.agents, joint[row], strict=True))
-        expected, state, rewards, dones, _ = battle.step_env(own, ours[1], actions)
-        assert shown.reward[row] == pytest.approx(float(rewards["ally_0"]), abs=1e-6)
-        assert (shown.terminated | shown.truncated)[row] == dones["__all__"]
-        ended = int(dones["__all__"])
-    assert ended
+        expected, state, rewards, dones, _ = battle.step_env(subkey, ours[1], actions)
+        assert answer.reward[row] == pytest.approx(float(rewards["ally_0"]), abs=1e-6)
+        assert (answer.terminated | answer.truncated)[row] == dones["__all__"]
+        over = int(dones["__all__"])
+    assert over
 
 
 def test_an_episode_is_its_seed_and_its_actions() -> None:
@@ -198,19 +200,19 @@ def test_ends_are_told_apart(battles: SmaxVector) -> None:
     place(battles, 2, {ally: 45.0, enemy: 45.0}, last)  # neither, when time is up
     place(battles, 3, {ally: 3.0, enemy: 3.0})  # both fall together: JaxMARL calls it no win
     place(battles, 4, {ally: 45.0, enemy: 45.0})
-    battles._shown.action_mask[:5, 0, FIRST_ATTACK] = 1  # what was placed is shown only after a step
+    battles._present.action_mask[:5, 0, FIRST_ATTACK] = 1  # a placed unit appears in masks after a step only
     joint = np.full((5, ALLIES), STOP)
     joint[:, 0] = FIRST_ATTACK
-    shown = battles.step(named(battles.spec, joint))
-    assert shown.terminated.tolist() == [True, True, False, True, False]
-    assert shown.truncated.tolist() == [False, False, True, False, False]
-    assert shown.info["won"].tolist() == [True, False, False, False, False]
-    assert shown.info["won"].tolist() == (shown.reward >= 1.0).tolist()
+    answer = battles.step(named(battles.spec, joint))
+    assert answer.terminated.tolist() == [True, True, False, True, False]
+    assert answer.truncated.tolist() == [False, False, True, False, False]
+    assert answer.info["won"].tolist() == [True, False, False, False, False]
+    assert answer.info["won"].tolist() == (answer.reward >= 1.0).tolist()
     full = 45.0 * ENEMIES
-    assert shown.reward[0] == pytest.approx(1.0 + 3.0 / full)
-    assert shown.reward[3] == pytest.approx(3.0 / full)
-    assert 9.0 / full <= shown.reward[4] + 1e-6
-    masks = masks_of(shown)
+    assert answer.reward[0] == pytest.approx(1.0 + 3.0 / full)
+    assert answer.reward[3] == pytest.approx(3.0 / full)
+    assert 9.0 / full <= answer.reward[4] + 1e-6
+    masks = masks_of(answer)
     assert (
         masks[1].tolist() == [[0] * STOP + [1] + [0] * ENEMIES] * ALLIES
     )  # the dead can stop, and nothing else
@@ -218,22 +220,22 @@ def test_ends_are_told_apart(battles: SmaxVector) -> None:
     with pytest.raises(ContractError, match="environment 0 is between episodes"):
         battles.step(named(battles.spec, joint))
     joint[4] = STOP
-    after = battles.step(named(battles.spec, joint), np.arange(5) == 4)
+    later = battles.step(named(battles.spec, joint), np.arange(5) == 4)
     for row in range(4):
-        np.testing.assert_array_equal(after.state[row], shown.state[row])
-        np.testing.assert_array_equal(observations_of(after)[row], observations_of(shown)[row])
-    assert after.reward[:4].tolist() == [0.0] * 4
-    assert not (after.terminated | after.truncated | after.info["won"])[:4].any()
-    assert not np.array_equal(after.state[4], shown.state[4])
+        np.testing.assert_array_equal(later.state[row], answer.state[row])
+        np.testing.assert_array_equal(observations_of(later)[row], observations_of(answer)[row])
+    assert later.reward[:4].tolist() == [0.0] * 4
+    assert not (later.terminated | later.truncated | later.info["won"])[:4].any()
+    assert not np.array_equal(later.state[4], answer.state[4])
 
     again = battles.reset({1: 9})
-    np.testing.assert_array_equal(np.delete(again.state, 1, 0), np.delete(after.state, 1, 0))
+    np.testing.assert_array_equal(np.delete(again.state, 1, 0), np.delete(later.state, 1, 0))
     assert again.reward[1] == 0
     battles.step(named(battles.spec, np.full((5, ALLIES), STOP)), np.arange(5) == 1)
 
 
 def test_what_the_mask_forbids_is_refused(battles: SmaxVector) -> None:
-    shown = battles.reset(dict(enumerate(range(5))))
+    answer = battles.reset(dict(enumerate(range(5))))
     good = np.full((5, ALLIES), STOP)
     for action, named_as in ((10, "10"), (11, "11"), (-1, "-1")):
         bad = good.copy()
@@ -244,7 +246,7 @@ def test_what_the_mask_forbids_is_refused(battles: SmaxVector) -> None:
         ):
             battles.step(named(battles.spec, bad))
     everyone_but_3 = battles.step(named(battles.spec, bad), np.arange(5) != 3)  # its action is not looked at
-    np.testing.assert_array_equal(everyone_but_3.state[3], shown.state[3])
+    np.testing.assert_array_equal(everyone_but_3.state[3], answer.state[3])
     with pytest.raises(ContractError, match="agent_0: expected integers, got float64"):
         battles.step(named(battles.spec, good.astype(float)))
     with pytest.raises(ContractError, match="no action for agent_4"):
@@ -273,9 +275,9 @@ def test_misuse_is_named(battles: SmaxVector) -> None:
 
 
 def test_a_simulator_that_batches_by_itself_is_asked_to() -> None:
-    with vectorize(TASK, 3, workers=2) as own:
-        assert isinstance(own, SmaxVector)
-        assert own.num_envs == 3
+    with vectorize(TASK, 3, workers=2) as vector:
+        assert isinstance(vector, SmaxVector)
+        assert vector.num_envs == 3
     with vectorize("toy/chain", 3) as single:
         assert isinstance(single, VectorEnvironment)
     with pytest.raises(ConfigError, match="workers of at least 0"):
@@ -382,8 +384,8 @@ def test_other_maps(task: str) -> None:
         for value, other in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(value, other)
     with vectorize(task, 2) as battles:
-        shown = battles.reset({0: 0, 1: 1})
-    units = shown.state[0, : battles.spec.state_size // 12 * 10].reshape(-1, 10)
+        answer = battles.reset({0: 0, 1: 1})
+    units = answer.state[0, : battles.spec.state_size // 12 * 10].reshape(-1, 10)
     kinds = units[:, 4:].argmax(-1).tolist()
     zealot, zergling, hydralisk = 3, 4, 5
     assert kinds == ([hydralisk] * 6 + [zealot] * 8 if "6h" in task else [zealot] * 6 + [zergling] * 24)

@@ -71,7 +71,7 @@ def test_influence_at_the_optimum_is_the_shadow_price(metric: str) -> None:
     policy = oracles.one_step_optima(game.rewards, game.behavior, ALPHA).policy
     measured = oracles.influence(game.rewards, policy, game.behavior, metric)
     np.testing.assert_allclose(measured, ALPHA, rtol=1e-9)
-    # and the price is what it says: the reward bought by a little more divergence
+    # The price is the reward that a little more divergence buys.
     budgets = oracles.kl(policy, game.behavior)
     for i in range(3):
         more = budgets.copy()
@@ -443,13 +443,13 @@ def test_masked_environment_says_what_is_available_and_refuses_the_rest() -> Non
             actions[name] = int(rng.choice(np.flatnonzero(mask)))
         for name in actions:
             for choice in np.flatnonzero(infos[name]["action_mask"] == 0).tolist():
-                before = environment.state()
+                earlier = environment.state()
                 allowed = np.flatnonzero(infos[name]["action_mask"]).tolist()
                 with pytest.raises(ContractError) as error:
                     environment.step({**actions, name: choice})
                 message = f"action of {name}: expected one of the available {allowed}, got {choice}"
                 assert str(error.value) == message
-                np.testing.assert_array_equal(environment.state(), before)
+                np.testing.assert_array_equal(environment.state(), earlier)
                 refused += 1
         observations, _, terminations, truncations, infos = environment.step(actions)
         age += 1
@@ -500,10 +500,10 @@ def test_masked_behaviour_plays_only_what_is_available() -> None:
 def test_wrong_actions_are_refused(actions: dict[str, object], message: str) -> None:
     environment = toy.make("toy/chain")
     environment.reset(seed=0)
-    before = environment.state()
+    earlier = environment.state()
     with pytest.raises(ContractError, match=message):
         environment.step(actions)
-    np.testing.assert_array_equal(environment.state(), before)
+    np.testing.assert_array_equal(environment.state(), earlier)
 
 
 def test_misuse_is_explained() -> None:

@@ -26,15 +26,15 @@ def random_actions(spec: TeamSpec, count: int, seed: int) -> dict[str, Float]:
 def trace(workers: int, count: int = 5, steps: int = 40) -> list[VectorStep]:
     """Hoppers under random actions; those that fall are left out for one step, then reset."""
     with VectorEnvironment(HOPPER, count, workers=workers) as vector:
-        shown = [vector.reset({i: 10 + i for i in range(count)})]
+        trace_steps = [vector.reset({i: 10 + i for i in range(count)})]
         down = np.zeros(count, np.bool_)
         for t in range(steps):
             fresh = np.flatnonzero(down).tolist()
-            shown.append(vector.step(random_actions(vector.spec, count, t), ~down))
-            down = shown[-1].terminated | shown[-1].truncated
+            trace_steps.append(vector.step(random_actions(vector.spec, count, t), ~down))
+            down = trace_steps[-1].terminated | trace_steps[-1].truncated
             if fresh:
-                shown.append(vector.reset({i: 1000 * t + i for i in fresh}))
-        return shown
+                trace_steps.append(vector.reset({i: 1000 * t + i for i in fresh}))
+        return trace_steps
 
 
 def test_results_do_not_depend_on_workers() -> None:
@@ -56,27 +56,27 @@ def test_each_row_is_one_environment() -> None:
             np.testing.assert_array_equal(first.observations[name][1], expected[name])
         for t in range(10):
             actions = random_actions(vector.spec, 3, t)
-            shown = vector.step(actions)
+            answer = vector.step(actions)
             expected, rewards, terminated, _, _ = single.step({n: a[1] for n, a in actions.items()})
             for name in single.possible_agents:
-                np.testing.assert_array_equal(shown.observations[name][1], expected[name])
-                assert shown.reward[1] == rewards[name]
-                assert shown.terminated[1] == terminated[name]
-            np.testing.assert_array_equal(shown.state[1], single.state())
-    assert len(np.unique(shown.reward)) == 3
+                np.testing.assert_array_equal(answer.observations[name][1], expected[name])
+                assert answer.reward[1] == rewards[name]
+                assert answer.terminated[1] == terminated[name]
+            np.testing.assert_array_equal(answer.state[1], single.state())
+    assert len(np.unique(answer.reward)) == 3
 
 
 def test_inactive_environments_keep_what_they_show() -> None:
     with VectorEnvironment(HOPPER, 2) as vector:
-        before = vector.reset({0: 1, 1: 1})
-        after = vector.step(random_actions(vector.spec, 2, 0), np.array([True, False]))
-        assert after.reward[0] != 0
-        assert after.reward[1] == 0
-        np.testing.assert_array_equal(after.state[1], before.state[1])
-        assert not np.array_equal(after.state[0], before.state[0])
-        np.testing.assert_array_equal(before.state[0], before.state[1])  # answers are not overwritten
+        initial = vector.reset({0: 1, 1: 1})
+        later = vector.step(random_actions(vector.spec, 2, 0), np.array([True, False]))
+        assert later.reward[0] != 0
+        assert later.reward[1] == 0
+        np.testing.assert_array_equal(later.state[1], initial.state[1])
+        assert not np.array_equal(later.state[0], initial.state[0])
+        np.testing.assert_array_equal(initial.state[0], initial.state[1])  # answers are not overwritten
         again = vector.reset({0: 1})
-        np.testing.assert_array_equal(again.state, before.state)
+        np.testing.assert_array_equal(again.state, initial.state)
         assert not again.reward.any()
 
 
@@ -151,13 +151,13 @@ class Corridor:
     def step(self, actions: Mapping[str, Any]) -> StepResult:
         assert all(isinstance(action, int) for action in actions.values())
         self._steps += 1
-        names, done = self.spec.names, self._steps >= self._length
+        names, over = self.spec.names, self._steps >= self._length
         infos = self._info()
-        if done:
+        if over:
             infos["left"]["won"] = self._length % 2 == 0
         reward = float(10 * actions["left"] + actions["right"])
         flags = dict.fromkeys(names, False)
-        return self._observe(), dict.fromkeys(names, reward), dict.fromkeys(names, done), flags, infos
+        return self._observe(), dict.fromkeys(names, reward), dict.fromkeys(names, over), flags, infos
 
     def state(self) -> Float:
         return np.array([self._steps], np.float32)
@@ -187,14 +187,14 @@ def test_discrete_actions_masks_and_reports(monkeypatch: pytest.MonkeyPatch) -> 
         assert first.action_masks is not None
         assert first.action_masks["right"].tolist() == [[1, 1, 1]] * 3
         assert first.info == {}
-        shown = vector.step({"left": np.array([0, 1, 1]), "right": np.array([2, 0, 1])})
-        assert shown.reward.tolist() == [2.0, 10.0, 11.0]
-        assert shown.terminated.tolist() == [True, False, False]
-        assert shown.observations["right"].tolist() == [[1, 1], [2, 1], [2, 1]]
-        assert shown.action_masks is not None
-        assert shown.action_masks["left"].tolist() == [[1, 0]] * 3
-        assert shown.action_masks["right"].tolist() == [[0, 1, 1]] * 3
-        assert shown.info["won"].tolist() == [False, False, False]
+        answer = vector.step({"left": np.array([0, 1, 1]), "right": np.array([2, 0, 1])})
+        assert answer.reward.tolist() == [2.0, 10.0, 11.0]
+        assert answer.terminated.tolist() == [True, False, False]
+        assert answer.observations["right"].tolist() == [[1, 1], [2, 1], [2, 1]]
+        assert answer.action_masks is not None
+        assert answer.action_masks["left"].tolist() == [[1, 0]] * 3
+        assert answer.action_masks["right"].tolist() == [[0, 1, 1]] * 3
+        assert answer.info["won"].tolist() == [False, False, False]
         zeros = np.zeros(3, np.int64)
         last = vector.step({"left": zeros, "right": zeros}, np.array([False, True, True]))
         assert last.info["won"].tolist() == [False, True, True]

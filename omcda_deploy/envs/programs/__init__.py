@@ -1,1 +1,1 @@
-"""Programs that simulators run: the process around SMAC, the compiled battles of SMAX."""
+"""Code that simulators run elsewhere: the process around SMAC and the compiled battles of SMAX."""

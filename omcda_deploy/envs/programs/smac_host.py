@@ -1,27 +1,27 @@
-"""Serve one SMAC environment over two pipes. Run as a file, by the interpreter that SMAC is installed in:
+"""Serve one SMAC environment over two pipes. The interpreter that SMAC is installed in runs this file:
 
     python -I smac_host.py READ WRITE --map-name 5m_vs_6m [--seed N] [--factory MODULE:CALLABLE] [--path FOLDER]
 
     python -I smac_host.py --versions
 
-It needs Python 3.8, its standard library and numpy, and imports nothing of omcda-deploy. READ and WRITE are
-inherited file descriptors; standard output is left to StarCraft II, which prints there. The end of READ ends it.
+The program needs Python 3.8, its standard library and numpy, and imports nothing of omcda-deploy. READ and WRITE
+are inherited file descriptors; standard output is left to StarCraft II, which prints there. The program ends when
+READ does.
 
 A frame is a header (magic, length of the JSON, length of the data), a JSON object and raw little-endian data:
 
-| request                       | answer                                       | data of the answer |
-|-------------------------------|----------------------------------------------|--------------------|
-| none: the first answer        | ``env_info``                                 | none               |
-| ``reset``                     | nothing                                      | what is shown      |
-|                               | ``crashed``: StarCraft II did                | none               |
-| ``step``, data: int64 [N]     | ``reward``, ``terminated``, ``won``          | what is shown      |
-|                               | ``crashed``: StarCraft II did                | none               |
-|                               | ``refused``: SMAC's words on illegal actions | none               |
-| any                           | ``error``: any other exception; it ends then | none               |
+| request                       | answer                                               | data of the answer |
+|-------------------------------|------------------------------------------------------|--------------------|
+| (the first answer)            | ``env_info``                                         | none               |
+| ``reset``                     | nothing                                              | a step's arrays    |
+|                               | ``crashed``, where StarCraft II did                  | none               |
+| ``step``, data: int64 [N]     | ``reward``, ``terminated``, ``won``                  | a step's arrays    |
+|                               | ``crashed``, where StarCraft II did                  | none               |
+|                               | ``refused``, SMAC's words on illegal actions         | none               |
+| any                           | ``error``, any other exception, after which it ends  | none               |
 
-``--versions`` prints, as JSON, what is installed of SMAC and of StarCraft II, and ends.
-
-What is shown: observations float32 [N, O], state float32 [S], available actions uint8 [N, A], one after another.
+A step's arrays are the observations float32 [N, O], the state float32 [S] and the available actions uint8 [N, A],
+joined. ``--versions`` prints the versions of SMAC's packages and of StarCraft II as JSON, and ends.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ import numpy as np
 
 HEADER = struct.Struct("<4sII")
 MAGIC = b"SMC1"
-MAX_BYTES = 1 << 24  # of one frame: far more than any map shows
+MAX_BYTES = 1 << 24  # largest frame that is read; the arrays of any map are far smaller
 STEP_MUL = 8  # game loops per step
 SIZES = ("n_agents", "obs_shape", "state_shape", "n_actions", "episode_limit")
 PACKAGES = ("smac", "pysc2", "s2clientprotocol")
@@ -52,7 +52,7 @@ METHODS = ("get_env_info", "reset", "step", "get_obs", "get_state", "get_avail_a
 
 
 def write_frame(descriptor: int, control: dict[str, Any], data: bytes = b"") -> None:
-    """Raises BrokenPipeError when nobody reads."""
+    """Write one frame. Raises BrokenPipeError when nobody reads."""
     text = json.dumps(control).encode()
     rest = memoryview(HEADER.pack(MAGIC, len(text), len(data)) + text + data)
     while rest:
@@ -60,7 +60,7 @@ def write_frame(descriptor: int, control: dict[str, Any], data: bytes = b"") -> 
 
 
 def read_frame(descriptor: int, seconds: float | None = None) -> tuple[dict[str, Any], bytes]:
-    """Raises EOFError, TimeoutError after ``seconds``, or ValueError for what is no frame."""
+    """Read one frame. Raises EOFError, TimeoutError after ``seconds``, and ValueError for other bytes."""
     end = None if seconds is None else time.monotonic() + seconds
     magic, text, data = HEADER.unpack(_read(descriptor, HEADER.size, end))
     if magic != MAGIC or text + data > MAX_BYTES:
@@ -87,7 +87,10 @@ def _read(descriptor: int, size: int, end: float | None) -> bytes:
 
 
 def make(factory: str, path: str | None, **keywords: Any) -> Any:
-    """``factory`` called with SMAC's ``keywords``; ``path`` is searched behind the interpreter's own folders."""
+    """Call ``factory`` with SMAC's ``keywords``; ``path`` is searched after the interpreter's own folders.
+
+    Raises TypeError where the result lacks one of SMAC's methods.
+    """
     if path is not None:
         sys.path.append(path)
     module, _, name = factory.partition(":")
@@ -101,7 +104,7 @@ def make(factory: str, path: str | None, **keywords: Any) -> Any:
 
 
 class Host:
-    """Answers requests with the environment's methods."""
+    """Answers to requests, by the environment's methods."""
 
     def __init__(self, environment: Any) -> None:
         self._environment = environment
@@ -109,6 +112,7 @@ class Host:
         self.env_info = {name: int(info[name]) for name in SIZES}
 
     def answer(self, control: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """Run one request; the arguments and the result are the JSON object and the data of a frame."""
         if control.get("command") == "reset":
             return self._reset()
         if control.get("command") == "step":
@@ -116,12 +120,12 @@ class Host:
         raise ValueError(f"expected the command reset or step, got {control!r}")
 
     def _reset(self) -> tuple[dict[str, Any], bytes]:
-        """Where StarCraft II crashes in it, SMAC starts another and goes on with the last episode's units."""
-        before = getattr(self._environment, "force_restarts", 0)
+        # Where StarCraft II crashes in a reset, SMAC starts another and goes on with the last episode's units.
+        restarts = getattr(self._environment, "force_restarts", 0)
         self._environment.reset()
-        if getattr(self._environment, "force_restarts", 0) != before:
+        if getattr(self._environment, "force_restarts", 0) != restarts:
             return {"crashed": True}, b""
-        return {}, self._shown()
+        return {}, self._step_arrays()
 
     def _step(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         actions = np.frombuffer(data, "<i8").tolist()
@@ -133,14 +137,14 @@ class Host:
             return {"refused": str(error)}, b""
         if not info:
             return {"crashed": True}, b""
-        told = {
+        outcome = {
             "reward": float(reward),
             "terminated": bool(terminated),
             "won": bool(info["battle_won"]),
         }
-        return told, self._shown()
+        return outcome, self._step_arrays()
 
-    def _shown(self) -> bytes:
+    def _step_arrays(self) -> bytes:
         sizes = self.env_info
         agents = sizes["n_agents"]
         parts = []
@@ -162,19 +166,20 @@ class Host:
 
 
 def versions() -> dict[str, str]:
-    """What there is of SMAC's packages, and the newest StarCraft II, which is the one that PySC2 starts."""
-    found = {}
+    """Versions of the installed packages of SMAC, and of the newest StarCraft II, which PySC2 starts."""
+    installed = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
     game = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
     builds = [folder.name[4:] for folder in game.glob("Versions/Base*")]
     if numbers := [int(build) for build in builds if build.isdigit()]:
-        found["StarCraftII"] = f"build {max(numbers)}"
-    return found
+        installed["StarCraftII"] = f"build {max(numbers)}"
+    return installed
 
 
 def main() -> None:
+    """Run the program; see the module's docstring."""
     if sys.argv[1:] == ["--versions"]:
         print(json.dumps(versions()))
         return
@@ -187,7 +192,7 @@ def main() -> None:
     parser.add_argument("--path")
     options = parser.parse_args()
     for descriptor in (options.read, options.write):
-        os.set_inheritable(descriptor, False)  # or StarCraft II would keep the pipes open behind us
+        os.set_inheritable(descriptor, False)  # otherwise StarCraft II keeps the pipes open when we end
     environment = None
     try:
         environment = make(
@@ -203,7 +208,7 @@ def main() -> None:
         while True:
             write_frame(options.write, *host.answer(*read_frame(options.read)))
     except (EOFError, BrokenPipeError):
-        pass  # whom we serve has ended or has had enough
+        pass  # the other side has ended or closed its pipes
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(BrokenPipeError):

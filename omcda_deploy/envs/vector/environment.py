@@ -108,7 +108,7 @@ class VectorEnvironment:
         require_counts(num_envs, workers)
         self.spec: TeamSpec = registry.team_spec(task, **options)
         self.num_envs = num_envs
-        self._ended = np.ones(num_envs, np.bool_)
+        self._idle = np.ones(num_envs, np.bool_)
         self._groups: list[EnvironmentGroup] = []
         self._workers: list[Worker] = []
         if workers == 0:
@@ -126,19 +126,19 @@ class VectorEnvironment:
         require_indices(seeds, self.num_envs)
         for name in ("reward", "terminated", "truncated"):
             self._arrays[name][:] = 0
-        self._ended[list(seeds)] = False
+        self._idle[list(seeds)] = False
         return self._answer(self._call("reset", dict(seeds)))
 
     def step(
         self, actions: Mapping[str, NDArray[Any]], active: NDArray[np.bool_] | None = None
     ) -> VectorStep:
-        active, columns = checked_actions(self.spec, self.num_envs, self._ended, actions, active)
+        active, columns = checked_actions(self.spec, self.num_envs, self._idle, actions, active)
         discrete = self.spec.action_kind == "discrete"
         for index, action in enumerate(columns):
             self._arrays["action"][:, index if discrete else self.spec.action_slices[index]] = action
         self._arrays["active"][:] = active
         answer = self._answer(self._call("step"))
-        self._ended |= answer.terminated | answer.truncated
+        self._idle |= answer.terminated | answer.truncated
         return answer
 
     def render(self, index: int) -> NDArray[np.uint8]:
@@ -220,19 +220,19 @@ def require_indices(indices: Iterable[int], num_envs: int) -> None:
 def checked_actions(
     spec: TeamSpec,
     num_envs: int,
-    ended: NDArray[np.bool_],
+    idle: NDArray[np.bool_],
     actions: Mapping[str, NDArray[Any]],
     active: NDArray[np.bool_] | None,
 ) -> tuple[NDArray[np.bool_], list[NDArray[Any]]]:
     """Check the arguments of a step; return ``active`` [E] and one array of ``actions`` per agent in team order.
 
-    ``ended`` [E] marks environments between episodes. Raises :class:`ContractError` where one of these is active,
+    ``idle`` [E] marks environments between episodes. Raises :class:`ContractError` where one of these is active,
     and for shapes and types that do not fit; the simulator checks the values.
     """
     active = np.ones(num_envs, np.bool_) if active is None else np.asarray(active, np.bool_)
     if active.shape != (num_envs,):
         raise ContractError(f"active: expected shape [{num_envs}], got {list(active.shape)}")
-    if (between := np.flatnonzero(active & ended)).size:
+    if (between := np.flatnonzero(active & idle)).size:
         raise ContractError(
             f"environment {between[0]} is between episodes: reset it, or leave it out of `active`"
         )
