@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from omcda_deploy.bundle import Bundle, sha256
 from omcda_deploy.envs.mamujoco import MultiAgentMujoco
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.export.bundle import PARITY_ROWS, export_bundle
+from omcda_deploy.export.bundle import export_bundle
+from omcda_deploy.export.parity import PARITY_ROWS
 from omcda_deploy.policy import Float, NoiseSource
 from omcda_deploy.spec import TeamSpec
 

@@ -19,7 +19,7 @@ from omcda_deploy.bundle import Bundle
 from omcda_deploy.envs.smax import SmaxVector
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.export.behavior_policy import read_checkpoint, write_behavior_bundle
-from omcda_deploy.export.bundle import PARITY_ROWS
+from omcda_deploy.export.parity import PARITY_ROWS
 from omcda_deploy.policy import Float, NoiseSource
 from omcda_deploy.spec import TeamSpec
 

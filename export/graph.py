@@ -1,12 +1,13 @@
-"""Everything between the dataset's observation and the simulator-ready action, as one torch module.
+"""The exported computation, from a dataset's observation to the simulator-ready action, as one torch module.
 
 :class:`PolicyGraph` wraps a policy's and a behaviour policy's actor; its inputs and outputs are those that
 :mod:`omcda_deploy.bundle` documents. Padding, normalisation, availability mask, squashing, scaling and the
 divergence are inside, so a server only moves arrays.
 
-Shapes: B batch, N agents, W the width that shared networks pad to, A actions. Between input and output tensors are
-``[B, N, ...]`` in the graph of a team and ``[B, ...]`` in an agent's, written ``[B, (N,) ...]``: onnxruntime runs a
-linear layer on matrices as one operator, bias and ReLU included, and on more dimensions as three.
+Shapes: B batch, N agents, W observation padded to the largest agent's, A actions. Inner tensors are ``[B, N, ...]``
+in the graph of a team and ``[B, ...]`` in the graph of an agent, written ``[B, (N,) ...]``. An agent's graph has no
+axis of length 1 because onnxruntime runs a linear layer on matrices as one operator, bias and ReLU included, and on
+more dimensions as three.
 """
 
 from __future__ import annotations
@@ -26,32 +27,32 @@ _HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
 
 
 class ContinuousActor(Protocol):
-    """Parameters of the Gaussian under the tanh, shared by all agents."""
+    """Tanh-Gaussian policy of all agents; gives the parameters of the Gaussian under the tanh."""
 
     def __call__(self, observation: Tensor, agent: int | None) -> tuple[Tensor, Tensor]:
-        """``[B, N, W]``, or ``[B, W]`` of ``agent`` alone -> (mean, log_std), each ``[B, N, A]`` or ``[B, A]``."""
+        """Map ``[B, N, W]``, or ``[B, W]`` of ``agent`` alone, to mean and log_std, each ``[B, (N,) A]``."""
         ...
 
 
 class DiscreteActor(Protocol):
-    """Normalised log-probabilities of the available actions, shared by all agents.
+    """Categorical policy of all agents; gives normalised log-probabilities of the available actions.
 
-    A row without an available action counts as having action 0 alone.
+    In a row without an available action, action 0 counts as available.
     """
 
     def __call__(self, observation: Tensor, mask: Tensor, agent: int | None) -> Tensor:
-        """Observation as for :class:`ContinuousActor`; ``mask``, 1 where available, and answer ``[B, (N,) A]``."""
+        """Map ``[B, (N,) W]`` and ``mask`` ``[B, (N,) A]``, 1 where available, to ``[B, (N,) A]``."""
         ...
 
 
 class PolicyGraph(nn.Module):
-    """The graph of one agent, or, with ``agent=None``, of the whole team on joined vectors.
+    """Graph of one agent, or, with ``agent=None``, of the whole team on joined vectors.
 
-    ``policy`` and ``behavior`` are :class:`ContinuousActor` or :class:`DiscreteActor` modules, after the spec's
-    action kind. They may be the same module, which is then run once.
+    ``policy`` and ``behavior``: :class:`ContinuousActor` or :class:`DiscreteActor` modules, according to the spec's
+    action kind. They may be the same module, which is then computed once.
 
-    Divergences, in nats per agent: ``kl`` is KL(pi_i || pi_b^i), whatever the noise; ``neg_log_behavior`` is
-    -log pi_b^i(a|o) of the action given, for continuous actions the density over the squashed action in
+    Divergences, in nats per agent: ``kl`` is KL(pi_i || pi_b^i), independent of the noise; ``neg_log_behavior`` is
+    -log pi_b^i(a|o) at the output action, for continuous actions the density of the squashed action in
     [-1, 1]^A, before it is scaled to the simulator's range.
     """
 
@@ -85,18 +86,19 @@ class PolicyGraph(nn.Module):
     def forward(
         self, observation: Tensor, noise: Tensor, action_mask: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Inputs and outputs in the order of ``bundle.input_names`` and ``bundle.output_names``."""
+        """Map ``bundle.input_names`` to ``bundle.output_names``, both in their order."""
         rows = self._rows(observation)
         if self.discrete:
-            assert action_mask is not None  # the bundle writer traces discrete specs with a mask
+            assert action_mask is not None  # export_bundle traces discrete specs with a mask
             return self._discrete(rows, noise, self.actions.split(action_mask))
         return self._continuous(rows, noise)
 
     def as_good(self, observation: Tensor, action: Tensor, action_mask: Tensor | None) -> Tensor:
-        """Whether a policy that takes the best of several actions could as well have taken these, bool [B].
+        """Return bool [B], True where ``action`` is as good as the policy's own choice, up to rounding.
 
-        For the graph of one agent. ``action``: squashed [B, A], or int64 [B]. A policy says so by a method
-        ``as_good``, like its ``forward`` but with the action before ``agent``; False for policies without one.
+        For the graph of one agent. ``action``: squashed [B, A], or int64 [B]. Policies that take the best of
+        several actions implement a method ``as_good``: the arguments of their ``forward``, with the action before
+        ``agent``. For policies without that method the answer is False.
         """
         as_good = getattr(self.policy, "as_good", None)
         if as_good is None:
@@ -109,7 +111,7 @@ class PolicyGraph(nn.Module):
         return good
 
     def _rows(self, observation: Tensor) -> Tensor:
-        """What the actors see, [B, (N,) W]."""
+        """Return the actors' input ``[B, (N,) W]`` from joined observations."""
         rows = self.observations.split(observation)
         return _standardize(rows, self.observations) if self.standardize else rows
 
@@ -129,7 +131,7 @@ class PolicyGraph(nn.Module):
     def divergence(
         self, noise: Tensor, mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor
     ) -> Tensor:
-        """The continuous divergence ``[B, (N)]`` from the graph's outputs ``[B, sum A]``."""
+        """Compute the continuous divergence ``[B, (N)]`` from the graph's outputs ``[B, sum A]``."""
         if self.kl:
             terms = _gaussian_kl(mean, log_std, mean_b, log_std_b)
         else:
@@ -143,7 +145,7 @@ class PolicyGraph(nn.Module):
         logits_b = logits if behavior is policy else behavior(rows, mask, self.agent)
         action = (logits + self.actions.split(noise)).argmax(-1)  # [B, (N)]
         if self.kl:
-            # An unavailable action has probability 0 under both; its finite log-probabilities cancel.
+            # An unavailable action has probability 0 under both; its log-probabilities are finite and cancel.
             divergence = (logits.exp() * (logits - logits_b)).sum(-1)
         else:
             divergence = -logits_b.gather(-1, action.unsqueeze(-1)).squeeze(-1)
@@ -156,7 +158,7 @@ class PolicyGraph(nn.Module):
         )
 
     def _scale(self, u: Tensor) -> Tensor:
-        # onnxruntime's tanh passes 1 by two units in the last place.
+        # onnxruntime's tanh exceeds 1 by up to two units in the last place.
         squashed = torch.tanh(u).clamp(-1.0, 1.0)
         if not self.scaled:
             return squashed
@@ -164,10 +166,10 @@ class PolicyGraph(nn.Module):
 
 
 class _Layout(nn.Module):
-    """Joined vectors ``[B, sum of sizes]`` and the padded ``[B, (N,) width]`` that shared networks take."""
+    """Conversion between joined vectors ``[B, sum of sizes]`` and the actors' padded ``[B, (N,) width]``."""
 
     counts: Tensor  # [(N,) 1]
-    valid: Tensor  # [(N,) width], 1 where an agent has an entry, 0 where it is padded
+    valid: Tensor  # [(N,) width], 1 for an agent's entries, 0 for padding
     padded_from: Tensor  # [N * width]
     joined_from: Tensor  # [sum]
 
@@ -177,7 +179,7 @@ class _Layout(nn.Module):
         self.uniform = all(size == width for size in sizes)
         counts = torch.tensor(sizes).unsqueeze(1)  # [N, 1]
         valid = torch.arange(width) < counts  # [N, width]
-        # Padding reads the agent's own first entry, to be multiplied by zero: one agent's inf stays its own.
+        # Padding reads the same agent's first entry times zero, so that one agent's infinity cannot reach another.
         source = counts.cumsum(0) - counts + torch.arange(width) * valid
         self.register_buffer("counts", (counts if team else counts[0]).float())
         self.register_buffer("valid", (valid if team else valid[0]).float())
@@ -185,28 +187,29 @@ class _Layout(nn.Module):
         self.register_buffer("joined_from", valid.reshape(-1).nonzero().reshape(-1))
 
     def split(self, joined: Tensor) -> Tensor:
-        """``[B, sum] -> [B, (N,) width]``, short vectors followed by zeros."""
+        """Map ``[B, sum]`` to ``[B, (N,) width]``, short vectors followed by zeros."""
         rows = joined if self.uniform else joined.float().index_select(1, self.padded_from)
         if self.team:
             rows = rows.reshape(-1, self.agents, self.width)
         return rows if self.uniform else rows * self.valid
 
     def join(self, padded: Tensor) -> Tensor:
-        """``[B, (N,) width] -> [B, sum]``: the inverse of :meth:`split`."""
+        """Map ``[B, (N,) width]`` to ``[B, sum]``, the inverse of :meth:`split`."""
         rows = padded.reshape(-1, self.agents * self.width) if self.team else padded
         return rows if self.uniform else rows.index_select(1, self.joined_from)
 
     def sum(self, joined: Tensor) -> Tensor:
-        """``[B, sum] -> [B, (N)]``: the sum over each agent's own entries."""
+        """Map ``[B, sum]`` to ``[B, (N)]``, the sum over each agent's entries."""
         if self.width == 1:
             return joined if self.team else joined.squeeze(-1)
         return self.split(joined).sum(-1)
 
 
 def _standardize(rows: Tensor, layout: _Layout) -> Tensor:
-    """``(x - mean(x)) / std(x)`` over each agent's own entries; padding stays zero.
+    """Compute ``(x - mean(x)) / std(x)`` over each agent's entries; padding stays zero.
 
-    Written out, because onnxruntime's LayerNormalization took the variance as ``E[x^2] - E[x]^2`` for years.
+    It does not use LayerNormalization, whose variance onnxruntime computed for years as ``E[x^2] - E[x]^2``, which
+    cancels.
     """
     if layout.uniform:
         centered = rows - rows.mean(-1, keepdim=True)
@@ -217,14 +220,14 @@ def _standardize(rows: Tensor, layout: _Layout) -> Tensor:
 
 
 def _gaussian_kl(mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor) -> Tensor:
-    """KL(N(mean, std) || N(mean_b, std_b)) per entry; the tanh, a bijection, leaves it as it is."""
+    """Compute KL(N(mean, std) || N(mean_b, std_b)) per entry; the tanh, a bijection, does not change it."""
     log_ratio = log_std - log_std_b
     distance = (mean - mean_b) * torch.exp(-log_std_b)
     return 0.5 * (torch.exp(2.0 * log_ratio) + distance * distance - 1.0) - log_ratio
 
 
 def _negative_log_density(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """-log density of tanh(u) per entry, from u itself: atanh of a saturated float32 action is infinite."""
+    """Compute -log density of tanh(u) per entry, from u because atanh of a saturated float32 is infinite."""
     z = (u - mean) * torch.exp(-log_std)
     jacobian = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
     return 0.5 * z * z + log_std + _HALF_LOG_TAU + jacobian

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, one_step_game
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.export.bundle import _settle_ties
 from omcda_deploy.export.graph import PolicyGraph
+from omcda_deploy.export.parity import settle_ties
 from omcda_deploy.training.algorithms import bcq
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.networks import NetworkFactory
@@ -303,7 +303,7 @@ def test_candidates_of_equal_value_may_be_exchanged_and_nothing_else() -> None:
     other, stranger = actions[7, 0].numpy(), actions[7, 1].numpy() + 0.01
     for row, action in ((0, other), (1, stranger)):
         got["action"][row], got["mean"][row], got["divergence"][row] = action, np.arctanh(action), 5.0
-    settled = _settle_ties(graph, feed, got, want)
+    settled = settle_ties(graph, feed, got, want)
     assert settled["divergence"][0] == 5.0
     np.testing.assert_array_equal(settled["action"][0], other)
     for key in names:
