@@ -1,9 +1,9 @@
-"""The behaviour policies that come with the package: bundles under ``policies/<task>/<tier>/``.
+"""Behaviour policies that come with the package: bundles under ``policies/<task>/<tier>/``.
 
-``medium`` and ``expert`` hold one policy each, ``medium-replay`` the checkpoints of the same training run up to
-medium in numbered folders, and ``medium-expert`` is half of each; ``smax/…`` has ``good``, ``medium`` and ``poor``,
-as far as they were reached. ``policies/README.md`` says how they were made and what they return. Tasks that are
-defined with behaviour policies of their own (``toy/…``) have the one tier ``behavior``.
+A tier is one bundle, or several in numbered folders: ``medium-replay`` has the checkpoints of the same training run
+up to medium. Where there are ``medium`` and ``expert``, the tier ``medium-expert`` is half of each.
+``policies/README.md`` lists the bundles, their returns and the commands that made them. Tasks that are defined with
+behaviour policies of their own (``toy/…``) have the one tier ``behavior``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from omcda_deploy.local import JointTeam
 from omcda_deploy.play.collect import Source
 
 POLICIES = Path(__file__).parents[1] / "policies"
-TIERS = ("expert", "medium", "medium-replay", "medium-expert")
-BATTLE_TIERS = ("good", "medium", "poor")  # of SMAX, after SMAC's datasets
 BEHAVIOR = "behavior"
+MIXTURE = "medium-expert"
+MIXED_TIERS = ("medium", "expert")
 
 
 @dataclass(frozen=True)
@@ -33,49 +33,50 @@ class ShippedPolicy:
 
 
 def shipped_tasks() -> tuple[str, ...]:
-    """Tasks with shipped behaviour policies."""
-    folders = {path.parent for path in POLICIES.glob("*/*/*") if path.name in (*TIERS, *BATTLE_TIERS)}
+    """Return the tasks with shipped behaviour policies."""
+    folders = (folder for folder in POLICIES.glob("*/*") if _tiers_in(folder))
     return tuple(sorted(str(folder.relative_to(POLICIES)) for folder in folders))
 
 
 def tiers(task: str) -> tuple[str, ...]:
-    """The tiers that datasets of a task can be recorded with; none where it has no behaviour policies."""
+    """Return the tiers that datasets of a task can be recorded with; none without behaviour policies."""
     if registry.behavior_team(task) is not None:
         return (BEHAVIOR,)
-    return _shipped_tiers(task) if task in shipped_tasks() else ()
+    return _shipped_tiers(task)
 
 
 def behavior_policies(task: str, tier: str) -> list[ShippedPolicy]:
-    """The policies of a tier, in the order in which they record.
+    """Return the policies of a tier, in the order in which they record.
 
-    Raises :class:`UnknownNameError`, and :class:`ConfigError` for a task without any.
+    Raises :class:`UnknownNameError` for a tier that the task does not have, :class:`ConfigError` for a task without
+    shipped policies.
     """
-    folder = POLICIES / task
-    if task not in shipped_tasks():
+    names = _shipped_tiers(task)
+    if not names:
         raise ConfigError(
             f"{task} comes without behaviour policies: record a policy of your own, with --bundle"
         )
-    if tier not in _shipped_tiers(task):
-        raise UnknownNameError(f"tier of {task}", tier, _shipped_tiers(task))
-    if tier == "medium-expert":
-        return [ShippedPolicy(name, folder / name, 0.5) for name in ("medium", "expert")]
-    if tier == "medium-replay":
-        found = sorted(path.parent for path in (folder / tier).glob(f"*/{MANIFEST}"))
-        return [ShippedPolicy(f"{tier}/{path.name}", path, 1.0) for path in found]
-    return [ShippedPolicy(tier, folder / tier, 1.0)]
+    if tier not in names:
+        raise UnknownNameError(f"tier of {task}", tier, names)
+    folder = POLICIES / task
+    if tier == MIXTURE:
+        return [ShippedPolicy(name, folder / name, 0.5) for name in MIXED_TIERS]
+    bundles = _bundles_in(folder / tier)
+    return [ShippedPolicy(str(bundle.relative_to(folder)), bundle, 1.0) for bundle in bundles]
 
 
 def sources(task: str, tier: str, bundle: Path | None = None) -> list[Source]:
-    """The policies that record a dataset of ``tier``, with their shares; ``bundle`` alone where one is given.
+    """Return the policies that record a dataset of ``tier``, with their shares; only ``bundle``, if there is one.
 
-    Raises :class:`UnknownNameError` for a tier that the task does not have.
+    Raises :class:`UnknownNameError` for a tier that the task does not have, :class:`ConfigError` for a task without
+    behaviour policies.
     """
     if bundle is not None:
         return [Source(bundle.absolute().name, JointTeam(bundle), 1.0)]
-    if (known := tiers(task)) and tier not in known:
-        raise UnknownNameError(f"tier of {task}", tier, known)
-    if (own := registry.behavior_team(task)) is not None:
-        return [Source(tier, own, 1.0)]
+    if (names := tiers(task)) and tier not in names:
+        raise UnknownNameError(f"tier of {task}", tier, names)
+    if (team := registry.behavior_team(task)) is not None:
+        return [Source(tier, team, 1.0)]
     return [
         Source(policy.label, JointTeam(policy.bundle), policy.share)
         for policy in behavior_policies(task, tier)
@@ -83,6 +84,14 @@ def sources(task: str, tier: str, bundle: Path | None = None) -> list[Source]:
 
 
 def _shipped_tiers(task: str) -> tuple[str, ...]:
-    if task.startswith("smax/"):
-        return tuple(tier for tier in BATTLE_TIERS if (POLICIES / task / tier / MANIFEST).is_file())
-    return TIERS
+    return _tiers_in(POLICIES / task) if task in shipped_tasks() else ()
+
+
+def _tiers_in(folder: Path) -> tuple[str, ...]:
+    """Return the tiers in a task's folder, and the mixture where it has both parts."""
+    names = sorted({bundle.relative_to(folder).parts[0] for bundle in _bundles_in(folder)})
+    return (*names, MIXTURE) if set(MIXED_TIERS) <= set(names) else tuple(names)
+
+
+def _bundles_in(folder: Path) -> list[Path]:
+    return sorted(manifest.parent for manifest in folder.rglob(MANIFEST))
