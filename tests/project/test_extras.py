@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("omcda_deploy", "training", "export", "serve", "protos")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-BEHAVIOR = ("training/behavior/*.py", "omcda_deploy/commands/behavior.py")
+BEHAVIOR = ("training/behavior/*.py", "omcda_deploy/commands/behavior.py")  # outside the extra "train"
 NEEDED_FOR = {  # extra -> files that must find all they import with this extra alone
     "data": ("omcda_deploy/datasets/formats/omiga_hdf5.py",),
     "vault": ("omcda_deploy/datasets/formats/og_vault.py", "omcda_deploy/datasets/formats/omiga_hdf5.py"),
@@ -40,13 +40,20 @@ NEEDED_FOR = {  # extra -> files that must find all they import with this extra 
     "tracing": ("serve/tracing.py",),
     "mujoco": ("omcda_deploy/envs/mamujoco*.py", "omcda_deploy/play/evaluate.py", "omcda_deploy/local.py"),
     "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector/batched.py"),
-    "behavior": (*BEHAVIOR, "export/*.py", "omcda_deploy/envs/mamujoco*.py", "omcda_deploy/local.py"),
+    "behavior": (
+        *BEHAVIOR,
+        "training/networks.py",
+        "export/*.py",
+        "omcda_deploy/experiments/tiers.py",
+        "omcda_deploy/envs/mamujoco*.py",
+        "omcda_deploy/local.py",
+    ),
     "dev": ("protos/generate.py",),
 }
-ROOFS = {  # commands that import torch themselves, beside the room that they compose
+TORCH_IMPORTERS = {  # outside training and export
     "omcda_deploy/commands/behavior.py",
     "omcda_deploy/commands/benchmark.py",
-    "omcda_deploy/datasets/torch_episodes.py",  # a program, which is started only where torch is
+    "omcda_deploy/datasets/torch_episodes.py",  # a program, which is started only where torch is installed
 }
 DISTRIBUTIONS = {  # of packages that several distributions share, longest names first
     "google.protobuf": "protobuf",
@@ -78,7 +85,7 @@ class Import:
     file: str
     line: int
     module: str
-    extra: str | None  # what MissingExtraError tells a user to install where the import fails
+    extra: str | None  # the extra that MissingExtraError tells a user to install when the import fails
 
     @property
     def distribution(self) -> str:
@@ -147,7 +154,7 @@ def third_party_imports() -> tuple[Import, ...]:
 
 
 def declared(extra: str | None = None) -> set[str]:
-    """Distributions of the base requirements, and of an extra with the extras that it names."""
+    """Return the distributions of the base requirements, and of an extra with the extras that it names."""
     texts = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else [])
     names = set()
     for requirement in map(Requirement, texts):
@@ -187,12 +194,12 @@ def test_an_extra_brings_what_its_files_import(extra: str) -> None:
     assert undeclared == []
 
 
-def test_ground_floor_and_roof_import_the_base_or_say_which_extra() -> None:
+def test_all_but_training_export_and_serve_import_the_base_or_name_the_extra() -> None:
     undeclared = [
         found
         for found in third_party_imports()
         if not found.file.startswith(("training/", "export/", "serve/"))
-        and found.file not in ROOFS
+        and found.file not in TORCH_IMPORTERS
         and found.distribution not in declared(found.extra)
     ]
     assert undeclared == []
@@ -223,7 +230,7 @@ def test_constraints_pin_what_dev_installs_as_it_is_installed() -> None:
 
 
 def closure() -> set[str]:
-    """Distributions that the extra ``dev`` resolves to on this machine."""
+    """Return the distributions that the extra ``dev`` resolves to on this machine."""
     found: set[tuple[str, str]] = set()
     waiting = [Requirement(text) for text in PROJECT["dependencies"]]
     waiting += [Requirement(text) for texts in PROJECT["optional-dependencies"].values() for text in texts]

@@ -1,43 +1,54 @@
-"""Train the joint Gaussian policies that datasets are recorded with (Stable-Baselines3 PPO).
+"""Joint Gaussian policies of MA-MuJoCo, trained with Stable-Baselines3's PPO, and the actor that is exported.
 
 PPO acts on u and the simulator receives tanh(u), so with a diagonal covariance the recorded behaviour policy is
 exactly a product of per-agent tanh-Gaussians of the full state, the family that learners clone.
 
-``train`` writes ``checkpoint-<steps>.npz`` files (weights and observation statistics, no pickles) and
-``progress.jsonl`` with the mean return of the last 100 training episodes, which act stochastically as recording
-does; while learning is fast that mean lags the policy, so tiers are chosen by ``behavior measure`` instead.
+A checkpoint is one tanh MLP on the raw observation of the whole body, but the agents of a bundle see OMIGA's
+standardised vectors. Those end in a one-hot id whose 1 and 0 became ``z1 = (1 - mean) / std`` and
+``z0 = -mean / std``, so the raw vector is ``(z - z0) / (z1 - z0)``, exactly, and every agent can evaluate the joint
+policy and keep its share (docs/simulators.md#observations).
+
+Shapes: B batch, M rows, N agents, W a team's observation, R the raw observation, H hidden, J joints of the body,
+A joints of one agent.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import Tensor, nn
 
-from omcda_deploy.envs.mamujoco import EPISODE_LIMIT, JointBody
+from omcda_deploy.envs.mamujoco import EPISODE_LIMIT, JointBody, MultiAgentMujoco
 from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.policy import Float, NoiseSource
+from omcda_deploy.spec import TeamSpec
+from omcda_deploy.training.behavior.checkpoint import (
+    Checkpoints,
+    PlayedPolicy,
+    new_run,
+    read_checkpoint,
+    write_checkpoint,
+)
 
-log = logging.getLogger(__name__)
-
-U_LIMIT = 10.0  # SB3 wants finite action bounds; tanh(10) is 1 - 4e-9, so clipping u there changes nothing
+U_LIMIT = 10.0  # SB3 requires finite action bounds; tanh(10) is 1 - 4e-9, so clipping u there changes nothing
 
 
 @dataclass(frozen=True)
 class PpoConfig:
-    """PPO settings of one body; unnamed ones are Stable-Baselines3's defaults."""
+    """PPO settings of one body; settings without a field keep Stable-Baselines3's defaults."""
 
     steps: int
-    checkpoint_every: int
+    checkpoint_every: int  # environment steps
     num_envs: int = 8
     n_steps: int = 256
     batch_size: int = 128
@@ -56,16 +67,31 @@ DEFAULTS = {
     "mamujoco/ant-2x4": PpoConfig(steps=4_000_000, checkpoint_every=50_000),
 }
 
-# Mean returns of the published OMIGA datasets, which our tiers are chosen to come near (baselines.md).
-PUBLISHED_RETURNS = {
-    "mamujoco/halfcheetah-6x1": {"medium": 1425.66, "expert": 2785.10},
-    "mamujoco/hopper-3x1": {"medium": 723.57, "expert": 2452.02},
-    "mamujoco/ant-2x4": {"medium": 1418.70, "expert": 2055.07},
-}
+
+def default_config(task: str) -> PpoConfig:
+    """Return the PPO configuration of ``task``. Raises :class:`UnknownNameError` for a task without one."""
+    if task not in DEFAULTS:
+        raise UnknownNameError("task", task, DEFAULTS)
+    return DEFAULTS[task]
+
+
+class PolicyArrays(NamedTuple):
+    """Arrays of a checkpoint; the field names are the names in the file."""
+
+    w1: NDArray[Any]  # [H, R], applied to the normalised raw observation
+    b1: NDArray[Any]
+    w2: NDArray[Any]  # [H, H]
+    b2: NDArray[Any]
+    w_mean: NDArray[Any]  # [J, H]
+    b_mean: NDArray[Any]
+    log_std: NDArray[Any]  # [J]
+    observation_mean: NDArray[Any]  # [R]
+    observation_var: NDArray[Any]  # [R], epsilon included
+    observation_clip: NDArray[Any]  # [], limit of the normalised observation
 
 
 class SquashedBody(gymnasium.Env[Any, Any]):
-    """The joint v2 environment with actions u, applied as tanh(u), and the 1,000-step limit."""
+    """Single-agent v2 environment with actions u, applied as tanh(u), and the 1,000-step limit."""
 
     def __init__(self, name: str) -> None:
         self._joint = JointBody(name)
@@ -85,82 +111,35 @@ class SquashedBody(gymnasium.Env[Any, Any]):
         return observation.astype(np.float32), reward, terminated, truncated, {}
 
 
-class Checkpoints(BaseCallback):
-    """Every ``every`` environment steps, ``save`` a checkpoint and note the last episodes.
+def policy_arrays(model: PPO, statistics: VecNormalize) -> PolicyArrays:
+    """Return the actor's weights and its observation statistics."""
 
-    ``rows_per_step``: how many of SB3's steps are one of an environment.
-    """
+    def array(tensor: Tensor) -> NDArray[Any]:
+        values: NDArray[Any] = tensor.detach().cpu().numpy()
+        return values
 
-    def __init__(self, out: Path, every: int, save: Callable[[Path], None], rows_per_step: int = 1) -> None:
-        super().__init__()
-        self._out, self._every, self._save, self._next = out, every, save, every
-        self._rows_per_step = rows_per_step
-
-    def _on_step(self) -> bool:
-        steps = self.num_timesteps // self._rows_per_step
-        if steps >= self._next:
-            self._next += self._every
-            episodes = [episode["r"] for episode in self.model.ep_info_buffer or []]
-            wins = list(self.model.ep_success_buffer or [])  # of simulators that tell
-            line = {
-                "steps": steps,
-                "return_mean": float(np.mean(episodes)) if episodes else None,
-                "return_std": float(np.std(episodes)) if episodes else None,
-                "episodes": len(episodes),
-                **({"win_rate": float(np.mean(wins))} if wins else {}),
-            }
-            self._save(self._out / f"checkpoint-{steps:08d}.npz")
-            with (self._out / "progress.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            log.info("%s", line)
-        return True
-
-
-def save_checkpoint(path: Path, model: Any, statistics: VecNormalize) -> None:
-    """Write the actor and its observation statistics as plain arrays."""
-    policy = model.policy
+    policy: Any = model.policy
     first, _, second, _ = policy.mlp_extractor.policy_net
-    parameters = {
-        "w1": first.weight,
-        "b1": first.bias,
-        "w2": second.weight,
-        "b2": second.bias,
-        "w_mean": policy.action_net.weight,
-        "b_mean": policy.action_net.bias,
-        "log_std": policy.log_std,
-    }
-    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in parameters.items()}
     moments: Any = statistics.obs_rms  # a dict only for dictionary observations
-    arrays["observation_mean"] = np.asarray(moments.mean, np.float64)
-    arrays["observation_var"] = np.asarray(moments.var, np.float64) + statistics.epsilon
-    arrays["observation_clip"] = np.asarray(statistics.clip_obs, np.float64)
-    write_checkpoint(path, arrays)
-
-
-def write_checkpoint(path: Path, arrays: dict[str, Any]) -> None:
-    """Write named arrays as a whole file or none."""
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)
-    temporary.replace(path)
-
-
-def new_run(out: Path, task: str, seed: int, config: Any) -> None:
-    """Make the folder ``out`` with its ``config.json``. Raises :class:`ConfigError` where it exists."""
-    if out.exists():
-        raise ConfigError(f"{out} exists already: choose another --out, or remove it first")
-    out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps({"task": task, "seed": seed, **asdict(config)}, indent=1))
-
-
-def default_config(task: str) -> PpoConfig:
-    """Raises :class:`UnknownNameError` for a task without settings of its own."""
-    if task not in DEFAULTS:
-        raise UnknownNameError("task", task, DEFAULTS)
-    return DEFAULTS[task]
+    return PolicyArrays(
+        w1=array(first.weight),
+        b1=array(first.bias),
+        w2=array(second.weight),
+        b2=array(second.bias),
+        w_mean=array(policy.action_net.weight),
+        b_mean=array(policy.action_net.bias),
+        log_std=array(policy.log_std),
+        observation_mean=np.asarray(moments.mean, np.float64),
+        observation_var=np.asarray(moments.var, np.float64) + statistics.epsilon,
+        observation_clip=np.asarray(statistics.clip_obs, np.float64),
+    )
 
 
 def train(task: str, out: Path, seed: int, config: PpoConfig) -> None:
-    """Train on ``task`` (``mamujoco/<body>``) and leave checkpoints in the new folder ``out``."""
+    """Train on ``task`` (``mamujoco/<body>``) and write checkpoints to the new folder ``out``.
+
+    Raises :class:`ConfigError` when ``out`` exists.
+    """
     name = task.removeprefix("mamujoco/")
     new_run(out, task, seed, config)
     envs = DummyVecEnv([lambda: Monitor(SquashedBody(name)) for _ in range(config.num_envs)])
@@ -182,7 +161,106 @@ def train(task: str, out: Path, seed: int, config: PpoConfig) -> None:
         seed=seed,
         device="cpu",
     )
-    checkpoints = Checkpoints(
-        out, config.checkpoint_every, lambda path: save_checkpoint(path, model, statistics)
-    )
-    model.learn(config.steps, callback=checkpoints)
+
+    def save(path: Path) -> None:
+        write_checkpoint(path, policy_arrays(model, statistics)._asdict())
+
+    model.learn(config.steps, callback=Checkpoints(out, config.checkpoint_every, save))
+
+
+class JointBehaviorActor(nn.Module):
+    """Each agent's share of a joint Gaussian policy, on the team's observations.
+
+    Fits ``export.graph.ContinuousActor``. Agent k of a ``mamujoco/*`` team drives the k-th of N equal runs of
+    joints. Raises :class:`ConfigError` when the arrays do not fit ``spec``.
+    """
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    w_mean: Tensor  # [N, A, H]
+    b_mean: Tensor  # [N, A]
+    log_std: Tensor  # [N, A]
+    observation_mean: Tensor
+    inverse_std: Tensor
+
+    def __init__(self, arrays: PolicyArrays, spec: TeamSpec) -> None:
+        super().__init__()
+        self.agents = len(spec.agents)
+        self.joints = spec.action_size
+        self.raw_size = arrays.w1.shape[1]
+        total = self.agents * self.joints
+        if len(arrays.w_mean) != total or self.raw_size + self.agents > spec.observation_size:
+            raise ConfigError(
+                f"the checkpoint maps {self.raw_size} observations to {len(arrays.w_mean)} joints: it does not "
+                f"fit {spec.task}, which has {total} joints and observations of {spec.observation_size} with the id"
+            )
+
+        shapes = {
+            "w_mean": (self.agents, self.joints, -1),
+            "b_mean": (self.agents, self.joints),
+            "log_std": (self.agents, self.joints),
+        }
+        # The order of the buffers is the order of the weights in the exported file.
+        for name in ("w1", "b1", "w2", "b2", "w_mean", "b_mean", "log_std", "observation_mean"):
+            values = np.asarray(getattr(arrays, name), np.float32)
+            self.register_buffer(name, torch.from_numpy(values.reshape(shapes.get(name, values.shape))))
+        inverse_std = 1.0 / np.sqrt(arrays.observation_var)
+        self.register_buffer("inverse_std", torch.from_numpy(inverse_std.astype(np.float32)))
+        self.clip = float(arrays.observation_clip)
+
+    def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
+        """Map ``[B, N, W]``, or ``[B, W]`` of ``agent``, to mean and log_std, each ``[B, (N,) A]``.
+
+        Raw and standardised observations give the same distribution.
+        """
+        raw = self.raw(observation)
+        x = ((raw - self.observation_mean) * self.inverse_std).clamp(-self.clip, self.clip)
+        hidden = torch.tanh(F.linear(x, self.w1, self.b1))
+        hidden = torch.tanh(F.linear(hidden, self.w2, self.b2))  # [B, (N,) H]
+        if agent is not None:
+            mean = F.linear(hidden, self.w_mean[agent], self.b_mean[agent])
+            return mean, self.log_std[agent].expand_as(mean)
+        weights = self.w_mean.transpose(-1, -2)  # [N, H, A]
+        mean = (hidden.unsqueeze(-2) @ weights).squeeze(-2) + self.b_mean
+        return mean, self.log_std.expand_as(mean)
+
+    def raw(self, observation: Tensor) -> Tensor:
+        """Recover the raw observation ``[B, (N,) R]`` from a raw or standardised vector ``[B, (N,) W]``."""
+        identity = observation[..., -self.agents :]
+        zero, one = identity.amin(-1, keepdim=True), identity.amax(-1, keepdim=True)
+        return (observation[..., : self.raw_size] - zero) / (one - zero)
+
+
+def play_checkpoint(checkpoint: Path, task: str, rows: int, seed: int) -> PlayedPolicy:
+    """Let a checkpoint's policy act stochastically in ``task`` (``mamujoco/<body>``) for ``rows`` steps.
+
+    Raises :class:`ConfigError` for a file that is not a checkpoint or does not fit the task,
+    :class:`UnknownNameError` for an unknown body.
+    """
+    env = MultiAgentMujoco(task)
+    try:
+        arrays = PolicyArrays(**read_checkpoint(checkpoint, PolicyArrays._fields))
+        actor = JointBehaviorActor(arrays, env.spec)
+        return PlayedPolicy(env.spec, actor, _play(actor, env, rows, seed))
+    finally:
+        env.close()
+
+
+def _play(actor: JointBehaviorActor, env: MultiAgentMujoco, rows: int, seed: int) -> Float:
+    """Return the observations [rows, N, W] of consecutive steps, one episode after another."""
+    names = env.spec.names
+    noise = NoiseSource(env.spec, seed)
+    observations, _ = env.reset(seed=seed)
+    joined = np.empty((rows, len(names), env.spec.observation_size), np.float32)
+    for row in joined:
+        row[:] = [observations[name] for name in names]
+        with torch.no_grad():
+            mean, log_std = actor(torch.from_numpy(row).unsqueeze(0))
+        sample = torch.from_numpy(np.concatenate(list(noise.draw(1).values()))).unsqueeze(0)
+        actions = torch.tanh(mean + log_std.exp() * sample)[0].numpy()
+        observations, _, terminated, truncated, _ = env.step(dict(zip(names, actions, strict=True)))
+        if any(terminated.values()) or any(truncated.values()):
+            observations, _ = env.reset()
+    return joined

@@ -1,0 +1,117 @@
+"""Joint behaviour policies: the actor against numpy and against SB3, and a training that leaves checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omcda_deploy.envs.mamujoco import MultiAgentMujoco, standardize
+from omcda_deploy.errors import ConfigError, UnknownNameError
+from tests.support.behavior_checkpoints import joint_arrays, joint_mean
+
+pytest.importorskip("stable_baselines3")
+
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from omcda_deploy.training.behavior import mujoco
+from omcda_deploy.training.behavior.mujoco import (
+    JointBehaviorActor,
+    PolicyArrays,
+    PpoConfig,
+    SquashedBody,
+    play_checkpoint,
+    policy_arrays,
+)
+
+BODIES = {  # raw observation, padding zeros, agents, joints per agent
+    "mamujoco/hopper-3x1": (11, 0, 3, 1),
+    "mamujoco/ant-2x4": (27, 84, 2, 4),
+    "mamujoco/halfcheetah-6x1": (17, 0, 6, 1),
+}
+TASK = "mamujoco/hopper-3x1"
+
+
+def team_vectors(raw: Any, zeros: int, agents: int) -> Any:
+    """Return each agent's vector of a raw observation: padded, and followed by the agent's one-hot id."""
+    rows = len(raw)
+    padded = np.repeat(np.pad(raw, ((0, 0), (0, zeros)))[:, None], agents, axis=1)
+    return np.concatenate([padded, np.broadcast_to(np.eye(agents), (rows, agents, agents))], axis=-1)
+
+
+@pytest.mark.parametrize("form", ["raw", "standardized"])
+@pytest.mark.parametrize("task", BODIES)
+def test_every_agent_has_its_share_of_the_joint_policy(task: str, form: str) -> None:
+    raw_size, zeros, agents, joints = BODIES[task]
+    spec = MultiAgentMujoco(task).spec
+    arrays = joint_arrays(raw_size, agents * joints)
+    actor = JointBehaviorActor(PolicyArrays(**arrays), spec)
+    raw = 2 * np.random.default_rng(0).standard_normal((50, raw_size))
+    vectors = team_vectors(raw, zeros, agents)
+    inputs = standardize(vectors) if form == "standardized" else vectors.astype(np.float32)
+    observation = torch.from_numpy(inputs)
+    np.testing.assert_allclose(actor.raw(observation)[:, 0].numpy(), raw, atol=1e-5)
+    mean, log_std = actor(observation)
+    np.testing.assert_allclose(mean.reshape(50, -1).numpy(), joint_mean(arrays, raw), atol=1e-5)
+    np.testing.assert_array_equal(log_std[7].reshape(-1).numpy(), arrays["log_std"])
+    for agent in range(agents):
+        agent_mean, agent_log_std = actor(observation[:, agent : agent + 1], agent)
+        np.testing.assert_allclose(agent_mean[:, 0].numpy(), mean[:, agent].numpy(), atol=1e-6)
+        np.testing.assert_array_equal(agent_log_std[:, 0].numpy(), log_std[:, agent].numpy())
+
+
+def test_the_actor_has_the_distribution_that_ppo_trained() -> None:
+    """The names of a checkpoint's arrays join two halves that could agree with each other and be wrong."""
+    statistics = VecNormalize(DummyVecEnv([lambda: SquashedBody("hopper-3x1")]))
+    generator = np.random.default_rng(1)
+    moments: Any = statistics.obs_rms
+    moments.update(generator.normal(0.5, 2.0, (100, 11)))
+    model = PPO("MlpPolicy", statistics, policy_kwargs={"log_std_init": -0.7}, seed=0, device="cpu")
+    with torch.no_grad():
+        model.policy.log_std.copy_(torch.tensor([-0.7, 0.1, 0.4]))
+        for parameter in model.policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # PPO starts with zero biases and tiny means
+    actor = JointBehaviorActor(policy_arrays(model, statistics), MultiAgentMujoco(TASK).spec)
+    raw = generator.normal(0.5, 2.0, (50, 11))
+    normalised: Any = statistics.normalize_obs(raw)
+    with torch.no_grad():
+        expected: Any = model.policy.get_distribution(torch.from_numpy(normalised.astype(np.float32)))
+        mean, log_std = actor(torch.from_numpy(team_vectors(raw, 0, 3).astype(np.float32)))
+    np.testing.assert_allclose(mean[..., 0], expected.distribution.mean, atol=1e-5)
+    np.testing.assert_allclose(log_std[..., 0].exp(), expected.distribution.stddev, atol=1e-6)
+
+
+def test_training_leaves_checkpoints_that_play(tmp_path: Path) -> None:
+    config = PpoConfig(
+        steps=64, checkpoint_every=32, num_envs=2, n_steps=16, batch_size=16, n_epochs=1, hidden=8
+    )
+    run = tmp_path / "run"
+    mujoco.train(TASK, run, 0, config)
+    assert json.loads((run / "config.json").read_text())["task"] == TASK
+    lines = [json.loads(line) for line in (run / "progress.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines] == [32, 64]
+    assert all("win_rate" not in line for line in lines)
+    first, last = (np.load(run / f"checkpoint-{steps:08d}.npz") for steps in (32, 64))
+    assert not np.array_equal(first["w1"], last["w1"])
+    played = play_checkpoint(run / "checkpoint-00000064.npz", TASK, 20, seed=0)
+    assert played.observations.shape == (20, 3, 14)
+    assert played.action_masks is None
+    assert not np.array_equal(played.observations[0], played.observations[1])
+    with pytest.raises(ConfigError, match="exists already"):
+        mujoco.train(TASK, run, 0, config)
+    with pytest.raises(UnknownNameError, match="did you mean 'mamujoco/hopper-3x1'"):
+        mujoco.default_config("mamujoco/hoper-3x1")
+
+
+def test_a_checkpoint_of_another_body(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint-00000100.npz"
+    np.savez(file, **joint_arrays(17, 6))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"17 observations to 6 joints: .*hopper-3x1, which has 3 joints"):
+        play_checkpoint(file, TASK, 20, seed=0)
+    with pytest.raises(UnknownNameError):
+        play_checkpoint(file, "mamujoco/hoper-3x1", 20, seed=0)
