@@ -27,7 +27,9 @@ def test_manifest_and_reproducible_bytes(tmp_path: Path) -> None:
     decision = LocalTeam(first.bundle).act(first.rows)["agent_1"]
     reference = first.bundle.references["agent_1"]
     assert reference.divergence_p99 == pytest.approx(np.percentile(decision.divergence, 99), rel=1e-5)
-    assert reference == DataReference.of(spec, spec.agent("agent_1"), first.rows["agent_1"], decision.divergence)
+    assert reference == DataReference.of(
+        spec, spec.agent("agent_1"), first.rows["agent_1"], decision.divergence
+    )
     assert manifest["parity"]["rows"] == M
     assert 0 < manifest["parity"]["against_torch"]["action"]["max_abs"] <= 1e-5
     assert read_bundle(tmp_path / "a").spec == spec

@@ -39,7 +39,7 @@ NEEDED_FOR = {  # extra -> files that must find all they import with this extra 
     ),
     "tracing": ("serve/tracing.py",),
     "mujoco": ("omcda_deploy/envs/mamujoco*.py", "omcda_deploy/play/evaluate.py", "omcda_deploy/local.py"),
-    "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector/batched.py"),
+    "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector/*.py"),
     "behavior": (
         *BEHAVIOR,
         "training/networks.py",
