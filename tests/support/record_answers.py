@@ -74,7 +74,11 @@ def record(bundle: Bundle, name: str, seed: int) -> Record:
     """Answers of one bundle; ``name`` begins every case."""
     requests = Requests(bundle, seed)
     cases = [
-        (f"{rows} rows, {'noise' if noisy else 'no noise'}", [requests.draw(rows) for _ in range(count)], noisy)
+        (
+            f"{rows} rows, {'noise' if noisy else 'no noise'}",
+            [requests.draw(rows) for _ in range(count)],
+            noisy,
+        )
         for rows, count in BATCHES.items()
         for noisy in (False, True)
     ]
@@ -82,12 +86,12 @@ def record(bundle: Bundle, name: str, seed: int) -> Record:
     local = LocalTeam(bundle)
     for kind, team in (("local", local), ("joint", JointTeam(bundle))):
         for case, inputs, noisy in cases:
-            digest = hashlib.sha256()
+            hasher = hashlib.sha256()
             for observations, noise, masks in inputs:
                 decisions = team.act(observations, noise=noise if noisy else None, action_masks=masks)
                 for decision in decisions.values():
-                    digest.update(_decision_bytes(decision))
-            answers["answers"][f"{name}: {kind}, {case}"] = digest.hexdigest()
+                    hasher.update(_decision_bytes(decision))
+            answers["answers"][f"{name}: {kind}, {case}"] = hasher.hexdigest()
     observations, _, masks = cases[-1][1][0]
     divergences = local.act(observations, action_masks=masks)
     thresholds = {agent: float(np.median(decision.divergence)) for agent, decision in divergences.items()}
