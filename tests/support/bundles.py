@@ -1,7 +1,7 @@
-"""Bundles of small random policies, written without torch: what serving tests serve.
+"""Bundles of small random policies for tests of serving, written without torch.
 
-Every agent has its own linear maps, so agents, rows and inputs that were mixed up change the answer. The team
-graph holds the same nodes for all agents at once.
+Every agent has its own linear maps, so mixing up agents, rows or inputs changes the answer. The team graph has the
+same nodes for all agents at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OPSET, IR_VERSION = 17, 10
 
 
 def continuous_spec(*, agents: int = 3) -> TeamSpec:
-    """Agents of unequal sizes, so that a vector of the wrong agent does not fit."""
+    """Return a team of agents of unequal sizes, so that a vector of the wrong agent does not fit."""
     return TeamSpec(
         task="toy/continuous",
         agents=tuple(AgentSpec(f"agent_{i}", 4 + i, ActionSpec("continuous", 1 + i)) for i in range(agents)),
@@ -47,6 +47,7 @@ def continuous_spec(*, agents: int = 3) -> TeamSpec:
 
 
 def discrete_spec(*, agents: int = 2) -> TeamSpec:
+    """Return a team of agents of unequal sizes with discrete actions."""
     return TeamSpec(
         task="toy/discrete",
         agents=tuple(
@@ -88,7 +89,7 @@ def write_test_bundle(path: Path, spec: TeamSpec, seed: int = 0, *, divergence_k
 
 
 def with_references(bundle: Bundle) -> Bundle:
-    """The bundle with the references that an export from its data would have."""
+    """Add the references that an export from a dataset would write, and read the bundle again."""
     generator = np.random.default_rng(5)
     manifest = json.loads((bundle.path / MANIFEST).read_text())
     observations = {a.name: generator.normal(size=(400, a.observation_size)) for a in bundle.spec.agents}
@@ -117,7 +118,7 @@ def _graph(spec: TeamSpec, model: str, weights: dict[str, dict[str, NDArray[np.f
     nodes: list[Any] = []
     constants: list[Any] = []
     inputs, outputs = input_tensors(spec, model), output_tensors(spec, model)
-    own = {agent.name: f"{agent.name}/" if model == TEAM else "" for agent in agents}
+    prefixes = {agent.name: f"{agent.name}/" if model == TEAM else "" for agent in agents}
 
     def node(operator: str, sources: list[str], result: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(operator, sources, [result], **attributes))
@@ -131,7 +132,7 @@ def _graph(spec: TeamSpec, model: str, weights: dict[str, dict[str, NDArray[np.f
         for tensor in inputs:
             sizes = [a.observation_size if tensor.name == "observation" else a.action.size for a in agents]
             split = constant(f"{tensor.name}/sizes", sizes, np.int64)
-            parts = [own[agent.name] + tensor.name for agent in agents]
+            parts = [prefixes[agent.name] + tensor.name for agent in agents]
             nodes.append(helper.make_node("Split", [tensor.name, split], parts, axis=1))
     constant("last", [-1], np.int64)
     if spec.action_kind == "continuous":
@@ -140,7 +141,7 @@ def _graph(spec: TeamSpec, model: str, weights: dict[str, dict[str, NDArray[np.f
     else:
         constant("forbidden", -1e9)
     for agent in agents:
-        at = own[agent.name]
+        at = prefixes[agent.name]
         for head, matrix in weights[agent.name].items():
             linear = node(
                 "MatMul", [at + "observation", constant(f"{at}W_{head}", matrix)], f"{at}linear_{head}"
@@ -158,7 +159,7 @@ def _graph(spec: TeamSpec, model: str, weights: dict[str, dict[str, NDArray[np.f
         )
     if model == TEAM:
         for tensor in outputs:
-            parts = [own[agent.name] + tensor.name for agent in agents]
+            parts = [prefixes[agent.name] + tensor.name for agent in agents]
             node("Concat", parts, tensor.name, axis=1)
     graph = helper.make_graph(
         nodes, model, [_value(t) for t in inputs], [_value(t) for t in outputs], constants
@@ -169,7 +170,7 @@ def _graph(spec: TeamSpec, model: str, weights: dict[str, dict[str, NDArray[np.f
 
 
 def _continuous_outputs(node: Any, at: str, keep: bool) -> None:
-    """tanh-Gaussian action; KL(N(mean, std) || N(behavior_mean, behavior_std)), summed over A."""
+    """Add a tanh-Gaussian action, and KL(N(mean, std) || N(behavior_mean, behavior_std)), summed over A."""
     std = node("Exp", [at + "log_std"], at + "std")
     behavior_std = node("Exp", [at + "behavior_log_std"], at + "behavior_std")
     scaled = node("Mul", [std, at + "noise"], at + "scaled")
@@ -178,7 +179,7 @@ def _continuous_outputs(node: Any, at: str, keep: bool) -> None:
         (at + "behavior_mean", "behavior_action"),
     ):
         squashed = node("Tanh", [u], f"{u}_squashed")
-        node("Clip", [squashed, "least", "most"], at + action)  # onnxruntime's tanh passes 1 by a little
+        node("Clip", [squashed, "least", "most"], at + action)  # onnxruntime's tanh exceeds 1 by a little
     log_ratio = node("Sub", [at + "behavior_log_std", at + "log_std"], at + "log_ratio")
     gap = node("Sub", [at + "mean", at + "behavior_mean"], at + "gap")
     squares = node(
@@ -193,7 +194,7 @@ def _continuous_outputs(node: Any, at: str, keep: bool) -> None:
 
 
 def _discrete_outputs(node: Any, at: str, keep: bool) -> None:
-    """Gumbel-max action; KL(softmax(logits) || softmax(behavior_logits))."""
+    """Add a Gumbel-max action, and KL(softmax(logits) || softmax(behavior_logits))."""
     noisy = node("Add", [at + "logits", at + "noise"], at + "noisy")
     node("ArgMax", [noisy], at + "action", axis=-1, keepdims=int(keep))
     node("ArgMax", [at + "behavior_logits"], at + "behavior_action", axis=-1, keepdims=int(keep))

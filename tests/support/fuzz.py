@@ -1,9 +1,9 @@
-"""Hostile traffic for a policy server, and what it must answer: ``python -m tests.support.fuzz``.
+"""Fuzzing of a policy server: ``python -m tests.support.fuzz``.
 
 Every call of :mod:`tests.support.fuzz_calls` must end within its deadline with a status of the table
-:data:`ALLOWED`. Where it is OK, the request is judged again from its bytes by :mod:`tests.support.judge`, which
-shares no code with the server. A call that fails is printed with its seed and number, by which it can be sent
-again alone, and its bytes.
+:data:`ALLOWED`. If the status is OK, the request is judged again from its bytes by :mod:`tests.support.judge`,
+which shares no code with the server. A call that fails is printed with its bytes, and with its seed and number,
+with which it can be sent again alone.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ ALLOWED = {
     "FAILED_PRECONDITION": "another contract",
     "RESOURCE_EXHAUSTED": "larger than a message may be",
 }
-DEADLINE_S = 20.0  # far beyond what any of these takes: only a hang misses it
-CONCURRENT = 24  # calls in flight, of which few are streams: no limit of the server is reached
+DEADLINE_S = 20.0  # far more than any call takes: only one that hangs misses it
+CONCURRENT = 24  # calls in flight, few of them streams, so that no limit of the server is reached
 STREAMS = 6
 GROWTH_LIMIT_KB = 24 << 10
-CONTROL_EVERY_S = 0.2
-SHOWN = 1000  # bytes of a failing message that are printed
+CONTROL_EVERY = 100  # calls from one round of control requests to the next
+PRINTED = 1000  # bytes of a failing message that are printed
 
 NO_PROXY = (("grpc.enable_http_proxy", 0),)
 TEAMS = {"continuous": continuous_spec, "discrete": discrete_spec}
@@ -50,28 +50,28 @@ Outcome: TypeAlias = tuple[str, str, list[bytes]]  # status, details, answers
 
 
 @dataclass
-class Report:
-    """What came of the calls: statuses by kind of call, and failures in words."""
+class FuzzReport:
+    """Results of the calls: statuses by kind of call, calls by method, and failures in words."""
 
     statuses: Counter[tuple[Kind, str]] = field(default_factory=Counter)
     methods: Counter[str] = field(default_factory=Counter)
-    controls: int = 0
+    controls: int = 0  # rounds of control requests
     failures: list[str] = field(default_factory=list)
-    grown_kb: int = 0  # by the server, from a quarter of the calls on
+    grown_kb: int = 0  # memory of the server, from a quarter of the calls on
 
 
-def fuzz(bundle: Bundle, seed: int, first: int, calls: int) -> Report:
+def fuzz(bundle: Bundle, seed: int, first: int, calls: int) -> FuzzReport:
     """Send ``calls`` calls from number ``first`` on to a new server of all models of ``bundle``."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with server_process(bundle, log=log) as server:
             report = _fuzz(server, bundle, seed, first, calls)
-        if "ERROR" in (said := log.read_text()) or "Traceback" in said:
-            report.failures.append(f"the server's log: {said[:SHOWN]}")
+        if "ERROR" in (text := log.read_text()) or "Traceback" in text:
+            report.failures.append(f"the server's log: {text[:PRINTED]}")
     return report
 
 
-def _fuzz(server: ServerProcess, bundle: Bundle, seed: int, first: int, calls: int) -> Report:
+def _fuzz(server: ServerProcess, bundle: Bundle, seed: int, first: int, calls: int) -> FuzzReport:
     with grpc.insecure_channel(server.endpoint, NO_PROXY) as stream_channel:
         run = _Run(server, stream_channel, bundle, seed, first, calls)
         asyncio.run(run.drive())
@@ -91,7 +91,11 @@ def resident_kb(pid: int) -> int:
 
 
 class _Run:
-    """:data:`CONCURRENT` calls in flight, and control requests before, between and after them."""
+    """Keeps :data:`CONCURRENT` calls in flight, with control requests before, between and after them.
+
+    Control requests are valid and fixed: their answers must not change, whatever came before them. A round of them
+    is sent with every :data:`CONTROL_EVERY`-th call, so that their number depends on the number of calls alone.
+    """
 
     def __init__(
         self,
@@ -102,7 +106,7 @@ class _Run:
         first: int,
         calls: int,
     ) -> None:
-        self.report = Report()
+        self.report = FuzzReport()
         self.warm_kb = 0
         self._server, self._bundle = server, bundle
         self._calls = map(
@@ -110,23 +114,24 @@ class _Run:
         )  # shared by the workers
         self._warm_at = first + calls // 4
         self._controls = _controls(bundle.spec)
+        self._expected: list[bytes] = []
         self._stream_channel = stream_channel
 
     async def drive(self) -> None:
         async with grpc.aio.insecure_channel(self._server.endpoint, NO_PROXY) as channel:
             try:
-                expected = await self._control(channel)
+                self._expected = await self._ask_controls(channel)
                 streams = asyncio.Semaphore(STREAMS)
-                workers = [asyncio.create_task(self._work(channel, streams)) for _ in range(CONCURRENT)]
-                while not all(worker.done() for worker in workers):
-                    await asyncio.wait(workers, timeout=CONTROL_EVERY_S)
-                    if await self._control(channel) != expected:
-                        self.report.failures.append("a control request is answered otherwise than before")
-                await asyncio.gather(*workers)
+                await asyncio.gather(*(self._work(channel, streams) for _ in range(CONCURRENT)))
+                await self._control(channel)
             except grpc.RpcError as error:
                 self.report.failures.append(f"a control request failed: {error}")
 
-    async def _control(self, channel: Any) -> list[bytes]:
+    async def _control(self, channel: Any) -> None:
+        if await self._ask_controls(channel) != self._expected:
+            self.report.failures.append("a control request is answered otherwise than before")
+
+    async def _ask_controls(self, channel: Any) -> list[bytes]:
         self.report.controls += 1
         return [
             await channel.unary_unary(method)(data, timeout=DEADLINE_S) for method, data in self._controls
@@ -144,6 +149,8 @@ class _Run:
         for call in self._calls:
             if call.index == self._warm_at:
                 self.warm_kb = resident_kb(self._server.process.pid)
+            if call.index % CONTROL_EVERY == 0:
+                await self._control(channel)
             async with streams if call.method == STREAM else nullcontext():
                 status, details, answers = await self._ask(channel, call)
             self.report.statuses[call.kind, status] += 1
@@ -152,13 +159,13 @@ class _Run:
                 self.report.failures.append(
                     f"call {call.index} ({call.kind}, {call.method}): {wrong}\n"
                     + "\n".join(
-                        f"    {data[:SHOWN].hex()}{'…' * (len(data) > SHOWN)}" for data in call.messages
+                        f"    {data[:PRINTED].hex()}{'…' * (len(data) > PRINTED)}" for data in call.messages
                     )
                 )
 
 
 def _ask_stream(channel: Any, messages: tuple[bytes, ...]) -> Outcome:
-    # not by grpc.aio, whose client reports INTERNAL where a stream ends while it still writes
+    # Not by grpc.aio, whose client reports INTERNAL if a stream ends while it still writes.
     answers: list[bytes] = []
     try:
         for answer in channel.stream_stream(STREAM)(iter(messages), timeout=DEADLINE_S):
@@ -192,15 +199,15 @@ def _wrong(bundle: Bundle, call: Call, status: str, details: str, answers: list[
 
 
 def _controls(spec: TeamSpec) -> list[tuple[str, bytes]]:
-    """One fixed valid request per method."""
+    """Return one fixed valid request per method, except for streams."""
     fuzzer = Fuzzer(spec, 0)
-    found: dict[str, bytes] = {}
+    requests: dict[str, bytes] = {}
     for call in map(fuzzer.call, range(10_000)):
         if call.kind == "valid" and call.method != STREAM:
-            found.setdefault(call.method, call.messages[0])
-        if len(found) == len(WEIGHTS) - 1:
+            requests.setdefault(call.method, call.messages[0])
+        if len(requests) == len(WEIGHTS) - 1:
             break
-    return list(found.items())
+    return list(requests.items())
 
 
 def main() -> int:
@@ -211,15 +218,15 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--calls", type=int, default=100_000, help="half to each of two servers")
     parser.add_argument("--team", choices=TEAMS, action="append", help="default: both")
-    given = parser.parse_args()
-    teams = given.team or list(TEAMS)
+    options = parser.parse_args()
+    teams = options.team or list(TEAMS)
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         for team in teams:
             bundle = write_test_bundle(Path(folder) / team, TEAMS[team](), seed=1)
-            report = fuzz(bundle, given.seed, given.first, -(-given.calls // len(teams)))
+            report = fuzz(bundle, options.seed, options.first, -(-options.calls // len(teams)))
             for failure in report.failures:
-                print(f"--team {team} --seed {given.seed} --first I --calls 1: {failure}")
+                print(f"--team {team} --seed {options.seed} --first I --calls 1: {failure}")
             by_status = ", ".join(
                 f"{kind} {status} {n}" for (kind, status), n in sorted(report.statuses.items())
             )

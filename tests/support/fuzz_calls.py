@@ -1,10 +1,10 @@
-"""Calls that a hostile or careless client might make: valid ones, mutated ones, and bytes that are no message.
+"""Calls that a hostile or careless client might make: valid, mutated, and bytes that are no message.
 
-Call ``i`` of seed ``s`` depends on nothing else. Of the three kinds,
+Call ``i`` of seed ``s`` depends on nothing else. There are three kinds:
 
-* ``valid`` are ordinary requests of every form that the protocols allow,
-* ``message`` the same with fields changed anywhere, found through the descriptors, so that new ones are fuzzed too,
-* ``bytes`` valid and mutated requests with bits flipped, cut, spliced, or random.
+* ``valid``: ordinary requests in every form that the protocols allow,
+* ``message``: the same with changed fields, found through the descriptors, so that new fields are fuzzed too,
+* ``bytes``: valid and mutated requests with bits flipped, cut or spliced, and random bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Whether a request deserved the answer it got, judged from the bytes of both.
+"""Judgement of answered requests, from the bytes of request and response.
 
-Written from the protocols' definitions rather than from the server's code, of which nothing is imported.
+It follows the definitions of the protocols and imports nothing of the server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def complaint(spec: TeamSpec, method: str, request: bytes, answer: bytes) -> str | None:
-    """What is wrong about answering ``request`` OK with ``answer``; None where nothing is."""
+    """Return the fault of answering ``request`` OK with ``answer``; None without a fault."""
     try:
         match method.rpartition("/")[2]:
             case "ModelInfer":
@@ -33,11 +33,11 @@ def complaint(spec: TeamSpec, method: str, request: bytes, answer: bytes) -> str
                     policy_pb2.ActResponse.FromString(answer),
                 )
             case "GetContract":
-                asked = policy_pb2.GetContractRequest.FromString(request)
-                _must(asked.model_version in ("", "1"), f"version {asked.model_version!r}")
+                contract = policy_pb2.GetContractRequest.FromString(request)
+                _must(contract.model_version in ("", "1"), f"version {contract.model_version!r}")
             case "ModelReady" | "ModelMetadata" as name:
-                wanted = getattr(oip, f"{name}Request").FromString(request)
-                _model(spec, wanted.name, wanted.version)
+                model = getattr(oip, f"{name}Request").FromString(request)
+                _model(spec, model.name, model.version)
             case name:
                 getattr(oip, f"{name}Request").FromString(request)
     except DecodeError:
@@ -48,12 +48,12 @@ def complaint(spec: TeamSpec, method: str, request: bytes, answer: bytes) -> str
 
 
 class _UndeservedError(Exception):
-    pass
+    """A request that should have been refused, or an answer that does not fit its request."""
 
 
-def _must(holds: Any, otherwise: str) -> None:
-    if not holds:
-        raise _UndeservedError(otherwise)
+def _must(condition: Any, fault: str) -> None:
+    if not condition:
+        raise _UndeservedError(fault)
 
 
 def _model(spec: TeamSpec, name: str, version: str) -> tuple[AgentSpec, ...]:
@@ -64,9 +64,9 @@ def _model(spec: TeamSpec, name: str, version: str) -> tuple[AgentSpec, ...]:
 
 def _infer(spec: TeamSpec, request: oip.ModelInferRequest, answer: oip.ModelInferResponse) -> None:
     agents = _model(spec, request.model_name, request.model_version)
-    given: Arrays = {}
+    inputs: Arrays = {}
     for index, entry in enumerate(request.inputs):
-        _must(entry.name not in given, f"{entry.name} twice")
+        _must(entry.name not in inputs, f"{entry.name} twice")
         dtype, typed = (
             (np.dtype("u1"), "uint_contents")
             if entry.datatype == "UINT8"
@@ -83,71 +83,71 @@ def _infer(spec: TeamSpec, request: oip.ModelInferRequest, answer: oip.ModelInfe
             _must(fields == [typed], f"contents {fields}")
             values = np.array(getattr(entry.contents, typed))
         _must(values.size == entry.shape[0] * entry.shape[1], "values of another number")
-        given[entry.name] = values.reshape(tuple(entry.shape))
-    _judge_inputs(agents, given)
+        inputs[entry.name] = values.reshape(tuple(entry.shape))
+    _judge_inputs(agents, inputs)
     names = [entry.name for entry in request.outputs]
-    answered = {
+    outputs = {
         entry.name: np.frombuffer(data, "<i8" if entry.datatype == "INT64" else "<f4").reshape(
             tuple(entry.shape)
         )
         for entry, data in zip(answer.outputs, answer.raw_output_contents, strict=True)
     }
-    _must(not names or names == list(answered), f"asked for {names}, answered {list(answered)}")
+    _must(not names or names == list(outputs), f"asked for {names}, answered {list(outputs)}")
     _must(answer.id == request.id, "another id")
-    _judge_outputs(agents, given, answered)
+    _judge_outputs(agents, inputs, outputs)
 
 
 def _act(spec: TeamSpec, request: policy_pb2.ActRequest, answer: policy_pb2.ActResponse) -> None:
     agents = _model(spec, request.model, request.model_version)
     _must(request.contract_hash in ("", spec.contract_hash), "another contract")
     _must(request.batch > 0, "an empty batch")
-    given = {
+    inputs = {
         name: np.frombuffer(data, "u1" if name == "action_mask" else "<f4").reshape(request.batch, -1)
         for name in ("observation", "noise", "action_mask")
         if (data := getattr(request, name))
     }
-    _judge_inputs(agents, given)
+    _judge_inputs(agents, inputs)
     _must((answer.step_id, answer.batch) == (request.step_id, request.batch), "another step or batch")
     integers = spec.action_kind == "discrete"
-    answered = {
+    outputs = {
         name: np.frombuffer(data, "<i8" if integers and name.endswith("action") else "<f4").reshape(
             request.batch, -1
         )
         for field, data in answer.ListFields()
         if isinstance(data, bytes) and (name := field.name)
     }
-    _judge_outputs(agents, given, answered)
+    _judge_outputs(agents, inputs, outputs)
 
 
-def _judge_inputs(agents: tuple[AgentSpec, ...], given: Arrays) -> None:
+def _judge_inputs(agents: tuple[AgentSpec, ...], inputs: Arrays) -> None:
     actions = sum(agent.action.size for agent in agents)
     widths = {"observation": sum(agent.observation_size for agent in agents), "noise": actions}
     if agents[0].action.kind == "discrete":
         widths["action_mask"] = actions
-    _must(given.keys() <= widths.keys(), f"inputs {list(given)}")
-    _must(given.keys() >= widths.keys() - {"noise"}, f"inputs {list(given)}")
-    for name, values in given.items():
-        _must(values.shape == (len(given["observation"]), widths[name]), f"{name} of shape {values.shape}")
+    _must(inputs.keys() <= widths.keys(), f"inputs {list(inputs)}")
+    _must(inputs.keys() >= widths.keys() - {"noise"}, f"inputs {list(inputs)}")
+    for name, values in inputs.items():
+        _must(values.shape == (len(inputs["observation"]), widths[name]), f"{name} of shape {values.shape}")
         _must(np.isfinite(values).all(), f"{name} that is not finite")
-    if "action_mask" in given:
-        _must(given["action_mask"].max() <= 1, "a mask of other values than 0 and 1")
-        for mask in _by_agent(agents, given["action_mask"]):
+    if "action_mask" in inputs:
+        _must(inputs["action_mask"].max() <= 1, "a mask of other values than 0 and 1")
+        for mask in _by_agent(agents, inputs["action_mask"]):
             _must(mask.any(axis=1).all(), "a mask without an available action")
 
 
-def _judge_outputs(agents: tuple[AgentSpec, ...], given: Arrays, answered: Arrays) -> None:
-    rows = len(given["observation"])
-    for name, values in answered.items():
+def _judge_outputs(agents: tuple[AgentSpec, ...], inputs: Arrays, outputs: Arrays) -> None:
+    rows = len(inputs["observation"])
+    for name, values in outputs.items():
         _must(len(values) == rows, f"{name}: {len(values)} rows for {rows}")
         _must(np.isfinite(values).all(), f"answered {name} that is not finite")
-    if "action" not in answered:
+    if "action" not in outputs:
         return
-    action = answered["action"].reshape(rows, -1)
-    if "action_mask" not in given:
+    action = outputs["action"].reshape(rows, -1)
+    if "action_mask" not in inputs:
         low, high = agents[0].action.low, agents[0].action.high
         _must(((low <= action) & (action <= high)).all(), "answered an action beyond its bounds")
         return
-    for index, mask in enumerate(_by_agent(agents, given["action_mask"])):
+    for index, mask in enumerate(_by_agent(agents, inputs["action_mask"])):
         chosen = action[:, index]
         _must(((chosen >= 0) & (chosen < mask.shape[1])).all(), "answered an action that does not exist")
         _must(mask[np.arange(rows), chosen].all(), "answered an action that is not available")
