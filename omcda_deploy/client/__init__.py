@@ -1,1 +1,1 @@
-"""A served team, from outside: clients of policy servers, their fallbacks, and the administration of versions."""
+"""Clients of policy servers: served policies, their fallbacks, and the administration of versions."""

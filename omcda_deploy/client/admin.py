@@ -1,9 +1,9 @@
-"""Operating the servers of a team: load, switch and roll back versions on all of them together.
+"""Administration of a team's servers: load, switch and roll back versions on all of them together.
 
-A switch has two phases. First every server loads and warms up the version, and nothing changes for anybody; one
-that cannot makes the whole switch fail, and the others give the version up again. Only then every server makes it
-current. Clients name the version of their episode in every request, so the moment in which some servers have moved
-and some have not is seen by none of them.
+A switch has two phases. First every server loads and warms up the version, which changes nothing for clients; if
+one server cannot, the switch fails and the others unload the version again. Only then every server makes it
+current. Clients name the version of their episode in every request, so none of them notices the moment in which
+some servers have switched and others have not.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos.admin_pb2 import GetStatusRequest, ServerStatus, VersionRequest
 
 SERVICE = "/omcda.v1.AdminService/"
-LIMIT_S = 60.0  # for one call: a large bundle on a slow disk
+LIMIT_S = 60.0  # for one call, as a large bundle on a slow disk needs it
 
 Statuses = dict[str, ServerStatus]  # by endpoint
 
 
 class TeamAdmin:
-    """The admin ports of a team's servers. Calls go to all at once.
+    """Calls the admin ports of a team's servers, all at once.
 
-    Raises :class:`EndpointError` naming the servers that could not do what was asked.
+    Every method returns the servers' statuses after the call, by endpoint, and raises :class:`EndpointError`, which
+    names the servers that failed.
     """
 
     def __init__(self, endpoints: Sequence[str], credentials: Credentials | None = None) -> None:
@@ -41,48 +42,52 @@ class TeamAdmin:
         self._pool = ThreadPoolExecutor(len(self._channels))
 
     def status(self) -> Statuses:
+        """Return the statuses of all servers."""
         return self._all("GetStatus", self._channels)
 
     def survey(self) -> tuple[Statuses, Mapping[str, str]]:
-        """The servers that answer, and why the others do not, by endpoint."""
+        """Return the statuses of the servers that answer, and the errors of the others, by endpoint."""
         return self._ask("GetStatus", self._channels, "")
 
     def load(self, version: str) -> Statuses:
         """Load a version on all servers, or on none."""
-        before = self.status()
-        fresh = [at for at, status in before.items() if version not in _versions(status)]
+        without = [
+            endpoint for endpoint, status in self.status().items() if version not in _held_versions(status)
+        ]
         try:
             return self._all("Load", self._channels, version)
         except EndpointError:
-            self._try("Unload", fresh, version)
+            self._undo("Unload", without, version)
             raise
 
     def switch(self, version: str) -> Statuses:
         """Load a version on all servers and make it current on all, or on none."""
-        before = self.load(version)
+        statuses = self.load(version)
         try:
             return self._all("Switch", self._channels, version)
         except EndpointError:
-            for at, status in before.items():
-                self._try("Switch", [at], status.current)
+            for endpoint, status in statuses.items():
+                self._undo("Switch", [endpoint], status.current)
             raise
 
     def rollback(self) -> Statuses:
         """Switch to the version that answered before."""
-        previous = {at: status.previous for at, status in self.status().items()}
-        named = set(previous.values())
-        if len(named) != 1 or "" in named:
-            shown = ", ".join(f"{at} {version or 'none'}" for at, version in previous.items())
+        previous = {endpoint: status.previous for endpoint, status in self.status().items()}
+        versions = set(previous.values())
+        if len(versions) != 1 or "" in versions:
+            listing = ", ".join(f"{endpoint} {version or 'none'}" for endpoint, version in previous.items())
             raise EndpointError(
-                f"expected one previous version on all servers, got {shown}: name the version with  release switch"
+                f"expected one previous version on all servers, got {listing}: name the version with  "
+                "release switch"
             )
-        return self.switch(named.pop())
+        return self.switch(versions.pop())
 
     def unload(self, version: str) -> Statuses:
+        """Unload a version on all servers."""
         return self._all("Unload", self._channels, version)
 
     def shadow(self, version: str) -> Statuses:
-        """Run a version beside the current one on all servers, loading it first; an empty one ends it."""
+        """Load a version on all servers and run it beside the current one; an empty version ends that."""
         if version:
             self.load(version)
         return self._all("Shadow", self._channels, version)
@@ -103,26 +108,26 @@ class TeamAdmin:
     def _all(self, method: str, endpoints: Iterable[str], version: str = "") -> Statuses:
         answers, failures = self._ask(method, endpoints, version)
         if failures:
-            shown = "; ".join(f"{at}: {reason}" for at, reason in failures.items())
+            listing = "; ".join(f"{endpoint}: {reason}" for endpoint, reason in failures.items())
             raise EndpointError(
-                f"{method} {version}".strip() + f" failed on {len(failures)} servers: {shown}"
+                f"{method} {version}".strip() + f" failed on {len(failures)} servers: {listing}"
             )
         return answers
 
-    def _try(self, method: str, endpoints: Iterable[str], version: str) -> None:
-        """To undo what was done: what cannot be reached now has not done it, or is gone with it."""
+    def _undo(self, method: str, endpoints: Iterable[str], version: str) -> None:
+        """Undo a change where it can be undone: a server that cannot be reached has no change left to undo."""
         self._ask(method, endpoints, version)
 
     def _ask(self, method: str, endpoints: Iterable[str], version: str) -> tuple[Statuses, Mapping[str, str]]:
         request = GetStatusRequest() if method == "GetStatus" else VersionRequest(version=version)
-        calls = {at: self._pool.submit(self._call(at, method), request) for at in endpoints}
+        calls = {endpoint: self._pool.submit(self._call(endpoint, method), request) for endpoint in endpoints}
         answers: Statuses = {}
         failures: dict[str, str] = {}
-        for at, call in calls.items():
+        for endpoint, call in calls.items():
             try:
-                answers[at] = call.result()
+                answers[endpoint] = call.result()
             except grpc.RpcError as error:
-                failures[at] = _reason(error)
+                failures[endpoint] = _reason(error)
         return answers, failures
 
     def _call(self, endpoint: str, method: str) -> Callable[[Any], ServerStatus]:
@@ -134,7 +139,7 @@ class TeamAdmin:
         return lambda request: ask(request, timeout=LIMIT_S, metadata=self._metadata)
 
 
-def _versions(status: ServerStatus) -> list[str]:
+def _held_versions(status: ServerStatus) -> list[str]:
     return [held.version for held in status.versions]
 
 

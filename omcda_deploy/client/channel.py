@@ -1,14 +1,14 @@
 """Channels to policy servers: addresses, TLS and tokens.
 
-A credentials file says what a client shows and whom it trusts::
+A credentials file names a client's certificate and token, and the authority that it trusts::
 
-    ca = "ca.pem"                  # authority of the servers' certificates; plaintext without it
-    certificate = "robot.pem"      # for servers that ask for one (mTLS)
+    ca = "ca.pem"                  # authority of the servers' certificates; default: plaintext
+    certificate = "robot.pem"      # for servers that require one (mTLS)
     key = "robot.key"
-    server_name = "localhost"      # name in the servers' certificates, where it is not the address
-    token_file = "token"           # its first line is sent as bearer token
+    server_name = "localhost"      # name in the servers' certificates, if it is not the address
+    token_file = "token"           # its first word is sent as bearer token
 
-Files are looked for from the folder of this file.
+Names of files are relative to the folder of the credentials file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import grpc
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.files import read_toml
 
-Metadata = tuple[tuple[str, str], ...]
+Metadata = tuple[tuple[str, str], ...]  # names and values, sent with a call
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
@@ -33,7 +33,7 @@ _OPTIONS = (
 
 @dataclass(frozen=True)
 class Credentials:
-    """Contents of the files that :func:`read_credentials` names."""
+    """Contents of the files of a credentials file (:func:`read_credentials`)."""
 
     ca: bytes | None = None
     certificate: bytes | None = None
@@ -43,17 +43,20 @@ class Credentials:
 
     @property
     def metadata(self) -> Metadata:
-        """To be sent with every call."""
+        """The metadata of every call."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
 
 def read_credentials(path: Path) -> Credentials:
-    """Raises :class:`ConfigError` for a file that is missing, and :class:`UnknownNameError` for another entry."""
+    """Read a credentials file and the files that it names.
+
+    Raises :class:`ConfigError` for a file that cannot be read, and :class:`UnknownNameError` for another entry.
+    """
     values = read_toml(path, "a credentials file")
-    known = [*(field.name for field in fields(Credentials) if field.name != "token"), "token_file"]
+    entries = [*(field.name for field in fields(Credentials) if field.name != "token"), "token_file"]
     for name, value in values.items():
-        if name not in known:
-            raise UnknownNameError(f"entry of {path}", name, known)
+        if name not in entries:
+            raise UnknownNameError(f"entry of {path}", name, entries)
         if not isinstance(value, str):
             raise ConfigError(f"{path}: {name}: expected a string, got {value!r}")
     if ("certificate" in values) != ("key" in values):
@@ -76,7 +79,7 @@ def read_credentials(path: Path) -> Credentials:
 
 
 def open_channel(endpoint: str, credentials: Credentials | None = None) -> grpc.Channel:
-    """A channel that reconnects within a second, and never through an HTTP proxy; plaintext without a CA."""
+    """Open a channel that reconnects within a second and uses no HTTP proxy; plaintext without an authority."""
     if credentials is None or credentials.ca is None:
         return grpc.insecure_channel(endpoint, _OPTIONS)
     name = credentials.server_name
@@ -85,8 +88,8 @@ def open_channel(endpoint: str, credentials: Credentials | None = None) -> grpc.
     return grpc.secure_channel(endpoint, secure, options)
 
 
-def _read(what: str, path: Path) -> bytes:
+def _read(entry: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{what}: {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{entry}: {path} cannot be read: {error.strerror}") from error

@@ -1,15 +1,17 @@
-"""Served policies over gRPC: the same :class:`~omcda_deploy.policy.Policy` protocols as in process.
+"""Served policies over gRPC, with the same :class:`~omcda_deploy.policy.Policy` protocols as policies in process.
 
-Endpoints are gRPC targets, ``127.0.0.1:8500``. On connecting, a client asks each server for its contract and
-refuses one that does not fit. Policies are for one thread; their channels may be shared.
+Endpoints are gRPC targets, as ``127.0.0.1:8500``. When it connects, a client asks each server for its contract and
+refuses one that does not fit. A policy is for one thread.
 
 A step whose answer is missed (:class:`MissedAnswerError`: too late, or the server is gone) is answered by the
-``fallback`` that the caller chose (:mod:`omcda_deploy.client.fallback`), and the next step asks the server again.
+caller's ``fallback`` (:mod:`omcda_deploy.client.fallback`); the next step asks the server again.
+
+Shapes: B rows, O observation size and A action size of an agent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
@@ -17,25 +19,25 @@ import numpy as np
 
 from omcda_deploy.bundle import TEAM, parameter_names
 from omcda_deploy.client.channel import Credentials
-from omcda_deploy.client.connection import Outputs, Rows, ServedModel, Server
+from omcda_deploy.client.connection import Outputs, Rows, ServedModel, ServerConnection
 from omcda_deploy.client.fallback import FallbackChoice, Mask, fallback_of
+from omcda_deploy.client.placement import agreed_contract, next_version, only_agent, place_models
 from omcda_deploy.errors import ContractError, EndpointError, MissedAnswerError
 from omcda_deploy.local import batch_of, decision_of, first_row, observation_of, split_decisions
 from omcda_deploy.policy import Decision, Float, Policy
-from omcda_deploy.spec import AgentSpec, TeamSpec, require_same_contract
+from omcda_deploy.spec import AgentSpec, TeamSpec
 
 
 class RemotePolicy:
     """One served agent.
 
     ``agent``: its name; None for the only agent that the endpoint serves. ``spec``: the team that the caller was
-    built for; None takes the server's word. ``deadline_s``: seconds for one answer. ``stream``: one message per
-    step on one gRPC stream, about half the cost of a call per step. ``fallback``: who acts where the answer to a
-    step is missed. ``missed``: how many were so far. ``credentials``: TLS and tokens; plaintext and none without.
+    built for; None accepts any. ``deadline_s``: seconds for one answer. ``stream``: send one message per step on
+    one gRPC stream, about half the cost of a call per step. ``fallback``: acts if the answer to a step is missed.
+    ``credentials``: TLS and tokens; without them, plaintext and no token. ``missed``: number of missed answers.
 
-    Raises :class:`EndpointError` when the endpoint cannot be reached, does not serve the agent or refuses a
-    request, :class:`MissedAnswerError`, and :class:`ContractError` when its contract is another one than
-    ``spec``'s.
+    Raises :class:`EndpointError` if the endpoint cannot be reached, does not serve the agent or refuses a request,
+    :class:`MissedAnswerError`, and :class:`ContractError` if its contract is another one than ``spec``'s.
     """
 
     def __init__(
@@ -50,28 +52,28 @@ class RemotePolicy:
         credentials: Credentials | None = None,
     ) -> None:
         self.missed = 0
-        self._server = Server(endpoint, credentials)
+        self._server = ServerConnection(endpoint, credentials)
         try:
             self._server.require_contract(spec)
-            name = _only_agent(self._server) if agent is None else agent
-            self.spec: AgentSpec = self._server.team.agent(name)
+            self.team: TeamSpec = self._server.contract.team
+            name = only_agent(self._server) if agent is None else agent
+            self.spec: AgentSpec = self.team.agent(name)
             choice = fallback if isinstance(fallback, str) else {name: fallback}
-            self._fallback = fallback_of(choice, self._server.team, [self.spec])
+            self._fallback = fallback_of(choice, self.team, [self.spec])
             self._model = ServedModel(self._server, name, deadline_s, stream)
         except BaseException:
             self._server.close()
             raise
-        self.team = self._server.team
         self._parameters = parameter_names(self.team)
 
     @property
     def latency(self) -> float | None:
-        """Seconds from sending the last request to its answer's arrival; None without one."""
+        """Seconds from sending the last request to its answer's arrival; None without an answer."""
         return self._model.latency
 
     def reset(self) -> None:
         """Mark the next step as the first of an episode, which the server's current version will answer."""
-        self._model.version = _next_version([self._server], self.team)
+        self._model.version = next_version([self._server], self.team)
         self._model.reset()
         if self._fallback is not None:
             self._fallback.reset()
@@ -79,7 +81,10 @@ class RemotePolicy:
     def act(
         self, observation: Float, *, noise: Float | None = None, action_mask: Mask | None = None
     ) -> Decision:
-        """``observation`` [B, O] or [O]; ``noise`` and ``action_mask`` [B, A] or [A]."""
+        """Ask the server for the actions of one step.
+
+        ``observation`` [B, O] or [O]; ``noise`` and ``action_mask`` [B, A] or [A].
+        """
         name = self.spec.name
         try:
             outputs = self._model.ask(_rows(self.spec, observation, noise, action_mask))
@@ -87,9 +92,9 @@ class RemotePolicy:
             self.missed += 1
             if self._fallback is None:
                 raise
-            drawn = None if noise is None else {name: noise}
+            noises = None if noise is None else {name: noise}
             masks = None if action_mask is None else {name: action_mask}
-            return self._fallback.answer({name: error}, {name: observation}, drawn, masks)[name]
+            return self._fallback.answer({name: error}, {name: observation}, noises, masks)[name]
         decision = decision_of(outputs, self._parameters)
         if np.ndim(observation) == 1:
             decision = first_row(decision)
@@ -113,15 +118,17 @@ class RemotePolicy:
 class RemoteTeam:
     """A served team: one endpoint per agent, one for several agents, or one that serves the joint graph.
 
-    ``endpoints``: addresses in any order, each taken for the agents that it serves, or a mapping from agent
-    (or ``"team"``) to address. Other arguments are :class:`RemotePolicy`'s. A step sends all requests before it
-    waits for the first answer. One agent's missed answer costs the others nothing: theirs are used.
+    ``endpoints``: addresses in any order, each used for the agents that it serves, or a mapping from agent (or
+    ``"team"``) to address. The other arguments are those of :class:`RemotePolicy`. A step sends all requests before
+    it waits for the first answer; if one agent's answer is missed, the other agents' answers are used all the same.
 
-    ``missed``: by agent, the steps missed so far; a missed joint graph is missed by all. ``fallback``: who answers
-    those, ``raise``, ``hold`` or the policy's type.
+    As attributes, ``spec`` is the served team, ``endpoints`` has the address by agent, or of ``"team"``, ``missed``
+    the number of missed answers by agent (one missed by the joint graph is missed by all agents), and ``fallback``
+    is ``raise``, ``hold`` or the type of the fallback's policies. ``version``, ``bundle_digest``,
+    ``divergence_kind`` and ``budgets`` (d_i in nats by agent) describe the bundle that answers this episode.
 
-    Raises :class:`EndpointError` as :class:`RemotePolicy` does, when an agent is served twice or not at all, and
-    when the servers do not hold one and the same bundle.
+    Raises :class:`EndpointError` as :class:`RemotePolicy` does, if an agent is served twice or not at all, and if
+    the servers do not all hold the same bundle.
     """
 
     def __init__(
@@ -136,53 +143,61 @@ class RemoteTeam:
     ) -> None:
         if isinstance(endpoints, str):
             endpoints = [endpoints]
-        addresses = endpoints.values() if isinstance(endpoints, Mapping) else endpoints
-        self._servers: dict[str, Server] = {}
+        self._servers: dict[str, ServerConnection] = {}  # by endpoint
         self._models: dict[str, ServedModel] = {}
         try:
-            for endpoint in addresses:
-                if endpoint in self._servers and not isinstance(endpoints, Mapping):
-                    raise EndpointError(f"{endpoint} was given twice: give every endpoint once")
-                if endpoint not in self._servers:
-                    self._servers[endpoint] = Server(endpoint, credentials)
-            if not self._servers:
-                raise EndpointError(
-                    "expected at least one endpoint, got none: start servers with  omcda-deploy serve"
-                )
-            first = _agreement(self._servers.values(), spec)
-            placed = (
-                _named(endpoints, self._servers, first.team)
-                if isinstance(endpoints, Mapping)
-                else _placed(self._servers, first.team)
-            )
-            self._fallback = fallback_of(fallback, first.team, first.team.agents)
-            for model, server in placed.items():
+            self._connect(endpoints, credentials)
+            contract = agreed_contract(self._servers.values(), spec)
+            placement = place_models(endpoints, self._servers, contract.team)
+            self._fallback = fallback_of(fallback, contract.team, contract.team.agents)
+            for model, server in placement.items():
                 self._models[model] = ServedModel(server, model, deadline_s, stream)
         except BaseException:
             self.close()
             raise
-        self.spec: TeamSpec = first.team
-        self._describe()
-        self.endpoints: dict[str, str] = {model: server.endpoint for model, server in placed.items()}
+        self.spec: TeamSpec = contract.team
+        self.endpoints: dict[str, str] = {model: server.endpoint for model, server in placement.items()}
         self.missed: dict[str, int] = dict.fromkeys(self.spec.names, 0)
         self.fallback: str = "raise" if self._fallback is None else self._fallback.name
+        self.version: str = contract.version
+        self.bundle_digest: str = contract.bundle_digest
+        self.divergence_kind: str = contract.divergence_kind
+        self.budgets: dict[str, float | None] = contract.budgets
         self._parameters = parameter_names(self.spec)
+
+    def _connect(self, endpoints: Sequence[str] | Mapping[str, str], credentials: Credentials | None) -> None:
+        """Connect to every endpoint once. Raises :class:`EndpointError`."""
+        addresses = list(endpoints.values() if isinstance(endpoints, Mapping) else endpoints)
+        if not addresses:
+            raise EndpointError(
+                "expected at least one endpoint, got none: start servers with  omcda-deploy serve"
+            )
+        for endpoint in addresses:
+            if endpoint not in self._servers:
+                self._servers[endpoint] = ServerConnection(endpoint, credentials)
+            elif not isinstance(endpoints, Mapping):
+                raise EndpointError(f"{endpoint} was given twice: give every endpoint once")
 
     @property
     def latencies(self) -> dict[str, float]:
-        """Seconds of the last step by agent (``"team"`` for the joint graph), from sending to the answer's arrival.
+        """Seconds from sending the last step to its answer's arrival, by agent (``"team"`` for the joint graph).
 
-        Without the agents whose answer was missed.
+        Agents whose answer was missed are left out.
         """
-        return {name: m.latency for name, m in self._models.items() if m.latency is not None}
+        models = self._models.items()
+        return {name: model.latency for name, model in models if model.latency is not None}
 
     def reset(self) -> None:
         """Mark the next step as the first of an episode.
 
-        All of it will be answered by the version that is the first server's current one now, which all must hold.
+        The whole episode is answered by the version that is now the first server's current one. Raises
+        :class:`EndpointError` if another server does not hold that version.
         """
-        version = _next_version(list(self._servers.values()), self.spec)
-        self._describe()
+        servers = list(self._servers.values())
+        version = next_version(servers, self.spec)
+        contract = servers[0].contract
+        self.version, self.bundle_digest = contract.version, contract.bundle_digest
+        self.divergence_kind, self.budgets = contract.divergence_kind, contract.budgets
         for model in self._models.values():
             model.version = version
             model.reset()
@@ -196,7 +211,10 @@ class RemoteTeam:
         noise: Mapping[str, Float] | None = None,
         action_masks: Mapping[str, Mask] | None = None,
     ) -> dict[str, Decision]:
-        """One step of every agent; shapes are :meth:`RemotePolicy.act`'s. After an error no answer is pending."""
+        """Ask for one step of every agent; shapes as in :meth:`RemotePolicy.act`.
+
+        After an error no request is pending.
+        """
         rows = {
             agent.name: _rows(
                 agent,
@@ -223,30 +241,23 @@ class RemoteTeam:
             self._fallback.note(decisions)
         return decisions
 
-    def _describe(self) -> None:
-        first = next(iter(self._servers.values()))
-        self.divergence_kind: str = first.divergence_kind
-        self.bundle_digest: str = first.bundle_digest
-        self.budgets: dict[str, float | None] = first.budgets
-        self.version: str = first.version
-
     def _ask(self, rows: Mapping[str, Rows]) -> tuple[dict[str, Outputs], dict[str, MissedAnswerError]]:
-        """The models' answers, and the agents whose answers are missed."""
+        """Return the models' answers, and the errors of the agents whose answers are missed."""
         outputs: dict[str, Outputs] = {}
         missed: dict[str, MissedAnswerError] = {}
-        takes: dict[str, Callable[[], Outputs]]
+        receivers: dict[str, Callable[[], Outputs]]
         try:
             if TEAM in self._models:
-                takes = {TEAM: lambda: self._models[TEAM].ask(_joined(self.spec, rows))}
+                receivers = {TEAM: lambda: self._models[TEAM].ask(_joined(self.spec, rows))}
             else:
                 for name, model in self._models.items():
                     model.send(rows[name])
-                takes = {name: model.receive for name, model in self._models.items()}
-            for asked, take in takes.items():
+                receivers = {name: model.receive for name, model in self._models.items()}
+            for name, receive in receivers.items():
                 try:
-                    outputs[asked] = take()
+                    outputs[name] = receive()
                 except MissedAnswerError as error:
-                    missed |= dict.fromkeys(self.spec.names if asked == TEAM else [asked], error)
+                    missed |= dict.fromkeys(self.spec.names if name == TEAM else [name], error)
                     if self._fallback is None:
                         raise
         except BaseException:
@@ -273,83 +284,8 @@ class RemoteTeam:
         self.close()
 
 
-def _next_version(servers: Sequence[Server], spec: TeamSpec) -> str:
-    """The version of a new episode: the first server's current one, and every server's answer for it."""
-    first = servers[0]
-    try:
-        version = first.current_version()
-    except MissedAnswerError:  # the steps will tell, or the fallback acts
-        return first.version
-    if version != first.version:
-        for server in servers:
-            server.describe(version)
-        _agreement(servers, spec)
-    return version
-
-
-def _only_agent(server: Server) -> str:
-    agents = [name for name in server.models if name != TEAM]
-    if len(agents) != 1:
-        raise EndpointError(
-            f"{server.endpoint} serves {', '.join(server.models)}: say which agent, or use RemoteTeam"
-        )
-    return agents[0]
-
-
-def _agreement(servers: Iterable[Server], spec: TeamSpec | None) -> Server:
-    """One of the servers, which all hold one bundle of the contract asked for."""
-    first, *others = servers
-    first.require_contract(spec)
-    for other in others:
-        require_same_contract(
-            first.team,
-            other.team,
-            f"the team served at {first.endpoint}",
-            f"the team served at {other.endpoint}",
-        )
-        if other.bundle_digest != first.bundle_digest:
-            raise EndpointError(
-                f"{first.endpoint} serves bundle {first.bundle_digest[:12]}, {other.endpoint} serves "
-                f"{other.bundle_digest[:12]}: start all servers of a team from one bundle"
-            )
-    return first
-
-
-def _placed(servers: Mapping[str, Server], team: TeamSpec) -> dict[str, Server]:
-    """Each agent's server, in team order; or the joint graph's, where one server has it and is the only one."""
-    if len(servers) == 1:
-        (only,) = servers.values()
-        if TEAM in only.models:
-            return {TEAM: only}
-    placed = {}
-    for name in team.names:
-        holders = [server for server in servers.values() if name in server.models]
-        if not holders:
-            served = "; ".join(f"{s.endpoint} serves {', '.join(s.models)}" for s in servers.values())
-            raise EndpointError(
-                f"no endpoint serves {name} of {', '.join(team.names)} ({served}): add its endpoint"
-            )
-        if len(holders) > 1:
-            raise EndpointError(
-                f"{name} is served by {' and by '.join(server.endpoint for server in holders)}: give one of them"
-            )
-        placed[name] = holders[0]
-    return placed
-
-
-def _named(endpoints: Mapping[str, str], servers: Mapping[str, Server], team: TeamSpec) -> dict[str, Server]:
-    """Each agent's server as the caller named it, in team order; or the joint graph's."""
-    if set(endpoints) == {TEAM}:
-        return {TEAM: servers[endpoints[TEAM]]}
-    if set(endpoints) != set(team.names):
-        raise EndpointError(
-            f"expected endpoints of {', '.join(team.names)}, or of {TEAM}, got those of {', '.join(endpoints)}"
-        )
-    return {name: servers[endpoints[name]] for name in team.names}
-
-
 def _rows(agent: AgentSpec, observation: Float, noise: Float | None, action_mask: Mask | None) -> Rows:
-    """An agent's inputs as [B, O] and [B, A]; noise that is absent stays away from the wire."""
+    """Return an agent's inputs as [B, O] and [B, A]; absent noise is not sent."""
     rows: Rows = {
         "observation": batch_of(observation, agent.observation_size, f"observation of {agent.name}")
     }
@@ -371,8 +307,8 @@ def _rows(agent: AgentSpec, observation: Float, noise: Float | None, action_mask
 
 
 def _joined(spec: TeamSpec, rows: Mapping[str, Rows]) -> Rows:
-    """The joint graph's inputs: the agents' side by side."""
-    batches = {name: len(own["observation"]) for name, own in rows.items()}
+    """Return the joint graph's inputs: the agents' side by side."""
+    batches = {name: len(inputs["observation"]) for name, inputs in rows.items()}
     if len(set(batches.values())) > 1:
         raise ContractError(f"expected as many observations of every agent, got {batches}")
     return {

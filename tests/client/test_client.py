@@ -1,4 +1,4 @@
-"""Remote policies against the local ones, and against servers that fail."""
+"""Remote policies compared with local ones, and with servers that fail."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def observations(spec: TeamSpec, batch: int | None, seed: int = 0) -> dict[str, 
 
 
 def masks(spec: TeamSpec, batch: int) -> dict[str, NDArray[np.uint8]]:
-    """Every second action forbidden, starting with another one in each row."""
+    """Return masks that forbid every second action, beginning with another one in each row."""
     return {
         a.name: ((np.arange(a.action.size) + np.arange(batch)[:, None]) % 2).astype(np.uint8)
         for a in spec.agents
@@ -51,7 +51,7 @@ def masks(spec: TeamSpec, batch: int) -> dict[str, NDArray[np.uint8]]:
 
 
 def assert_same(ours: Mapping[str, Decision], theirs: Mapping[str, Decision]) -> None:
-    """Equal to the last bit, names, types and shapes included."""
+    """Assert that decisions are equal to the last bit, names, types and shapes included."""
     assert list(ours) == list(theirs)
     for name in ours:
         ours_by_name = {
@@ -165,7 +165,7 @@ def test_shapes_are_checked_before_anything_is_sent(continuous_server: ServerPro
 
 @contextmanager
 def threaded_server(bundle: Bundle, *models: str, slow: threading.Event | None = None) -> Iterator[str]:
-    """A server of ``models`` that, while ``slow`` is set, takes half a second for a step."""
+    """Run a server of ``models`` in this process; while ``slow`` is set, a step takes half a second."""
     service = PolicyService(Releases(bundle.path, models, ServerConfig()))
 
     class Servicer(policy_pb2_grpc.PolicyServiceServicer):
@@ -293,6 +293,7 @@ def test_a_stream_outlives_many_deadlines(continuous_bundle: Bundle) -> None:
         end = time.monotonic() + 0.6
         while time.monotonic() < end:
             team.act(seen)
+            time.sleep(0.02)
         time.sleep(0.3)  # idle is not late
         team.act(seen)
 
@@ -317,18 +318,20 @@ def test_a_server_of_something_else_is_named() -> None:
         server.stop(None).wait()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_server_killed_between_steps_is_an_error(continuous_bundle: Bundle, stream: bool) -> None:
-    seen = np.zeros(4, np.float32)
+def test_a_server_killed_between_steps_is_an_error(continuous_bundle: Bundle) -> None:
+    observation = np.zeros(4, np.float32)
     with (
         server_process(continuous_bundle, "agent_0") as server,
-        RemotePolicy(server.endpoint, stream=stream) as policy,
+        RemotePolicy(server.endpoint) as calls,
+        RemotePolicy(server.endpoint, stream=True) as stream,
     ):
-        policy.act(seen)
+        for policy in (calls, stream):
+            policy.act(observation)
         server.process.kill()
         server.process.wait()
-        with pytest.raises(EndpointError, match=f"{server.endpoint}.*cannot be reached"):
-            policy.act(seen)
+        for policy in (calls, stream):
+            with pytest.raises(EndpointError, match=f"{server.endpoint}.*cannot be reached"):
+                policy.act(observation)
 
 
 def test_closing_leaves_no_thread_behind(continuous_bundle: Bundle, continuous_server: ServerProcess) -> None:

@@ -1,0 +1,105 @@
+"""Choice of the server that answers for each model of a team, and checks that the servers belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from omcda_deploy.bundle import TEAM
+from omcda_deploy.client.connection import Contract, ServerConnection
+from omcda_deploy.errors import EndpointError, MissedAnswerError
+from omcda_deploy.spec import TeamSpec, require_same_contract
+
+Servers = Mapping[str, ServerConnection]  # by endpoint
+
+
+def agreed_contract(servers: Iterable[ServerConnection], spec: TeamSpec | None) -> Contract:
+    """Return the contract of servers that all hold one bundle.
+
+    Raises :class:`ContractError` if it is another one than ``spec``'s or differs between servers, and
+    :class:`EndpointError` if their bundles differ.
+    """
+    first, *others = servers
+    first.require_contract(spec)
+    contract = first.contract
+    for other in others:
+        require_same_contract(
+            contract.team,
+            other.contract.team,
+            f"the team served at {first.endpoint}",
+            f"the team served at {other.endpoint}",
+        )
+        if other.contract.bundle_digest != contract.bundle_digest:
+            raise EndpointError(
+                f"{first.endpoint} serves bundle {contract.bundle_digest[:12]}, {other.endpoint} serves "
+                f"{other.contract.bundle_digest[:12]}: start all servers of a team from one bundle"
+            )
+    return contract
+
+
+def place_models(
+    endpoints: Sequence[str] | Mapping[str, str], servers: Servers, team: TeamSpec
+) -> dict[str, ServerConnection]:
+    """Return each agent's server in team order, or the joint graph's alone.
+
+    ``endpoints``: addresses, or a mapping from agent (or ``team``) to address. Raises :class:`EndpointError` if an
+    agent is served twice or not at all.
+    """
+    if isinstance(endpoints, Mapping):
+        return _named(endpoints, servers, team)
+    if len(servers) == 1:
+        (server,) = servers.values()
+        if TEAM in server.contract.models:
+            return {TEAM: server}
+    return {name: _only_server(name, servers, team) for name in team.names}
+
+
+def only_agent(server: ServerConnection) -> str:
+    """Return the name of the only agent that a server has. Raises :class:`EndpointError` if it has more."""
+    agents = [name for name in server.contract.models if name != TEAM]
+    if len(agents) != 1:
+        raise EndpointError(
+            f"{server.endpoint} serves {', '.join(server.contract.models)}: say which agent, or use RemoteTeam"
+        )
+    return agents[0]
+
+
+def next_version(servers: Sequence[ServerConnection], spec: TeamSpec) -> str:
+    """Return the version of a new episode: the first server's current one, which all servers must hold.
+
+    A first server that does not answer now keeps the last version; the episode's steps then fail, or the fallback
+    acts. Raises as :func:`agreed_contract`, and :class:`EndpointError` if a server does not hold the version.
+    """
+    first = servers[0]
+    try:
+        version = first.current_version()
+    except MissedAnswerError:
+        return first.contract.version
+    if version != first.contract.version:
+        for server in servers:
+            server.describe(version)
+        agreed_contract(servers, spec)
+    return version
+
+
+def _named(endpoints: Mapping[str, str], servers: Servers, team: TeamSpec) -> dict[str, ServerConnection]:
+    if set(endpoints) == {TEAM}:
+        return {TEAM: servers[endpoints[TEAM]]}
+    if set(endpoints) != set(team.names):
+        raise EndpointError(
+            f"expected endpoints of {', '.join(team.names)}, or of {TEAM}, got those of {', '.join(endpoints)}"
+        )
+    return {name: servers[endpoints[name]] for name in team.names}
+
+
+def _only_server(agent: str, servers: Servers, team: TeamSpec) -> ServerConnection:
+    holders = [server for server in servers.values() if agent in server.contract.models]
+    if not holders:
+        listing = "; ".join(f"{s.endpoint} serves {', '.join(s.contract.models)}" for s in servers.values())
+        raise EndpointError(
+            f"no endpoint serves {agent} of {', '.join(team.names)} ({listing}): add its endpoint"
+        )
+    if len(holders) > 1:
+        raise EndpointError(
+            f"{agent} is served by {' and by '.join(server.endpoint for server in holders)}: give one of them"
+        )
+    return holders[0]
