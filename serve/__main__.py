@@ -1,4 +1,4 @@
-"""One server process: ``python -m omcda_deploy.serve BUNDLE --model agent_0 --port 8500``."""
+"""Entry point of one server process: ``python -m omcda_deploy.serve BUNDLE --model agent_0 --port 8500``."""
 
 import sys
 
@@ -6,6 +6,6 @@ from omcda_deploy.serve.event_loop import choose_poller
 
 choose_poller()
 
-from omcda_deploy.serve.server import main  # noqa: E402, it imports grpc
+from omcda_deploy.serve.server import main  # noqa: E402, as it imports grpc
 
 sys.exit(main())

@@ -1,7 +1,7 @@
-"""``omcda.v1.AdminService``: which version answers, for whoever operates the server.
+"""``omcda.v1.AdminService``: load, switch and unload versions, for operators of a server.
 
-It listens on a port of its own, so that a network may show it to operators alone. Every call that may change
-something leaves one line in the audit log, refused ones too.
+The service has its own port, so that a network can restrict it to operators. Every call that may change something
+leaves one line in the audit log, refused calls too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ RETIRE_EVERY_S = 1.0
 
 
 class AdminService:
+    """Changes and describes the versions that a server holds."""
+
     def __init__(self, releases: Releases, serving: Callable[[], bool]) -> None:
-        """``serving``: whether the server takes steps."""
+        """``serving``: tells whether the server answers steps, or is about to stop."""
         self._releases, self._serving = releases, serving
         self._started = time.monotonic()
 
@@ -37,7 +39,7 @@ class AdminService:
             "Load": self._releases.load,
             "Switch": self._releases.switch,
             "Unload": self._releases.unload,
-            "Shadow": self._releases.follow,
+            "Shadow": self._releases.set_shadow,
         }
         handlers = {name: self._change(name, change) for name, change in changes.items()}
         return grpc.method_handlers_generic_handler(
@@ -45,7 +47,7 @@ class AdminService:
         )
 
     async def retire(self) -> None:
-        """Give up idle versions, until cancelled."""
+        """Unload idle versions, until cancelled."""
         while True:
             await asyncio.sleep(RETIRE_EVERY_S)
             for version in await self._releases.retire():
@@ -60,16 +62,16 @@ class AdminService:
             try:
                 version = parse(admin_pb2.VersionRequest, data).version
                 fields["version"] = version[:100]
-                # A caller who gives up does not leave it half done: gRPC cancels this, but not the change.
+                # When the caller gives up, gRPC cancels this coroutine; the shield lets the change finish.
                 await asyncio.shield(asyncio.ensure_future(change(version)))
                 answer = self.status().SerializeToString()
             except Exception as error:
                 code, details = status_of(error)
                 fields |= {"outcome": code.name, "reason": details}
-                self._note(fields, started)
+                self._audit(fields, started)
                 await context.abort(code, details)
                 raise  # not reached: abort raises
-            self._note(fields, started)
+            self._audit(fields, started)
             return answer
 
         return grpc.unary_unary_rpc_method_handler(handle)
@@ -82,7 +84,7 @@ class AdminService:
             await abort(context, error)
             raise  # not reached: abort raises
 
-    def _note(self, fields: dict[str, Any], started: float) -> None:
+    def _audit(self, fields: dict[str, Any], started: float) -> None:
         fields |= {"current": self._releases.current, "seconds": round(time.perf_counter() - started, 6)}
         audit.info(
             "%(call)s %(version)s by %(peer)s: %(outcome)s, version %(current)s answers",
@@ -91,14 +93,15 @@ class AdminService:
         )
 
     def status(self) -> admin_pb2.ServerStatus:
+        """Describe the server, the versions it holds and the current version's models."""
         releases = self._releases
         return admin_pb2.ServerStatus(
             current=releases.current,
             previous=releases.previous,
             shadow=releases.shadow,
             versions=[
-                admin_pb2.HeldVersion(version=held.version, bundle_digest=held.digest, idle_s=idle)
-                for held, idle in releases.held()
+                admin_pb2.HeldVersion(version=models.version, bundle_digest=models.digest, idle_s=idle_s)
+                for models, idle_s in releases.held_versions()
             ],
             models=[
                 _model_status(session, releases.models().bundle.budgets)
@@ -119,12 +122,12 @@ def _model_status(session: Session, budgets: dict[str, float | None]) -> admin_p
         agents.append(
             admin_pb2.AgentStatus(
                 agent=agent,
-                divergence=_share(totals.divergence[index], totals),
+                divergence=_mean(totals.divergence[index], totals),
                 budget=math.nan if budget is None else budget,
                 guard=guard.settings[index].mode,
                 threshold=float(guard.thresholds[index]),
-                exceeded=_share(totals.exceeded[index], totals),
-                replaced=_share(totals.replaced[index], totals),
+                exceeded=_mean(totals.exceeded[index], totals),
+                replaced=_mean(totals.replaced[index], totals),
             )
         )
     return admin_pb2.ModelStatus(
@@ -138,5 +141,6 @@ def _model_status(session: Session, budgets: dict[str, float | None]) -> admin_p
     )
 
 
-def _share(total: float, totals: Totals) -> float:
+def _mean(total: float, totals: Totals) -> float:
+    """Return a sum over rows as a mean; NaN without rows."""
     return float(total) / totals.rows if totals.rows else math.nan

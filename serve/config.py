@@ -1,33 +1,33 @@
-"""How a server is run: one TOML file, the same for every process of a team.
+"""Configuration of a server: one TOML file, the same for every process of a team.
 
 ::
 
-    [guard]                    # of every agent; omcda_deploy/guard.py says what the modes do
+    [guard]                    # for every agent; omcda_deploy/guard.py describes the modes
     mode = "fallback"
-    threshold = 0.5            # nats; the bundle's own where left out
-    distance_limit = 4.0       # refuse observations further from the training data; none where left out
+    threshold = 0.5            # nats; default: the bundle's own
+    distance_limit = 4.0       # refuse observations further from the training data; default: refuse none
 
-    [guard.agents.agent_2]     # instead of the above, for this agent
+    [guard.agents.agent_2]     # replaces [guard] for this agent
     mode = "blend"
 
     [releases]
-    retire_s = 300.0           # how long a version that is no longer current waits for its last episodes
+    retire_s = 300.0           # seconds without a request until a version that is not current is unloaded
 
     [limits]
-    concurrent_calls = 64      # waiting or answered at once, beside the streams
+    concurrent_calls = 64      # concurrent unary calls (streams are limited separately)
     streams = 16               # open control streams
     message_bytes = 4194304
-    rows = 4096                # of one request: all others wait while it runs
+    rows = 4096                # rows of one request, for which all other requests wait
 
-    [tls]                      # plaintext without this table
+    [tls]                      # default: plaintext
     certificate = "server.pem"
     key = "server.key"
-    client_ca = "clients.pem"  # every client must show a certificate of this authority; none need to where left out
+    client_ca = "clients.pem"  # every client must have a certificate of this authority; default: none needed
 
     [access]
-    token_file = "tokens"      # a bearer token per line; everybody may call where left out
+    token_file = "tokens"      # one bearer token per line; default: everybody may call
 
-Files are looked for from the folder of this file.
+Names of files are relative to the folder of the TOML file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes in at once; what is beyond gets RESOURCE_EXHAUSTED at once."""
+    """Limits of a server's load; a call beyond them is answered RESOURCE_EXHAUSTED at once."""
 
     concurrent_calls: int = 64
     streams: int = 16
@@ -65,7 +65,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """``guards`` are those of single agents, ``guard`` is everybody else's."""
+    """Contents of a configuration file. ``guards``: of single agents; ``guard``: of all others."""
 
     guard: GuardSetting = field(default_factory=GuardSetting)
     guards: Mapping[str, GuardSetting] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class ServerConfig:
     token_file: Path | None = None
 
     def guards_of(self, agents: Iterable[str]) -> dict[str, GuardSetting]:
-        """Raises :class:`UnknownNameError` for a guard of an agent that is none of ``agents``."""
+        """Return each agent's guard. Raises :class:`UnknownNameError` for a guard of another agent."""
         names = list(agents)
         for name in self.guards:
             if name not in names:
@@ -84,7 +84,10 @@ class ServerConfig:
 
 
 def read_server_config(path: Path | None) -> ServerConfig:
-    """The defaults without a file. Raises :class:`ConfigError` and :class:`UnknownNameError`, naming the entry."""
+    """Read a configuration file; without one, return the defaults.
+
+    Raises :class:`ConfigError`, which names the file and the entry.
+    """
     if path is None:
         return ServerConfig()
     values = read_toml(path, "a server configuration")
@@ -115,9 +118,9 @@ def _retire_s(values: Any) -> float:
 def _tls(values: Any, folder: Path) -> Tls | None:
     if values is None:
         return None
-    known = [entry.name for entry in dataclasses.fields(Tls)]
-    _require_names("entry of [tls]", _table("tls", values), known)
-    for name in known:
+    names = [entry.name for entry in dataclasses.fields(Tls)]
+    _require_names("entry of [tls]", _table("tls", values), names)
+    for name in names:
         if name in values and not isinstance(values[name], str):
             raise ConfigError(f"tls.{name}: expected the name of a PEM file, got {values[name]!r}")
     if missing := {"certificate", "key"} - values.keys():
@@ -134,8 +137,8 @@ def _token_file(values: Any, folder: Path) -> Path | None:
 
 
 def _build(kind: type[C], name: str, values: Any) -> C:
-    known = [entry.name for entry in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    _require_names(f"entry of [{name}]", _table(name, values), known)
+    names = [entry.name for entry in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    _require_names(f"entry of [{name}]", _table(name, values), names)
     return kind(**values)
 
 
@@ -145,7 +148,8 @@ def _table(name: str, values: Any) -> Mapping[str, Any]:
     return values
 
 
-def _require_names(kind: str, values: Mapping[str, Any], known: Iterable[str]) -> None:
+def _require_names(kind: str, values: Mapping[str, Any], choices: Iterable[str]) -> None:
+    """Raise :class:`UnknownNameError` for a name in ``values`` that is no choice."""
     for name in values:
-        if name not in known:
-            raise UnknownNameError(kind, name, known)
+        if name not in choices:
+            raise UnknownNameError(kind, name, choices)

@@ -1,8 +1,8 @@
-"""How a server process waits for the network, which costs more than a small policy's answer.
+"""Choice of gRPC's poller and of the event loop.
 
-gRPC's newer event engine hands every message through threads of its own before asyncio's loop sees it; the poller
-that it replaces wakes one thread. uvloop saves more, but only there: above the event engine it answers single calls
-more slowly than asyncio's own loop.
+Waiting for the network costs more than a small policy's answer. gRPC's newer event engine passes every message
+through threads of its own before asyncio's loop sees it; the older poller wakes one thread. uvloop saves more, but
+only with the older poller: with the event engine it answers single calls more slowly than asyncio's own loop.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _POLLER = "-event_engine_listener"
 
 
 def choose_poller() -> None:
-    """Choose gRPC's poller, before grpc is imported, unless the process's environment chooses."""
+    """Choose the older poller, unless the environment chooses. Call it before grpc is imported."""
     os.environ.setdefault(_EXPERIMENTS, _POLLER)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """``asyncio.run``, on uvloop where :func:`choose_poller` has chosen and there is one."""
+    """Run as ``asyncio.run``, on uvloop if :func:`choose_poller` has chosen and uvloop is installed."""
     factory = None
     if os.environ.get(_EXPERIMENTS) == _POLLER and find_spec("uvloop"):
         import uvloop

@@ -1,7 +1,7 @@
-"""From bytes to bytes: gRPC handlers around plain functions from a message to the bytes of another.
+"""gRPC handlers around plain functions that take a request message and return a serialised response.
 
 Requests are parsed here rather than by gRPC, which answers INTERNAL to bytes that do not decode. The functions
-run to their end without waiting, so one control step is never interleaved with another.
+never wait, so one control step is never interleaved with another.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Request = TypeVar("Request", bound=Message)
 
-QUIET_S = 0.02
+QUIET_S = 0.02  # without a new unary call: then the queue counts as empty
 STOPPING = "the server is stopping: use another one, or try again later"
 
 
-class Traffic:
-    """The calls that pass through a server, and their end when it is to stop."""
+class CallTracker:
+    """Counts the calls that pass through a server, and ends them when the server stops."""
 
     def __init__(self, limits: Limits, tracing: Tracing | None = None) -> None:
         self.stopping = False
         self.tracing = tracing
-        self.calls = 0  # unary ones that reached a handler
-        self.denied = 0  # those that did not, for want of a token
-        self.meters: list[MethodMeter] = []  # of every method served
+        self.calls = 0  # unary calls that reached a handler
+        self.denied = 0  # calls without a valid token, which reach no handler
+        self.streams = 0  # open control streams
+        self.meters: list[MethodMeter] = []  # one per method that is served
         self._limits = limits
-        self.streams = 0
         self._waiting: set[Context] = set()
 
     def deny(self) -> None:
@@ -46,13 +46,13 @@ class Traffic:
         self.denied += 1
 
     def meter(self, service: str, method: str, kind: str) -> MethodMeter:
-        """The counters of a method that is served from now on."""
+        """Create the meter of a method that is served from now on."""
         self.meters.append(MethodMeter(service, method, kind))
         return self.meters[-1]
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """Around a control stream. Raises :class:`ExhaustedError` where there are as many as there may be."""
+        """Count a control stream while it is open. Raises :class:`ExhaustedError` if too many are open already."""
         if self.streams >= self._limits.streams:
             raise ExhaustedError(
                 f"expected at most {self._limits.streams} control streams, and so many are open: close one, or "
@@ -64,83 +64,88 @@ class Traffic:
         finally:
             self.streams -= 1
 
-    def wait(self, context: Context) -> None:
-        """Before a wait without an end of its own, which is broken off when the server is to stop.
+    def begin_wait(self, context: Context) -> None:
+        """Mark a call that is about to wait without a time limit, so that :meth:`stop` can abort it.
 
-        Raises :class:`StoppingError` when it is to stop already. :meth:`waited` follows.
+        Raises :class:`StoppingError` if the server is stopping already. Call :meth:`end_wait` afterwards.
         """
         if self.stopping:
             raise StoppingError(STOPPING)
         self._waiting.add(context)
 
-    def waited(self, context: Context) -> None:
+    def end_wait(self, context: Context) -> None:
+        """Undo :meth:`begin_wait`."""
         self._waiting.discard(context)
 
-    async def quiet(self, limit_s: float) -> None:
-        """Return when no unary call came for a moment, or after ``limit_s``.
+    async def wait_until_quiet(self, limit_s: float) -> None:
+        """Return when no unary call came for a moment, or after ``limit_s`` seconds.
 
-        gRPC cancels the calls that have arrived but not reached a handler when a server stops, so the queue must
-        be worked off first.
+        When a server stops, gRPC cancels the calls that have arrived but not reached a handler. Those in the queue
+        must be answered before.
         """
         end = time.monotonic() + limit_s
-        seen = -1
-        while seen != self.calls and time.monotonic() < end:
-            seen = self.calls
+        last_count = -1
+        while last_count != self.calls and time.monotonic() < end:
+            last_count = self.calls
             await asyncio.sleep(QUIET_S)
 
     async def stop(self) -> None:
-        """End every stream: at once where it waits, after the message in hand otherwise."""
+        """End every stream: at once if it waits, otherwise after the message that is being answered."""
         self.stopping = True
         for context in tuple(self._waiting):
             with suppress(grpc.aio.AbortError):
                 await abort(context, StoppingError(STOPPING))
 
 
-def methods(
+def service_handlers(
     service: str,
-    traffic: Traffic,
+    tracker: CallTracker,
     unary: Mapping[str, tuple[type[Any], Callable[[Any], bytes]]],
     streams: Mapping[str, tuple[type[Any], Callable[[], Callable[[Any], bytes]]]] | None = None,
 ) -> grpc.GenericRpcHandler:
-    """The handlers of a service: per method its request's type and the function that answers one.
+    """Build the gRPC handlers of a service.
 
-    For a stream it is what makes that function, once for every stream: it may remember what went before.
+    ``unary``: per method the type of its requests and the function that answers one. ``streams``: per method the
+    type and a factory of such functions, called once per stream, so that a function may remember earlier requests.
     """
-    found: dict[str, tuple[Handler, MethodMeter]] = {}
+    handlers: dict[str, tuple[Handler, MethodMeter]] = {}
     for name, (request_type, answer) in unary.items():
-        meter = traffic.meter(service, name, "unary")
-        found[f"/{service}/{name}"] = _unary(request_type, answer, traffic, meter), meter
+        meter = tracker.meter(service, name, "unary")
+        handlers[f"/{service}/{name}"] = _unary(request_type, answer, tracker, meter), meter
     for name, (request_type, begin) in (streams or {}).items():
-        meter = traffic.meter(service, name, "bidi_stream")
-        found[f"/{service}/{name}"] = _stream(request_type, begin, traffic, meter), meter
-    return _Service(service, found)
+        meter = tracker.meter(service, name, "bidi_stream")
+        handlers[f"/{service}/{name}"] = _stream(request_type, begin, tracker, meter), meter
+    return _Service(service, handlers)
 
 
 class _Service(grpc.ServiceRpcHandler):
-    """Finds handlers, and counts the calls that come: one that is given up while it waits reaches no handler."""
+    """Looks up handlers and counts calls.
 
-    def __init__(self, name: str, found: Mapping[str, tuple[Handler, MethodMeter]]) -> None:
-        self._name, self._found = name, found
+    Counting in a handler would miss the calls that their callers cancel while they wait for one.
+    """
+
+    def __init__(self, name: str, handlers: Mapping[str, tuple[Handler, MethodMeter]]) -> None:
+        self._name, self._handlers = name, handlers
 
     def service_name(self) -> str:
         return self._name
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
-        handler, meter = self._found.get(handler_call_details.method, (None, None))
+        handler, meter = self._handlers.get(handler_call_details.method, (None, None))
         if meter is not None:
             meter.started += 1
         return handler
 
 
 def _unary(
-    request_type: type[Request], answer: Callable[[Request], bytes], traffic: Traffic, meter: MethodMeter
+    request_type: type[Request], answer: Callable[[Request], bytes], tracker: CallTracker, meter: MethodMeter
 ) -> Handler:
-    """One response for one request."""
+    """Return a handler that sends one response for one request."""
 
     async def handle(data: bytes, context: Context) -> bytes:
-        traffic.calls += 1
+        tracker.calls += 1
         try:
-            response = _respond(request_type, data, answer, traffic, meter, context)
+            response = _respond(request_type, data, answer, tracker, meter, context)
         except Exception as error:
             await abort(context, error, meter)
             raise  # not reached: abort raises
@@ -155,34 +160,34 @@ def _unary(
 def _stream(
     request_type: type[Request],
     begin: Callable[[], Callable[[Request], bytes]],
-    traffic: Traffic,
+    tracker: CallTracker,
     meter: MethodMeter,
 ) -> Handler:
-    """One response for every request of a stream, in order; the first refusal ends the stream.
+    """Return a handler that sends a response for every request of a stream, in order.
 
-    The meter's seconds are those of single messages.
+    The first refusal ends the stream. The meter's seconds are those of single messages.
     """
 
-    # read() and write() rather than an async generator: a tenth less CPU per message
+    # read() and write() cost a tenth less CPU per message than an async generator.
     async def handle(_: object, context: Context) -> None:
         try:
-            with traffic.stream():
+            with tracker.stream():
                 answer = begin()
                 while True:
-                    traffic.wait(context)
+                    tracker.begin_wait(context)
                     data = await context.read()
                     if data is grpc.aio.EOF:
                         meter.handled["OK"] += 1
                         return
-                    traffic.waited(context)
-                    await context.write(_respond(request_type, data, answer, traffic, meter, context))
-        except (grpc.aio.BaseError, asyncio.CancelledError):  # the call has ended under us
+                    tracker.end_wait(context)
+                    await context.write(_respond(request_type, data, answer, tracker, meter, context))
+        except (grpc.aio.BaseError, asyncio.CancelledError):  # the caller ended the call
             meter.handled["CANCELLED"] += 1
             raise
         except Exception as error:
             await abort(context, error, meter)
         finally:
-            traffic.waited(context)
+            tracker.end_wait(context)
 
     return grpc.stream_stream_rpc_method_handler(handle)
 
@@ -191,21 +196,23 @@ def _respond(
     request_type: type[Request],
     data: bytes,
     answer: Callable[[Request], bytes],
-    traffic: Traffic,
+    tracker: CallTracker,
     meter: MethodMeter,
     context: Context,
 ) -> bytes:
+    """Parse a request, answer it inside a span if spans are wanted, and count its seconds."""
     started = time.perf_counter()
-    if traffic.tracing is None:
+    if tracker.tracing is None:
         response = answer(parse(request_type, data))
     else:
-        with traffic.tracing.span(meter.service, meter.method, context.invocation_metadata()):
+        with tracker.tracing.span(meter.service, meter.method, context.invocation_metadata()):
             response = answer(parse(request_type, data))
     meter.seconds.add(time.perf_counter() - started)
     return response
 
 
 def parse(request_type: type[Request], data: bytes) -> Request:
+    """Parse a message. Raises :class:`DecodeError` with the name of the type that was expected."""
     try:
         return request_type.FromString(data)
     except DecodeError:
@@ -215,6 +222,7 @@ def parse(request_type: type[Request], data: bytes) -> Request:
 
 
 async def abort(context: Context, error: Exception, meter: MethodMeter | None = None) -> None:
+    """End a call with the status for ``error`` and count it; always raises."""
     code, details = status_of(error)
     if meter is not None:
         meter.handled[code.name] += 1

@@ -1,4 +1,4 @@
-"""What lets strangers look at a server: ``grpc.health.v1`` and server reflection (v1 and v1alpha)."""
+"""Health and reflection services: ``grpc.health.v1``, and server reflection v1 and v1alpha."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from omcda_deploy.protos import oip, policy_pb2
-from omcda_deploy.serve.handlers import Context, Request, Traffic, abort, parse
+from omcda_deploy.serve.handlers import CallTracker, Context, Request, abort, parse
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
@@ -29,12 +29,15 @@ FILES: tuple[FileDescriptor, ...] = (
 
 
 class Health(health_aio.HealthServicer):  # type: ignore[misc]
-    """The stock servicer, on requests that are parsed here; its watchers do not hold up a drain."""
+    """The stock health servicer with two changes.
 
-    def __init__(self, services: Iterable[str], traffic: Traffic) -> None:
+    Requests are parsed here, and watchers do not delay the end of a server.
+    """
+
+    def __init__(self, services: Iterable[str], tracker: CallTracker) -> None:
         super().__init__()
         self._server_status.update(dict.fromkeys(services, health_pb2.HealthCheckResponse.SERVING))
-        self._traffic = traffic
+        self._tracker = tracker
 
     def handlers(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
@@ -46,19 +49,19 @@ class Health(health_aio.HealthServicer):  # type: ignore[misc]
         )
 
     async def _check(self, data: bytes, context: Context) -> health_pb2.HealthCheckResponse:
-        return await self.Check(await _parsed(health_pb2.HealthCheckRequest, data, context), context)
+        return await self.Check(await _parse_or_abort(health_pb2.HealthCheckRequest, data, context), context)
 
     async def _watch(self, data: bytes, context: Context) -> None:
-        request = await _parsed(health_pb2.HealthCheckRequest, data, context)
-        self._traffic.wait(context)
+        request = await _parse_or_abort(health_pb2.HealthCheckRequest, data, context)
+        self._tracker.begin_wait(context)
         try:
             await self.Watch(request, context)
         finally:
-            self._traffic.waited(context)
+            self._tracker.end_wait(context)
 
 
-async def _parsed(kind: type[Request], data: bytes, context: Context) -> Request:
-    """The request; bytes that are none end the call with INVALID_ARGUMENT, where gRPC would answer UNKNOWN."""
+async def _parse_or_abort(kind: type[Request], data: bytes, context: Context) -> Request:
+    """Parse a request; other bytes end the call with INVALID_ARGUMENT, where gRPC would answer UNKNOWN."""
     try:
         return parse(kind, data)
     except DecodeError as error:
@@ -67,9 +70,10 @@ async def _parsed(kind: type[Request], data: bytes, context: Context) -> Request
 
 
 def add_reflection(server: grpc.aio.Server, services: Iterable[str]) -> None:
-    """Reflection over one pool: the messages of OIP are in none that protobuf knows of by itself.
+    """Add server reflection for ``services``, from a pool of its own.
 
-    v1 has the messages of v1alpha under another package name, so one servicer answers both.
+    The messages of the Open Inference Protocol are not in protobuf's default pool. v1 has the messages of v1alpha
+    under another package name, so one servicer answers both.
     """
     pool = descriptor_pool.DescriptorPool()
     for file in FILES:
@@ -81,7 +85,7 @@ def add_reflection(server: grpc.aio.Server, services: Iterable[str]) -> None:
     ) -> AsyncIterator[reflection_pb2.ServerReflectionResponse]:
         async def requests() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
             async for part in data:
-                yield await _parsed(reflection_pb2.ServerReflectionRequest, part, context)
+                yield await _parse_or_abort(reflection_pb2.ServerReflectionRequest, part, context)
 
         async for response in servicer.ServerReflectionInfo(requests(), context):
             yield response

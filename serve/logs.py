@@ -1,7 +1,7 @@
-"""Logs of a server on stderr: lines for people, or one JSON object per line for collectors that index fields.
+"""Logs of a server on stderr: text for people, or one JSON object per line for log collectors.
 
-Fields are ``time`` (UTC), ``level``, ``logger``, ``message``, what a call to the logger gave as ``extra={"fields":
-{…}}``, and ``error`` with the traceback where there is one. Tracebacks stay in the log; callers never see them.
+A JSON line has ``time`` (UTC), ``level``, ``logger``, ``message``, the fields of ``extra={"fields": {…}}`` of the
+call to the logger, and ``error`` with the traceback if there is one. Callers never see tracebacks.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import logging
 import sys
 from datetime import UTC, datetime
 
-audit = logging.getLogger("omcda_deploy.serve.audit")  # a line for every call that may change something
+audit = logging.getLogger("omcda_deploy.serve.audit")  # one line per call that may change something
 
 
 class JsonFormatter(logging.Formatter):
+    """Formats a record as one line of JSON."""
+
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
@@ -28,14 +30,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def log_as_text() -> None:
-    """Send warnings, and whatever operators have changed, to stderr as lines for people."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    audit.setLevel(logging.INFO)
+def configure_logging(*, json_lines: bool) -> None:
+    """Send logs to stderr.
 
-
-def log_as_json() -> None:
-    """Send everything from INFO on to stderr as JSON lines."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    As text: warnings, and changes by operators. As JSON lines: everything from INFO on.
+    """
+    if json_lines:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonFormatter())
+        logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    else:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        audit.setLevel(logging.INFO)

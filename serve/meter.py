@@ -1,10 +1,11 @@
-"""What a server counts while it answers; metrics and status read it.
+"""Counters of a server, which metrics and status read.
 
-RPCs are counted as they come. What models answered is noted, and counted in blocks or when somebody asks: a call of
-numpy costs about a microsecond whether it gets one row or a hundred.
+RPCs are counted as they come. Answers of models are kept as samples and counted in blocks, or when metrics or
+status are read: a numpy call costs about a microsecond, whether for one row or for a hundred.
 
-Everything is noted in the event loop's thread alone, and counted under a lock by whoever comes first: that thread,
-when a block is full, or a reader in another.
+Samples are added in the event loop's thread only. They are counted under a lock, by that thread when a block is
+full or by a reader in another thread. Shapes: B rows of an answer, k agents of a model, O the sizes of their
+observations.
 """
 
 from __future__ import annotations
@@ -15,28 +16,38 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.guard import Guard
 
-# Seconds. Python's own round trip is about half a millisecond, a control step rarely more than 50.
+# Seconds. A round trip with Python at both ends takes about 0.5 ms, a control period rarely more than 50 ms.
 LATENCY_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
-RATIO_BOUNDS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 10.0)  # of divergence to threshold, of distance
-LEAST_THRESHOLD, RATIO_LIMIT = 1e-6, 1e6  # of a threshold of 0 nats, ratios are only large
-RECENT = 1024  # calls of which status reports percentiles and rates
+RATIO_BOUNDS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 10.0)  # divergence / threshold, and distance
+LEAST_THRESHOLD, RATIO_LIMIT = 1e-6, 1e6  # keep ratios to a threshold of 0 nats finite
+RECENT = 1024  # calls from which status computes percentiles and rates
 RATE_S = 60.0
-BLOCK = 8192  # entries of observations that are noted before they are counted: a hundred microseconds' work
+BLOCK = 8192  # entries of observations per block, which take about 100 microseconds to count
 
 
-Buffer: TypeAlias = "bytes | NDArray[np.float32]"
-Note: TypeAlias = tuple[int, Buffer, Buffer, Buffer, float, float]  # what ModelMeter.add is given
+Buffer: TypeAlias = "bytes | NDArray[np.float32]"  # float32; must not change after it was added
+
+
+class Sample(NamedTuple):
+    """One answer of a model."""
+
+    rows: int
+    observation: Buffer  # [B, O]
+    divergence: Buffer  # [B, k], nats
+    policy_weight: Buffer  # [B, k]
+    began: float  # reading of time.perf_counter
+    seconds: float
 
 
 class Histogram:
-    """Counts of values up to each bound, and above the last; cumulative only when read."""
+    """Counts values up to each bound, and above the last one."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
@@ -59,25 +70,25 @@ class Histogram:
         return other
 
     def cumulative(self) -> list[tuple[str, int]]:
-        """(upper bound, values up to it), as Prometheus has them."""
+        """Return (upper bound, number of values up to it) for each bound, in Prometheus' form."""
         totals = np.cumsum(self.counts).tolist()
         return list(zip([*map(repr, self.bounds), "+Inf"], totals, strict=True))
 
 
 class MethodMeter:
-    """One RPC method."""
+    """Counters of one RPC method. ``kind``: ``unary`` or ``bidi_stream``."""
 
     def __init__(self, service: str, method: str, kind: str) -> None:
-        self.service, self.method, self.kind = service, method, kind  # kind: unary, bidi_stream
-        self.started = 0  # calls that came
-        self.late = 0  # answers that were ready only after their deadline
-        self.handled: Counter[str] = Counter()  # by status code
+        self.service, self.method, self.kind = service, method, kind
+        self.started = 0  # calls that arrived
+        self.late = 0  # answers that were ready after their deadline
+        self.handled: Counter[str] = Counter()  # calls that ended, by status code
         self.seconds = Histogram(LATENCY_BOUNDS)
 
 
 @dataclass(frozen=True)
 class Recent:
-    """The last calls of a model: for people, not for dashboards."""
+    """Rate and latency of a model's last calls: for people, not for dashboards."""
 
     per_second: float
     p50_ms: float
@@ -86,13 +97,13 @@ class Recent:
 
 @dataclass
 class Totals:
-    """A model's answers, and what they were to the guards of its k agents."""
+    """Sums over a model's answers, per guard of its k agents."""
 
-    divergence: NDArray[np.float64]  # [k], sums over rows, nats
+    divergence: NDArray[np.float64]  # [k], sum over rows, nats
     exceeded: NDArray[np.int64]  # [k], rows above the threshold
     replaced: NDArray[np.int64]  # [k], rows in which the guard acted
-    ratios: Sequence[Histogram]  # k, of divergence to threshold, an answer's largest
-    distances: Sequence[Histogram]  # k, an answer's largest; empty where unknown
+    ratios: Sequence[Histogram]  # k, of each answer's largest divergence / threshold
+    distances: Sequence[Histogram]  # k, of each answer's largest distance; empty without a reference
     answers: int = 0
     rows: int = 0
 
@@ -109,7 +120,7 @@ class Totals:
 
 
 class ModelMeter:
-    """One model, an agent or the team."""
+    """Counters of one model, an agent or ``team``."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
@@ -117,52 +128,40 @@ class ModelMeter:
         k = len(guard.agents)
         ratios, distances = ([Histogram(RATIO_BOUNDS) for _ in guard.agents] for _ in range(2))
         self._totals = Totals(np.zeros(k), np.zeros(k, np.int64), np.zeros(k, np.int64), ratios, distances)
-        self._notes: deque[Note] = deque()
-        self._entries = 0  # of observations, noted since the last block
+        self._samples: deque[Sample] = deque()  # not counted yet
+        self._entries = 0  # entries of observations since the last block
         self._counting = Lock()
-        self._recent = np.zeros((RECENT, 2))  # when, and how many seconds; a ring
-        self.compared = 0  # answers that a shadow gave too
-        self.difference = 0.0  # sum over them: mean absolute difference, or share of different choices
-        self.shadow_failures = 0  # answers that it could not give
+        self._recent = np.zeros((RECENT, 2))  # ring of (began, seconds)
+        self.compared = 0  # answers that were compared with a shadow's
+        self.difference = 0.0  # sum over these: mean absolute difference, or share of different choices
+        self.shadow_failures = 0  # answers that a shadow could not give
 
-    def add(
-        self,
-        rows: int,
-        observation: Buffer,
-        divergence: Buffer,
-        policy_weight: Buffer,
-        began: float,
-        seconds: float,
-    ) -> None:
-        """Note an answer of B ``rows``; ``began`` is a reading of ``time.perf_counter``.
-
-        ``observation`` [B, sum O], ``divergence`` and ``policy_weight`` [B, k] are float32, as bytes or arrays, and
-        not to be changed any more.
-        """
-        self._notes.append((rows, observation, divergence, policy_weight, began, seconds))
-        self._entries += rows * self._width
+    def add(self, sample: Sample) -> None:
+        """Add an answer."""
+        self._samples.append(sample)
+        self._entries += sample.rows * self._width
         if self._entries >= BLOCK:
             self._entries = 0
             with self._counting:
                 self._count()
 
     def totals(self) -> Totals:
-        """All that has been noted so far, counted; it does not change any more."""
+        """Count all samples, and return a copy of the totals."""
         with self._counting:
             self._count()
             return self._totals.copy()
 
     def _count(self) -> None:
-        notes = [self._notes.popleft() for _ in range(len(self._notes))]
-        if not notes:
+        samples = [self._samples.popleft() for _ in range(len(self._samples))]
+        if not samples:
             return
         totals, guard = self._totals, self._guard
-        rows, observations, divergences, weights, began, seconds = zip(*notes, strict=True)
+        rows, observations, divergences, weights, began, seconds = zip(*samples, strict=True)
         k = len(guard.agents)
         divergence = np.frombuffer(b"".join(divergences), np.float32).reshape(-1, k).astype(np.float64)
         weight = np.frombuffer(b"".join(weights), np.float32).reshape(-1, k)
         distance = guard.distance(np.frombuffer(b"".join(observations), np.float32).reshape(-1, self._width))
-        first = np.cumsum((0, *rows[:-1]))  # row of each answer
+        first = np.cumsum((0, *rows[:-1]))  # first row of each answer
         ratio = np.maximum.reduceat(divergence, first) / np.maximum(guard.thresholds, LEAST_THRESHOLD)
         for histogram, values in zip(totals.ratios, np.minimum(ratio, RATIO_LIMIT).T, strict=True):
             histogram.add_all(values)
@@ -174,30 +173,31 @@ class ModelMeter:
         totals.divergence += divergence.sum(axis=0)
         totals.exceeded += guard.exceeded(divergence).sum(axis=0)
         totals.replaced += (weight < 1.0).sum(axis=0)
-        places = (totals.answers + np.arange(len(notes))) % RECENT
+        places = (totals.answers + np.arange(len(samples))) % RECENT
         self._recent[places] = np.column_stack((began, seconds))
-        totals.answers += len(notes)
+        totals.answers += len(samples)
         totals.rows += sum(rows)
 
-    def compare(self, action: NDArray[Any], other: NDArray[Any]) -> None:
-        """Note what a shadow would have done instead."""
-        different = action != other if action.dtype.kind == "i" else np.abs(action - other)
+    def compare(self, action: NDArray[Any], shadow_action: NDArray[Any]) -> None:
+        """Add the difference of a shadow's action from the one that was answered."""
+        discrete = action.dtype.kind == "i"
+        difference = action != shadow_action if discrete else np.abs(action - shadow_action)
         self.compared += 1
-        self.difference += float(different.mean())
+        self.difference += float(difference.mean())
 
-    def forget_comparison(self) -> None:
+    def reset_comparison(self) -> None:
         self.compared, self.difference, self.shadow_failures = 0, 0.0, 0
 
     def recent(self) -> Recent | None:
-        """None before the first answer."""
+        """Return the last calls' rate and latency; None before the first answer."""
         with self._counting:
             self._count()
-            when, seconds = self._recent[: self._totals.answers].T.copy()
-        if not len(when):
+            began, seconds = self._recent[: self._totals.answers].T.copy()
+        if not len(began):
             return None
         now = time.perf_counter()
-        inside = np.count_nonzero(now - when <= RATE_S)
-        # A full window may cover less than a minute: then the rate is that of the time it covers.
-        span = RATE_S if len(when) < RECENT else max(now - float(when.min()), 1e-3)
+        inside = np.count_nonzero(now - began <= RATE_S)
+        # A full ring may cover less than a minute; the rate is then over the time that it covers.
+        span = RATE_S if len(began) < RECENT else max(now - float(began.min()), 1e-3)
         p50, p99 = 1e3 * np.sort(seconds)[[len(seconds) // 2, len(seconds) * 99 // 100]]
         return Recent(inside / min(span, RATE_S), float(p50), float(p99))

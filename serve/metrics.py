@@ -1,7 +1,7 @@
-"""Prometheus metrics of a server, computed from its meters when they are asked for.
+"""Prometheus metrics of a server, computed from its meters at each scrape.
 
-RPCs have the names that go-grpc-prometheus gave them, ours start with ``omcda_``. Everything carries the labels
-``model`` (an agent, or ``team``), ``agent`` and ``version`` where it applies.
+Metrics of RPCs have the names of go-grpc-prometheus, the others begin with ``omcda_``. Labels are ``model`` (an
+agent, or ``team``), ``agent`` and ``version`` where they apply.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from omcda_deploy.errors import EndpointError
-from omcda_deploy.serve.handlers import Traffic
+from omcda_deploy.serve.handlers import CallTracker
 from omcda_deploy.serve.releases import Releases
 
 _RPC = ("grpc_type", "grpc_service", "grpc_method")
@@ -28,10 +28,10 @@ _VERSION = ("version", "current", "shadow")
 
 
 class ServerCollector:
-    """What a scrape reads: the RPCs of ``traffic`` and the models held at that moment."""
+    """Collects the RPCs of ``tracker`` and the models that are held at the moment of a scrape."""
 
-    def __init__(self, traffic: Traffic, releases: Releases) -> None:
-        self._traffic, self._releases = traffic, releases
+    def __init__(self, tracker: CallTracker, releases: Releases) -> None:
+        self._tracker, self._releases = tracker, releases
 
     def collect(self) -> Iterator[Metric]:
         yield from self._rpcs()
@@ -51,7 +51,7 @@ class ServerCollector:
         late = CounterMetricFamily(
             "omcda_late_answers", "Answers that were ready only after their deadline.", labels=_RPC
         )
-        for meter in self._traffic.meters:
+        for meter in self._tracker.meters:
             labels = [meter.kind, meter.service, meter.method]
             started.add_metric(labels, meter.started)
             late.add_metric(labels, meter.late)
@@ -59,11 +59,11 @@ class ServerCollector:
                 handled.add_metric([*labels, code], count)
             seconds.add_metric(labels, meter.seconds.cumulative(), meter.seconds.sum)
         streams = GaugeMetricFamily("omcda_control_streams", "Open control streams.")
-        streams.add_metric([], self._traffic.streams)
+        streams.add_metric([], self._tracker.streams)
         denied = CounterMetricFamily(
             "omcda_denied_calls", "Calls without a valid token, which no method saw."
         )
-        denied.add_metric([], self._traffic.denied)
+        denied.add_metric([], self._tracker.denied)
         yield from (started, handled, seconds, late, streams, denied)
 
     def _versions(self) -> Iterator[Metric]:
@@ -73,7 +73,7 @@ class ServerCollector:
             "1 for every version held; current and shadow are yes or no.",
             labels=_VERSION,
         )
-        for models, _ in list(releases.held()):
+        for models, _ in list(releases.held_versions()):
             parts = (models.version == releases.current, models.version == releases.shadow)
             held.add_metric([models.version, *("yes" if part else "no" for part in parts)], 1.0)
         loading = HistogramMetricFamily(
@@ -115,7 +115,7 @@ class ServerCollector:
         failures = CounterMetricFamily(
             "omcda_shadow_failures", "Answers that the shadow could not give.", labels=("model", "version")
         )
-        for models, _ in list(self._releases.held()):
+        for models, _ in list(self._releases.held_versions()):
             for session in list(models.sessions.values()):
                 meter, version, guard = session.meter, session.version, session.guard
                 totals = meter.totals()
@@ -127,8 +127,8 @@ class ServerCollector:
                 for index, agent in enumerate(agent.name for agent in guard.agents):
                     labels = [session.name, agent, version]
                     divergence.add_metric(labels, totals.divergence[index])
-                    if (own := models.bundle.budgets[agent]) is not None:
-                        budget.add_metric(labels, own)
+                    if (agent_budget := models.bundle.budgets[agent]) is not None:
+                        budget.add_metric(labels, agent_budget)
                     threshold.add_metric(labels, float(guard.thresholds[index]))
                     exceeded.add_metric(labels, totals.exceeded[index])
                     replaced.add_metric([*labels, guard.settings[index].mode], totals.replaced[index])
@@ -139,9 +139,9 @@ class ServerCollector:
 
 
 def serve_metrics(collector: ServerCollector, host: str, port: int) -> Callable[[], None]:
-    """Answer ``GET /metrics`` from a thread of its own; returns what ends it.
+    """Answer ``GET /metrics`` from a new thread; returns a function that stops it.
 
-    Raises :class:`EndpointError` where the address cannot be taken.
+    Raises :class:`EndpointError` if the address cannot be used.
     """
     registry = CollectorRegistry()
     registry.register(collector)

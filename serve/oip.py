@@ -1,7 +1,7 @@
 """``inference.GRPCInferenceService``: the Open Inference Protocol v2, for stock clients.
 
 Models are the agents (``agent_0``) and ``team``; their tensors are those of the bundle's graphs
-(:mod:`omcda_deploy.bundle`). ``noise`` may be left out, for the deterministic action.
+(:mod:`omcda_deploy.bundle`). Without ``noise`` the action is deterministic.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from google.protobuf.message import Message
 
 from omcda_deploy import __version__
 from omcda_deploy.protos import oip
-from omcda_deploy.serve.handlers import Traffic, methods
+from omcda_deploy.serve.handlers import CallTracker, service_handlers
 from omcda_deploy.serve.oip_messages import (
-    inputs_of,
-    metadata_of,
-    response_of,
-    step_of,
-    wanted_outputs,
+    encode_response,
+    model_metadata,
+    requested_outputs,
+    wire_tensors,
 )
 from omcda_deploy.serve.releases import Releases
 
@@ -28,6 +27,11 @@ SERVICE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 
 class InferenceService:
+    """Translates the messages of the Open Inference Protocol.
+
+    ``ready``: False when the server is about to stop.
+    """
+
     def __init__(self, releases: Releases) -> None:
         self.ready = True
         self._releases = releases
@@ -49,24 +53,21 @@ class InferenceService:
             "control_rate": str(models.bundle.spec.control_rate),
             "current_version": self._releases.current,
         }
-        versions = [held.version for held, _ in self._releases.held()]
-        return metadata_of(models.find(request.name), versions, properties)
+        versions = [version.models.version for version in self._releases.held_versions()]
+        return model_metadata(models.find(request.name), versions, properties)
 
     def model_infer(self, request: oip.ModelInferRequest) -> bytes:
+        """Answer one inference request; returns the serialised response."""
         session = self._releases.find(request.model_name, request.model_version)
-        wanted = wanted_outputs(request, session)
-        rows, answer = 1, None
-        if (given := step_of(request, session)) is not None:
-            answer = self._releases.step(session, *given)
-        if answer is None:
-            outputs = self._releases.answer(session, inputs_of(request, session))
-            rows, answer = len(outputs["action"]), session.encode(outputs)
-        return response_of(request, session, wanted, rows, answer)
+        outputs = requested_outputs(request, session)
+        tensors = wire_tensors(request, session)
+        answer = self._releases.answer(session, tensors)
+        return encode_response(request, session, outputs, tensors.batch, answer)
 
-    def handlers(self, traffic: Traffic) -> grpc.GenericRpcHandler:
-        return methods(
+    def handlers(self, tracker: CallTracker) -> grpc.GenericRpcHandler:
+        return service_handlers(
             SERVICE,
-            traffic,
+            tracker,
             {
                 "ServerLive": (
                     oip.ServerLiveRequest,

@@ -1,7 +1,7 @@
 """TLS, client certificates and bearer tokens.
 
-Tokens are lines of a file, which is read again when it changes, so that they are rotated without a restart: write
-the new one beside the old, move the clients, remove the old one. Health checks need none: probes have none to show.
+Tokens are lines of a file, which is read again when it changes, so that they can be rotated without a restart: add
+the new token, move the clients, remove the old one. Health checks need no token, as probes have none.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files. With ``client_ca`` every client must show a certificate that it signed (mTLS).
+    """Names of PEM files. With ``client_ca`` every client must have a certificate of this authority (mTLS).
 
-    They are read again when they change: connections made from then on see the new ones.
+    The files are read again when they change; new connections then use the new contents.
     """
 
     certificate: str
@@ -38,24 +38,26 @@ class Tls:
     client_ca: str | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Raises :class:`ConfigError` for a file that cannot be read."""
-        known = self._read()
+        """Return credentials for one port. Raises :class:`ConfigError` for a file that cannot be read."""
+        current = self._read()
 
         def fetch() -> Any:
-            """At every handshake: what has changed, or None."""
-            nonlocal known
+            """Return the files' configuration at a handshake if it has changed, otherwise None."""
+            nonlocal current
             try:
-                found = self._read()
-            except ConfigError as error:  # half-written, or gone for a moment: what was read last stays
+                files = self._read()
+            except ConfigError as error:  # half-written, or missing for a moment: the last contents stay
                 log.warning("%s", error)
                 return None
-            if found == known:
+            if files == current:
                 return None
-            known = found
+            current = files
             log.info("%s was read again", self.certificate)
-            return _configuration(*found)
+            return _configuration(*files)
 
-        return grpc.dynamic_ssl_server_credentials(_configuration(*known), fetch, self.client_ca is not None)
+        return grpc.dynamic_ssl_server_credentials(
+            _configuration(*current), fetch, self.client_ca is not None
+        )
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
         authority = None if self.client_ca is None else _read("tls.client_ca", self.client_ca)
@@ -67,22 +69,22 @@ def _configuration(key: bytes, certificate: bytes, authority: bytes | None) -> A
 
 
 class Tokens:
-    """The tokens of a file. Raises :class:`ConfigError` where it holds none at the start."""
+    """The tokens of a file. Raises :class:`ConfigError` if it has none at the start."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._checked = time.monotonic()
-        self._stamp = self._now()
+        self._stamp = self._file_stamp()
         self._digests = self._load()
 
     def admit(self, authorization: str) -> bool:
-        """Whether the value of an ``authorization`` header is ``Bearer`` and one of the tokens."""
+        """Return whether the value of an ``authorization`` header is ``Bearer`` and one of the tokens."""
         self._reload()
         scheme, _, token = authorization.partition(" ")
         digest = hashlib.sha256(token.strip().encode()).digest()
-        # All are compared, each in constant time: neither the token nor its place shows in the time it takes.
-        found = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(found)
+        # All tokens are compared, each in constant time, so that the time reveals neither a token nor its place.
+        matches = [hmac.compare_digest(digest, token_digest) for token_digest in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
 
     def _load(self) -> list[bytes]:
         try:
@@ -103,13 +105,14 @@ class Tokens:
             return
         self._checked = now
         try:
-            if (stamp := self._now()) != self._stamp:
+            if (stamp := self._file_stamp()) != self._stamp:
                 self._digests, self._stamp = self._load(), stamp
                 log.info("%s was read again: %d tokens", self._file, len(self._digests))
-        except ConfigError as error:  # half-written, or gone for a moment: the tokens known so far stay
+        except ConfigError as error:  # half-written, or missing for a moment: the last tokens stay
             log.warning("%s", error)
 
-    def _now(self) -> tuple[int, int]:
+    def _file_stamp(self) -> tuple[int, int]:
+        """Return the file's modification time in ns and its size."""
         try:
             status = self._file.stat()
         except OSError as error:
@@ -118,10 +121,10 @@ class Tokens:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Answers UNAUTHENTICATED to calls without a token, before anything of them is read."""
+    """Answers UNAUTHENTICATED to calls without a token, before any of their messages is read."""
 
     def __init__(self, tokens: Tokens, denied: Callable[[], None]) -> None:
-        """``denied`` is called for each call that is refused."""
+        """``denied``: called for each call that is refused."""
         self._tokens, self._denied = tokens, denied
 
     async def intercept_service(
@@ -132,8 +135,8 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(OPEN_SERVICES):
             return handler
-        shown = {key: value for key, value in handler_call_details.invocation_metadata or ()}
-        value = shown.get("authorization", "")
+        metadata = {key: value for key, value in handler_call_details.invocation_metadata or ()}
+        value = metadata.get("authorization", "")
         if self._tokens.admit(value if isinstance(value, str) else ""):
             return handler
         self._denied()
@@ -144,7 +147,7 @@ async def _refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, DENIED)
 
 
-# Whatever the method's kind: a unary handler would wait for a message, and hold a place among the calls till then.
+# A stream handler for every method: a unary one would wait for a message, and keep its place among the calls.
 _DENIAL: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(_refuse)
 
 

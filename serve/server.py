@@ -1,12 +1,11 @@
-"""One server process: one or more models of a bundle behind gRPC.
+"""One server process: one or more models of a bundle, served over gRPC.
 
-Run as ``python -m omcda_deploy.serve BUNDLE --model agent_0 --port 8500``; the supervisor starts one such
-process per agent.
+Run as ``python -m omcda_deploy.serve BUNDLE --model agent_0 --port 8500``. The supervisor starts one such process
+per agent.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import logging
@@ -18,87 +17,60 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
 from omcda_deploy.errors import ConfigError, EndpointError, OmcdaError
 from omcda_deploy.serve import event_loop, introspection, oip, policy_service
 from omcda_deploy.serve.admin import AdminService
-from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
-from omcda_deploy.serve.handlers import Traffic
-from omcda_deploy.serve.logs import log_as_json, log_as_text
+from omcda_deploy.serve.config import ServerConfig, read_server_config
+from omcda_deploy.serve.handlers import CallTracker
+from omcda_deploy.serve.logs import configure_logging
+from omcda_deploy.serve.options import LOOPBACK, Listen, ServeOptions
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.security import Tls, TokenInterceptor, Tokens
 from omcda_deploy.serve.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
-GRACE_S = 5.0
-ORPHANED_S = 1.0  # between two looks at whether the supervisor lives
-# gRPC shares a port between servers by default: a second one would take half of the first one's calls.
-_OPTIONS = (("grpc.so_reuseport", 0),)
-NOTICE_S = 0.1  # between NOT_SERVING and the first refusal: watchers are told, requests on their way arrive
+SUPERVISOR_CHECK_S = 1.0  # between two checks that the supervisor is alive
+NOTICE_S = 0.1  # from NOT_SERVING to the first refusal, in which watchers hear of it and requests arrive
+# By default gRPC shares a port between servers: a second server would take half of the first one's calls.
+_CHANNEL_OPTIONS = (("grpc.so_reuseport", 0),)
 
 
-@dataclass(frozen=True)
-class Listen:
-    """Where a server listens; port 0 takes a free one, None is not listened on.
+def serve(options: ServeOptions) -> None:
+    """Serve the models of ``options`` until SIGTERM or SIGINT.
 
-    ``metrics_port``: ``/metrics`` for Prometheus, on ``host``. ``admin_port``: AdminService, on loopback whatever
-    ``host`` is. ``health_port``: ``grpc.health.v1`` alone, on ``host``, for probes that know no TLS and must be
-    answered at any load, as those of Kubernetes: plaintext always, and without limits.
+    Prints one line with the port when the server is ready. On a signal, health turns NOT_SERVING, calls that have
+    arrived are answered for up to ``grace_s`` seconds, and the function returns. It also returns when the process
+    ``supervisor`` is no longer this process' parent.
+
+    Raises :class:`BundleError`, :class:`UnknownNameError` for a model that the bundle does not have,
+    :class:`ConfigError` for a configuration or a guard that the bundle cannot have, and :class:`EndpointError` if
+    an address cannot be used.
     """
-
-    host: str = LOOPBACK
-    port: int = 0
-    metrics_port: int | None = None
-    admin_port: int | None = None
-    health_port: int | None = None
-
-
-def serve(
-    source: str | Path,
-    models: Sequence[str],
-    listen: Listen | None = None,
-    *,
-    config: ServerConfig | None = None,
-    trace: bool = False,
-    grace_s: float = GRACE_S,
-    supervisor: int | None = None,
-) -> None:
-    """Serve ``models`` (agents, or ``team``; none: all) until SIGTERM or SIGINT.
-
-    ``source`` is a bundle, or a folder of bundles by version (:mod:`omcda_deploy.serve.releases`). The line printed
-    when the server is ready says on which port. On a signal, health turns NOT_SERVING, what is in flight is
-    answered for up to ``grace_s`` seconds, and the function returns. So it does when ``supervisor``, a process id,
-    is not this process' parent any more.
-
-    ``trace`` sends OpenTelemetry spans (:mod:`omcda_deploy.serve.tracing`).
-
-    Raises :class:`BundleError`, :class:`UnknownNameError` for a model that the bundle has not,
-    :class:`ConfigError` for a guard that it cannot have, and :class:`EndpointError` where an address cannot be
-    taken.
-    """
-    listen, config = listen or Listen(), config or ServerConfig()
-    tracing = Tracing() if trace else None
-    traffic = Traffic(config.limits, tracing)
-    secured = _Security.of(config, traffic)
-    require_startable([listen], grace_s)
-    releases = Releases(source, models, config)
+    config = read_server_config(options.config)
+    tracing = Tracing() if options.trace else None
+    tracker = CallTracker(config.limits, tracing)
+    security = _Security.of(config, tracker)
+    require_startable([options.listen], options.grace_s)
+    releases = Releases(options.source, options.models, config)
     try:
-        event_loop.run(_serve(releases, listen, traffic, config.limits, secured, grace_s, supervisor))
+        event_loop.run(_serve(options, config, releases, tracker, security))
     finally:
         if tracing is not None:
             tracing.close()
 
 
 def require_startable(places: Sequence[Listen], grace_s: float) -> None:
-    """Raise :class:`EndpointError` where nobody could listen at ``places``, :class:`ConfigError` for the grace."""
+    """Check the grace period and that every address is free.
+
+    Raises :class:`ConfigError` for the grace period and :class:`EndpointError` for an address.
+    """
     if not 0.0 <= grace_s < math.inf:
         raise ConfigError(f"--grace: expected seconds from 0 on, got {grace_s}")
-    asked = [
+    addresses = [
         (host, port)
         for place in places
         for host, port in (
@@ -109,10 +81,10 @@ def require_startable(places: Sequence[Listen], grace_s: float) -> None:
         )
         if port is not None
     ]
-    numbers = [port for _, port in asked if port]
-    for host, port in asked:
+    ports = [port for _, port in addresses if port]
+    for host, port in addresses:
         require_free(host, port)
-        if numbers.count(port) > 1:
+        if ports.count(port) > 1:
             raise EndpointError(
                 f"expected a port for each purpose, got {port} twice: choose others for metrics, admin or "
                 "health"
@@ -120,7 +92,7 @@ def require_startable(places: Sequence[Listen], grace_s: float) -> None:
 
 
 def require_free(host: str, port: int) -> None:
-    """Raise :class:`EndpointError` unless a server could listen there."""
+    """Check that a server could listen on an address. Raises :class:`EndpointError`."""
     if not 0 <= port <= 65535:
         raise EndpointError(
             f"cannot listen on {address_of(host, port)}: expected a port from 0 to 65535, got {port}"
@@ -135,7 +107,7 @@ def require_free(host: str, port: int) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-            probe.listen()  # two sockets may be bound with SO_REUSEADDR, but only one listens
+            probe.listen()  # with SO_REUSEADDR two sockets may be bound, but only one may listen
     except OSError as error:
         raise EndpointError(
             f"cannot listen on {address_of(host, port)}: {error.strerror}. Choose another port or stop what uses it"
@@ -143,29 +115,34 @@ def require_free(host: str, port: int) -> None:
 
 
 def address_of(host: str, port: int) -> str:
+    """Return the address as gRPC writes it, with brackets for IPv6."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @dataclass(frozen=True)
 class _Security:
-    tls: Tls | None
-    interceptors: tuple[TokenInterceptor, ...]
+    """TLS and tokens of a server; neither for the health port."""
+
+    tls: Tls | None = None
+    interceptors: tuple[TokenInterceptor, ...] = ()
 
     @classmethod
-    def of(cls, config: ServerConfig, traffic: Traffic) -> _Security:
-        tokens: tuple[TokenInterceptor, ...] = ()
+    def of(cls, config: ServerConfig, tracker: CallTracker) -> _Security:
+        """Read the files that a configuration names. Raises :class:`ConfigError` for one that cannot be read."""
+        interceptors: tuple[TokenInterceptor, ...] = ()
         if config.token_file is not None:
-            tokens = (TokenInterceptor(Tokens(config.token_file), traffic.deny),)
+            interceptors = (TokenInterceptor(Tokens(config.token_file), tracker.deny),)
         if config.tls is not None:
-            config.tls.credentials()  # refuses now what cannot be read
-        return cls(config.tls, tokens)
+            config.tls.credentials()
+        return cls(config.tls, interceptors)
 
     def add_port(self, server: grpc.aio.Server, host: str, port: int) -> int:
+        """Let ``server`` listen on an address, and return its port. Raises :class:`EndpointError`."""
         address = address_of(host, port)
         try:
             if self.tls is None:
                 return server.add_insecure_port(address)
-            # Of its own for every port: gRPC asks for the first files once per credentials.
+            # New credentials for every port, as gRPC asks each of them for the first files only once.
             return server.add_secure_port(address, self.tls.credentials())
         except RuntimeError as error:
             raise EndpointError(
@@ -174,119 +151,91 @@ class _Security:
 
 
 async def _serve(
+    options: ServeOptions,
+    config: ServerConfig,
     releases: Releases,
-    listen: Listen,
-    traffic: Traffic,
-    limits: Limits,
+    tracker: CallTracker,
     security: _Security,
-    grace_s: float,
-    supervisor: int | None,
 ) -> None:
+    """Start all services, wait for a signal, and stop them in order."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    limits, listen = config.limits, options.listen
     server = grpc.aio.server(
         interceptors=security.interceptors,
-        options=(*_OPTIONS, ("grpc.max_receive_message_length", limits.message_bytes)),
+        options=(*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", limits.message_bytes)),
         maximum_concurrent_rpcs=limits.concurrent_calls + limits.streams,
     )
     inference = oip.InferenceService(releases)
     policy = policy_service.PolicyService(releases)
-    server.add_generic_rpc_handlers((inference.handlers(traffic), policy.handlers(traffic)))
+    server.add_generic_rpc_handlers((inference.handlers(tracker), policy.handlers(tracker)))
     services = (oip.SERVICE, policy_service.SERVICE)
-    health = introspection.Health(services, traffic)
+    health = introspection.Health(services, tracker)
     server.add_generic_rpc_handlers((health.handlers(),))
     introspection.add_reflection(server, (*services, introspection.HEALTH))
     port = security.add_port(server, listen.host, listen.port)
-    async with AsyncExitStack() as beside:
-        if supervisor is not None:
-            beside.callback(asyncio.create_task(_orphaned(supervisor, stop)).cancel)
+    async with AsyncExitStack() as stack:
+        if options.supervisor is not None:
+            stack.callback(asyncio.create_task(_stop_with(options.supervisor, stop)).cancel)
         if listen.admin_port is not None:
-            service = AdminService(releases, lambda: inference.ready)
-            await _start_admin(beside, service, listen.admin_port, security)
+            admin = AdminService(releases, lambda: inference.ready)
+            await _start_beside(stack, admin.handlers(), security, LOOPBACK, listen.admin_port)
+            stack.callback(asyncio.create_task(admin.retire()).cancel)
         if listen.metrics_port is not None:
             from omcda_deploy.serve.metrics import ServerCollector, serve_metrics
 
-            collector = ServerCollector(traffic, releases)
-            beside.callback(serve_metrics(collector, listen.host, listen.metrics_port))
+            collector = ServerCollector(tracker, releases)
+            stack.callback(serve_metrics(collector, listen.host, listen.metrics_port))
         await server.start()
         if listen.health_port is not None:
-            await _start_health(beside, health, listen.host, listen.health_port)
+            await _start_beside(stack, health.handlers(), _Security(), listen.host, listen.health_port)
         gc.collect()
-        gc.freeze()  # what is loaded stays: no later collection walks over it
-        say(f"serving {', '.join(releases.models().sessions)} on {address_of(listen.host, port)}")
+        gc.freeze()  # the loaded objects stay, so later collections need not visit them
+        print_ready_line(
+            f"serving {', '.join(releases.models().sessions)} on {address_of(listen.host, port)}"
+        )
         await stop.wait()
         inference.ready = False
         await health.enter_graceful_shutdown()
-        await asyncio.sleep(min(NOTICE_S, grace_s))
-        await traffic.quiet(grace_s / 2)
-        await traffic.stop()
-        await server.stop(grace_s / 2)
+        await asyncio.sleep(min(NOTICE_S, options.grace_s))
+        await tracker.wait_until_quiet(options.grace_s / 2)
+        await tracker.stop()
+        await server.stop(options.grace_s / 2)
 
 
-async def _orphaned(supervisor: int, stop: asyncio.Event) -> None:
-    """Set ``stop`` when this process has lost its supervisor: nobody would start it again, or stop it."""
+async def _stop_with(supervisor: int, stop: asyncio.Event) -> None:
+    """Set ``stop`` when the supervisor has died, as nobody would restart or stop this process any more."""
     while os.getppid() == supervisor:
-        await asyncio.sleep(ORPHANED_S)
+        await asyncio.sleep(SUPERVISOR_CHECK_S)
     log.error("the supervisor of this server has died: stopping")
     stop.set()
 
 
-async def _start_admin(beside: AsyncExitStack, service: AdminService, port: int, security: _Security) -> None:
-    server = grpc.aio.server(interceptors=security.interceptors, options=_OPTIONS)
-    server.add_generic_rpc_handlers((service.handlers(),))
-    security.add_port(server, LOOPBACK, port)
+async def _start_beside(
+    stack: AsyncExitStack, handlers: grpc.GenericRpcHandler, security: _Security, host: str, port: int
+) -> None:
+    """Serve one more service on a port of its own until ``stack`` closes."""
+    server = grpc.aio.server(interceptors=security.interceptors, options=_CHANNEL_OPTIONS)
+    server.add_generic_rpc_handlers((handlers,))
+    security.add_port(server, host, port)
     await server.start()
-    beside.push_async_callback(server.stop, 0)
-    retiring = asyncio.create_task(service.retire())
-    beside.callback(retiring.cancel)
+    stack.push_async_callback(server.stop, 0)
 
 
-async def _start_health(beside: AsyncExitStack, health: introspection.Health, host: str, port: int) -> None:
-    server = grpc.aio.server(options=_OPTIONS)
-    server.add_generic_rpc_handlers((health.handlers(),))
-    _Security(None, ()).add_port(server, host, port)
-    await server.start()
-    beside.push_async_callback(server.stop, 0)
-
-
-def say(line: str) -> None:
-    """One line for whoever started the server, at once."""
+def print_ready_line(line: str) -> None:
+    """Print one line and flush it; the supervisor waits for it."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m omcda_deploy.serve", description="Serve a bundle.")
-    parser.add_argument("source", type=Path, help="a bundle, or a folder of bundles named by version")
-    parser.add_argument(
-        "--model", action="append", default=[], help="agent or 'team'; repeatable; default all"
-    )
-    parser.add_argument("--host", default=LOOPBACK)
-    parser.add_argument("--port", type=int, default=0, help="default: a free one")
-    parser.add_argument("--config", type=Path, help="TOML file: guard, limits")
-    parser.add_argument("--metrics-port", type=int, help="where Prometheus may scrape /metrics")
-    parser.add_argument("--admin-port", type=int, help="where this machine may load and switch versions")
-    parser.add_argument("--health-port", type=int, help="where plaintext probes may ask for health alone")
-    parser.add_argument("--trace", action="store_true", help="send OpenTelemetry spans (OTEL_… variables)")
-    parser.add_argument("--log-json", action="store_true", help="log JSON lines to stderr")
-    parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds for what is in flight")
-    parser.add_argument("--supervisor", type=int, help="process to stop with: this one's parent")
-    given = parser.parse_args(arguments)
-    log_as_json() if given.log_json else log_as_text()
+    """Serve as a command line says; returns the exit status, 2 after an error message."""
+    options = ServeOptions.parse(arguments)
+    configure_logging(json_lines=options.log_json)
     try:
-        config = read_server_config(given.config)
-        listen = Listen(given.host, given.port, given.metrics_port, given.admin_port, given.health_port)
-        serve(
-            given.source,
-            given.model,
-            listen,
-            config=config,
-            trace=given.trace,
-            grace_s=given.grace,
-            supervisor=given.supervisor,
-        )
+        serve(options)
     except OmcdaError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

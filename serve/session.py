@@ -1,4 +1,4 @@
-"""Models of a bundle, loaded and ready to answer."""
+"""The models of one version of a bundle, loaded and ready to answer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from omcda_deploy.errors import UnknownNameError
 from omcda_deploy.guard import Guard, GuardSetting
 from omcda_deploy.local import OnnxModel
 from omcda_deploy.protos.tensors import DTYPES, answer_tensors, input_tensors
-from omcda_deploy.serve.meter import ModelMeter
+from omcda_deploy.serve.meter import ModelMeter, Sample
 from omcda_deploy.serve.status import RangeError, RequestError
-from omcda_deploy.serve.step import Step, all_finite
+from omcda_deploy.serve.step import OrdinaryStep, all_finite
+from omcda_deploy.serve.wire import WireTensors, decode
 
 NAME_LIMIT = 100  # characters of a caller's name that are compared and repeated
-OPTIONAL_INPUTS = frozenset({"noise"})
 
 
 class Session:
-    """One model (an agent, or ``team``): validated inputs in, outputs out.
+    """One model, an agent or ``team``: checked inputs in, guarded outputs out.
 
-    Runs where it is called, in the event loop: a run takes tens of microseconds, less than a thread hop costs.
+    :meth:`answer` alone decides which requests take the fast path. Models run in the event loop's thread: a run
+    takes tens of microseconds, less than handing it to another thread would. Shapes: B rows, k agents of the model.
     """
 
     def __init__(
@@ -44,51 +45,62 @@ class Session:
         self._distance_limits = self.guard.distance_limits
         self._limited = bool(np.isfinite(self._distance_limits).any())
         self.meter = ModelMeter(self.guard)
-        # Bytes are little-endian on the wire.
-        ordinary = sys.byteorder == "little" and not self._limited
-        self.step = Step(self._model.row, self.guard, self.meter) if ordinary else None
+        # The fast path copies bytes, which are little-endian on the wire, and measures no distance.
+        fast = sys.byteorder == "little" and not self._limited
+        self._step = OrdinaryStep(self._model.row, self.guard, self.meter) if fast else None
         self._warm_up()
 
-    def answer(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs for ``given``: arrays of the inputs' types and widths with one count of rows.
+    def answer(self, tensors: WireTensors) -> dict[str, bytes]:
+        """Answer one request: all outputs by name, as bytes.
 
-        Raises :class:`RequestError` for values that no policy can act on, :class:`RangeError` where the action
-        is not finite, or an observation further from the training data than the guard allows.
+        Raises :class:`RequestError` for tensors that do not fit the model, and what :meth:`run` raises.
+        """
+        if self._step is not None and (answer := self._step(tensors)) is not None:
+            return answer
+        outputs = self.run(self.decode(tensors))
+        return {name: tensor.encode(outputs[name]) for name, tensor in self.outputs.items()}
+
+    def decode(self, tensors: WireTensors) -> dict[str, NDArray[Any]]:
+        """Return a request's tensors as arrays. Raises :class:`RequestError` if they do not fit the model."""
+        return decode(tensors, self.inputs, self.name)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Check ``inputs``, run the model, guard its action and count the answer.
+
+        ``inputs``: arrays ``[B, width]`` as :meth:`decode` returns them. Returns all outputs by name.
+
+        Raises :class:`RequestError` for values that no policy can act on, and :class:`RangeError` if the action is
+        not finite, or an observation is further from the training data than the guard allows.
         """
         began = time.perf_counter()
-        feeds = self._feeds(given)
-        outputs = self._run(feeds)
+        feeds = self._feeds(inputs)
+        outputs = self._run_model(feeds)
         guarded = self.guard(feeds["noise"], outputs)
         if "action_mask" in feeds:
             self._require_available(guarded.action, feeds["action_mask"])
         if self._limited:
             self._require_near(feeds["observation"])
-        rows, weight = len(feeds["observation"]), guarded.policy_weight
-        self.meter.add(
-            rows, feeds["observation"], outputs["divergence"], weight, began, time.perf_counter() - began
-        )
+        observation, weight = feeds["observation"], guarded.policy_weight
+        seconds = time.perf_counter() - began
+        self.meter.add(Sample(len(observation), observation, outputs["divergence"], weight, began, seconds))
         return outputs | {
             "action": guarded.action,
             "policy_weight": weight if self.name == TEAM else weight.reshape(-1),
         }
 
-    def encode(self, outputs: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
-        """An answer's tensors as they travel."""
-        return {name: tensor.encode(outputs[name]) for name, tensor in self.outputs.items()}
+    def action(self, tensors: WireTensors) -> NDArray[Any]:
+        """Return the action that :meth:`answer` would give for a request that was answered; counts nothing.
 
-    def act(self, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """The action that :meth:`answer` would give for what has been found valid; counts nothing.
-
-        Raises :class:`RangeError` as it does for what is not finite.
+        For a shadow. Raises :class:`RangeError` if the action is not finite.
         """
-        feeds = self._feeds(given)
-        outputs = self._run(feeds)
+        feeds = self._feeds(self.decode(tensors))
+        outputs = self._run_model(feeds)
         return self.guard(feeds["noise"], outputs).action
 
-    def _run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _run_model(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         with np.errstate(all="ignore"):
             outputs = self._model.run(feeds)
-        # a tanh hides an overflow, an argmax turns it into any action, and no guard compares NaN
+        # A tanh hides an overflow, an argmax turns it into an arbitrary action, and no guard can compare NaN.
         if not (all_finite(outputs["action"]) and all_finite(outputs["divergence"])):
             raise RangeError(
                 f"{self.name}: the action for this observation or its divergence is not finite; the largest entry "
@@ -96,19 +108,16 @@ class Session:
             )
         return outputs
 
-    def _feeds(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        if missing := self.inputs.keys() - given.keys() - OPTIONAL_INPUTS:
-            raise RequestError(
-                f"{self.name}: expected inputs {', '.join(self.inputs)}, got {', '.join(given) or 'none'}: "
-                f"send {', '.join(sorted(missing))}"
-            )
-        rows = len(given["observation"])
+    def _feeds(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Check the values of ``inputs`` and fill in zero noise."""
+        rows = len(inputs["observation"])
         feeds: dict[str, NDArray[Any]] = {}
         for name, tensor in self.inputs.items():
-            values = given.get(name)
-            if values is None:
-                values = np.zeros(tensor.shape(rows), DTYPES[tensor.datatype])
-            elif tensor.datatype == "UINT8":
+            if name == "noise" and name not in inputs:
+                feeds[name] = np.zeros(tensor.shape(rows), DTYPES[tensor.datatype])
+                continue
+            values = inputs[name]
+            if tensor.datatype == "UINT8":
                 self._require_choice(values)
             elif not all_finite(values):
                 row, column = np.argwhere(~np.isfinite(values))[0]
@@ -120,7 +129,10 @@ class Session:
         return feeds
 
     def _require_available(self, action: NDArray[np.int64], mask: NDArray[np.uint8]) -> None:
-        """Graphs mask with large finite numbers, which scores or noise of 1e38 outweigh."""
+        """Refuse an action that its mask forbids.
+
+        Graphs mask with large finite numbers, which scores or noise of 1e38 outweigh.
+        """
         rows = len(mask)
         available = mask[np.arange(rows)[:, None], self._first_actions + action.reshape(rows, -1)]  # [B, k]
         if not available.all():
@@ -132,7 +144,7 @@ class Session:
 
     def _require_near(self, observation: NDArray[np.float32]) -> None:
         distance = self.guard.distance(observation)
-        assert distance is not None  # the guard has no limits where it is unknown
+        assert distance is not None  # a guard with limits knows it
         if not (far := distance > self._distance_limits).any():
             return
         row, agent = np.argwhere(far)[0].tolist()
@@ -156,6 +168,7 @@ class Session:
                 )
 
     def _warm_up(self) -> None:
+        """Run the model once, so that the first request does not wait for its allocations."""
         self._model.run(
             {
                 name: np.full(tensor.shape(1), tensor.datatype == "UINT8", DTYPES[tensor.datatype])
@@ -165,7 +178,10 @@ class Session:
 
 
 class Models:
-    """The models that one server answers for, all of one version of a team's bundle."""
+    """The models that one server answers for, all of one version of a team's bundle.
+
+    Raises :class:`UnknownNameError` for a name that is neither an agent nor ``team``.
+    """
 
     def __init__(
         self,
@@ -175,15 +191,18 @@ class Models:
         version: str = "1",
         pause_s: float = 0.0,
     ) -> None:
-        """``pause_s``: seconds to wait after each model, so that others who need the processor get it."""
-        known = (*bundle.spec.names, TEAM)
-        names = tuple(dict.fromkeys(names)) or known
+        """Load ``names``, all models if empty.
+
+        ``pause_s``: seconds to wait after each model, so that requests to other versions get the processor.
+        """
+        choices = (*bundle.spec.names, TEAM)
+        names = tuple(dict.fromkeys(names)) or choices
         for name in names:
-            if name not in known:
-                raise UnknownNameError("agent", name, known)
+            if name not in choices:
+                raise UnknownNameError("agent", name, choices)
         self.bundle = bundle
         self.version = version
-        self.digest = bundle.digest  # now: the files on disk may change later
+        self.digest = bundle.digest  # read now, as the files on disk may change later
         self.contract_hash = bundle.spec.contract_hash
         self.sessions = {}
         for name in names:
@@ -191,13 +210,13 @@ class Models:
             time.sleep(pause_s)
 
     def close(self, pause_s: float = 0.0) -> None:
-        """Free the models one by one; ``pause_s`` as above."""
+        """Free the models one by one; ``pause_s``: seconds to wait after each."""
         while self.sessions:
             self.sessions.popitem()
             time.sleep(pause_s)
 
     def find(self, name: str) -> Session:
-        """Raises :class:`UnknownNameError`."""
+        """Return the session of a model. Raises :class:`UnknownNameError`."""
         session = self.sessions.get(name)
         if session is None:
             raise UnknownNameError("model", name[:NAME_LIMIT], self.sessions)

@@ -1,4 +1,4 @@
-"""What a caller is told when a request fails: the one table from errors to gRPC status codes."""
+"""The table from errors to gRPC status codes, and the details that a caller receives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omcda_deploy.errors import BundleError, ConfigError, ContractError, OmcdaEr
 
 log = logging.getLogger(__name__)
 
-DETAILS_LIMIT = 400  # characters; gRPC sends details as a header, and refuses headers of several kilobytes
+DETAILS_LIMIT = 400  # characters; gRPC sends details in a header and refuses headers of several kilobytes
 
 
 class RequestError(OmcdaError):
@@ -19,7 +19,7 @@ class RequestError(OmcdaError):
 
 
 class RangeError(OmcdaError):
-    """A request of the right form for which the policy has no finite action."""
+    """A well-formed request for which the policy has no finite action, or one beyond the distance limit."""
 
 
 class ExhaustedError(OmcdaError):
@@ -27,11 +27,11 @@ class ExhaustedError(OmcdaError):
 
 
 class StateError(OmcdaError):
-    """What was asked for cannot be done in the server's present state."""
+    """A change that the server's present state does not allow."""
 
 
 class StoppingError(OmcdaError):
-    """The server is about to stop and takes no further control steps."""
+    """A control step that came after the server began to stop."""
 
 
 STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
@@ -39,7 +39,7 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (DecodeError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnknownNameError, grpc.StatusCode.NOT_FOUND),
     (RangeError, grpc.StatusCode.OUT_OF_RANGE),
-    (BundleError, grpc.StatusCode.FAILED_PRECONDITION),  # of a version to be loaded
+    (BundleError, grpc.StatusCode.FAILED_PRECONDITION),  # the version to load has a defect
     (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
     (StateError, grpc.StatusCode.FAILED_PRECONDITION),
     (ContractError, grpc.StatusCode.FAILED_PRECONDITION),
@@ -49,7 +49,7 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """The status code and details for ``error``; of a defect only the log learns the particulars."""
+    """Return the status code and details for ``error``; the particulars of a defect go to the log only."""
     for kind, code in STATUS:
         if isinstance(error, kind):
             return code, str(error)[:DETAILS_LIMIT]

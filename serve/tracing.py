@@ -1,9 +1,9 @@
-"""OpenTelemetry spans, one per call or message of a stream, where a server is started with ``--trace``.
+"""OpenTelemetry spans of a server started with ``--trace``: one per call, and one per message of a stream.
 
-Where the spans go is set by OpenTelemetry's own environment variables (``OTEL_EXPORTER_OTLP_ENDPOINT``,
-``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, …). A caller's trace goes on through the W3C header ``traceparent``.
-The stock gRPC instrumentation is not used: its asyncio interceptor fails on streams that read and write
-(open-telemetry/opentelemetry-python-contrib#3066), which ours do.
+Their destination is set by OpenTelemetry's own environment variables (``OTEL_EXPORTER_OTLP_ENDPOINT``,
+``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, …). A caller's trace is continued by the W3C header ``traceparent``.
+The stock gRPC instrumentation is not used, as its asyncio interceptor fails on streams that read and write
+(open-telemetry/opentelemetry-python-contrib#3066), which control streams do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from omcda_deploy.errors import MissingExtraError
 
 
 class Tracing:
-    """Starts spans of this server's calls. Raises :class:`MissingExtraError` without OpenTelemetry's SDK."""
+    """Starts spans for this server's calls. Raises :class:`MissingExtraError` without OpenTelemetry's SDK."""
 
     def __init__(self) -> None:
         try:
@@ -27,7 +27,7 @@ class Tracing:
             from opentelemetry.trace import SpanKind
         except ImportError as error:
             raise MissingExtraError("OpenTelemetry's SDK with its OTLP exporter", "tracing") from error
-        # Below what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say.
+        # A default, which OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override.
         resource = Resource({"service.name": "omcda-deploy"}).merge(Resource.create())
         self._provider = TracerProvider(resource=resource)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
@@ -35,7 +35,7 @@ class Tracing:
         self._extract, self._kind = propagate.extract, SpanKind.SERVER
 
     def span(self, service: str, method: str, metadata: Any) -> AbstractContextManager[Any]:
-        """Around one answer; an exception that leaves it becomes the span's status."""
+        """Return a context for one answer; an exception inside it becomes the span's status."""
         carrier = {key: value for key, value in metadata or () if isinstance(value, str)}
         return self._tracer.start_as_current_span(
             f"{service}/{method}",
@@ -45,5 +45,5 @@ class Tracing:
         )
 
     def close(self) -> None:
-        """Send what has not been sent."""
+        """Send the spans that have not been sent."""
         self._provider.shutdown()

@@ -158,7 +158,8 @@ def _served(bundle: Path) -> Iterator[RemoteTeam]:
 
 def _free_port_range(count: int) -> int:
     """The first of ``count`` consecutive ports on which nothing listens."""
-    from omcda_deploy.serve.server import LOOPBACK, require_free
+    from omcda_deploy.serve.options import LOOPBACK
+    from omcda_deploy.serve.server import require_free
 
     for base in range(8500, 9500, count):
         try:

@@ -1,6 +1,6 @@
-"""A bare grpc.aio server: bytes in, the same number of bytes out as the real answer has, nothing between.
+"""A bare grpc.aio server, which answers every request with a fixed number of zero bytes.
 
-What gRPC itself costs, for :mod:`omcda_deploy.serve.bench.steps` to compare a server with. Run as
+It costs what gRPC itself costs; :mod:`omcda_deploy.serve.bench.steps` compares servers with it. Run as
 ``python -m omcda_deploy.serve.bench.echo --unary PATH BYTES --stream PATH BYTES``.
 """
 
@@ -17,6 +17,7 @@ import grpc
 
 
 def unary(size: int) -> grpc.RpcMethodHandler[Any, Any]:
+    """Return a handler that answers one call with ``size`` bytes."""
     answer = bytes(size)
 
     async def handle(data: bytes, context: Any) -> bytes:
@@ -26,6 +27,7 @@ def unary(size: int) -> grpc.RpcMethodHandler[Any, Any]:
 
 
 def stream(size: int) -> grpc.RpcMethodHandler[Any, Any]:
+    """Return a handler that answers every message of a stream with ``size`` bytes."""
     answer = bytes(size)
 
     async def handle(_: object, context: Any) -> None:
@@ -36,7 +38,7 @@ def stream(size: int) -> grpc.RpcMethodHandler[Any, Any]:
 
 
 async def serve(handlers: Sequence[tuple[str, grpc.RpcMethodHandler[Any, Any]]]) -> None:
-    """Answer the methods of ``handlers`` (``/service/method``) on a free port of this machine until SIGTERM."""
+    """Serve ``handlers``, by path ``/service/method``, on a free port of this machine until SIGTERM."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
@@ -55,9 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m omcda_deploy.serve.bench.echo")
     for kind in ("--unary", "--stream"):
         parser.add_argument(kind, nargs=2, action="append", default=[], metavar=("PATH", "BYTES"))
-    given = parser.parse_args()
-    handlers = [(path, unary(int(size))) for path, size in given.unary]
-    handlers += [(path, stream(int(size))) for path, size in given.stream]
+    options = parser.parse_args()
+    handlers = [(path, unary(int(size))) for path, size in options.unary]
+    handlers += [(path, stream(int(size))) for path, size in options.stream]
     asyncio.run(serve(handlers))
 
 

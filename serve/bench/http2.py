@@ -1,9 +1,9 @@
-"""The least of HTTP/2 that asks a gRPC server: a client that costs a fraction of what it measures.
+"""A minimal HTTP/2 client for load on gRPC servers, which costs a fraction of what it measures.
 
-grpcio's own client needs as much CPU per call as the server; beside it a slow server and a fast one look alike.
-This one takes about a fifth of what the barest server takes: it sends messages that are serialised already and
-reads no more of an answer than its length. It knows plaintext, messages of less than a frame (16 KiB), and no
-status: an answer without a message is a refusal. Frames and codes are RFC 9113's, headers RFC 7541's.
+grpcio's own client needs as much CPU per call as the server, so that a slow server and a fast one would look alike.
+This client takes about a fifth of the CPU of a bare gRPC server: it sends messages that are serialised already, and
+reads only the length of an answer. It supports plaintext and messages smaller than a frame (16 KiB), and reads no
+status: an answer without a message counts as a refusal. Source: RFC 9113 (frames, codes) and RFC 7541 (headers).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from omcda_deploy.errors import EndpointError
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, END_HEADERS, ACK = 0x1, 0x4, 0x1
-WINDOW = 2**31 - 1  # what the server may send unasked; more than a measurement receives
+WINDOW = 2**31 - 1  # bytes that the server may send without credit; more than a measurement receives
 FIRST_WINDOW = 65535
 INITIAL_WINDOW_SIZE = 4
 FRAME_LIMIT = 16384
-FIRST_DYNAMIC = 62  # index of the newest entry of the table of headers
+FIRST_DYNAMIC = 62  # index of the newest entry of the dynamic header table
 RECEIVE = 1 << 16
 TIMEOUT_S = 30.0
 
 
 class Connection:
-    """One connection to one method, on which any number of requests may be under way.
+    """One connection to one method, with any number of requests in flight.
 
     ``stream``: all requests are messages of one stream, answered in order; otherwise each is a call. A request
-    carries the time that its latency counts from.
+    carries the time from which its latency counts. Raises :class:`EndpointError` if there is no server.
     """
 
     def __init__(self, endpoint: str, path: str, *, stream: bool = False) -> None:
@@ -46,14 +46,13 @@ class Connection:
         self._literal = b"".join(b"\x40" + _text(name) + _text(value) for name, value in headers)
         self._indexed = bytes(0x80 | FIRST_DYNAMIC + index for index in reversed(range(len(headers))))
         self._calls = 0
-        self._open: dict[int, deque[float]] = {}  # when the requests under way began, by stream
+        self._open: dict[int, deque[float]] = {}  # start times of the requests in flight, by stream
         self._received: dict[int, bytearray] = {}
-        self._held: deque[tuple[int, bytes, bytes]] = (
-            deque()
-        )  # stream, headers and data that no window has room for
+        # (stream, headers, data) of the requests that wait for a window to open
+        self._held: deque[tuple[int, bytes, bytes]] = deque()
         self._buffer = bytearray()
         self._window = FIRST_WINDOW
-        self._stream_window = FIRST_WINDOW  # of the one stream
+        self._stream_window = FIRST_WINDOW  # the stream window of the one stream
         settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, WINDOW)
         self._socket.sendall(
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -65,7 +64,7 @@ class Connection:
         return self._socket.fileno()
 
     def ask(self, message: bytes, began: float) -> None:
-        """Send one serialised request."""
+        """Send one serialised request. Raises :class:`EndpointError` if it is larger than a frame."""
         if len(message) + 5 > FRAME_LIMIT:
             raise EndpointError(f"expected requests of less than {FRAME_LIMIT} bytes, got {len(message)}")
         opens = not (self._stream and self._calls)
@@ -82,8 +81,8 @@ class Connection:
     def _flush(self) -> None:
         while self._held:
             number, headers, data = self._held[0]
-            room = min(self._window, self._stream_window) if self._stream else self._window
-            if len(data) > room:
+            window = min(self._window, self._stream_window) if self._stream else self._window
+            if len(data) > window:
                 return
             self._held.popleft()
             self._window -= len(data)
@@ -91,9 +90,9 @@ class Connection:
             self._socket.sendall(headers + _frame(DATA, 0 if self._stream else END_STREAM, number, data))
 
     def answers(self) -> Iterator[tuple[float, bool]]:
-        """Read once; per answer that is now complete, when its request began, and whether it is no refusal.
+        """Read once, and yield (start of the request, whether it was granted) per answer that is now complete.
 
-        Raises :class:`EndpointError` where the connection, or the one stream, has ended.
+        Raises :class:`EndpointError` if the connection, or the one stream, has ended.
         """
         try:
             data = self._socket.recv(RECEIVE)

@@ -1,9 +1,9 @@
-"""Load on policy servers: closed loops, open loops, and what they measure.
+"""Load on policy servers: closed loops, open loops, and their latencies.
 
-In a **closed loop** each client asks again when it has its answer: what a simulator does, and the highest rate that
-a server can hold. In an **open loop** requests come at a fixed rate, whether or not the last ones were answered,
-and latency counts from the moment at which a request was *due*. A server that stalls for a second then has a second
-of late requests; counted from when they were sent, one of them would be late (coordinated omission).
+In a **closed loop** each client sends its next request when it has its answer, as a simulator does; this gives the
+highest rate that a server can hold. In an **open loop** requests come at a fixed rate, whether or not the last ones
+were answered, and latency counts from the moment at which a request was *due*. A server that stalls for a second
+then has a second of late requests; counted from when they were sent, only one would be late (coordinated omission).
 """
 
 from __future__ import annotations
@@ -22,25 +22,31 @@ from omcda_deploy.serve.bench.http2 import TIMEOUT_S, Connection
 
 
 class Answer(NamedTuple):
+    """One answer to a client; ``granted``: False for a refusal."""
+
     client: int
-    began: float  # as the request said
+    began: float  # the start of its request
     granted: bool
 
 
 class Wire(Protocol):
-    """Clients with one or more lines each, a line being a model to ask; and a clock."""
+    """Clients with one or more lines each, one line per model that they ask; and a clock."""
 
     def now(self) -> float: ...
 
     def ask(self, client: int, line: int, began: float) -> None: ...
 
     def wait(self, until: float) -> Sequence[Answer]:
-        """Answers, as soon as there are any; none when the time has come."""
+        """Return answers as soon as there are any, or none at the time ``until``."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """``latency``: of the steps that were answered. ``elapsed_s``: until the last answer."""
+    """Measurements of a loop.
+
+    ``latency``: of the steps that were answered. ``elapsed_s``: from the start to the last answer. ``refused``:
+    number of requests.
+    """
 
     latency: Latency
     elapsed_s: float
@@ -55,10 +61,10 @@ class Timings:
 def closed_loop(
     wire: Wire, clients: int, seconds: float, *, lines: int = 1, at_once: bool = False
 ) -> Timings:
-    """Steps of ``clients`` clients, begun during ``seconds``, each when the client's last one was answered.
+    """Run steps of ``clients`` clients, each begun when the client's last one was answered, during ``seconds``.
 
-    A step asks all ``lines`` of a client, one after another or at once, and is answered when all are. Raises
-    :class:`EndpointError` for a refusal: what refuses has not been measured.
+    A step asks all ``lines`` of a client, one after another or at once, and ends with the last answer. Raises
+    :class:`EndpointError` for a refusal, as refusals would be measured as fast answers.
     """
     start = wire.now()
     end = start + seconds
@@ -93,7 +99,7 @@ def closed_loop(
 
 
 def open_loop(wire: Wire, clients: int, rate: float, seconds: float) -> Timings:
-    """Requests due every ``1 / rate`` seconds for ``seconds``, from each client in turn; waits for all answers."""
+    """Send requests every ``1 / rate`` seconds for ``seconds``, from each client in turn, and await all answers."""
     start = wire.now()
     total = max(1, round(rate * seconds))
     latencies: list[float] = []
@@ -112,14 +118,14 @@ def open_loop(wire: Wire, clients: int, rate: float, seconds: float) -> Timings:
 
 
 class Line(NamedTuple):
-    """One model to ask: where, and serialised requests without end."""
+    """A model that a client asks: its connection, and an endless iterator of serialised requests."""
 
     connection: Connection
     messages: Iterator[bytes]
 
 
 class Sockets:
-    """A :class:`Wire` of real connections. Raises :class:`EndpointError` where all answers fail to come."""
+    """A :class:`Wire` of real connections. Raises :class:`EndpointError` if no answer comes in time."""
 
     def __init__(self, clients: Sequence[Sequence[Line]]) -> None:
         self._clients = clients

@@ -1,4 +1,4 @@
-"""Servers under measurement: real processes on this machine, what they have used, and what they are asked."""
+"""Servers under measurement: real processes on this machine, their use of CPU and memory, and their requests."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from omcda_deploy.bundle import TEAM
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos import oip, policy_pb2
 from omcda_deploy.protos.tensors import DTYPES, input_tensors
-from omcda_deploy.serve.server import LOOPBACK
+from omcda_deploy.serve.options import LOOPBACK
 from omcda_deploy.spec import TeamSpec
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 ACT, STREAM = "/omcda.v1.PolicyService/Act", "/omcda.v1.PolicyService/ActStream"
-MESSAGES = 256  # different ones per model
+MESSAGES = 256  # different requests per model
 STOP_LIMIT_S = 10.0
 ANSWER_LIMIT_S = 10.0
 
@@ -36,20 +36,20 @@ Requests = Mapping[tuple[str, str], Sequence[bytes]]  # serialised, by path and 
 
 @dataclass(frozen=True)
 class Servers:
-    """Processes that are measured as one: the address of each model, and seconds from start to ready."""
+    """Processes that are measured as one."""
 
-    endpoints: Mapping[str, str]
+    endpoints: Mapping[str, str]  # by model
     processes: Sequence[subprocess.Popen[str]]
-    ready_s: float
-    admin: Sequence[str] = ()
+    ready_s: float  # from the start to the ready line
+    admin: Sequence[str] = ()  # addresses of the admin ports
 
     def cpu_s(self) -> float:
-        """CPU seconds used so far, all threads."""
-        # the clock of another process; its id is made as clock_getcpuclockid(3) does
+        """Return the CPU seconds used so far by all threads."""
+        # The id of another process' clock, made as clock_getcpuclockid(3) does.
         return sum(time.clock_gettime(~process.pid << 3 | 2) for process in self.processes)
 
     def rss_mb(self) -> float:
-        """Memory in use now, in 10^6 bytes."""
+        """Return the resident memory in 10^6 bytes."""
         pages = (int(Path(f"/proc/{p.pid}/statm").read_text().split()[1]) for p in self.processes)
         return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -62,9 +62,10 @@ def start_models(
     *,
     admin: bool = False,
 ) -> Servers:
-    """One server for each group of models, until ``stack`` closes; ``admin``: with an admin port each.
+    """Start one server for each group of models, until ``stack`` closes.
 
-    ``source``: a bundle, or a folder of versions. Raises :class:`EndpointError`.
+    ``source``: a bundle, or a folder of versions. ``admin``: give each an admin port. Raises
+    :class:`EndpointError`.
     """
     endpoints: dict[str, str] = {}
     processes = []
@@ -81,10 +82,10 @@ def start_models(
     return Servers(endpoints, processes, ready_s, [f"{LOOPBACK}:{port}" for port in ports])
 
 
-def start_echo(stack: ExitStack, beside: Servers, model: str, requests: Requests) -> Servers:
-    """A server that answers as many bytes as ``beside`` does for ``model``, until ``stack`` closes."""
+def start_echo(stack: ExitStack, servers: Servers, model: str, requests: Requests) -> Servers:
+    """Start a server that answers as many bytes as ``servers`` do for ``model``, until ``stack`` closes."""
     sizes = {}
-    with grpc.insecure_channel(beside.endpoints[model], (("grpc.enable_http_proxy", 0),)) as channel:
+    with grpc.insecure_channel(servers.endpoints[model], (("grpc.enable_http_proxy", 0),)) as channel:
         untyped: Any = channel
         for path in (ACT, INFER):
             try:
@@ -103,7 +104,10 @@ def start_echo(stack: ExitStack, beside: Servers, model: str, requests: Requests
 
 
 def requests_of(spec: TeamSpec, seed: int) -> Requests:
-    """:data:`MESSAGES` requests of one row per model and method: normal observations, every action available."""
+    """Make :data:`MESSAGES` requests of one row per model and method.
+
+    Observations are standard normal, and all actions are available.
+    """
     draw = np.random.default_rng(seed)
     requests: dict[tuple[str, str], list[bytes]] = {}
     for model in (*spec.names, TEAM):
@@ -135,7 +139,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _started(module: str, arguments: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server process that is ready, and its address; stopped at the end. Its log is shown where it fails."""
+    """Yield the address and the process of a ready server; stop it at the end, and print its log if it fails."""
     command = [sys.executable, "-m", module, *arguments]
     with (
         TemporaryFile("w+") as log,

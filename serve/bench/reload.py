@@ -1,14 +1,14 @@
-"""What exchanging a team's policies costs the requests that are answered meanwhile, and what it leaves behind.
+"""Benchmark of reloads: their cost for concurrent requests, and their lasting effect on CPU and memory.
 
 Two copies of a bundle are versions 1 and 2 of a team. A *reload* loads the other version on all servers, makes it
-current and gives the old one up, as ``release switch`` and ``release unload`` do. Requests to all agents come in an
-open loop, so that a server that stands still shows. Rounds without and with reloads alternate; the figure to quote
-is the median of the ratios within rounds.
+current and unloads the old one, as ``release switch`` and ``release unload`` do. Requests to all agents come in
+an open loop, so that stalls of a server are measured. Rounds without and with reloads alternate; the figure to
+quote is the median of the ratios within rounds.
 
-What reloads leave behind is told by a server that was reloaded many times, beside one that never was: the ratio of
-their CPU per request before and after, and the memory of the first. Both looks come after the rounds: memory grows
-by the second version, held for a moment, and by what lies between freed blocks, for some tens of reloads.
-Linux only, as :mod:`omcda_deploy.serve.bench.steps`.
+The lasting effect is measured on servers that were reloaded many times, beside servers that never were: the ratio
+of their CPU per request before and after, and the memory of the former. Both measurements come after the rounds,
+as memory grows during the first tens of reloads: by the second version, and by fragmentation. Linux only, as
+:mod:`omcda_deploy.serve.bench.steps`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from omcda_deploy.serve.bench.load import Line, Sockets, closed_loop, open_loop
 from omcda_deploy.serve.bench.measured_servers import ACT, Requests, Servers, requests_of, start_models
 from omcda_deploy.serve.bench.steps import require_measurable
 
-P99_RATIO, DRIFT = 1.5, 0.05  # what should not be passed
+P99_RATIO, DRIFT = 1.5, 0.05  # targets: at most
 VERSIONS = ("1", "2")
-COMPARISONS = 11  # of CPU per request with that of the server that is left alone
+COMPARISONS = 11  # measurements of CPU per request beside the servers that are never reloaded
 COMPARISON_S = 0.5
 
 
 @dataclass(frozen=True)
 class Half:
-    """One half of a round. ``reloads``: of all servers together, the last of which may end after it."""
+    """One half of a round. ``reloads``: of all servers together; the last one may end after the half."""
 
     p50_ms: float
     p99_ms: float
@@ -54,6 +54,8 @@ class Half:
 
 @dataclass(frozen=True)
 class Round:
+    """Both halves, one after the other."""
+
     quiet: Half
     reloading: Half
 
@@ -64,15 +66,15 @@ class Round:
 
 @dataclass(frozen=True)
 class State:
-    """``cpu_ratio``: CPU per request over that of a server that is never reloaded. RSS in MB."""
+    """CPU and memory at one moment. ``cpu_ratio``: CPU per request over that of servers that are never reloaded."""
 
     cpu_ratio: float
     rss_mb: float
 
 
 @dataclass(frozen=True)
-class Report:
-    """``before`` and ``after`` stand around ``reloads`` reloads."""
+class ReloadReport:
+    """Figures of a run; ``before`` and ``after`` are the states around ``reloads`` reloads."""
 
     rounds: tuple[Round, ...]
     before: State
@@ -118,13 +120,13 @@ def run(
     config: Path | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Report:
-    """``rounds`` of ``seconds`` without and ``seconds`` with back-to-back reloads, then ``reloads`` of them.
+) -> ReloadReport:
+    """Measure ``rounds`` of ``seconds`` without and ``seconds`` with back-to-back reloads, then ``reloads`` more.
 
     ``rate``: requests per second to all agents together. ``processes``: one server per agent instead of one for
-    all. ``progress`` counts rounds and, as one each, a hundred reloads.
+    all. ``progress`` counts rounds and hundreds of reloads.
 
-    Raises :class:`BundleError`, :class:`ConfigError` for what cannot be run, and :class:`EndpointError` where a
+    Raises :class:`BundleError`, :class:`ConfigError` for a setting out of range, and :class:`EndpointError` if a
     server fails.
     """
     require_measurable(seconds=seconds, rounds=rounds, rate=rate, reloads=reloads)
@@ -152,11 +154,11 @@ def run(
                 progress(rounds + done // 100, total)
             team.reload()
         after = _state(servers, control, requests, names)
-    return Report(tuple(measured), before, after, reloads, (load_before, os.getloadavg()[0]))
+    return ReloadReport(tuple(measured), before, after, reloads, (load_before, os.getloadavg()[0]))
 
 
 class _Team:
-    """Servers that are told to reload."""
+    """The servers of a team, with the versions that they answer with."""
 
     def __init__(self, stack: ExitStack, servers: Servers) -> None:
         self._admin = stack.enter_context(TeamAdmin(servers.admin))
@@ -170,7 +172,7 @@ class _Team:
 
     @contextmanager
     def reloading(self) -> Iterator[list[None]]:
-        """Back to back in another thread; the list grows by an entry with each. Raises what a reload raised."""
+        """Reload back to back in another thread; the list grows by an entry per reload. Raises a reload's error."""
         finished: list[None] = []
         failures: list[EndpointError] = []
         stop = threading.Event()
@@ -236,7 +238,7 @@ def _cpu_us(servers: Servers, requests: Requests, names: tuple[str, ...]) -> flo
 
 
 def _sockets(servers: Servers, requests: Requests, names: tuple[str, ...]) -> Sockets:
-    """One client per agent, each with a connection of its own."""
+    """Return sockets with one client per agent, each with its own connection."""
     return Sockets(
         [
             [Line(Connection(servers.endpoints[name], ACT, stream=False), cycle(requests[ACT, name]))]

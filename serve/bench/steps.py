@@ -1,13 +1,12 @@
-"""What a served step costs, beside what gRPC alone costs: servers, scenarios, interleaved rounds, ratios.
+"""Benchmark of a served step beside gRPC alone: servers, scenarios, interleaved rounds, ratios.
 
-Every round starts its servers anew, because a process keeps the pages that it was given, and one start is up to a
-tenth faster than another. It visits all scenarios in another order, so that a machine that drifts drifts for all.
-The figures to quote are the medians of ratios within a round. The servers are real processes on this machine: all
+Every round starts new servers, because the memory pages of a process make one start up to a tenth faster than
+another. Each round runs all scenarios in another order, so that a drift of the machine affects all alike. The
+figures to quote are the medians of ratios within a round. The servers are real processes on this machine: all
 agents in one, the joint graph, and a bare grpc.aio server that answers as many bytes
 (:mod:`omcda_deploy.serve.bench.echo`). The load comes from the calling process
-(:mod:`omcda_deploy.serve.bench.http2`); its CPU per step is among the figures, and has to stay far below a server's
-for them to say anything about servers.
-Linux only: it reads other processes' clocks.
+(:mod:`omcda_deploy.serve.bench.http2`); its CPU per step is among the figures, and must stay far below a server's
+for the figures to describe the servers. Linux only, as it reads the CPU clocks of other processes.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ Measure = Literal["p50_ms", "cpu_us", "rate"]
 
 @dataclass(frozen=True)
 class Scenario:
-    """``models`` are what one step asks, one after another or ``at_once``; with a ``rate`` the loop is open."""
+    """One kind of load: a step asks all ``models``, in turn or ``at_once``; with a ``rate`` the loop is open."""
 
     name: str
     where: Where
@@ -62,7 +61,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Figures:
-    """One scenario in one round. ``cpu_us``: server CPU per step; ``client_cpu_us``: this process's; RSS in MB."""
+    """One scenario in one round. ``cpu_us``: server CPU per step; ``client_cpu_us``: this process' own."""
 
     p50_ms: float
     p95_ms: float
@@ -76,7 +75,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Ratio:
-    """``measure`` of one scenario over that of another, and what it should be."""
+    """The ratio of one scenario's ``measure`` to that of another, and its target."""
 
     scenario: str
     base: str
@@ -85,7 +84,7 @@ class Ratio:
     at_least: float | None = None
 
     def of(self, rounds: Sequence[Mapping[str, Figures]]) -> float:
-        """The median of the ratios within rounds."""
+        """Return the median of the ratios within rounds."""
         ratios: list[float] = [
             getattr(figures[self.scenario], self.measure) / getattr(figures[self.base], self.measure)
             for figures in rounds
@@ -94,29 +93,34 @@ class Ratio:
 
     @property
     def target(self) -> str:
-        """In words; empty where there is none."""
+        """The target in words; empty if there is none."""
         if self.at_most is not None:
             return f"at most {self.at_most:g}"
         return "" if self.at_least is None else f"at least {self.at_least:g}"
 
     def holds(self, value: float) -> bool | None:
-        """None where there is no target."""
+        """Return whether ``value`` meets the target; None if there is none."""
         if self.at_most is not None:
             return value <= self.at_most
         return None if self.at_least is None else value >= self.at_least
 
 
 @dataclass(frozen=True)
-class Report:
-    """``rounds``: figures by scenario, one mapping per round. ``load_average``: of one minute, before and after."""
+class StepReport:
+    """Figures of a run.
+
+    ``rounds``: figures by scenario, one mapping per round. ``load_average``: of one minute, before and after.
+    ``ready_s``: seconds from the start of the server of all agents to its first line, median over rounds.
+    """
 
     scenarios: tuple[Scenario, ...]
     ratios: tuple[Ratio, ...]
     rounds: tuple[Mapping[str, Figures], ...]
     load_average: tuple[float, float]
-    ready_s: float  # from starting the server of all agents to its first line, median over rounds
+    ready_s: float
 
     def median(self, scenario: str) -> dict[str, float]:
+        """Return the median over rounds of every figure of a scenario."""
         rows = [asdict(figures[scenario]) for figures in self.rounds]
         return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
@@ -140,9 +144,9 @@ class Report:
 
 
 def scenarios(spec: TeamSpec, clients: int, rate: float, *, processes: bool) -> tuple[Scenario, ...]:
-    """What is measured. ``clients``: of the busy closed loops. ``rate``: of the open ones, in requests/s."""
+    """List the scenarios. ``clients``: of the busy loops. ``rate``: of the open loops, in requests/s."""
     one, team, every = spec.names[:1], (TEAM,), spec.names
-    found = (
+    basic = (
         Scenario("echo", "echo", ACT, one),
         Scenario("echo infer", "echo", INFER, one),
         Scenario("echo stream", "echo", STREAM, one),
@@ -160,12 +164,12 @@ def scenarios(spec: TeamSpec, clients: int, rate: float, *, processes: bool) -> 
         Scenario(f"stream at {rate:g}/s", "agents", STREAM, one, clients, rate=rate),
     )
     if not processes:
-        return found
-    return (*found, Scenario("processes at once", "processes", ACT, every, at_once=True))
+        return basic
+    return (*basic, Scenario("processes at once", "processes", ACT, every, at_once=True))
 
 
 def targets(clients: int) -> tuple[Ratio, ...]:
-    """The ratios that say whether the servers are as fast as they are meant to be."""
+    """List the ratios that are reported, with their targets."""
     return (
         Ratio("unary", "echo", "p50_ms", at_most=1.25),
         Ratio("unary", "echo", "cpu_us", at_most=1.25),
@@ -194,22 +198,22 @@ def run(
     config: Path | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Report:
+) -> StepReport:
     """Serve a bundle several ways and measure each for ``seconds`` in each of ``rounds`` rounds.
 
     ``processes``: also one server per agent. ``config``: of the servers. ``seed``: of observations and order.
 
-    Raises :class:`BundleError`, :class:`ConfigError` for what cannot be run, and :class:`EndpointError` where a
+    Raises :class:`BundleError`, :class:`ConfigError` for a setting out of range, and :class:`EndpointError` if a
     server fails.
     """
     require_measurable(seconds=seconds, rounds=rounds, clients=clients, rate=rate)
     bundle = read_bundle(bundle_path)
     spec = bundle.spec
     requests = requests_of(spec, seed)
-    wanted = scenarios(spec, clients, rate, processes=processes)
-    before = os.getloadavg()[0]
+    chosen = scenarios(spec, clients, rate, processes=processes)
+    load_before = os.getloadavg()[0]
     measured: list[Mapping[str, Figures]] = []
-    order = list(wanted)
+    order = list(chosen)
     draw = random.Random(seed)
     ready: list[float] = []
     for done in range(rounds):
@@ -230,12 +234,12 @@ def run(
                 figures[scenario.name] = _measure(scenario, servers[scenario.where], requests, seconds)
         measured.append(figures)
         ready.append(agents.ready_s)
-    load_average = (before, os.getloadavg()[0])
-    return Report(wanted, targets(clients), tuple(measured), load_average, statistics.median(ready))
+    load_average = (load_before, os.getloadavg()[0])
+    return StepReport(chosen, targets(clients), tuple(measured), load_average, statistics.median(ready))
 
 
 def require_measurable(**settings: float) -> None:
-    """Raise :class:`ConfigError` for a setting that is not above 0, and off Linux."""
+    """Check that all settings are above 0, and that this is Linux. Raises :class:`ConfigError`."""
     for name, value in settings.items():
         if not 0 < value < 1e6:
             raise ConfigError(f"{name}: expected a number above 0, got {value!r}")
@@ -249,12 +253,12 @@ def _measure(scenario: Scenario, servers: Servers, requests: Requests, seconds: 
     with closing(Sockets([_lines(scenario, servers, requests) for _ in range(scenario.clients)])) as sockets:
         lines = len(scenario.models)
         closed_loop(sockets, scenario.clients, min(WARM_UP_S, seconds), lines=lines, at_once=scenario.at_once)
-        cpu_s, own_s = servers.cpu_s(), time.process_time()
+        cpu_s, client_s = servers.cpu_s(), time.process_time()
         if scenario.rate is None:
             timings = closed_loop(sockets, scenario.clients, seconds, lines=lines, at_once=scenario.at_once)
         else:
             timings = open_loop(sockets, scenario.clients, scenario.rate, seconds)
-        cpu_s, own_s = servers.cpu_s() - cpu_s, time.process_time() - own_s
+        cpu_s, client_s = servers.cpu_s() - cpu_s, time.process_time() - client_s
     steps = timings.latency.seconds.size
     if not steps:
         raise EndpointError(
@@ -266,14 +270,14 @@ def _measure(scenario: Scenario, servers: Servers, requests: Requests, seconds: 
         p99_ms=timings.latency.percentile(99),
         rate=timings.rate,
         cpu_us=1e6 * cpu_s / steps,
-        client_cpu_us=1e6 * own_s / steps,
+        client_cpu_us=1e6 * client_s / steps,
         rss_mb=servers.rss_mb(),
         refused=timings.refused,
     )
 
 
 def _lines(scenario: Scenario, servers: Servers, requests: Requests) -> list[Line]:
-    """One client: a connection per server."""
+    """Return the lines of one client, with a connection per server."""
     connections: dict[str, Connection] = {}
     lines = []
     for model in scenario.models:

@@ -283,11 +283,11 @@ def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
             if values is not None
         }
 
-    joint = Session(bundle, TEAM, distrust).answer(inputs(slice(None), *spec.names))
+    joint = Session(bundle, TEAM, distrust).run(inputs(slice(None), *spec.names))
     for index, name in enumerate(spec.names):
         decision = decisions[name]
         session = Session(bundle, name, distrust)
-        answer = session.answer(inputs(slice(None), name))
+        answer = session.run(inputs(slice(None), name))
         replaced = answer["policy_weight"] == 0
         assert replaced.sum() > rows / 3  # masks leave the other rows a single action: their divergence is 0
         assert decision.action.dtype == answer["action"].dtype
@@ -304,7 +304,7 @@ def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
                 noise=None if noise is None else {agent: values[row] for agent, values in noise.items()},
                 action_masks=None if allowed is None else {agent: m[row] for agent, m in allowed.items()},
             )[name]
-            one = session.answer(inputs(slice(row, row + 1), name))
+            one = session.run(inputs(slice(row, row + 1), name))
             if one["policy_weight"][0] == 0:
                 assert single.action.tobytes() == one["action"][0].tobytes()
                 assert np.shape(single.action) == np.shape(one["action"][0])

@@ -20,7 +20,7 @@ BOARD = json.loads((Path(__file__).parents[2] / "serve" / "deploy" / "grafana-da
 FROM_PROMETHEUS = {"instance"}  # a label that a scrape does not have
 WORDS = {"and", "by", "on", "group_left"}
 FUNCTIONS = {"rate", "sum", "count", "histogram_quantile"}
-REQUIRED = {  # what somebody who watches a team wants to see
+REQUIRED = {  # metrics that the dashboard must show
     *("grpc_server_started_total", "grpc_server_handled_total", "grpc_server_handling_seconds_bucket"),
     *("omcda_divergence_nats_total", "omcda_divergence_budget_nats", "omcda_guard_threshold_nats"),
     *(

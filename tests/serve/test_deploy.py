@@ -24,8 +24,8 @@ import omcda_deploy
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.serve import introspection, oip, policy_service, server
 from omcda_deploy.serve.config import read_server_config
+from omcda_deploy.serve.options import Listen, ServeOptions
 from omcda_deploy.serve.releases import CURRENT, Repository
-from omcda_deploy.serve.server import Listen
 from tests.support.bundles import continuous_spec, write_test_bundle
 from tests.support.server_process import free_port, server_process
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "serve" / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 MANIFESTS = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml")
-SCHEMAS = ("1.27", "1.37")  # the first with gRPC probes for everybody, and the newest at hand
+SCHEMAS = ("1.27", "1.37")  # the first with stable gRPC probes, and the newest that is installed
 OVERLAYS = {"agents": [f"agent_{index}" for index in range(6)], "team": [TEAM]}
 COMPONENT = "app.kubernetes.io/component"
 HEALTH_SERVICES = ("", oip.SERVICE, policy_service.SERVICE)
@@ -50,17 +50,14 @@ def instructions() -> list[tuple[str, str]]:
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines)]
 
 
-def listen_of(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> dict[str, Any]:
-    """What the server would be started with, as its own ``main`` understands ``arguments``."""
-    given: dict[str, Any] = {}
-
-    def note(source: Path, models: list[str], listen: Listen, **options: Any) -> None:
-        given.update(source=source, models=models, listen=listen, **options)
-
-    monkeypatch.setattr(server, "serve", note)
-    monkeypatch.setattr(server, "log_as_json", lambda: given.update(log_json=True))
+def options_of(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> ServeOptions:
+    """Return the options with which the server's own ``main`` would start it."""
+    started: list[ServeOptions] = []
+    monkeypatch.setattr(server, "serve", started.append)
+    monkeypatch.setattr(server, "configure_logging", lambda json_lines: None)
     assert server.main(arguments) == 0
-    return given
+    (options,) = started
+    return options
 
 
 def test_the_image_gets_what_the_package_is_built_from() -> None:
@@ -81,9 +78,9 @@ def test_the_image_starts_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     words = dict(instructions())
     entry, command = json.loads(words["ENTRYPOINT"]), json.loads(words["CMD"])
     assert entry == ["python", "-m", server.__package__]
-    given = listen_of(monkeypatch, command)
+    options = options_of(monkeypatch, command)
     (pod,) = pods("server/deployment.yaml")
-    assert given["listen"] == Listen("0.0.0.0", 8500, 9600, 9500, 9700)
+    assert options.listen == Listen("0.0.0.0", 8500, 9600, 9500, 9700)
     assert sorted(map(int, words["EXPOSE"].split())) == [
         port["containerPort"] for port in pod["containers"][0]["ports"]
     ]
@@ -108,7 +105,7 @@ def overlay(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def rendered(overlay: str) -> list[Document]:
-    """What  kubectl apply -k  would send to a cluster; no cluster is asked."""
+    """Render the manifests that  kubectl apply -k  would send to a cluster; no cluster is needed."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("needs kubectl, for its kustomize")
@@ -182,10 +179,11 @@ def test_servers_are_started_as_their_ports_probes_and_files_say(
         assert variable["valueFrom"]["fieldRef"]["fieldPath"] == f"metadata.labels['{COMPONENT}']"
         arguments = [a.replace(f"$({variable['name']})", model) for a in container["args"]]
         assert f"--config={config_at}/{name}" in arguments
-        given = listen_of(monkeypatch, [a.replace(config_at, str(tmp_path)) for a in arguments])
-        assert (given["source"], given["models"]) == (Path("/releases"), [model])
-        assert given["log_json"]
-        listen: Listen = given["listen"]
+        options = options_of(monkeypatch, [a.replace(config_at, str(tmp_path)) for a in arguments])
+        assert (options.source, options.models) == (Path("/releases"), (model,))
+        read_server_config(options.config)
+        assert options.log_json
+        listen = options.listen
         reachable = {"grpc": listen.port, "metrics": listen.metrics_port, "health": listen.health_port}
         assert {port["name"]: port["containerPort"] for port in container["ports"]} == reachable
         assert listen.admin_port not in reachable.values()
@@ -195,7 +193,7 @@ def test_servers_are_started_as_their_ports_probes_and_files_say(
             assert asked.get("service", "") in HEALTH_SERVICES
         scraped = template["metadata"]["annotations"]
         assert scraped["prometheus.io/port"] == str(listen.metrics_port)
-        assert pod["terminationGracePeriodSeconds"] > given["grace_s"] + server.NOTICE_S + 1
+        assert pod["terminationGracePeriodSeconds"] > options.grace_s + server.NOTICE_S + 1
 
 
 def test_the_configuration_holds_with_tls_and_tokens_too(rendered: list[Document], tmp_path: Path) -> None:
@@ -226,7 +224,7 @@ def test_only_policies_and_metrics_can_be_reached(rendered: list[Document]) -> N
         assert wanted <= deployment["spec"]["template"]["metadata"]["labels"].items()
 
 
-# -- what the manifests need of the server -------------------------------------------------------------------
+# -- requirements of the manifests to the server -------------------------------------------------------------------
 
 
 def test_probes_need_neither_token_nor_a_free_place(continuous_bundle: Bundle, tmp_path: Path) -> None:
@@ -267,7 +265,7 @@ def test_servers_of_one_folder_note_the_version_at_once(tmp_path: Path) -> None:
     def note() -> None:
         try:
             for _ in range(30):
-                Repository(tmp_path).note_current("1", "")
+                Repository(tmp_path).write_current("1", "")
         except Exception as error:
             failures.append(error)
 

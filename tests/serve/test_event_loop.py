@@ -1,4 +1,4 @@
-"""Which poller and which event loop a server process gets."""
+"""The poller and the event loop of a server process."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.support.server_process import server_process
 
 
 def loop_with(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> str:
-    """The module of the loop that a process of this environment runs."""
+    """Return the module of the event loop that runs under an environment."""
     monkeypatch.delenv("GRPC_EXPERIMENTS", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     event_loop.choose_poller()
-    found: list[str] = []
+    modules: list[str] = []
 
     async def look() -> None:
-        found.append(type(asyncio.get_running_loop()).__module__)
+        modules.append(type(asyncio.get_running_loop()).__module__)
 
     event_loop.run(look())
-    return found[0]
+    return modules[0]
 
 
 def test_uvloop_runs_on_the_poller_that_we_choose_and_on_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Load generation: the accounting of latencies on a clock of its own, and real servers for a moment."""
+"""Load generation: accounting of latencies on a simulated clock, and short runs with real servers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tests.support.server_process import ServerProcess
 
 
 class OneAtATime:
-    """A :class:`~omcda_deploy.serve.bench.load.Wire` to a server of ``service_s`` per request, one after another.
+    """A :class:`~omcda_deploy.serve.bench.load.Wire` to a server that takes ``service_s`` per request, in turn.
 
-    It stalls during ``stall`` (from, to): a request begun then waits until its end.
+    During ``stall`` (from, to) it stands still: a request begun then waits until its end.
     """
 
     def __init__(self, service_s: float, stall: tuple[float, float] = (0.0, 0.0)) -> None:
@@ -109,7 +109,7 @@ def test_ratios_are_medians_of_ratios_within_rounds() -> None:
 
     rounds = [{"a": figures(a), "b": figures(b)} for a, b in ((1.0, 1.0), (30.0, 10.0), (4.0, 2.0))]
     ratio = Ratio("a", "b", "p50_ms", at_most=2.0)
-    assert ratio.of(rounds) == 2.0  # of the medians: 4 / 2 too; of the means: 2.7
+    assert ratio.of(rounds) == 2.0  # the ratio of the medians is 2 as well, that of the means 2.7
     assert (ratio.holds(2.0), ratio.holds(2.1)) == (True, False)
     least = Ratio("a", "b", "p50_ms", at_least=2.0)
     assert (least.holds(2.0), least.holds(1.9), Ratio("a", "b", "rate").holds(1.0)) == (True, False, None)
@@ -225,13 +225,14 @@ def test_servers_are_measured_together(continuous_bundle: Bundle) -> None:
 
 
 def test_reloads_refuse_nobody_and_are_reported(
-    continuous_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    discrete_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A short run of the whole benchmark, one server process per agent."""
     monkeypatch.setattr("omcda_deploy.serve.bench.reload.COMPARISONS", 1)
+    monkeypatch.setattr("omcda_deploy.serve.bench.reload.COMPARISON_S", 0.05)
     file = tmp_path / "report.json"
     options = ("--seconds", "0.5", "--rounds", "1", "--reloads", "2", "--processes", "--json", str(file))
-    result = CliRunner().invoke(app, ["bench", "reload", str(continuous_bundle.path), *options])
+    result = CliRunner().invoke(app, ["bench", "reload", str(discrete_bundle.path), *options])
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text())
     (measured,) = report["rounds"]

@@ -24,7 +24,7 @@ from omcda_deploy.guard import DataReference, Guard, GuardSetting
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos import policy_pb2
 from omcda_deploy.serve.config import Limits
-from omcda_deploy.serve.handlers import Traffic, methods
+from omcda_deploy.serve.handlers import CallTracker, service_handlers
 from omcda_deploy.serve.logs import JsonFormatter
 from omcda_deploy.serve.meter import (
     BLOCK,
@@ -34,14 +34,15 @@ from omcda_deploy.serve.meter import (
     RATIO_LIMIT,
     Histogram,
     ModelMeter,
+    Sample,
 )
 from tests.support.bundles import continuous_spec
 from tests.support.server_process import free_port, server_process
 
-Sample = dict[tuple[str, frozenset[tuple[str, str]]], float]
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]  # values by name and labels
 
 
-def scrape(port: int) -> Sample:
+def scrape(port: int) -> Samples:
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     return {
@@ -51,7 +52,7 @@ def scrape(port: int) -> Sample:
     }
 
 
-def value(samples: Sample, name: str, **labels: str) -> float:
+def value(samples: Samples, name: str, **labels: str) -> float:
     return samples[name, frozenset(labels.items())]
 
 
@@ -126,7 +127,7 @@ def test_recent_calls_give_a_rate_and_percentiles(monkeypatch: pytest.MonkeyPatc
     calls += [(now - index * 0.1, 0.001 * (index + 1)) for index in range(120)]
     observation, one, zero = np.ones((1, 4), np.float32), np.ones((1, 1), np.float32), bytes(4)
     for when, seconds in calls:
-        meter.add(1, observation, zero, one, when, seconds)
+        meter.add(Sample(1, observation, zero, one, when, seconds))
     monkeypatch.setattr("time.perf_counter", lambda: now)
     recent = meter.recent()
     assert recent is not None
@@ -156,7 +157,7 @@ def test_answers_counted_in_blocks_add_up_to_those_of_each_alone(known: bool) ->
         arrays: Any = (observation, divergence, weight)
         if rows == 1:
             arrays = [array.tobytes() for array in arrays]
-        meter.add(int(rows), arrays[0], arrays[1], arrays[2], time.perf_counter(), 0.001)
+        meter.add(Sample(int(rows), arrays[0], arrays[1], arrays[2], time.perf_counter(), 0.001))
         divergences.append(divergence.astype(np.float64))
         weights.append(weight)
         distance = guard.distance(observation)
@@ -180,8 +181,8 @@ def test_answers_counted_in_blocks_add_up_to_those_of_each_alone(known: bool) ->
 
 
 def test_answers_that_come_too_late_are_counted() -> None:
-    traffic = Traffic(Limits())
-    service = methods("a.B", traffic, {"C": (policy_pb2.ActRequest, lambda request: b"")})
+    tracker = CallTracker(Limits())
+    service = service_handlers("a.B", tracker, {"C": (policy_pb2.ActRequest, lambda request: b"")})
     assert isinstance(service, grpc.ServiceRpcHandler)
     details = cast("grpc.HandlerCallDetails", SimpleNamespace(method="/a.B/C"))
     for left_s in (None, 0.5, -0.001):
@@ -189,7 +190,7 @@ def test_answers_that_come_too_late_are_counted() -> None:
         context = SimpleNamespace(time_remaining=lambda left_s=left_s: left_s)
         assert asyncio.run(handler.unary_unary(b"", context)) == b""
     service.service(details)  # one that was given up before it was handled
-    (meter,) = traffic.meters
+    (meter,) = tracker.meters
     assert (meter.started, meter.handled["OK"], meter.late) == (4, 3, 1)
     assert service.service(cast("grpc.HandlerCallDetails", SimpleNamespace(method="/a.B/D"))) is None
 

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, as a stock client and as a hostile one see it."""
+"""The Open Inference Protocol, used by a stock client and by a hostile one."""
 
 from __future__ import annotations
 
@@ -223,6 +223,8 @@ BAD: dict[str, tuple[oip.ModelInferRequest | bytes, str, tuple[str, ...]]] = {
     "no shape": (with_input(shape=[]), "INVALID_ARGUMENT", ("[]",)),
     "raw too short": (with_raw(ROWS.tobytes()[:-4]), "INVALID_ARGUMENT", ("32 bytes", "got 28")),
     "raw too long": (with_raw(ROWS.tobytes() + b"\0"), "INVALID_ARGUMENT", ("32 bytes", "got 33")),
+    "empty raw": (with_raw(b""), "INVALID_ARGUMENT", ("observation of agent_0", "32 bytes", "got 0")),
+    "empty raw noise": (with_more("noise", [2, 1], b""), "INVALID_ARGUMENT", ("noise", "8 bytes", "got 0")),
     "raw for no input": (with_raw(ROWS.tobytes(), b""), "INVALID_ARGUMENT", ("1 inputs", "got 2")),
     "neither raw nor typed": (with_raw(), "INVALID_ARGUMENT", ("fp32_contents", "neither")),
     "raw and typed": (both(), "INVALID_ARGUMENT", ("both",)),

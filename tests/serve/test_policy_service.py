@@ -1,4 +1,4 @@
-"""Our own protocol, spoken through its generated stub."""
+"""The protocol ``omcda.v1``, used through its generated stub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omcda_deploy.bundle import Bundle
 from omcda_deploy.local import LocalPolicy
 from omcda_deploy.protos import policy_pb2, policy_pb2_grpc
 from omcda_deploy.serve.config import ServerConfig
-from omcda_deploy.serve.policy_service import PolicyService, Steps
+from omcda_deploy.serve.policy_service import PolicyService, StreamMemory
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.status import RequestError
 from omcda_deploy.spec import TeamSpec
@@ -82,22 +82,22 @@ def test_a_step_that_is_sent_again_on_a_stream_is_not_run_again() -> None:
         runs.append(request)
         return f"answer {len(runs)}".encode()
 
-    steps = Steps(act)
+    answer = StreamMemory(act)
     one, two, others = good(step_id=1), good(step_id=2), good(model="agent_1", step_id=2)
     again = policy_pb2.ActRequest.FromString(two.SerializeToString())  # equal, not the same object
-    told = [steps(request) for request in (one, two, again, others, two, others)]
-    assert told == [b"answer 1", b"answer 2", b"answer 2", b"answer 3", b"answer 2", b"answer 3"]
+    answers = [answer(request) for request in (one, two, again, others, two, others)]
+    assert answers == [b"answer 1", b"answer 2", b"answer 2", b"answer 3", b"answer 2", b"answer 3"]
     with pytest.raises(RequestError, match="step 2 of agent_0 was another one before"):
-        steps(good(step_id=2, observation=(ROWS + 1).tobytes()))
+        answer(good(step_id=2, observation=(ROWS + 1).tobytes()))
     assert len(runs) == 3
-    assert steps(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)) == b"answer 4"
-    assert steps(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)) == b"answer 4"
-    assert [steps(good()) for _ in range(2)] == [
+    assert answer(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)) == b"answer 4"
+    assert answer(good(step_id=2, observation=(ROWS + 1).tobytes(), reset=True)) == b"answer 4"
+    assert [answer(good()) for _ in range(2)] == [
         b"answer 5",
         b"answer 6",
     ]  # not numbered: nothing is a repetition
-    assert steps(one) == b"answer 7"  # an id of before the last one is a new step
-    assert Steps(act)(one) == b"answer 8"  # another stream's steps are its own
+    assert answer(one) == b"answer 7"  # an id of before the last one is a new step
+    assert StreamMemory(act)(one) == b"answer 8"  # another stream's steps are its own
 
 
 def test_a_step_that_failed_may_be_sent_again() -> None:
@@ -106,10 +106,10 @@ def test_a_step_that_failed_may_be_sent_again() -> None:
             raise RequestError("expected a batch")
         return b"an answer"
 
-    steps = Steps(act)
+    answer = StreamMemory(act)
     with pytest.raises(RequestError, match="expected a batch"):
-        steps(good(step_id=1, batch=0))
-    assert steps(good(step_id=1)) == b"an answer"
+        answer(good(step_id=1, batch=0))
+    assert answer(good(step_id=1)) == b"an answer"
 
 
 def test_streams_repeat_answers_and_refuse_other_contents_under_one_id(stub: Any) -> None:

@@ -1,4 +1,4 @@
-"""TLS, client certificates and tokens against real servers."""
+"""TLS, client certificates and tokens with real servers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_tls_needs_the_authority_and_mtls_a_certificate_of_it(
             assert ask(channel) != b""
         for refused in (
             {"root_certificates": root},  # no client certificate
-            {"root_certificates": root, **other.client()},  # of another authority
+            {"root_certificates": root, **other.client()},  # a certificate of another authority
             {"root_certificates": other.file.read_bytes(), **ours.client()},  # the server is not trusted
         ):
             with secure(**refused) as channel:
@@ -123,7 +123,7 @@ def test_calls_without_a_token_are_refused_except_health(continuous_bundle: Bund
         for token in (None, "", "sesam", "# of the arm"):
             assert status_of(channel, token=token) is grpc.StatusCode.UNAUTHENTICATED
         assert status_of(admin, LOAD) is grpc.StatusCode.UNAUTHENTICATED
-        assert status_of(admin, LOAD, "sesame") is grpc.StatusCode.INVALID_ARGUMENT  # of version ""
+        assert status_of(admin, LOAD, "sesame") is grpc.StatusCode.INVALID_ARGUMENT  # version "" is empty
         stream: Any = channel.stream_stream("/omcda.v1.PolicyService/ActStream")
         with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
             next(stream(iter([b""]), timeout=10))
@@ -134,7 +134,7 @@ def test_calls_without_a_token_are_refused_except_health(continuous_bundle: Bund
 def test_a_call_without_a_token_is_refused_before_its_message_has_come(
     continuous_bundle: Bundle, tmp_path: Path
 ) -> None:
-    """It would hold a place among the calls for as long as it likes."""
+    """Otherwise it could occupy one of the concurrent calls for as long as it likes."""
     (tmp_path / "tokens").write_text("sesame\n")
     options = config(
         tmp_path, '[access]\ntoken_file = "tokens"\n[limits]\nconcurrent_calls = 1\nstreams = 1\n'

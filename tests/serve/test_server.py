@@ -24,47 +24,52 @@ from omcda_deploy.bundle import Bundle
 from omcda_deploy.client.remote import RemotePolicy
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos import oip, policy_pb2, policy_pb2_grpc
-from omcda_deploy.serve.server import LOOPBACK
+from omcda_deploy.serve import server as server_module
+from omcda_deploy.serve.options import LOOPBACK
 from tests.support.server_process import ServerProcess, server_process
 
 GRACE_S = 5.0
 
 
-def run_server(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "omcda_deploy.serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+# Refusals --------------------------------------------------------------------------------------------------
 
 
-def one_error_line(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+def one_error_line(status: int, output: str, errors: str) -> str:
+    assert status == 2, errors
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1, errors
+    return errors
 
 
-def test_a_port_in_use_is_one_clear_line(continuous_bundle: Bundle, continuous_server: ServerProcess) -> None:
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the error line of a server that does not start, run in this process."""
+    status = server_module.main(arguments)
+    return one_error_line(status, *capsys.readouterr())
+
+
+def test_a_process_that_cannot_start_says_so_in_one_line(
+    continuous_bundle: Bundle, continuous_server: ServerProcess
+) -> None:
     port = continuous_server.endpoint.rpartition(":")[2]
-    line = one_error_line(run_server(str(continuous_bundle.path), "--model", "agent_0", "--port", port))
+    command = [sys.executable, "-m", "omcda_deploy.serve", str(continuous_bundle.path), "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    line = one_error_line(done.returncode, done.stdout, done.stderr)
     assert f"{LOOPBACK}:{port}" in line
     assert "in use" in line
 
 
 def test_a_port_taken_after_it_was_checked_is_not_shared(
-    continuous_bundle: Bundle, continuous_server: ServerProcess
+    continuous_bundle: Bundle,
+    continuous_server: ServerProcess,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """gRPC lets two servers share a port unless told not to."""
-    code = (
-        "import sys\n"
-        "from omcda_deploy.serve import server\n"
-        "server.require_free = lambda host, port: None\n"
-        "sys.exit(server.main(sys.argv[1:]))\n"
-    )
+    """gRPC lets two servers share a port unless an option forbids it."""
+    monkeypatch.setattr(server_module, "require_free", lambda host, port: None)
     port = continuous_server.endpoint.rpartition(":")[2]
-    command = [sys.executable, "-c", code, str(continuous_bundle.path), "--port", port]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    assert done.returncode == 2
-    assert "error: cannot listen on" in done.stderr
+    line = refusal(capsys, str(continuous_bundle.path), "--model", "agent_0", "--port", port)
+    assert "cannot listen on" in line
 
 
 @pytest.mark.parametrize(
@@ -76,13 +81,15 @@ def test_a_port_taken_after_it_was_checked_is_not_shared(
     ],
 )
 def test_bad_settings_are_one_clear_line(
-    continuous_bundle: Bundle, arguments: tuple[str, ...], words: str
+    continuous_bundle: Bundle, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
 ) -> None:
-    assert words in one_error_line(run_server(str(continuous_bundle.path), *arguments))
+    assert words in refusal(capsys, str(continuous_bundle.path), *arguments)
 
 
-def test_a_bundle_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
-    assert "expected a bundle, or a folder of bundles" in one_error_line(run_server(str(tmp_path)))
+def test_a_folder_without_bundles_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "expected a bundle, or a folder of bundles" in refusal(capsys, str(tmp_path))
 
 
 def test_serving_imports_neither_torch_nor_the_command_line(continuous_bundle: Bundle) -> None:

@@ -1,8 +1,9 @@
-"""Server configurations: what files may say, and what guards and limits do to requests."""
+"""Server configurations: contents of files, and the effect of guards and limits on requests."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
 from omcda_deploy.serve.session import Models, Session
 from omcda_deploy.serve.status import RangeError
 from tests.support.bundles import continuous_spec, with_references, write_test_bundle
-from tests.support.server_process import server_process
+from tests.support.server_process import ServerProcess, server_process
 
 FILE = """
 [guard]
@@ -100,11 +101,11 @@ def test_the_team_and_its_agents_are_guarded_alike(bundle: Bundle) -> None:
     models = Models(bundle, (), guards)
     generator = np.random.default_rng(0)
     rows = generator.normal(size=(50, sum(a.observation_size for a in bundle.spec.agents))).astype(np.float32)
-    team = models.sessions[TEAM].answer({"observation": rows})
+    team = models.sessions[TEAM].run({"observation": rows})
     start = width = 0
     for index, agent in enumerate(bundle.spec.agents):
         own = rows[:, start : start + agent.observation_size]
-        alone = models.sessions[agent.name].answer({"observation": own})
+        alone = models.sessions[agent.name].run({"observation": own})
         np.testing.assert_array_equal(team["policy_weight"][:, index], alone["policy_weight"])
         np.testing.assert_allclose(
             team["action"][:, width : width + agent.action.size], alone["action"], atol=1e-6
@@ -120,12 +121,12 @@ def test_the_team_and_its_agents_are_guarded_alike(bundle: Bundle) -> None:
 def test_observations_far_from_the_data_are_refused_where_asked_for(bundle: Bundle) -> None:
     session = Session(bundle, "agent_1", {"agent_1": GuardSetting(distance_limit=3.0)})
     rows = np.zeros((2, 5), np.float32)
-    session.answer({"observation": rows})
+    session.run({"observation": rows})
     rows[1] = 10.0
     with pytest.raises(
         RangeError, match=r"agent_1: expected observations within 3 .* got one at 9.* in row 1"
     ):
-        session.answer({"observation": rows})
+        session.run({"observation": rows})
 
 
 def test_a_server_guards_and_says_so(bundle: Bundle, tmp_path: Path) -> None:
@@ -152,13 +153,19 @@ def test_a_server_guards_and_says_so(bundle: Bundle, tmp_path: Path) -> None:
             third.act(observations)
 
 
-def test_a_message_beyond_the_limit_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    path = tmp_path / "serve.toml"
-    path.write_text("[limits]\nmessage_bytes = 2000\n")
-    with (
-        server_process(bundle, "agent_0", options=("--config", str(path))) as server,
-        grpc.insecure_channel(server.endpoint) as channel,
-    ):
+@pytest.fixture(scope="module")
+def narrow_server(
+    continuous_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server with small limits."""
+    path = tmp_path_factory.mktemp("narrow") / "serve.toml"
+    path.write_text("[limits]\nmessage_bytes = 2000\nconcurrent_calls = 1\nstreams = 1\n")
+    with server_process(continuous_bundle, "agent_0", options=("--config", str(path))) as server:
+        yield server
+
+
+def test_a_message_beyond_the_limit_is_refused(narrow_server: ServerProcess) -> None:
+    with grpc.insecure_channel(narrow_server.endpoint) as channel:
         act: Any = channel.unary_unary("/omcda.v1.PolicyService/Act")
         with pytest.raises(grpc.RpcError) as raised:
             act(bytes(3000), timeout=5)
@@ -166,13 +173,8 @@ def test_a_message_beyond_the_limit_is_refused(bundle: Bundle, tmp_path: Path) -
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_calls_beyond_the_limit_are_refused_at_once(bundle: Bundle, tmp_path: Path) -> None:
-    path = tmp_path / "serve.toml"
-    path.write_text("[limits]\nconcurrent_calls = 1\nstreams = 1\n")
-    with (
-        server_process(bundle, "agent_0", options=("--config", str(path))) as server,
-        grpc.insecure_channel(server.endpoint) as channel,
-    ):
+def test_calls_beyond_the_limit_are_refused_at_once(narrow_server: ServerProcess) -> None:
+    with grpc.insecure_channel(narrow_server.endpoint) as channel:
         watch: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
         watchers = [watch(b"", timeout=30) for _ in range(2)]
         for watcher in watchers:

@@ -1,3 +1,5 @@
+"""Sessions: validation of inputs, masks, noise, and errors for what has no finite action."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -11,6 +13,7 @@ from omcda_deploy.errors import ContractError, UnknownNameError
 from omcda_deploy.local import JointTeam, LocalPolicy, LocalTeam
 from omcda_deploy.serve.session import Models, Session
 from omcda_deploy.serve.status import DETAILS_LIMIT, RangeError, RequestError, status_of
+from omcda_deploy.serve.wire import WireTensors
 
 
 def test_every_agent_of_the_team_needs_an_available_action(discrete_bundle: Bundle) -> None:
@@ -18,20 +21,20 @@ def test_every_agent_of_the_team_needs_an_available_action(discrete_bundle: Bund
     observation = np.zeros((2, 9), np.float32)
     mask = np.array([[1, 0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0, 0]], np.uint8)
     with pytest.raises(RequestError, match=r"action_mask of agent_1: .* none in row 1"):
-        session.answer({"observation": observation, "action_mask": mask})
+        session.run({"observation": observation, "action_mask": mask})
     mask[1] = [0, 0, 0, 1, 0, 0, 0]
     with pytest.raises(RequestError, match=r"action_mask of agent_0: .* none in row 1"):
-        session.answer({"observation": observation, "action_mask": mask})
+        session.run({"observation": observation, "action_mask": mask})
     mask[1, 2] = 1
-    answers = session.answer({"observation": observation, "action_mask": mask})
+    answers = session.run({"observation": observation, "action_mask": mask})
     np.testing.assert_array_equal(answers["action"], [[0, 3], [2, 0]])
 
 
 def test_absent_noise_is_no_noise(continuous_bundle: Bundle) -> None:
     session = Session(continuous_bundle, "agent_1", {})
     observation = np.ones((3, 5), np.float32)
-    ours = session.answer({"observation": observation})
-    theirs = session.answer({"observation": observation, "noise": np.zeros((3, 2), np.float32)})
+    ours = session.run({"observation": observation})
+    theirs = session.run({"observation": observation, "noise": np.zeros((3, 2), np.float32)})
     np.testing.assert_array_equal(ours["action"], theirs["action"])
     np.testing.assert_allclose(ours["action"], np.tanh(ours["mean"]), rtol=1e-6)
 
@@ -56,9 +59,10 @@ def test_an_overflow_that_the_tanh_hides_is_out_of_range(continuous_bundle: Bund
     local = LocalPolicy(continuous_bundle, "agent_0").act(observation)
     assert np.isfinite(local.action).all()
     assert not np.isfinite(local.divergence[1])
-    for ask in (session.answer, session.act):  # a shadow's overflow is a failure of the shadow
+    tensors = WireTensors(2, observation.tobytes())
+    for ask in (session.answer, session.action):  # a shadow's overflow is a failure of the shadow
         with pytest.raises(RangeError, match=r"divergence is not finite.*3\.4e\+38"):
-            ask({"observation": observation})
+            ask(tensors)
 
 
 def test_teams_in_process_refuse_numbers_that_servers_refuse(continuous_bundle: Bundle) -> None:
@@ -80,7 +84,7 @@ def test_numbers_that_outweigh_the_mask_are_out_of_range(discrete_bundle: Bundle
         "action_mask": np.ones((2, 7), np.uint8),
     }
     given["noise"][1, 5] = 3.4e38  # agent_1's action 2
-    assert session.answer(given)["action"][1, 1] == 2
+    assert session.run(given)["action"][1, 1] == 2
     given["action_mask"][1, 5] = 0
     with pytest.raises(RangeError, match=r"agent_1: .*outweigh the mask in row 1"):
-        session.answer(given)
+        session.run(given)

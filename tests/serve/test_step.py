@@ -1,4 +1,4 @@
-"""The path of one ordinary control step against the path of all requests, and what it leaves to that one."""
+"""The fast path of ordinary steps against the checked path: the same answers byte for byte, the same refusals."""
 
 from __future__ import annotations
 
@@ -9,50 +9,73 @@ import numpy as np
 import pytest
 
 from omcda_deploy.bundle import TEAM, Bundle
-from omcda_deploy.guard import GuardSetting
+from omcda_deploy.errors import OmcdaError
+from omcda_deploy.guard import GuardSetting, Mode
 from omcda_deploy.policy import NoiseSource
 from omcda_deploy.serve.session import Session
-from omcda_deploy.serve.status import RangeError
+from omcda_deploy.serve.status import RangeError, RequestError
+from omcda_deploy.serve.wire import WireTensors
 from tests.support.bundles import continuous_spec, discrete_spec, with_references, write_test_bundle
 
 KINDS = ("continuous", "discrete")
+Arrays = dict[str, Any]
 
 
-def row(bundle: Bundle, model: str, generator: np.random.Generator, *, noisy: bool) -> dict[str, Any]:
-    """A request of one row, of which about half the actions are available."""
+def row(bundle: Bundle, model: str, generator: np.random.Generator, *, noisy: bool) -> Arrays:
+    """Return a request of one row, of which about half the actions are available."""
     agents = bundle.spec.agents if model == TEAM else (bundle.spec.agent(model),)
-    given: dict[str, Any] = {
+    inputs: Arrays = {
         "observation": generator.normal(size=(1, sum(a.observation_size for a in agents))).astype(np.float32)
     }
     if noisy:
-        drawn = NoiseSource(bundle.spec, int(generator.integers(1000))).draw(1)
-        given["noise"] = np.concatenate([drawn[a.name] for a in agents], axis=1)
+        noise = NoiseSource(bundle.spec, int(generator.integers(1000))).draw(1)
+        inputs["noise"] = np.concatenate([noise[a.name] for a in agents], axis=1)
     if bundle.spec.action_kind == "discrete":
         masks = [generator.integers(0, 2, size=(1, a.action.size), dtype=np.uint8) for a in agents]
         for mask in masks:
             mask[0, generator.integers(mask.size)] = 1
-        given["action_mask"] = np.concatenate(masks, axis=1)
-    return given
+        inputs["action_mask"] = np.concatenate(masks, axis=1)
+    return inputs
 
 
-def stepped(session: Session, given: dict[str, Any]) -> dict[str, bytes] | None:
-    assert session.step is not None
-    names = ("observation", "noise", "action_mask")
-    return session.step(*(given[name].tobytes() if name in given else b"" for name in names))
+def wire(inputs: Arrays, batch: int = 1) -> WireTensors:
+    return WireTensors(batch, **{name: values.tobytes() for name, values in inputs.items()})
+
+
+def checked(session: Session, tensors: WireTensors) -> dict[str, bytes]:
+    """Answer by the checked path alone."""
+    outputs = session.run(session.decode(tensors))
+    return {name: tensor.encode(outputs[name]) for name, tensor in session.outputs.items()}
+
+
+class Watch:
+    """A session, with the number of its requests that took the checked path."""
+
+    def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.session, self.checked = session, 0
+        run = session.run
+
+        def count(inputs: Arrays) -> Arrays:
+            self.checked += 1
+            return run(inputs)
+
+        monkeypatch.setattr(session, "run", count)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_answered_byte_for_byte_as_any_request(kind: str, tmp_path: Path) -> None:
+def test_a_step_is_answered_byte_for_byte_as_any_request(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = continuous_spec() if kind == "continuous" else discrete_spec()
     bundle = with_references(write_test_bundle(tmp_path / "bundle", spec))
     generator = np.random.default_rng(0)
     for model in (*bundle.spec.names, TEAM):
         session, other = Session(bundle, model, {}), Session(bundle, model, {})
+        watch = Watch(session, monkeypatch)
         for index in range(40):  # with noise and without in turn: nothing is left over from the last step
-            given = row(bundle, model, generator, noisy=index % 3 == 0)
-            answer = stepped(session, given)
-            expected = other.encode(other.answer(given))
-            assert answer == expected
+            tensors = wire(row(bundle, model, generator, noisy=index % 3 == 0))
+            assert session.answer(tensors) == checked(other, tensors)
+        assert watch.checked == 0
         ours, theirs = session.meter.totals(), other.meter.totals()
         assert (ours.answers, ours.rows) == (theirs.answers, theirs.rows) == (40, 40)
         np.testing.assert_array_equal(ours.divergence, theirs.divergence)
@@ -63,7 +86,7 @@ def test_a_step_is_answered_byte_for_byte_as_any_request(kind: str, tmp_path: Pa
             assert counted.counts == expected_counts.counts
 
 
-CONTINUOUS: dict[str, dict[str, Any]] = {
+CONTINUOUS: dict[str, Arrays] = {
     "short": {"observation": np.zeros((1, 3), np.float32)},
     "two rows": {"observation": np.zeros((2, 4), np.float32)},
     "nothing": {"observation": np.zeros((1, 0), np.float32)},
@@ -74,7 +97,7 @@ CONTINUOUS: dict[str, dict[str, Any]] = {
     "overflow": {"observation": np.array([[0, 0, 3.4e38, 0]], np.float32)},
     "a mask": {"action_mask": np.ones((1, 1), np.uint8)},
 }
-DISCRETE: dict[str, dict[str, Any]] = {
+DISCRETE: dict[str, Arrays] = {
     "no mask": {"action_mask": np.zeros((1, 0), np.uint8)},
     "short mask": {"action_mask": np.ones((1, 2), np.uint8)},
     "nothing available": {"action_mask": np.zeros((1, 3), np.uint8)},
@@ -91,47 +114,67 @@ DISCRETE: dict[str, dict[str, Any]] = {
     ("kind", "change"),
     [("continuous", change) for change in CONTINUOUS] + [("discrete", change) for change in DISCRETE],
 )
-def test_what_is_not_ordinary_is_left_to_the_session(
+def test_both_paths_refuse_the_same_in_the_same_words(
     kind: str, change: str, request: pytest.FixtureRequest
 ) -> None:
     bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
     session = Session(bundle, "agent_0", {})
-    given = row(bundle, "agent_0", np.random.default_rng(1), noisy=False)
-    assert stepped(session, given) is not None
-    assert stepped(session, given | (CONTINUOUS if kind == "continuous" else DISCRETE)[change]) is None
+    inputs = row(bundle, "agent_0", np.random.default_rng(1), noisy=False)
+    first = session.answer(wire(inputs))
+    refused = wire(inputs | (CONTINUOUS if kind == "continuous" else DISCRETE)[change])
+    with pytest.raises(OmcdaError) as expected:
+        checked(session, refused)
+    assert isinstance(expected.value, (RequestError, RangeError))
+    with pytest.raises(type(expected.value)) as raised:
+        session.answer(refused)
+    assert str(raised.value) == str(expected.value)
     assert session.meter.totals().answers == 1
-    assert stepped(session, given) == session.encode(session.answer(given))  # and it has left no trace
+    assert session.answer(wire(inputs)) == first == checked(session, wire(inputs))  # it has left no trace
+
+
+def test_more_rows_than_one_take_the_checked_path(
+    continuous_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(continuous_bundle, "agent_0", {})
+    watch = Watch(session, monkeypatch)
+    answer = session.answer(wire({"observation": np.zeros((2, 4), np.float32)}, batch=2))
+    assert (watch.checked, len(answer["divergence"])) == (1, 8)
 
 
 def test_each_agent_of_a_team_needs_an_available_action(discrete_bundle: Bundle) -> None:
     session = Session(discrete_bundle, TEAM, {})  # agent_0 has 3 actions, agent_1 has 4
-    given: dict[str, Any] = {"observation": np.zeros((1, 9), np.float32)}
-    given["action_mask"] = np.array([[1, 1, 1, 0, 0, 0, 0]], np.uint8)
-    assert stepped(session, given) is None
-    given["action_mask"] = np.array([[0, 1, 0, 0, 0, 0, 1]], np.uint8)
-    answer = stepped(session, given)
-    assert answer is not None
-    assert np.frombuffer(answer["action"], np.int64).tolist() == [1, 3]
+    inputs: Arrays = {"observation": np.zeros((1, 9), np.float32)}
+    inputs["action_mask"] = np.array([[1, 1, 1, 0, 0, 0, 0]], np.uint8)
+    with pytest.raises(RequestError, match="action_mask of agent_1: expected at least one available action"):
+        session.answer(wire(inputs))
+    inputs["action_mask"] = np.array([[0, 1, 0, 0, 0, 0, 1]], np.uint8)
+    assert np.frombuffer(session.answer(wire(inputs))["action"], np.int64).tolist() == [1, 3]
 
 
-def test_a_guard_that_acts_is_the_sessions(continuous_bundle: Bundle) -> None:
+def test_a_guard_that_acts_takes_the_checked_path(
+    continuous_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator, limit = np.random.default_rng(2), 2.0
-    for mode in ("observe", "fallback"):
+    modes: tuple[Mode, ...] = ("observe", "fallback")
+    for mode in modes:
         session = Session(continuous_bundle, "agent_1", {"agent_1": GuardSetting(mode, limit)})
-        left = 0
+        watch = Watch(session, monkeypatch)
+        acted = 0
         for _ in range(50):
-            given = row(continuous_bundle, "agent_1", generator, noisy=True)
-            answer, expected = stepped(session, given), session.answer(given)
-            exceeded = expected["divergence"][0] > limit
-            assert (answer is None) == (mode == "fallback" and exceeded)
-            assert (expected["policy_weight"][0] == 0.0) == (answer is None)
-            left += exceeded
-        assert 5 < left < 45
+            before = watch.checked
+            tensors = wire(row(continuous_bundle, "agent_1", generator, noisy=True))
+            answer = session.answer(tensors)
+            exceeded = np.frombuffer(answer["divergence"], np.float32)[0] > limit
+            assert watch.checked - before == int(mode == "fallback" and exceeded)
+            weight = np.frombuffer(answer["policy_weight"], np.float32)[0]
+            assert weight == (0.0 if mode == "fallback" and exceeded else 1.0)
+            acted += exceeded
+        assert 5 < acted < 45
 
 
-def test_where_far_observations_are_refused_no_step_passes_by(tmp_path: Path) -> None:
+def test_a_distance_limit_holds_for_single_steps_too(tmp_path: Path) -> None:
     bundle = with_references(write_test_bundle(tmp_path / "bundle", continuous_spec()))
     session = Session(bundle, "agent_1", {"agent_1": GuardSetting(distance_limit=3.0)})
-    assert session.step is None
+    session.answer(wire({"observation": np.zeros((1, 5), np.float32)}))
     with pytest.raises(RangeError, match="within 3 of the training data"):
-        session.answer({"observation": np.full((1, 5), 10.0, np.float32)})
+        session.answer(wire({"observation": np.full((1, 5), 10.0, np.float32)}))

@@ -1,4 +1,4 @@
-"""One process per agent: started together, alive again after a death, and what an evaluation notices of it."""
+"""The supervisor: one process per agent, restarts after deaths, and an evaluation that goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -28,71 +28,51 @@ from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import EndpointError, MissedAnswerError, OmcdaError
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.play.evaluate import evaluate
-from omcda_deploy.serve.server import LOOPBACK, Listen
+from omcda_deploy.serve.options import LOOPBACK, Listen, ServeOptions
 from omcda_deploy.serve.supervisor import AgentServer, Backoff, serve_team
 from tests.support.bundles import write_test_bundle
+from tests.support.server_process import free_ports, require_ports_free
 
 TASK = "toy/chain-mixed"
-EPISODES = 12  # of 20 steps or so
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` consecutive free ports."""
-    for base in range(20_000, 30_000, count):
-        try:
-            for port in range(base, base + count):
-                with socket.socket() as probe:
-                    probe.bind((LOOPBACK, port))
-            return base
-        except OSError:
-            continue
-    raise AssertionError("no free ports")
+EPISODES = 12  # about 20 steps each
 
 
 def supervisor(bundle: Bundle, base_port: int) -> subprocess.Popen[str]:
     code = (
         "import sys\n"
         "from omcda_deploy.errors import OmcdaError\n"
-        "from omcda_deploy.serve.server import Listen\n"
+        "from omcda_deploy.serve.options import ServeOptions\n"
         "from omcda_deploy.serve.supervisor import serve_team\n"
-        "try: serve_team(sys.argv[1], Listen(port=int(sys.argv[2])))\n"
+        "try: serve_team(ServeOptions.parse(sys.argv[1:]))\n"
         "except OmcdaError as error: sys.exit(f'error: {error}')\n"
     )
-    command = [sys.executable, "-c", code, str(bundle.path), str(base_port)]
+    command = [sys.executable, "-c", code, str(bundle.path), "--port", str(base_port)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def require_all_free(base: int, count: int) -> None:
-    for port in range(base, base + count):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((LOOPBACK, port))
-            probe.listen()
-
-
-def test_serve_team_runs_one_process_per_agent(continuous_bundle: Bundle) -> None:
-    base = free_ports(3)
-    with supervisor(continuous_bundle, base) as process:
+def test_serve_team_runs_one_process_per_agent(discrete_bundle: Bundle) -> None:
+    base = free_ports(2)
+    with supervisor(discrete_bundle, base) as process:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(3)]
-        endpoints = {f"agent_{i}": f"{LOOPBACK}:{base + i}" for i in range(3)}
+        lines = [process.stdout.readline() for _ in range(2)]
+        endpoints = {f"agent_{i}": f"{LOOPBACK}:{base + i}" for i in range(2)}
         assert lines == [f"serving {agent} on {endpoint}\n" for agent, endpoint in endpoints.items()]
         with RemoteTeam(list(endpoints.values())) as team:
             assert team.endpoints == endpoints
         process.terminate()
         rest, errors = process.communicate(timeout=20)
     assert (process.returncode, rest, errors) == (0, "", "")
-    require_all_free(base, 3)
+    require_ports_free(base, 2)
 
 
-def test_serve_team_stops_all_when_one_cannot_start(continuous_bundle: Bundle, tmp_path: Path) -> None:
-    bundle = write_test_bundle(tmp_path / "bundle", continuous_bundle.spec)
+def test_serve_team_stops_all_when_one_cannot_start(discrete_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = write_test_bundle(tmp_path / "bundle", discrete_bundle.spec)
     broken = bundle.model_path("agent_1")
     broken.write_bytes(b"no graph")
     manifest = json.loads((bundle.path / "bundle.json").read_text())
     manifest["files"]["agent_1/1/model.onnx"] = hashlib.sha256(b"no graph").hexdigest()
     (bundle.path / "bundle.json").write_text(json.dumps(manifest))
-    base = free_ports(3)
+    base = free_ports(2)
     with supervisor(bundle, base) as process:
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 1
@@ -101,20 +81,20 @@ def test_serve_team_stops_all_when_one_cannot_start(continuous_bundle: Bundle, t
     assert first.startswith("error: ")
     assert "cannot be loaded" in first
     assert f"agent_1 on {LOOPBACK}:{base + 1} did not start" in last
-    require_all_free(base, 3)
+    require_ports_free(base, 2)
 
 
-def test_serve_team_names_the_port_in_use(continuous_bundle: Bundle) -> None:
+def test_serve_team_names_the_port_in_use(
+    continuous_bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
     base = free_ports(3)
     with socket.socket() as taken:
         taken.bind((LOOPBACK, base + 2))
         taken.listen()
-        with supervisor(continuous_bundle, base) as process:
-            output, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert output == ""
-    assert errors.count("\n") == 1
-    assert f"{LOOPBACK}:{base + 2}" in errors
+        with pytest.raises(EndpointError, match=f"cannot listen on {LOOPBACK}:{base + 2}: .* in use"):
+            serve_team(ServeOptions(continuous_bundle.path, listen=Listen(port=base)))
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -133,20 +113,20 @@ def test_what_cannot_be_started_is_refused_before_any_process_is(
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(OmcdaError, match=message):
-        serve_team(continuous_bundle.path, Listen(**listen), grace_s=grace_s)
+        serve_team(ServeOptions(continuous_bundle.path, listen=Listen(**listen), grace_s=grace_s))
 
 
-def test_servers_stop_when_their_supervisor_is_killed(continuous_bundle: Bundle) -> None:
-    base = free_ports(3)
-    with supervisor(continuous_bundle, base) as process:
+def test_servers_stop_when_their_supervisor_is_killed(discrete_bundle: Bundle) -> None:
+    base = free_ports(2)
+    with supervisor(discrete_bundle, base) as process:
         assert process.stdout is not None
-        for _ in range(3):
+        for _ in range(2):
             assert process.stdout.readline().startswith("serving ")
         process.kill()
     end = time.monotonic() + 20
     while time.monotonic() < end:
         try:
-            require_all_free(base, 3)
+            require_ports_free(base, 2)
             return
         except OSError:
             time.sleep(0.1)
@@ -186,19 +166,20 @@ def test_a_server_that_keeps_dying_is_started_at_growing_intervals_one_line_each
 
 
 def agent_process(supervisor_pid: int, agent: str) -> int:
-    """The process id of an agent's server."""
+    """Return the process id of an agent's server."""
     for entry in Path("/proc").iterdir():
         with suppress(OSError, ValueError):
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == supervisor_pid and agent in (entry / "cmdline").read_text().split("\0"):
+            command = (entry / "cmdline").read_text().split("\0")
+            if parent == supervisor_pid and f"--model={agent}" in command:
                 return int(entry.name)
     raise AssertionError(f"no process of {agent}")
 
 
 class Attack:
-    """Progress of an evaluation: after 20 steps a signal to an agent's server, whose return is then waited for.
+    """A progress callback that sends a signal to an agent's server after 20 steps, and awaits the server's return.
 
-    ``missed``: of that agent, up to its return. ``after``: steps since.
+    ``missed``: answers of that agent until its return. ``after``: steps since then.
     """
 
     def __init__(self, process: int, agent: str, number: signal.Signals, team: RemoteTeam) -> None:
@@ -243,7 +224,7 @@ def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @contextmanager
 def supervised(bundle: Bundle) -> Iterator[tuple[int, list[str], Callable[[], list[str]]]]:
-    """Process id, endpoints, and a function that stops all servers and returns what was logged."""
+    """Yield the process id, the endpoints, and a function that stops all servers and returns their log lines."""
     base = free_ports(len(bundle.spec.agents))
     with supervisor(bundle, base) as process:
         assert process.stdout is not None
@@ -303,7 +284,7 @@ def test_an_evaluation_outlives_its_servers(toy_bundle: Bundle) -> None:
 
 
 def test_a_server_is_ready_only_when_its_models_are_warm(continuous_bundle: Bundle, tmp_path: Path) -> None:
-    """Warm-up is held up until the test allows it; until then nothing may say SERVING."""
+    """Warm-up waits until the test allows it; until then no answer may be SERVING."""
     begun, go = tmp_path / "begun", tmp_path / "go"
     code = f"""if True:
         import pathlib, sys, time

@@ -1,4 +1,4 @@
-"""Spans of a real server, as an OTLP collector receives them."""
+"""Spans of a real server, received by an OTLP collector."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 @pytest.fixture
 def collector() -> Iterator[tuple[str, list[Any]]]:
-    """An OTLP endpoint and the spans that it was sent."""
+    """Yield an OTLP endpoint, and the spans that were sent to it."""
     spans: list[Any] = []
 
     def export(request: Any, context: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ STOP_LIMIT_S = 15.0
 
 @dataclass(frozen=True)
 class ServerProcess:
+    """A running server and its address."""
+
     endpoint: str
     process: subprocess.Popen[str]
 
@@ -29,16 +32,16 @@ def server_process(
     options: Sequence[str] = (),
     log: Path | None = None,
 ) -> Iterator[ServerProcess]:
-    """A server of ``models`` on a free port, ready; stopped at the end unless the test has done so.
+    """Yield a ready server of ``models`` on a free port; stop it at the end unless the test has done so.
 
-    What it writes to stderr goes into ``log``, or to the test's own.
+    ``log``: file for the server's stderr; the test's own stderr if None.
     """
     path = source.path if isinstance(source, Bundle) else source
     command = [sys.executable, *start, str(path), *options]
     command += [argument for model in models for argument in ("--model", model)]
     with (
-        log.open("w") if log else nullcontext() as said,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+        log.open("w") if log else nullcontext() as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
     ):
         assert process.stdout is not None
         try:
@@ -55,8 +58,34 @@ def server_process(
 
 
 def free_port() -> int:
-    """A port that nobody listens on at this moment."""
+    """Return a port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def free_ports(count: int) -> int:
+    """Return the first of ``count`` consecutive ports that are free at this moment.
+
+    Test runs that share a machine begin their search at different ports.
+    """
+    for offset in range(0, 10_000, count):
+        first = 20_000 + (37 * os.getpid() + offset) % 10_000
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no free ports")
+
+
+def require_ports_free(first: int, count: int) -> None:
+    """Raise OSError unless a server could listen on each of ``count`` ports from ``first`` on."""
+    for port in range(first, first + count):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            probe.listen()
