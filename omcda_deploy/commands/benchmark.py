@@ -1,4 +1,4 @@
-"""``bench``: what things cost, as ratios within one run."""
+"""``bench``: costs of training and serving, as ratios within one run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def train(
     task: Annotated[str, typer.Option(help="Task whose shapes are used.")] = "mamujoco/halfcheetah-6x1",
     algo: Annotated[list[str] | None, typer.Option(help="Algorithms; all when omitted. Repeatable.")] = None,
     batch_size: Annotated[int, typer.Option()] = 128,
-    rounds: Annotated[int, typer.Option(help="Alternating rounds of steps and floors.")] = 7,
+    rounds: Annotated[
+        int, typer.Option(help="Alternating rounds of steps and of their matrix products alone.")
+    ] = 7,
     threads: Annotated[int, typer.Option()] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Milliseconds per training step beside its floor: the same matrix products alone, in the same run."""
+    """Measure milliseconds per training step beside its matrix products alone, in the same run."""
     import dataclasses
 
     import torch
@@ -43,7 +45,7 @@ def train(
     ]
     costs = step_costs(spec, names, batch_size=batch_size, rounds=rounds)
     table = Table(title=f"{task}, batch {batch_size}, {threads} thread(s), {machine()}", title_justify="left")
-    for column in ("algorithm", "ms per step", "floor, ms", "ratio", "GFLOP"):
+    for column in ("algorithm", "ms per step", "products alone, ms", "ratio", "GFLOP"):
         table.add_column(column, justify="left" if column == "algorithm" else "right")
     for cost in costs:
         table.add_row(
@@ -72,7 +74,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="Configuration of the servers (TOML).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
-    """What a served step costs beside a bare gRPC echo of the same messages, as ratios within one run."""
+    """Measure a served step beside a bare gRPC echo of the same messages, as ratios within one run."""
     from omcda_deploy.commands import progress_bar
     from omcda_deploy.play.measurements import machine, write_json
     from omcda_deploy.serve.bench.steps import run
@@ -129,14 +131,16 @@ def reload(
     ] = 60.0,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
     rate: Annotated[float, typer.Option(help="Requests per second, to all agents together.")] = 200.0,
-    reloads: Annotated[int, typer.Option(help="Reloads between the two looks at CPU and memory.")] = 1000,
+    reloads: Annotated[
+        int, typer.Option(help="Reloads between the two measurements of CPU and memory.")
+    ] = 1000,
     processes: Annotated[
         bool, typer.Option("--processes", help="One server process per agent instead of one for all.")
     ] = False,
     config: Annotated[Path | None, typer.Option(help="Configuration of the servers (TOML).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
-    """What exchanging a team's policies costs the requests answered meanwhile, and what it leaves behind."""
+    """Measure reloads of a team's policies: their cost for concurrent requests, and their lasting effect."""
     from omcda_deploy.commands import progress_bar
     from omcda_deploy.play.measurements import machine, write_json
     from omcda_deploy.serve.bench.reload import DRIFT, P99_RATIO, run
@@ -175,8 +179,8 @@ def reload(
     verdicts = Table()
     for column in ("", "is", "at most", " "):
         verdicts.add_column(column, justify="right" if column == "is" else "left")
-    for what, shown, limit, value in rows:
-        verdicts.add_row(what, shown, f"{limit:g}", "holds" if value <= limit else "missed")
+    for name, text, limit, value in rows:
+        verdicts.add_row(name, text, f"{limit:g}", "holds" if value <= limit else "missed")
     console.print(verdicts)
     if json_file:
         write_json(json_file, report.to_json())

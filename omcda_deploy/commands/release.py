@@ -1,4 +1,4 @@
-"""``release`` and ``status``: which version of a team's bundle answers, on all its servers together."""
+"""``release`` and ``status``: versions of a team's bundle, on all its servers together."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rollback(admin: Admin, credentials: CredentialsFile = None) -> None:
 
 @app.command("unload")
 def unload(version: Version, admin: Admin, credentials: CredentialsFile = None) -> None:
-    """Give up a version at once, episodes that still use it included."""
+    """Unload a version at once, even if episodes still use it."""
     with _team(admin, credentials) as team:
         _print_versions(team.unload(version))
 
@@ -62,18 +62,18 @@ def shadow(
     version: Annotated[str, typer.Argument(help="Version to run beside the current one; none ends it.")] = "",
     credentials: CredentialsFile = None,
 ) -> None:
-    """Run a version beside the current one and measure how their actions differ; it answers nothing."""
+    """Run a version beside the current one and measure how their actions differ; it answers no request."""
     with _team(admin, credentials) as team:
         _print_versions(team.shadow(version))
 
 
 def status(admin: Admin, credentials: CredentialsFile = None) -> None:
-    """Health, version, rate, latency, divergence and guard of every agent. Status 1 unless all serve."""
+    """Print health, version, rate, latency, divergence and guard of every agent. Status 1 unless all serve."""
     with _team(admin, credentials) as team:
         statuses, down = team.survey()
     _print_versions(statuses)
-    for at, reason in down.items():
-        console.print(f"{at} told no status: {reason}", highlight=False, soft_wrap=True, markup=False)
+    for endpoint, reason in down.items():
+        console.print(f"{endpoint} told no status: {reason}", highlight=False, soft_wrap=True, markup=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("agent", no_wrap=True)
     for column in ("answers/s", "p50, p99 ms", "divergence, budget", "guard", "above, replaced", "shadow"):
@@ -104,10 +104,12 @@ def _print_versions(statuses: Statuses | Mapping[str, ServerStatus]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("server", "health", "up", "current", "held", "previous", "shadow"):
         table.add_column(column)
-    for at, served in statuses.items():
+    for endpoint, served in statuses.items():
         health, up = "SERVING" if served.serving else "NOT_SERVING", timedelta(seconds=int(served.uptime_s))
         held = ", ".join(version.version for version in served.versions)
-        table.add_row(at, health, str(up), served.current, held, served.previous or "-", served.shadow or "-")
+        table.add_row(
+            endpoint, health, str(up), served.current, held, served.previous or "-", served.shadow or "-"
+        )
     console.print(table)
 
 

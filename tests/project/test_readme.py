@@ -6,12 +6,13 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.server_process import free_ports
 
 README = Path(__file__).parents[2] / "README.md"
 SMALLER = {
@@ -26,17 +27,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
-def free_base_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(int(probe.getsockname()[1]), 65000)
-
-
 def test_pipeline_and_python_blocks_run(tmp_path: Path) -> None:
     """One test, because the Python block talks to the servers that the pipeline starts; real physics, ~30 s."""
     [pipeline] = [block for block in blocks("bash") if "train data.hdf5" in block]
     [python] = blocks("python")
-    base = free_base_port()
+    base = free_ports(7)
     ports = {str(8500 + index): str(base + index) for index in range(7)}
     for old, new in SMALLER.items():
         assert old in pipeline

@@ -109,7 +109,7 @@ def test_the_configuration_shows_every_entry() -> None:
 
 
 def test_the_status_table_has_every_status() -> None:
-    shown = [status for status, _ in rows("What a caller gets for wrong input")]
+    shown = [status for status, _ in rows("Errors")]
     assert len(set(shown)) == len(shown)
     assert set(shown) <= {code.name for code in grpc.StatusCode}
     told = {"UNAUTHENTICATED", "DEADLINE_EXCEEDED", "INTERNAL"}  # not of the table in status.py
