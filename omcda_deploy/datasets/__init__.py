@@ -1,11 +1,11 @@
-"""Recorded episodes of a team in memory. One file of this folder per file format.
+"""Recorded episodes of a team in memory: one :class:`Episode`, and a whole :class:`Dataset`.
 
-A format's module defines ``SUFFIXES``, the ends of its files' names, and ``read(path, task) -> Dataset``; the
-registry finds it by listing this folder, or through the entry-point group ``omcda_deploy.datasets``. A format that
-is converted once instead of read defines ``SOURCE``, ``recognizes`` and ``open_recording``; see registry.py.
+:mod:`omcda_deploy.datasets.formats` has one module per file format, which the registry finds by listing that folder
+or through the entry-point group ``omcda_deploy.datasets``. :func:`omcda_deploy.registry.read_dataset` reads a file
+and :func:`omcda_deploy.datasets.writer.write_dataset` writes one.
 
-Shapes: R rows (transitions plus one final observation per episode), M transitions, E episodes, N agents,
-O observation size, A action size, S state size.
+Shapes: R rows (transitions plus one final observation per episode), M transitions, E episodes, T transitions of one
+episode, N agents, O observation size, A action size (continuous) or number of actions (discrete), S state size.
 """
 
 from __future__ import annotations
@@ -28,8 +28,43 @@ BLOCK = 4096  # rows looked at together: a few megabytes, so that checks and dig
 
 
 @dataclass(frozen=True, eq=False)
+class Episode:
+    """One whole episode of T transitions.
+
+    Transition t leads from row t to row t+1 of ``observations``, ``states`` and ``action_masks``, so these have one
+    row more than ``actions`` and ``rewards``: the last row shows the team after its last action. Training looks at
+    it only where ``timeout`` is True, to bootstrap. Where it was not recorded, repeat the row before.
+
+    Observations and states are in the units of the task's simulator, actions within the bounds of the team's spec,
+    rewards are those of the whole team. An agent that observes or does less than others has zeros behind its own
+    numbers.
+    """
+
+    observations: Float  # [T+1, N, O]
+    states: (
+        Float  # [T+1, S], or [T+1, N, S / N] where the centralised state is the agents' own states, joined
+    )
+    actions: NDArray[Any]  # float32 [T, N, A], or int64 [T, N] for discrete actions
+    rewards: NDArray[Any]  # [T]
+    timeout: bool  # True: the time limit cut the episode; False: the task ended
+    action_masks: NDArray[np.uint8] | None = None  # [T+1, N, A] in discrete tasks, 1 where available
+    seed: int | None = None  # of the environment, where one is on record
+    label: str = ""  # the episode's place in its source, with which error messages begin
+    episode_return: float | None = None  # undiscounted; None: the sum of `rewards`
+
+    def __len__(self) -> int:
+        """The number of transitions T."""
+        return len(self.actions)
+
+    @property
+    def undiscounted_return(self) -> float:
+        """``episode_return``, or the sum of the rewards where it is None."""
+        return float(self.rewards.sum()) if self.episode_return is None else self.episode_return
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
-    """Rows in time order, and where among them the transitions and episodes are.
+    """Rows in time order, and the places of transitions and episodes among them.
 
     The next observation of the transition at row t is row t+1, so nothing is held twice. Actions, which may lie
     outside [-1, 1] in published files, are kept as they were recorded; the action and reward of an episode's final
@@ -48,8 +83,8 @@ class Dataset:
     episode_start: NDArray[np.int64]  # [E] rows
     episode_length: NDArray[np.int64]  # [E] transitions
     episode_returns: NDArray[np.float64]  # [E]
-    episode_seeds: NDArray[np.int64] | None  # [E] seeds of the environment, where known
-    episode_behaviors: NDArray[np.int64] | None  # [E] indices into `behaviors`, where known
+    episode_seeds: NDArray[np.int64] | None  # [E] seeds of the environment, where they are on record
+    episode_behaviors: NDArray[np.int64] | None  # [E] indices into `behaviors`, where they are on record
     behaviors: tuple[str, ...]  # labels of the policies that acted
     metadata: Mapping[str, Scalar]
     digest: str  # ContentDigest of observations, actions, rewards, episode ends and masks
@@ -59,18 +94,29 @@ class Dataset:
         """[M] transitions that are not bootstrapped from; True is the convention of OMIGA's published code."""
         return self.terminal | self.timeout if time_limit_is_terminal else self.terminal
 
+    def episode(self, number: int) -> Episode:
+        """Recorded episode ``number``, counted from 0; its arrays are views of the dataset's.
 
-@dataclass(frozen=True, eq=False)
-class Episode:
-    """One episode of T transitions, as a foreign format recorded it."""
-
-    label: str  # where it stands: a file, or a number within one
-    observations: Float  # [T+1, N, O], the final one behind the last transition
-    states: Float  # [T+1, S], or [T+1, N, S / N] where the state is what all agents know, joined
-    actions: NDArray[np.int64]  # [T, N]
-    action_masks: NDArray[np.uint8]  # [T+1, N, A]
-    rewards: NDArray[np.float64]  # [T]
-    timeout: bool  # the time limit ended it
+        Raises :class:`DatasetError` for a number that no closed episode has.
+        """
+        count = len(self.episode_length)
+        if not 0 <= number < count:
+            raise DatasetError(
+                f"episode {number}: expected a number from 0 to {count - 1}, as there are {count} closed episodes"
+            )
+        start, length = int(self.episode_start[number]), int(self.episode_length[number])
+        rows, steps = slice(start, start + length + 1), slice(start, start + length)
+        return Episode(
+            self.observations[rows],
+            self.states[rows],
+            self.actions[steps],
+            self.rewards[steps],
+            timeout=bool(self.timeout[np.searchsorted(self.transitions, start + length - 1)]),
+            action_masks=None if self.action_masks is None else self.action_masks[rows],
+            seed=None if self.episode_seeds is None else int(self.episode_seeds[number]),
+            label=f"episode {number}",
+            episode_return=float(self.episode_returns[number]),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +129,7 @@ class Recording:
 
 
 class ContentDigest:
-    """sha256 of named arrays that come in blocks: of contents, not of any file's bytes.
+    """sha256 of the contents of named arrays, independent of any file's layout; the arrays come in blocks.
 
     Floating numbers count as little-endian float32, integers as they are.
     """
@@ -101,6 +147,7 @@ class ContentDigest:
         self._shapes[name] = (rows + block.shape[0], *block.shape[1:])
 
     def hexdigest(self) -> str:
+        """The digest of all arrays: their names, shapes and contents."""
         lines = (
             f"{name} {self._shapes[name]} {self._hashes[name].hexdigest()}" for name in sorted(self._hashes)
         )
@@ -117,7 +164,7 @@ class RowIndex:
 
     @classmethod
     def of(cls, final: NDArray[np.bool_]) -> RowIndex:
-        """``final`` [R] marks each episode's last row, whose observation nothing follows.
+        """Index rows by ``final`` [R], which marks each episode's last row: its observation has no successor.
 
         Every other row but the very last is a transition. That includes the rows of a tail that is never closed,
         as in OMIGA's own loader; the tail is no episode, because how it would have ended is unknown.
@@ -133,7 +180,7 @@ class RowIndex:
 
 
 def blocks(rows: int) -> Iterator[slice]:
-    """Slices of at most :data:`BLOCK` rows that cover all of them."""
+    """Slices of at most :data:`BLOCK` rows each, which together cover ``rows`` rows."""
     for start in range(0, rows, BLOCK):
         yield slice(start, min(start + BLOCK, rows))
 
@@ -152,18 +199,30 @@ def require_finite(block: NDArray[Any], first_row: int, array: str, where: str) 
 def require_available(
     actions: NDArray[Any], masks: NDArray[Any], rows: NDArray[np.int64], where: str, first_row: int = 0
 ) -> None:
-    """Raise :class:`DatasetError` naming the first of ``rows`` in which an agent did what it could not do.
+    """Raise :class:`DatasetError` naming the first of ``rows`` in which an agent's choice was not available.
 
     ``actions`` [R, N] are choices among the A of ``masks`` [R, N, A]; ``first_row`` is the number of their row 0.
     """
     for block in blocks(len(rows)):
-        chosen, mask = actions[rows[block]], masks[rows[block]]
-        inside = (chosen >= 0) & (chosen < mask.shape[-1])
-        picked = np.take_along_axis(mask, np.where(inside, chosen, 0)[..., None], -1)[..., 0]
-        if (wrong := ~inside | (picked == 0)).any():
+        choices, mask = actions[rows[block]], masks[rows[block]]
+        inside = (choices >= 0) & (choices < mask.shape[-1])
+        available = np.take_along_axis(mask, np.where(inside, choices, 0)[..., None], -1)[..., 0]
+        if (wrong := ~inside | (available == 0)).any():
             at, agent = np.argwhere(wrong)[0].tolist()
             raise DatasetError(
                 f"{where}: row {first_row + int(rows[block][at])}: expected one of the actions "
                 f"{np.flatnonzero(mask[at, agent]).tolist()} that are available to agent number {agent}, got "
-                f"{chosen[at, agent]}: record the data again"
+                f"{choices[at, agent]}: record the data again"
             )
+
+
+def require_masks(masks: NDArray[Any], spec: TeamSpec, where: str, first_row: int = 0) -> None:
+    """Raise :class:`DatasetError` for ``masks`` [R, N, A] other than 0 and 1, or 1 behind an agent's choices."""
+    choices = np.array([[agent.action.size] for agent in spec.agents])
+    if (wrong := (masks != 0) & ((masks != 1) | (np.arange(spec.action_size) >= choices))).any():
+        row, agent, choice = np.argwhere(wrong)[0].tolist()
+        raise DatasetError(
+            f"{where}: array avail: expected 0 or 1 for the {spec.agents[agent].action.size} choices of "
+            f"{spec.names[agent]} and 0 behind them, got {masks[row, agent, choice]} for choice {choice} in row "
+            f"{first_row + row}"
+        )

@@ -1,9 +1,10 @@
-"""What SMAC datasets of others have in common: whose team they record, and how an episode is checked.
+"""Recognise the team of a published SMAC dataset, and check its episodes; all formats of SMAC data share this.
 
-Two simulators of one name are about, and their observations do not fit together (baselines.md 9.2). Data of
-oxwhirl's SMAC get the task ``smac/<map>``. Data of its MAPPO variant, in which each of n agents with A choices also
-sees every agent's last action, its own id and the centre of the map, n (A + 1) + 4 numbers more, are a team of
-their own under ``smac-mappo/<map>``; no simulator here serves it.
+Two simulators are called SMAC, and their observations do not fit together
+(docs/simulators.md#two-simulators-of-one-name). Data of oxwhirl's SMAC get the task ``smac/<map>``. Data of its
+MAPPO variant, in which each of n agents with A choices also sees every agent's last action, its own id and the
+centre of the map, n (A + 1) + 4 numbers more, are a team of their own under ``smac-mappo/<map>``; no simulator of
+this package serves it.
 """
 
 from __future__ import annotations
@@ -27,35 +28,35 @@ _STOCK, _MAPPO = "smac/", "smac-mappo/"
 def team_spec(
     path: Path, *, agents: int, observation_size: int, choices: int, state_size: int, task: str | None
 ) -> TeamSpec:
-    """The spec of a team of these sizes on the map that ``task``, or else ``path``, names.
+    """Spec of a team of these sizes on the map that ``task``, or else ``path``, names.
 
     Raises :class:`DatasetError` where no map is named or the sizes are neither variant's, UnknownNameError for
     another task, and ContractError, naming both sizes, where ``task`` is the other variant's.
     """
     maps = [name.removeprefix(_STOCK) for name in registry.tasks() if name.startswith(_STOCK)]
-    known = [variant + name for name in maps for variant in (_STOCK, _MAPPO)]
-    if task is not None and task not in known:
-        raise UnknownNameError("SMAC task", task, known)
+    tasks = [variant + name for name in maps for variant in (_STOCK, _MAPPO)]
+    if task is not None and task not in tasks:
+        raise UnknownNameError("SMAC task", task, tasks)
     name = task.split("/")[1] if task else _named_map(path, maps)
     if name is None:
         raise DatasetError(
             f"{path}: expected one of the maps {', '.join(maps)} in the path: name it with --task {_STOCK}<map>"
         )
     stock = replace(registry.team_spec(_STOCK + name), state_size=state_size)
-    more = len(stock.agents) * (stock.action_size + 1) + 4
+    extra = len(stock.agents) * (stock.action_size + 1) + 4
     mappo = replace(
         stock,
         task=_MAPPO + name,
         agents=tuple(
-            replace(agent, observation_size=agent.observation_size + more) for agent in stock.agents
+            replace(agent, observation_size=agent.observation_size + extra) for agent in stock.agents
         ),
     )
     sizes = (agents, observation_size, choices)
-    for recorded in (stock, mappo):
-        if sizes == _sizes(recorded):
-            asked = {stock.task: stock, mappo.task: mappo}.get(task or recorded.task, recorded)
-            require_same_contract(recorded, asked, str(path), "the task asked for")
-            return recorded
+    for variant_spec in (stock, mappo):
+        if sizes == _sizes(variant_spec):
+            requested = {stock.task: stock, mappo.task: mappo}.get(task or variant_spec.task, variant_spec)
+            require_same_contract(variant_spec, requested, str(path), "the task asked for")
+            return variant_spec
     raise DatasetError(
         f"{path}: expected (agents, observation size, choices) {_sizes(stock)} of {stock.task} or "
         f"{_sizes(mappo)} of {mappo.task}, got {sizes}: name the data's own map with --task"
@@ -84,11 +85,11 @@ def checked_episode(
     rewards: NDArray[Any],
     timeout: bool,
 ) -> Episode:
-    """An episode of T transitions from arrays of any number types; shapes as in :class:`Episode`.
+    """Check arrays of any number types and make an :class:`Episode` of them; shapes are those stated there.
 
     ``rewards`` are [T] or [T, N], and then equal for all agents. Where ``observations``, ``states`` and
     ``action_masks`` have T rows only, the last one stands in for the final one that was not recorded. Raises
-    :class:`DatasetError`, which starts with ``label``, for values that cannot be trained on.
+    :class:`DatasetError`, which begins with ``label``, for values that cannot be trained on.
     """
     if not observations.shape[1] == action_masks.shape[1] == actions.shape[1]:
         raise DatasetError(
@@ -96,8 +97,8 @@ def checked_episode(
             f"{observations.shape[1]}, {action_masks.shape[1]} and {actions.shape[1]}"
         )
     if rewards.ndim == 2:
-        if (unlike := (rewards != rewards[:, :1]).any(axis=1)).any():
-            step = int(np.argmax(unlike))
+        if (unequal := (rewards != rewards[:, :1]).any(axis=1)).any():
+            step = int(np.argmax(unequal))
             raise DatasetError(
                 f"{label}: expected one reward for the whole team, got {rewards[step].tolist()} in step {step}"
             )
@@ -110,14 +111,15 @@ def checked_episode(
         raise DatasetError(f"{label}: availability of actions: expected 0 or 1, got other numbers")
     if (actions != np.floor(actions)).any():
         raise DatasetError(f"{label}: actions: expected whole numbers, the choices, got others")
+    masks = action_masks.astype(np.uint8)
     episode = Episode(
-        label,
         observations.astype(np.float32),
         states.astype(np.float32),
         actions.astype(np.int64),
-        action_masks.astype(np.uint8),
         rewards.astype(np.float64),
-        timeout,
+        timeout=timeout,
+        action_masks=masks,
+        label=label,
     )
     for name, values in (
         ("obs", episode.observations),
@@ -125,5 +127,5 @@ def checked_episode(
         ("reward", episode.rewards),
     ):
         require_finite(values, 0, name, label)
-    require_available(episode.actions, episode.action_masks, np.arange(len(actions)), label)
+    require_available(episode.actions, masks, np.arange(len(episode)), label)
     return episode

@@ -1,4 +1,4 @@
-"""What ``omcda-deploy inspect dataset FILE`` shows."""
+"""Summarise a dataset, as ``omcda-deploy inspect dataset FILE`` prints it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SATURATED = 0.999  # beyond it atanh(a), and with it a squashed policy's log-pro
 def summarize(dataset: Dataset) -> dict[str, Any]:
     """Shapes, episodes, returns, ends, actions, digest and metadata, as JSON values.
 
-    Of continuous actions the shares at and beyond the bounds, over all numbers of all agents; of discrete ones the
-    share of each choice, per agent. Rows behind an episode's end do not count.
+    Continuous actions are summed up by the shares at and beyond the bounds, over all numbers of all agents,
+    discrete ones by the share of each choice, per agent. Rows behind an episode's end do not count.
     """
     summary: dict[str, Any] = {
         "task": dataset.spec.task,
@@ -44,9 +44,12 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
     }
     if dataset.episode_behaviors is not None:
         summary["behaviors"] = {
-            label: {"episodes": int(own.sum()), "returns": _distribution(dataset.episode_returns[own])}
+            label: {
+                "episodes": int(members.sum()),
+                "returns": _distribution(dataset.episode_returns[members]),
+            }
             for index, label in enumerate(dataset.behaviors)
-            if (own := dataset.episode_behaviors == index).any()
+            if (members := dataset.episode_behaviors == index).any()
         }
     return summary
 
@@ -54,11 +57,11 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
 def _bounds(dataset: Dataset) -> dict[str, float]:
     saturated, outside, largest, numbers = 0, 0, 0.0, 0
     for block in blocks(dataset.transitions.size):
-        size = np.abs(dataset.actions[dataset.transitions[block]])
-        saturated += int((size > SATURATED).sum())
-        outside += int((size > 1).sum())
-        largest = max(largest, float(size.max()))
-        numbers += size.size
+        magnitudes = np.abs(dataset.actions[dataset.transitions[block]])
+        saturated += int((magnitudes > SATURATED).sum())
+        outside += int((magnitudes > 1).sum())
+        largest = max(largest, float(magnitudes.max()))
+        numbers += magnitudes.size
     return {
         "share_saturated": saturated / numbers,
         "share_outside": outside / numbers,
@@ -67,17 +70,17 @@ def _bounds(dataset: Dataset) -> dict[str, float]:
 
 
 def _choices(dataset: Dataset) -> dict[str, dict[str, list[float]]]:
-    chosen = dataset.actions[dataset.transitions]  # [M, N]
+    choices = dataset.actions[dataset.transitions]  # [M, N]
     return {
         "action_shares": {
-            agent.name: (np.bincount(chosen[:, i], minlength=agent.action.size) / len(chosen)).tolist()
+            agent.name: (np.bincount(choices[:, i], minlength=agent.action.size) / len(choices)).tolist()
             for i, agent in enumerate(dataset.spec.agents)
         }
     }
 
 
 def render_table(summary: Mapping[str, Any]) -> Table:
-    """The summary for a terminal."""
+    """Make a table of :func:`summarize`'s result, for a terminal."""
     from rich.table import Table
 
     table = Table(title=summary["task"], show_header=False)
@@ -96,8 +99,8 @@ def render_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("episode length", lengths.format(**summary["lengths"]))
     if "action_shares" in summary:
         for name, shares in summary["action_shares"].items():
-            chosen = "  ".join(f"{choice}: {share:.1%}" for choice, share in enumerate(shares))
-            table.add_row(f"actions of {name}", chosen)
+            line = "  ".join(f"{choice}: {share:.1%}" for choice, share in enumerate(shares))
+            table.add_row(f"actions of {name}", line)
     else:
         table.add_row(f"|a| > {SATURATED}", f"{summary['share_saturated']:.3%}")
         table.add_row("|a| > 1", f"{summary['share_outside']:.3%} (largest {summary['largest_action']:.4g})")

@@ -1,13 +1,13 @@
-"""Loads torch-pickled episodes in a process of its own, and hands them on as plain arrays.
+"""Load torch-pickled episodes in a process of its own, and hand them on as plain arrays.
 
 A program, not a module: run as ``python -I`` with a JSON list of files on stdin, it imports torch and numpy and
-nothing of this package. Unpickling may construct numpy's arrays and numbers; what refers to anything else is
-refused before it is called. On stdout comes one frame per file, in their order: ``A`` and an npz archive without
-pickles, or ``E`` and what is wrong with the file, which ends the run. A frame is its letter, its length (uint64)
-and its content.
+nothing of this package. Unpickling may construct numpy's arrays and numbers; a pickle that refers to anything else
+is refused before that is called. On stdout comes one frame per file, in their order: ``A`` and an npz archive
+without pickles, or ``E`` and a description of the file's fault, which ends the run. A frame is its letter, its
+length (uint64) and its content.
 
 An episode is a list over agents of lists over time of [state, observation, action, reward, done, availability]
-(baselines.md 10.3); the arrays are [T, N, …] each.
+(docs/baselines.md#madt-episodes); the arrays are [T, N, …] each.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ import numpy as np
 
 FRAME = struct.Struct("<cQ")
 FIELDS = {"states": 0, "observations": 1, "actions": 2, "rewards": 3, "action_masks": 5}
-ENTRIES = 6  # of a step; the done flags of agents that died before the end tell nothing about the episode
+ENTRIES = 6  # per step; done is not used, as agents that died before the episode's end have it set too
 
 
 class MalformedError(Exception):
-    """The file is no episode."""
+    """A file that holds no episode."""
 
 
 def load(file: str) -> Any:
-    """The file's content. Raises :class:`MalformedError`, also for a pickle that refers to other code."""
+    """Unpickle a file. Raises :class:`MalformedError`, also for a pickle that refers to other code."""
     import torch
 
     reconstruct, scalar = np.empty(0).__reduce__()[0], np.float32(0).__reduce__()[0]
     allowed: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and of numpy 2
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and numpy 2
         allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of the unpickler
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        if reference := re.search(r"GLOBAL (\S+)", str(error)):
             raise MalformedError(
-                f"expected a pickle of arrays and numbers, got one that refers to {found[1]}, which was not run: "
-                "take the data from their authors, and do not open this file with anything else"
+                f"expected a pickle of arrays and numbers, got one that refers to {reference[1]}, which was not "
+                "run: take the data from their authors, and do not open this file with anything else"
             ) from error
-        # Without torch's own words, which recommend to load the file again and let it run.
+        # torch's own message is left out: it recommends to load the file again in a way that runs its code.
         raise MalformedError(
             "damaged, or no episode of arrays and numbers; nothing of it was run: download it again "
             f"({type(error).__name__})"
@@ -56,7 +56,7 @@ def load(file: str) -> Any:
 
 
 def arrays(episode: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """[T, N, …] of each of :data:`FIELDS`. Raises :class:`MalformedError`."""
+    """Arrays [T, N, …] of :data:`FIELDS` from an unpickled episode. Raises :class:`MalformedError`."""
     layout = (
         "a list over agents of lists over time of [state, observation, action, reward, done, availability]"
     )
@@ -87,13 +87,14 @@ def arrays(episode: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def send(out: BinaryIO, kind: bytes, content: bytes) -> None:
+    """Write one frame."""
     out.write(FRAME.pack(kind, len(content)) + content)
     out.flush()
 
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not come between the frames
+    os.dup2(2, 1)  # prints of libraries must not come between the frames
     for file in json.load(sys.stdin):
         archive = io.BytesIO()
         try:

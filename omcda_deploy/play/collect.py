@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.datasets import Float, Scalar
-from omcda_deploy.datasets.formats.omiga_hdf5 import Writer
+from omcda_deploy.datasets import Episode, Scalar
+from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.envs.vector import BatchedEnvironment, VectorStep, vectorize
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.play.measurements import DiscardCount, require_ended
@@ -115,7 +115,8 @@ def collect_mixture(
                 for name, number in registry.simulator_versions(task, **(options or {})).items()
             },
         }
-        with Writer(out, vector.spec, metadata) as writer:
+        with DatasetWriter(out, vector.spec, metadata) as writer:
+            writer.declare_behaviors(source.behavior for source in sources)
             recorder = _Recorder(vector, writer, seed, stochastic, transitions, progress)
             share = 0.0
             for source in sources:
@@ -138,27 +139,13 @@ def collect_mixture(
     }
 
 
-@dataclass(frozen=True)
-class _Episode:
-    observations: Float  # [T+1, N, O]
-    states: Float  # [T+1, S]
-    actions: NDArray[Any]  # [T, N, A], or [T, N] if discrete
-    action_masks: NDArray[np.uint8] | None  # [T+1, N, A] if discrete
-    rewards: NDArray[np.float64]  # [T]
-    timeout: bool
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.actions)
-
-
 class _Recorder:
     """Rolls out, and writes episodes in their order."""
 
     def __init__(
         self,
         vector: BatchedEnvironment,
-        writer: Writer,
+        writer: DatasetWriter,
         seed: int,
         stochastic: bool,
         transitions: int,
@@ -191,13 +178,13 @@ class _Recorder:
     def record(self, source: Source, target: int) -> None:
         """Write whole episodes of ``source`` until :attr:`written` reaches ``target``."""
         spec, count = self._vector.spec, self._vector.num_envs
-        label = self._writer.behavior(source.behavior)
+        label = source.behavior
         source.policy.reset()
         running = np.full(count, -1)  # episode of each environment, -1 where there is none
         age = np.zeros(count, np.int64)  # steps into it
         seeds: dict[int, int] = {}
         started: dict[int, int] = {}  # unwritten episodes in order, and the transitions of each so far
-        finished: dict[int, _Episode] = {}
+        finished: dict[int, Episode] = {}
         upcoming = self._upcoming
         shown = self._vector.reset({})
         while self.written < target:
@@ -281,32 +268,22 @@ class _Recorder:
                 self._masks[slots, age[slots], index, : agent.action.size] = masks
         self._states[slots, age[slots]] = shown.state[slots]
 
-    def _copy(self, slot: int, steps: int, timeout: bool, seed: int) -> _Episode:
-        return _Episode(
+    def _copy(self, slot: int, steps: int, timeout: bool, seed: int) -> Episode:
+        return Episode(
             self._observations[slot, : steps + 1].copy(),
             self._states[slot, : steps + 1].copy(),
             self._actions[slot, :steps].copy(),
-            None if self._masks is None else self._masks[slot, : steps + 1].copy(),
             self._rewards[slot, :steps].copy(),
-            timeout,
-            seed,
+            timeout=timeout,
+            action_masks=None if self._masks is None else self._masks[slot, : steps + 1].copy(),
+            seed=seed,
         )
 
-    def _write(self, started: dict[int, int], finished: dict[int, _Episode], target: int, label: int) -> None:
+    def _write(self, started: dict[int, int], finished: dict[int, Episode], target: int, label: str) -> None:
         while self.written < target and started and (number := next(iter(started))) in finished:
             episode = finished.pop(number)
-            self._writer.append(
-                episode.observations,
-                episode.states,
-                episode.actions,
-                episode.rewards,
-                action_masks=episode.action_masks,
-                timeout=episode.timeout,
-                episode_return=float(episode.rewards.sum()),
-                seed=episode.seed,
-                behavior=label,
-            )
+            self._writer.append(episode, label)
             self.written += len(episode)
-            self.returns.append(float(episode.rewards.sum()))
+            self.returns.append(episode.undiscounted_return)
             self._upcoming = number + 1
             del started[number]

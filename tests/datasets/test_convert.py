@@ -19,8 +19,8 @@ from omcda_deploy.cli import app
 from omcda_deploy.datasets import Episode, Recording
 from omcda_deploy.datasets.convert import convert, return_to_go, source_digest
 from omcda_deploy.datasets.formats import pymarl_hdf5
-from omcda_deploy.datasets.formats.omiga_hdf5 import write
 from omcda_deploy.datasets.smac_teams import team_spec
+from omcda_deploy.datasets.writer import concatenate
 from omcda_deploy.errors import ContractError, DatasetError, OmcdaError, UnknownNameError
 from omcda_deploy.spec import require_same_contract
 from tests.support.smac_episodes import SmacEpisode, pymarl_batch, random_episode, save_madt, save_pymarl
@@ -146,7 +146,7 @@ def test_agents_states_are_stored_once_each(mappo: Path, tmp_path: Path) -> None
     with h5py.File(mappo.with_suffix(".hdf5")) as file:
         assert file["s"].shape == (7, 5, 156)
         np.testing.assert_array_equal(file["s"][:].reshape(7, -1), dataset.states)
-    assert write(tmp_path / "again.hdf5", dataset) == dataset.digest
+    assert concatenate([mappo.with_suffix(".hdf5")], tmp_path / "again.hdf5") == dataset.digest
     np.testing.assert_array_equal(registry.read_dataset(tmp_path / "again.hdf5").states, dataset.states)
 
 
@@ -186,13 +186,13 @@ def test_a_conversion_that_fails_late_leaves_nothing(stock: Path) -> None:
 def test_episodes_that_do_not_fit_the_spec_are_named(stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def attempt(first: SmacEpisode, **changed: object) -> None:
         episode = Episode(
-            "here",
             first.observations,
             first.states,
             first.actions,
-            first.masks.astype(np.uint8),
             first.rewards,
             timeout=False,
+            action_masks=first.masks.astype(np.uint8),
+            label="here",
         )
         bad = replace(episode, **changed)  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 
 from omcda_deploy import registry
 from omcda_deploy.cli import app
-from omcda_deploy.datasets import BLOCK, Dataset, blocks, require_available
-from omcda_deploy.datasets.formats.omiga_hdf5 import Writer, concatenate, read, write
+from omcda_deploy.datasets import BLOCK, Dataset, Episode, blocks, require_available
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.datasets.summary import render_table, summarize
+from omcda_deploy.datasets.writer import DatasetWriter, concatenate, write_dataset
 from omcda_deploy.envs import tabular, toy
 from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.play.collect import collect
@@ -25,14 +27,13 @@ from omcda_deploy.play.replay import replay
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from omcda_deploy.training.batches import TransitionSampler
 
-# Agents of unlike sizes: what the first lacks is never available.
+# Agents of unlike sizes: choices that only the second has are never available to the first.
 SPEC = TeamSpec(
     task="test/discrete",
     agents=(AgentSpec("a", 2, ActionSpec("discrete", 2)), AgentSpec("b", 3, ActionSpec("discrete", 4))),
     state_size=5,
     control_rate=10.0,
 )
-Episode = dict[str, NDArray[Any]]
 
 
 def episode(length: int, seed: int) -> Episode:
@@ -42,35 +43,27 @@ def episode(length: int, seed: int) -> Episode:
     actions = np.stack([rng.integers(0, agent.action.size, length) for agent in SPEC.agents], axis=1)
     np.put_along_axis(masks[:-1], actions[..., None], 1, axis=-1)
     masks[-1] = 0  # after the end nothing need be available
-    return {
-        "observations": rng.normal(size=(length + 1, 2, 3)).astype(np.float32),
-        "states": rng.normal(size=(length + 1, 5)).astype(np.float32),
-        "actions": actions,
-        "rewards": rng.normal(size=length).astype(np.float32),
-        "action_masks": masks,
-    }
-
-
-def append(writer: Writer, data: Episode) -> None:
-    writer.append(
-        data["observations"],
-        data["states"],
-        data["actions"],
-        data["rewards"],
-        action_masks=data["action_masks"],
-        timeout=len(data["actions"]) % 2 == 0,
-        episode_return=float(data["rewards"].sum()),
-        seed=len(data["actions"]),
-        behavior=writer.behavior("random"),
+    return Episode(
+        rng.normal(size=(length + 1, 2, 3)).astype(np.float32),
+        rng.normal(size=(length + 1, 5)).astype(np.float32),
+        actions,
+        rng.normal(size=length).astype(np.float32),
+        timeout=length % 2 == 0,
+        action_masks=masks,
+        seed=length,
     )
 
 
 def save(path: Path, lengths: tuple[int, ...] = (4, 7, 3)) -> list[Episode]:
     data = [episode(length, seed=length) for length in lengths]
-    with Writer(path, SPEC, {"behavior": "random", "seed": 3}) as writer:
+    with DatasetWriter(path, SPEC, {"behavior": "random", "seed": 3}) as writer:
         for one in data:
-            append(writer, one)
+            writer.append(one, "random")
     return data
+
+
+def masks_of(data: list[Episode]) -> NDArray[np.uint8]:
+    return np.concatenate([one.action_masks for one in data if one.action_masks is not None])
 
 
 def require_equal(ours: Dataset, theirs: Dataset) -> None:
@@ -87,11 +80,11 @@ def test_what_we_wrote_comes_back(tmp_path: Path) -> None:
     assert dataset.actions.shape == (17, 2)
     assert dataset.action_masks is not None
     assert dataset.action_masks.dtype == np.uint8
-    np.testing.assert_array_equal(dataset.action_masks, np.concatenate([one["action_masks"] for one in data]))
+    np.testing.assert_array_equal(dataset.action_masks, masks_of(data))
     for name in ("actions", "rewards"):
         values = getattr(dataset, name)[dataset.transitions]
-        np.testing.assert_array_equal(values, np.concatenate([one[name] for one in data]))
-    np.testing.assert_array_equal(dataset.states, np.concatenate([one["states"] for one in data]))
+        np.testing.assert_array_equal(values, np.concatenate([getattr(one, name) for one in data]))
+    np.testing.assert_array_equal(dataset.states, np.concatenate([one.states for one in data]))
     assert np.flatnonzero(dataset.timeout).tolist() == [3]
     assert np.flatnonzero(dataset.terminal).tolist() == [10, 13]
     with h5py.File(tmp_path / "d.hdf5") as file:
@@ -102,7 +95,8 @@ def test_what_we_wrote_comes_back(tmp_path: Path) -> None:
             for name in ("a", "avail", "d", "o", "r")
         ]
     assert dataset.digest == hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    assert write(tmp_path / "again.hdf5", dataset) == dataset.digest
+    copies = [dataset.episode(number) for number in range(3)]
+    assert write_dataset(tmp_path / "again.hdf5", SPEC, copies)["digest"] == dataset.digest
     require_equal(read(tmp_path / "again.hdf5"), dataset)
 
 
@@ -112,20 +106,22 @@ def test_files_longer_than_a_block_are_whole(tmp_path: Path) -> None:
     dataset = read(tmp_path / "d.hdf5")
     assert dataset.episode_length.tolist() == list(lengths)
     for name in ("observations", "states", "action_masks"):
-        np.testing.assert_array_equal(getattr(dataset, name), np.concatenate([one[name] for one in data]))
+        values = np.concatenate([getattr(one, name) for one in data])
+        np.testing.assert_array_equal(getattr(dataset, name), values)
     assert len(list(blocks(len(dataset.rewards)))) == 2
 
 
 def test_the_writer_keeps_nothing_of_the_callers_buffers(tmp_path: Path) -> None:
     data = episode(4, seed=0)
-    kept = {name: values.copy() for name, values in data.items()}
-    with Writer(tmp_path / "d.hdf5", SPEC, {}) as writer:
-        append(writer, data)
-        for values in data.values():
-            values[:] = 0
+    names = ("observations", "states", "action_masks")
+    expected = {name: getattr(data, name).copy() for name in names}
+    with DatasetWriter(tmp_path / "d.hdf5", SPEC, {}) as writer:
+        writer.append(data)
+        for name in (*names, "actions", "rewards"):
+            getattr(data, name)[:] = 0
     dataset = read(tmp_path / "d.hdf5")
-    for name in ("observations", "states", "action_masks"):
-        np.testing.assert_array_equal(getattr(dataset, name), kept[name])
+    for name in names:
+        np.testing.assert_array_equal(getattr(dataset, name), expected[name])
 
 
 def test_concatenate_joins_masks_and_behaviours(tmp_path: Path) -> None:
@@ -133,20 +129,17 @@ def test_concatenate_joins_masks_and_behaviours(tmp_path: Path) -> None:
     concatenate([tmp_path / "one.hdf5", tmp_path / "two.hdf5"], tmp_path / "both.hdf5")
     both = read(tmp_path / "both.hdf5")
     assert both.action_masks is not None
-    np.testing.assert_array_equal(
-        both.action_masks, np.concatenate([one["action_masks"] for one in (*first, *second)])
-    )
+    np.testing.assert_array_equal(both.action_masks, masks_of([*first, *second]))
     assert both.episode_length.tolist() == [4, 2, 5]
-    with Writer(tmp_path / "other.hdf5", registry.team_spec("toy/one-step"), {}) as writer:
-        writer.append(
-            np.zeros((2, 3, 1), np.float32),
-            np.zeros((2, 3), np.float32),
-            np.zeros((1, 3), np.int64),
-            np.zeros(1),
-            action_masks=np.ones((2, 3, 5), np.uint8),
-            timeout=False,
-            episode_return=0.0,
-        )
+    one_step = Episode(
+        np.zeros((2, 3, 1), np.float32),
+        np.zeros((2, 3), np.float32),
+        np.zeros((1, 3), np.int64),
+        np.zeros(1),
+        timeout=False,
+        action_masks=np.ones((2, 3, 5), np.uint8),
+    )
+    write_dataset(tmp_path / "other.hdf5", registry.team_spec("toy/one-step"), [one_step])
     with pytest.raises(DatasetError, match="do not fit together"):
         concatenate([tmp_path / "one.hdf5", tmp_path / "other.hdf5"], tmp_path / "no.hdf5")
 
@@ -234,10 +227,8 @@ def test_a_late_row_is_named_by_its_number() -> None:
 def test_the_writer_refuses_what_was_not_available(tmp_path: Path) -> None:
     def attempt(name: str, where: Any, value: float) -> None:
         data = episode(4, seed=0)
-        data[name][where] = value
-        with Writer(tmp_path / "d.hdf5", SPEC, {}) as writer:
-            append(writer, episode(2, seed=1))
-            append(writer, data)
+        getattr(data, name)[where] = value
+        write_dataset(tmp_path / "d.hdf5", SPEC, [episode(2, seed=1), data])
 
     with pytest.raises(DatasetError, match=r"row 5: expected one of the actions .* agent number 1, got 4"):
         attempt("actions", (2, 1), 4)
@@ -246,14 +237,8 @@ def test_the_writer_refuses_what_was_not_available(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="2 choices of a and 0 behind them, got 1 for choice 3 in row 7"):
         attempt("action_masks", (4, 0, 3), 1)
 
-    def without_masks() -> None:
-        data = episode(2, seed=0)
-        o, states, a, r = (data[name] for name in ("observations", "states", "actions", "rewards"))
-        with Writer(tmp_path / "d.hdf5", SPEC, {}) as writer:
-            writer.append(o, states, a, r, timeout=False, episode_return=0.0)
-
     with pytest.raises(DatasetError, match="expected action masks with discrete ones"):
-        without_masks()
+        write_dataset(tmp_path / "d.hdf5", SPEC, [dataclasses.replace(episode(2, seed=0), action_masks=None)])
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.datasets import BLOCK, Float
-from omcda_deploy.datasets.formats.omiga_hdf5 import Writer, concatenate, read, write
+from omcda_deploy.datasets import BLOCK, Episode
+from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.datasets.summary import render_table, summarize
+from omcda_deploy.datasets.writer import DatasetWriter, concatenate, write_dataset
 from omcda_deploy.errors import DatasetError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
@@ -23,7 +25,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def omiga_loader(path: Path) -> Arrays:
-    """What OMIGA's own loader makes of a file, by its rule in baselines.md 10.1; written apart from ours."""
+    """Read a file by the rule of OMIGA's own loader (docs/baselines.md#datasets-and-batches), apart from ours."""
     with h5py.File(path) as file:
         o, s, a, r, d = (np.array(file[name]) for name in "osard")
     kept: dict[str, list[Any]] = {name: [] for name in ("o", "s", "a", "r", "mask", "o_next", "s_next")}
@@ -59,37 +61,28 @@ def save(path: Path, arrays: Mapping[str, Any]) -> Path:
     return path
 
 
-Episode = tuple[Float, Float, Float]  # observations [T+1, N, O], actions [T, N, A], rewards [T]
-
-
 def episodes(lengths: Sequence[int], spec: TeamSpec, seed: int = 0) -> list[Episode]:
     generator = np.random.default_rng(seed)
     shape = (len(spec.agents), spec.observation_size)
     return [
-        (
-            generator.normal(size=(length + 1, *shape)).astype(np.float32),
+        Episode(
+            observations,
+            observations.reshape(length + 1, -1),
             generator.uniform(-1, 1, (length, shape[0], spec.action_size)).astype(np.float32),
             generator.normal(size=length).astype(np.float32),
+            timeout=False,
         )
         for length in lengths
+        for observations in [generator.normal(size=(length + 1, *shape)).astype(np.float32)]
     ]
 
 
 def record(
     path: Path, spec: TeamSpec, data: Sequence[Episode], timeouts: Sequence[bool], label: str
-) -> Writer:
-    with Writer(path, spec, {"behavior": label, "seed": 3}) as writer:
-        for index, (o, a, r) in enumerate(data):
-            writer.append(
-                o,
-                o.reshape(len(o), -1),
-                a,
-                r,
-                timeout=timeouts[index],
-                episode_return=float(r.sum()),
-                seed=100 + index,
-                behavior=writer.behavior(label),
-            )
+) -> DatasetWriter:
+    with DatasetWriter(path, spec, {"behavior": label, "seed": 3}) as writer:
+        for index, episode in enumerate(data):
+            writer.append(dataclasses.replace(episode, timeout=timeouts[index], seed=100 + index), label)
     return writer
 
 
@@ -103,9 +96,9 @@ def test_omigas_loader_reads_ours_as_we_do(tmp_path: Path, hopper: TeamSpec) -> 
     record(tmp_path / "d.hdf5", hopper, data, [False, True, False], "expert")
     theirs, ours = omiga_loader(tmp_path / "d.hdf5"), read(tmp_path / "d.hdf5")
     t = ours.transitions
-    np.testing.assert_array_equal(theirs["o"], np.concatenate([o[:-1] for o, _, _ in data]))
-    np.testing.assert_array_equal(theirs["o_next"], np.concatenate([o[1:] for o, _, _ in data]))
-    np.testing.assert_array_equal(theirs["a"], np.concatenate([a for _, a, _ in data]))
+    np.testing.assert_array_equal(theirs["o"], np.concatenate([e.observations[:-1] for e in data]))
+    np.testing.assert_array_equal(theirs["o_next"], np.concatenate([e.observations[1:] for e in data]))
+    np.testing.assert_array_equal(theirs["a"], np.concatenate([e.actions for e in data]))
     np.testing.assert_array_equal(theirs["o"], ours.observations[t])
     np.testing.assert_array_equal(theirs["o_next"], ours.observations[t + 1])
     np.testing.assert_array_equal(theirs["s_next"].reshape(14, -1), ours.states[t + 1])
@@ -127,7 +120,7 @@ def test_what_we_wrote_comes_back(tmp_path: Path, hopper: TeamSpec) -> None:
     assert dataset.episode_seeds.tolist() == [100, 101, 102]
     assert dataset.metadata == {"behavior": "expert", "seed": 3, "task": HOPPER}
     assert dataset.behaviors == ("expert",)
-    np.testing.assert_allclose(dataset.episode_returns, [r.sum() for _, _, r in data])
+    np.testing.assert_allclose(dataset.episode_returns, [e.rewards.sum() for e in data])
     assert dataset.digest == writer.digest
     with h5py.File(tmp_path / "d.hdf5") as file:
         assert file["s"] == file["o"]  # one copy on disk
@@ -136,7 +129,11 @@ def test_what_we_wrote_comes_back(tmp_path: Path, hopper: TeamSpec) -> None:
             for name in "ador"
         ]
     assert dataset.digest == hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    assert write(tmp_path / "again.hdf5", dataset) == dataset.digest
+    copies = (dataset.episode(number) for number in range(3))
+    summary = write_dataset(
+        tmp_path / "again.hdf5", hopper, copies, metadata=dataset.metadata, behavior="expert"
+    )
+    assert summary["digest"] == dataset.digest
     again = read(tmp_path / "again.hdf5")
     assert again.metadata == dataset.metadata
     np.testing.assert_array_equal(again.timeout, dataset.timeout)
@@ -191,13 +188,14 @@ def decentralised() -> TeamSpec:
 
 def test_a_centralised_state_of_its_own_is_kept_once(tmp_path: Path) -> None:
     spec = decentralised()
-    (o, a, r), *_ = episodes([6], spec)
+    (episode,) = episodes([6], spec)
     state = np.random.default_rng(1).normal(size=(7, 5)).astype(np.float32)
-    with Writer(tmp_path / "d.hdf5", spec, {}) as writer:
-        writer.append(o, state, a, r, timeout=False, episode_return=1.5)
+    with DatasetWriter(tmp_path / "d.hdf5", spec, {}) as writer:
+        writer.append(dataclasses.replace(episode, states=state, episode_return=1.5))
     dataset = read(tmp_path / "d.hdf5")
     np.testing.assert_array_equal(dataset.states, state)
     assert dataset.episode_seeds is None
+    assert dataset.episode_returns.tolist() == [1.5]
     np.testing.assert_array_equal(omiga_loader(tmp_path / "d.hdf5")["s"], np.stack([state[:-1]] * 2, axis=1))
     with h5py.File(tmp_path / "d.hdf5", "a") as file:
         file["s"][4, 1, 2] += 1
@@ -307,11 +305,11 @@ def test_changed_contents_are_noticed(tmp_path: Path, hopper: TeamSpec) -> None:
 def test_nothing_is_left_half_written(tmp_path: Path, hopper: TeamSpec, error: type[BaseException]) -> None:
     target = tmp_path / "d.hdf5"
     target.write_text("what was there before")
-    (o, a, r), *_ = episodes([4], hopper)
+    (episode,) = episodes([4], hopper)
 
     def fail_halfway() -> None:
-        with Writer(target, hopper, {}) as writer:
-            writer.append(o, o.reshape(5, -1), a, r, timeout=False, episode_return=0.0)
+        with DatasetWriter(target, hopper, {}) as writer:
+            writer.append(episode)
             raise error
 
     with pytest.raises(error):
@@ -321,14 +319,14 @@ def test_nothing_is_left_half_written(tmp_path: Path, hopper: TeamSpec, error: t
 
 
 def test_the_writer_refuses_what_cannot_be_trained_on(tmp_path: Path, hopper: TeamSpec) -> None:
-    (o, a, r), *_ = episodes([4], hopper)
-    a[2, 1] = np.nan
+    (episode,) = episodes([4], hopper)
+    episode.actions[2, 1] = np.nan
     with pytest.raises(DatasetError, match="array a holds NaN or infinity, first in row 2"):  # noqa: SIM117
-        with Writer(tmp_path / "d.hdf5", hopper, {}) as writer:
-            writer.append(o, o.reshape(5, -1), a, r, timeout=False, episode_return=0.0)
-    with pytest.raises(DatasetError, match="at least one episode"), Writer(tmp_path / "d.hdf5", hopper, {}):
-        pass
-    with pytest.raises(DatasetError, match="cannot be written"), Writer(tmp_path, hopper, {}):
+        with DatasetWriter(tmp_path / "d.hdf5", hopper, {}) as writer:
+            writer.append(episode)
+    with pytest.raises(DatasetError, match="at least one episode"):
+        write_dataset(tmp_path / "d.hdf5", hopper, [])
+    with pytest.raises(DatasetError, match="cannot be written"), DatasetWriter(tmp_path, hopper, {}):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -354,9 +352,8 @@ def test_concatenate_keeps_episodes_and_where_they_came_from(tmp_path: Path, hop
     with pytest.raises(DatasetError, match="one of the inputs"):
         concatenate([one, two], one)
     spec = decentralised()
-    with Writer(two, spec, {}) as writer:
-        (o, a, r), *_ = episodes([3], spec)
-        writer.append(o, np.zeros((4, 5), np.float32), a, r, timeout=False, episode_return=0.0)
+    (episode,) = episodes([3], spec)
+    write_dataset(two, spec, [dataclasses.replace(episode, states=np.zeros((4, 5), np.float32))])
     before = out.read_bytes()
     with pytest.raises(DatasetError, match="do not fit together"):
         concatenate([one, two], out)

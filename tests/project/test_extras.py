@@ -22,12 +22,12 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 
 BEHAVIOR = ("training/behavior/*.py", "omcda_deploy/commands/behavior.py")  # outside the extra "train"
 NEEDED_FOR = {  # extra -> files that must find all they import with this extra alone
-    "data": ("omcda_deploy/datasets/formats/omiga_hdf5.py",),
-    "vault": ("omcda_deploy/datasets/formats/og_vault.py", "omcda_deploy/datasets/formats/omiga_hdf5.py"),
+    "data": ("omcda_deploy/datasets/hdf5.py",),
+    "vault": ("omcda_deploy/datasets/formats/og_vault.py", "omcda_deploy/datasets/hdf5.py"),
     "train": (
         "training/**/*.py",
         "omcda_deploy/commands/benchmark.py",
-        "omcda_deploy/datasets/formats/omiga_hdf5.py",
+        "omcda_deploy/datasets/hdf5.py",
     ),
     "export": ("export/*.py", "omcda_deploy/local.py"),
     "serve": (

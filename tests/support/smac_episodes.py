@@ -27,7 +27,7 @@ class SmacEpisode:
 
 
 def random_episode(steps: int, seed: int, *, mappo: bool) -> SmacEpisode:
-    """On 5m_vs_6m."""
+    """Random episode of the map 5m_vs_6m."""
     generator = np.random.default_rng(seed)
     masks = generator.integers(0, 2, (steps + 1, 5, 12))
     masks[..., 1] = 1
@@ -43,7 +43,7 @@ def random_episode(steps: int, seed: int, *, mappo: bool) -> SmacEpisode:
 
 
 def held_last(rows: NDArray[Any]) -> NDArray[Any]:
-    """[T+1, …] with the last transition's row in place of the final one, for formats that do not record that."""
+    """Repeat the last transition's row as the final one of [T+1, …], for formats that do not record that."""
     return np.concatenate([rows[:-1], rows[-2:-1]])
 
 
@@ -52,18 +52,18 @@ def require_episode(dataset: Dataset, number: int, expected: SmacEpisode, *, fin
     start, steps = int(dataset.episode_start[number]), int(dataset.episode_length[number])
     assert steps == len(expected.actions)
     rows, transitions = slice(start, start + steps + 1), slice(start, start + steps)
-    kept = (lambda values: values) if final_recorded else held_last
+    rows_of = (lambda values: values) if final_recorded else held_last
     assert dataset.action_masks is not None
-    np.testing.assert_array_equal(dataset.observations[rows], kept(expected.observations))
-    np.testing.assert_array_equal(dataset.states[rows], kept(expected.states).reshape(steps + 1, -1))
-    np.testing.assert_array_equal(dataset.action_masks[rows], kept(expected.masks))
+    np.testing.assert_array_equal(dataset.observations[rows], rows_of(expected.observations))
+    np.testing.assert_array_equal(dataset.states[rows], rows_of(expected.states).reshape(steps + 1, -1))
+    np.testing.assert_array_equal(dataset.action_masks[rows], rows_of(expected.masks))
     np.testing.assert_array_equal(dataset.actions[transitions], expected.actions)
     np.testing.assert_array_equal(dataset.rewards[transitions], expected.rewards)
     assert dataset.episode_returns[number] == expected.rewards.sum()
 
 
 def pickled(episode: SmacEpisode) -> list[list[list[Any]]]:
-    """Agent by agent, step by step, as MADT saves them; the last agent is dead from the second step on."""
+    """Lists by agent and step, as MADT saves them; the last agent is dead from the second step on."""
     steps, agents = episode.actions.shape
     return [
         [
@@ -94,7 +94,7 @@ Batch = dict[str, NDArray[Any]]
 def pymarl_batch(
     episodes: Sequence[SmacEpisode], timeouts: Sequence[bool], filled_final: Sequence[bool]
 ) -> Batch:
-    """As PyMARL's runners fill their batch: the row behind the end holds the final one, if ``filled_final``."""
+    """Batch as PyMARL's runners fill it: the row behind the end holds the final one, if ``filled_final``."""
     count, rows = len(episodes), LIMIT + 1
     batch: Batch = {
         "obs": np.zeros((count, rows, 5, 55), np.float32),
@@ -108,15 +108,15 @@ def pymarl_batch(
     }
     for e, (episode, timeout, final) in enumerate(zip(episodes, timeouts, filled_final, strict=True)):
         steps = len(episode.actions)
-        seen = steps + final
-        batch["obs"][e, :seen] = episode.observations[:seen]
-        batch["state"][e, :seen] = episode.states[:seen]
-        batch["avail_actions"][e, :seen] = episode.masks[:seen]
+        rows_filled = steps + final
+        batch["obs"][e, :rows_filled] = episode.observations[:rows_filled]
+        batch["state"][e, :rows_filled] = episode.states[:rows_filled]
+        batch["avail_actions"][e, :rows_filled] = episode.masks[:rows_filled]
         batch["actions"][e, :steps, :, 0] = episode.actions
-        batch["actions"][e, steps:seen] = 3  # the runner chooses there too, and never acts
+        batch["actions"][e, steps:rows_filled] = 3  # the runner chooses there too, and never acts
         batch["reward"][e, :steps, 0] = episode.rewards
         batch["terminated"][e, steps - 1, 0] = not timeout
-        batch["filled"][e, :seen] = 1
+        batch["filled"][e, :rows_filled] = 1
     return batch
 
 

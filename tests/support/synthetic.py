@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from omcda_deploy.datasets.formats.omiga_hdf5 import Writer
+from omcda_deploy.datasets import Episode
+from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.spec import ActionKind, ActionSpec, AgentSpec, TeamSpec
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.loop import Algorithm, create_algorithm
@@ -29,7 +30,7 @@ def continuous_spec() -> TeamSpec:
 
 
 def discrete_spec() -> TeamSpec:
-    """Two agents of unequal sizes; what one lacks is never available."""
+    """Two agents of unequal sizes; a choice that an agent does not have is never available to it."""
     return TeamSpec(
         "test/discrete",
         tuple(AgentSpec(f"agent_{i}", 4 + i, ActionSpec("discrete", 4 - i, 0.0, 1.0)) for i in range(2)),
@@ -55,9 +56,9 @@ def random_batch(spec: TeamSpec, size: int = 32, seed: int = 0) -> Batch:
 
     masks: list[torch.Tensor | None] = [None, None]
     if spec.action_kind == "discrete":
-        own = torch.tensor([[k < agent.action.size for k in range(a)] for agent in spec.agents])
-        drawn = [(normal(size, n, a) > -0.5) & own for _ in range(2)]
-        masks = [torch.cat([own[:, :1] | m[..., :1], m[..., 1:]], -1).to(torch.uint8) for m in drawn]
+        choices = torch.tensor([[k < agent.action.size for k in range(a)] for agent in spec.agents])
+        random = [(normal(size, n, a) > -0.5) & choices for _ in range(2)]
+        masks = [torch.cat([choices[:, :1] | m[..., :1], m[..., 1:]], -1).to(torch.uint8) for m in random]
     mask, next_mask = masks
 
     def actions(available: torch.Tensor | None) -> torch.Tensor:
@@ -108,12 +109,12 @@ def write_dataset(
     reward_scale: float = 1.0,
     seed: int = 0,
 ) -> Path:
-    """OMIGA's HDF5 of random episodes; ``lengths`` in transitions. Every second one ends at the time limit."""
+    """Write random episodes of ``lengths`` transitions as HDF5. Every second one ends at the time limit."""
     generator = np.random.default_rng(seed)
     n = len(spec.agents)
     if timeouts is None:
         timeouts = [index % 2 == 1 for index in range(len(lengths))]
-    with Writer(path, spec, {"behavior": "random", "seed": seed}) as writer:
+    with DatasetWriter(path, spec, {"behavior": "random", "seed": seed}) as writer:
         for length, timeout in zip(lengths, timeouts, strict=True):
             observations = generator.normal(size=(length + 1, n, spec.observation_size)).astype(np.float32)
             states = (
@@ -122,14 +123,8 @@ def write_dataset(
                 else generator.normal(size=(length + 1, spec.state_size)).astype(np.float32)
             )
             rewards = (reward_scale * generator.normal(size=length)).astype(np.float32)
-            writer.append(
-                observations,
-                states,
-                generator.uniform(-0.9, 0.9, (length, n, spec.action_size)).astype(np.float32),
-                rewards,
-                timeout=timeout,
-                episode_return=float(rewards.sum()),
-            )
+            actions = generator.uniform(-0.9, 0.9, (length, n, spec.action_size)).astype(np.float32)
+            writer.append(Episode(observations, states, actions, rewards, timeout=timeout))
     return path
 
 

@@ -1,7 +1,8 @@
 """Folders of torch-pickled SMAC episodes, one per file: MADT's data (Meng et al., 2021), which OMIGA trains on.
 
-They are pickles, so they are loaded by a process of its own (torch_episodes.py) that can make nothing but arrays
-of them; files are taken in the order of their names. What the files do not say:
+They are pickles, so a separate process (torch_episodes.py) loads them, which can make nothing but arrays of them;
+files are taken in the order of their names. The layout is in docs/baselines.md#madt-episodes. Three things are not
+in the files:
 
 - No final observation was recorded. The last one stands in for it, as in OMIGA's loader; only the bootstrap at a
   time limit ever looks at it.
@@ -36,12 +37,12 @@ SOURCE = "folder of torch-pickled episodes (MADT, OMIGA)"
 
 _LOADER = Path(__file__).parents[1] / "torch_episodes.py"
 _FRAME = struct.Struct("<cQ")
-_ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF"  # of torch.save since 1.6, and before
+_ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF"  # first bytes of torch.save since 1.6, and before
 _Arrays = dict[str, NDArray[Any]]
 
 
 def recognizes(path: Path) -> bool:
-    """Whether the folder's first file begins as torch's do."""
+    """True for a folder whose first file begins as torch's do."""
     files = _files(path)
     if not files:
         return False
@@ -51,7 +52,10 @@ def recognizes(path: Path) -> bool:
 
 @contextmanager
 def open_recording(path: Path, task: str | None) -> Iterator[Recording]:
-    """Raises :class:`DatasetError` naming the file that is no episode, and as :func:`_smac.team_spec` does."""
+    """Open a folder of episodes. Raises :class:`DatasetError` naming the file that is no episode.
+
+    Further errors are those of :func:`~omcda_deploy.datasets.smac_teams.team_spec`.
+    """
     files = _files(path)
     if not files:
         raise DatasetError(f"{path}: expected a {SOURCE}, found no files in it")
@@ -87,8 +91,8 @@ def _files(path: Path) -> list[Path]:
 
 def _episode(file: Path, arrays: _Arrays, limit: int) -> Episode:
     observations, actions, rewards = arrays["observations"], arrays["actions"], arrays["rewards"]
-    one_each = observations.shape[:2]  # action and reward of one agent in one step are arrays of length 1
-    if actions.size != rewards.size or actions.size != np.prod(one_each):
+    per_agent = observations.shape[:2]  # an agent's action and reward in one step are arrays of length 1
+    if actions.size != rewards.size or actions.size != np.prod(per_agent):
         raise DatasetError(
             f"{file}: expected one action and one reward per agent and step, got shapes {actions.shape[2:]} and "
             f"{rewards.shape[2:]}"
@@ -97,25 +101,25 @@ def _episode(file: Path, arrays: _Arrays, limit: int) -> Episode:
         str(file),
         observations,
         arrays["states"],
-        actions.reshape(one_each),
+        actions.reshape(per_agent),
         arrays["action_masks"],
-        rewards.reshape(one_each),
+        rewards.reshape(per_agent),
         timeout=len(observations) == limit,
     )
 
 
 @contextmanager
 def _loaded(files: Sequence[Path]) -> Iterator[Iterator[tuple[Path, _Arrays]]]:
-    """Yields an iterator of files with their arrays [T, N, …], loaded as they are asked for."""
+    """Load ``files`` in a process of its own; yields an iterator of each with its arrays [T, N, …]."""
     if importlib.util.find_spec("torch") is None:
         raise MissingExtraError("torch", "train")
     with (
-        tempfile.TemporaryFile() as said,
+        tempfile.TemporaryFile() as error_output,
         subprocess.Popen(
             [sys.executable, "-I", str(_LOADER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=error_output,
         ) as loader,
     ):
         try:
@@ -123,13 +127,13 @@ def _loaded(files: Sequence[Path]) -> Iterator[Iterator[tuple[Path, _Arrays]]]:
             assert loader.stdout is not None
             loader.stdin.write(json.dumps([str(file) for file in files]).encode())
             loader.stdin.close()
-            yield _frames(files, loader.stdout, loader, said)
+            yield _frames(files, loader.stdout, loader, error_output)
         finally:
             loader.kill()
 
 
 def _frames(
-    files: Sequence[Path], stream: IO[bytes], loader: subprocess.Popen[bytes], said: IO[bytes]
+    files: Sequence[Path], stream: IO[bytes], loader: subprocess.Popen[bytes], error_output: IO[bytes]
 ) -> Iterator[tuple[Path, _Arrays]]:
     for file in files:
         header = stream.read(_FRAME.size)
@@ -137,11 +141,13 @@ def _frames(
         content = stream.read(size) if kind else b""
         if len(content) < size:
             status = loader.wait()
-            said.seek(0)
-            last = (said.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            error_output.seek(0)
+            lines = error_output.read().decode(errors="replace").strip().splitlines() or [
+                "it printed nothing"
+            ]
             raise DatasetError(
-                f"{file}: the process that loads torch files ended with status {status} ({last}): check that this "
-                "Python can import torch, and that there is memory for one file"
+                f"{file}: the process that loads torch files ended with status {status} ({lines[-1]}): check that "
+                "this Python can import torch, and that there is memory for one file"
             )
         if kind == b"E":
             raise DatasetError(f"{file}: {content.decode()}")

@@ -1,6 +1,7 @@
 """OG-MARL's vaults (Formanek et al., 2023) of SMAC data: folders that flashbax writes, read without it and JAX.
 
-A vault is one zarr array per field in an OCDBT key-value store, and ``metadata.json``; rows are flat over time:
+A vault (docs/baselines.md#og-marl-vaults) is one zarr array per field in an OCDBT key-value store, and
+``metadata.json``; rows are flat over time:
 
 | array          | shape        | |
 |----------------|--------------|-|
@@ -14,8 +15,8 @@ A vault is one zarr array per field in an OCDBT key-value store, and ``metadata.
 
 Every row is a transition, and the observation behind an episode's last one was not recorded: the last one stands in
 for it. An episode as long as the map's limit was ended by it, whichever flag says so. (OG-MARL's own loader
-bootstraps a truncated row from the next episode's first one; nothing of that is kept.) Rows behind the last end are
-no whole episode and are left out.
+bootstraps a truncated row from the next episode's first one, which would be wrong here.) Rows behind the last end
+are no whole episode and are left out.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _DIMENSIONS = {
     "infos.state": 3,
     "infos.legals": 4,
 }
-_CACHE_BYTES = 256 << 20  # of decoded chunks: one holds many episodes
+_CACHE_BYTES = 256 << 20  # for decoded chunks: one holds many episodes
 _METADATA, _STORE = "metadata.json", "manifest.ocdbt"
 _Read = Callable[[str, int, int], NDArray[Any]]
 
@@ -54,15 +55,16 @@ logger = logging.getLogger(__name__)
 
 
 def recognizes(path: Path) -> bool:
-    """Whether the folder holds a vault's two fixed files."""
+    """True for a folder that holds a vault's two fixed files."""
     return (path / _METADATA).is_file() and (path / _STORE).is_file()
 
 
 @contextmanager
 def open_recording(path: Path, task: str | None) -> Iterator[Recording]:
-    """Raises :class:`DatasetError` naming the array or rows that do not fit, and as _smac.team_spec does.
+    """Open a vault. Raises :class:`DatasetError` naming the array or rows that do not fit.
 
-    A vault of continuous actions, and one of several seeds side by side, is refused.
+    Further errors are those of :func:`~omcda_deploy.datasets.smac_teams.team_spec`. A vault of continuous actions,
+    and one of several seeds side by side, is refused.
     """
     shapes = _shapes(path)
     read, rows = _opened(path)
@@ -126,6 +128,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _flat(structure: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Flatten nested entries to ``outer.inner`` names."""
     flat: dict[str, str] = {}
     for name, value in structure.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -133,7 +136,7 @@ def _flat(structure: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _opened(path: Path) -> tuple[_Read, int]:
-    """A function that reads rows of an array, [rows, …], and how many rows there are."""
+    """Open a vault: a function that reads rows of an array, [rows, …], and the number of rows."""
     try:
         import tensorstore
     except ImportError as error:
@@ -141,7 +144,7 @@ def _opened(path: Path) -> tuple[_Read, int]:
     base = {"driver": "file", "path": str(path.absolute())}
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
-    def opened(name: str) -> Any:
+    def open_array(name: str) -> Any:
         kvstore = {"driver": "ocdbt", "base": base, "path": name}
         try:
             return tensorstore.open(
@@ -152,7 +155,7 @@ def _opened(path: Path) -> tuple[_Read, int]:
         except ValueError as error:
             raise DatasetError(f"{path}: array {name} cannot be opened: download the vault again") from error
 
-    arrays = {name: opened(f"{name}.") for name in _DIMENSIONS}
+    arrays = {name: open_array(f"{name}.") for name in _DIMENSIONS}
 
     def read(name: str, start: int, end: int) -> NDArray[Any]:
         try:
@@ -162,4 +165,4 @@ def _opened(path: Path) -> tuple[_Read, int]:
                 f"{path}: array {name} cannot be read from row {start} to {end - 1}: download the vault again"
             ) from error
 
-    return read, int(opened("vault_index").read().result()[0])
+    return read, int(open_array("vault_index").read().result()[0])

@@ -1,4 +1,6 @@
-"""OMIGA's HDF5 files, read and written (Wang et al., 2023; its loader is described in baselines.md 10.1).
+"""OMIGA's HDF5 files (Wang et al., 2023), read; :mod:`omcda_deploy.datasets.writer` writes them.
+
+OMIGA's own loader is described in docs/baselines.md#omiga-hdf5. The arrays of a file:
 
 | array   | shape     | |
 |---------|-----------|-|
@@ -8,7 +10,7 @@
 | `r`     | [R, 1]    | team reward |
 | `d`     | [R, 1]    | 1 on the row behind each episode, at time limits too: its final observation |
 
-Discrete actions, which OMIGA publishes in no HDF5, are ours: the same file with
+OMIGA publishes no discrete actions as HDF5. This package stores them in the same layout, with
 
 | array   | shape     | |
 |---------|-----------|-|
@@ -18,30 +20,27 @@ Discrete actions, which OMIGA publishes in no HDF5, are ours: the same file with
 Rows are flat over time: row t with d=0 is a transition to row t+1, done where d[t+1]=1. A tail that no d=1 closes
 keeps its transitions, as in OMIGA's loader, and is not among the episodes.
 
-Files of ours store `s` as a hard link to `o` where the state is all observations joined; a centralised state of its
-own is stored as N equal copies, and the group's attribute `state` says `shared`; agents' own states, which joined
-are the centralised one, are stored as they are (`agents`). The group `omcda` holds, as
-attributes, the task, the team spec (JSON), the digest, the seed, the behaviour and the simulator's versions, and,
-as arrays of length E, `episode_returns`, `episode_timeouts`, `episode_seeds` and `episode_behaviors` (indices
-into `behaviors`). In a file without it an episode of exactly 1,000 transitions was ended by the time limit.
+This package's files store `s` as a hard link to `o` where the state is all observations joined; a centralised state
+of its own is stored as N equal copies, and the group's attribute `state` says `shared`; agents' own states, which
+joined are the centralised one, are stored as they are (`agents`). The group `omcda` holds, as attributes, the task,
+the team spec (JSON), the digest, the seed, the behaviour and the simulator's versions, and, as arrays of length E,
+`episode_returns`, `episode_timeouts`, `episode_seeds` and `episode_behaviors` (indices into `behaviors`). In a file
+without it an episode of exactly 1,000 transitions was ended by the time limit.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.datasets import (
-    BLOCK,
     ContentDigest,
     Dataset,
     Float,
@@ -50,16 +49,16 @@ from omcda_deploy.datasets import (
     blocks,
     require_available,
     require_finite,
+    require_masks,
 )
-from omcda_deploy.errors import ContractError, DatasetError, MissingExtraError, OmcdaError
+from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, import_h5py
+from omcda_deploy.errors import ContractError, DatasetError, OmcdaError
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 SUFFIXES = (".hdf5", ".h5")
-GROUP = "omcda"
-FORMAT_VERSION = 1
 PUBLISHED_LIMIT = 1000  # transitions
 
-# Published files by the start of their names, and by (N, O, A, discrete).
+# Tasks of the published files, by the start of their names and by (N, O, A, discrete).
 _BY_NAME = {
     "Hopper-v2-3x1-": "mamujoco/hopper-3x1",
     "Ant-v2-2x4-": "mamujoco/ant-2x4",
@@ -70,54 +69,47 @@ _BY_SHAPE = {
     (2, 113, 4, False): "mamujoco/ant-2x4",
     (6, 23, 1, False): "mamujoco/halfcheetah-6x1",
 }
-_OWN_ATTRIBUTES = {"spec", "digest", "format_version", "state"}
+_INTERNAL_ATTRIBUTES = {"spec", "digest", "format_version", "state"}
+
+
+class Header(NamedTuple):
+    """A file's team and metadata, without its rows."""
+
+    spec: TeamSpec
+    metadata: dict[str, Scalar]
+
+
+def read_header(path: Path) -> Header:
+    """Read the team and the metadata of a file, and none of its rows. Errors are those of :func:`read`."""
+    with _opened(path) as file:
+        group = file.get(GROUP)
+        return Header(_spec(group, None, path, _shape(file, path)), _metadata(group))
 
 
 def read(path: str | Path, task: str | None = None) -> Dataset:
     """Read and check a file; one float32 copy of each array is held, whatever the file's types.
 
-    ``task`` is what the data must fit. Without it the file's own spec counts, or the task is told from the file's
-    name or shapes. Raises :class:`DatasetError` for a missing or damaged file, wrong shapes, NaN or infinity, a
-    recorded choice that was not available, data that changed since it was written, or a task that the data do not
-    fit.
+    ``task`` is the task that the data must fit. Without it the file's own spec counts; a file without a spec is
+    recognised by its name or shapes. Raises :class:`DatasetError` for a missing or damaged file, wrong shapes, NaN
+    or infinity, a recorded choice that was not available, data that changed since they were written, or a task
+    that the data do not fit.
     """
     path = Path(path)
     with _opened(path) as file:
         shape = _shape(file, path)
-        rows = len(file["o"])
         group = file.get(GROUP)
         spec = _spec(group, task, path, shape)
         digest = ContentDigest()
-        observations = np.empty((rows, *shape.observation), np.float32)
-        actions = np.empty((rows, *shape.action), np.int64 if shape.discrete else np.float32)
-        rewards, final_flags = np.empty((rows, 1), np.float32), np.empty((rows, 1), np.float32)
-        for name, target in (("o", observations), ("a", actions), ("r", rewards), ("d", final_flags)):
-            for block in blocks(rows):
-                _fill(target, file[name], block)
-                require_finite(target[block], block.start, name, str(path))
-                digest.update(name, target[block])
-        states = _states(file["s"], file["o"], observations, spec, group, path)
-        final = final_flags[:, 0] == 1
-        if (neither := ~final & (final_flags[:, 0] != 0)).any():
-            row = int(np.argmax(neither))
-            raise DatasetError(f"{path}: array d: expected 0 or 1, got {final_flags[row, 0]} in row {row}")
-        index = RowIndex.of(final)
-        if not index.episode_start.size:
-            raise DatasetError(
-                f"{path}: no episode ends: expected d=1 on the row behind each episode's last transition"
-            )
-        masks = None
+        rows = _read_rows(file, shape, digest, path)
+        states = _states(file["s"], file["o"], rows.observations, spec, group, path)
+        index = _index(rows.final_flags, path)
+        actions, masks = rows.actions, None
         if shape.discrete:
             masks = _masks(file["avail"], spec, path)
             digest.update("avail", masks)
             actions = actions[..., 0]
             require_available(actions, masks, index.transitions, str(path))
-        stored = str(group.attrs["digest"]) if group and "digest" in group.attrs else None
-        if stored not in (None, digest.hexdigest()):
-            raise DatasetError(
-                f"{path} was changed after it was written: expected digest {str(stored)[:12]}…, found "
-                f"{digest.hexdigest()[:12]}…. Collect or download it again"
-            )
+        _require_unchanged(group, digest.hexdigest(), path)
         episodes = _episode_arrays(group, index, path)
         metadata = _metadata(group)
         behaviors = (
@@ -130,14 +122,14 @@ def read(path: str | Path, task: str | None = None) -> Dataset:
     terminal[index.last_transitions()] = timeouts == 0
     returns = episodes.get("episode_returns")
     if returns is None:
-        sums = np.concatenate([[0.0], np.cumsum(rewards[:, 0], dtype=np.float64)])
+        sums = np.concatenate([[0.0], np.cumsum(rows.rewards, dtype=np.float64)])
         returns = sums[index.episode_start + index.episode_length] - sums[index.episode_start]
     return Dataset(
         spec=spec,
-        observations=observations,
+        observations=rows.observations,
         states=states,
         actions=actions,
-        rewards=rewards[:, 0],
+        rewards=rows.rewards,
         transitions=index.transitions,
         terminal=terminal,
         timeout=timeout,
@@ -153,269 +145,57 @@ def read(path: str | Path, task: str | None = None) -> Dataset:
     )
 
 
-def write(path: str | Path, dataset: Dataset) -> str:
-    """Write the closed episodes of ``dataset`` as :class:`Writer` does; returns their digest."""
-    with Writer(path, dataset.spec, dataset.metadata) as writer:
-        _append(writer, dataset, [writer.behavior(label) for label in dataset.behaviors])
-    return writer.digest
+class _Rows(NamedTuple):
+    """Arrays of a file as they are stored, but in this package's number types."""
+
+    observations: Float  # [R, N, O]
+    actions: NDArray[Any]  # float32 [R, N, A], or int64 [R, N, 1]
+    rewards: Float  # [R]
+    final_flags: Float  # [R]
 
 
-def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | None = None) -> str:
-    """Write the closed episodes of several files of one task into one; returns its digest.
-
-    Holds one input at a time in memory. ``behavior`` labels the result (default: the inputs' labels joined by +);
-    episodes keep the labels of the policies that made them, or else the name of the file they came from. Metadata
-    are kept where all inputs agree. Raises :class:`DatasetError`, also when the inputs do not fit together.
-    """
-    if not paths:
-        raise DatasetError("expected at least one dataset to concatenate, got none")
-    files = [Path(path) for path in paths]
-    if Path(out).resolve() in [path.resolve() for path in files]:
-        raise DatasetError(f"{out} is one of the inputs: expected another file for the result")
-    specs, heads = [], []
-    for path in files:
-        with _opened(path) as file:
-            group = file.get(GROUP)
-            specs.append(_spec(group, None, path, _shape(file, path)))
-            heads.append(_metadata(group))
-        try:
-            require_same_contract(specs[0], specs[-1], str(files[0]), str(path))
-        except ContractError as error:
-            raise DatasetError(str(error)) from error
-    agreed = {
-        name: value
-        for name, value in heads[0].items()
-        if all(name in head and head[name] == value for head in heads)
-    }
-    labels = [str(head.get("behavior", path.stem)) for head, path in zip(heads, files, strict=True)]
-    with Writer(out, specs[0], {**agreed, "behavior": behavior or "+".join(labels)}) as writer:
-        for path, label in zip(files, labels, strict=True):
-            dataset = read(path)
-            known = (label,) if dataset.episode_behaviors is None else dataset.behaviors
-            _append(writer, dataset, [writer.behavior(name) for name in known])
-            del dataset  # before the next one is read
-    return writer.digest
+def _read_rows(file: Any, shape: _Shape, digest: ContentDigest, path: Path) -> _Rows:
+    """Read `o`, `a`, `r` and `d` block by block, check that they are finite, and add them to ``digest``."""
+    count = len(file["o"])
+    observations = np.empty((count, *shape.observation), np.float32)
+    actions = np.empty((count, *shape.action), np.int64 if shape.discrete else np.float32)
+    rewards, final_flags = np.empty((count, 1), np.float32), np.empty((count, 1), np.float32)
+    for name, target in (("o", observations), ("a", actions), ("r", rewards), ("d", final_flags)):
+        for block in blocks(count):
+            _fill(target, file[name], block)
+            require_finite(target[block], block.start, name, str(path))
+            digest.update(name, target[block])
+    return _Rows(observations, actions, rewards[:, 0], final_flags[:, 0])
 
 
-class Writer:
-    """Writes a file episode by episode, so that a long recording never has to fit into memory.
-
-    A context manager: leaving it puts the finished file in place of ``path`` in one step; leaving it by an
-    exception, Ctrl-C included, leaves nothing behind and an older file as it was. ``metadata`` become attributes.
-    """
-
-    def __init__(self, path: str | Path, spec: TeamSpec, metadata: Mapping[str, Scalar]) -> None:
-        self.path = Path(path)
-        self.spec = spec
-        self.digest = ""
-        self._metadata = {**metadata, "task": spec.task}
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        self._digest = ContentDigest()
-        self._rows = 0
-        self._waiting: dict[str, list[NDArray[Any]]] = {}  # appended, not yet in the file
-        self._written = 0  # rows in the file
-        self._joined, self._shared = True, False
-        self._discrete = spec.action_kind == "discrete"
-        self._behaviors: list[str] = []
-        self._episodes: dict[str, list[Any]] = {
-            name: [] for name in ("returns", "timeouts", "seeds", "behaviors")
-        }
-
-    def behavior(self, label: str) -> int:
-        """The index under which episodes refer to the policy ``label``."""
-        if label not in self._behaviors:
-            self._behaviors.append(label)
-        return self._behaviors.index(label)
-
-    def __enter__(self) -> Self:
-        h5py = _h5py()
-        count, observation_size, action_size = (
-            len(self.spec.agents),
-            self.spec.observation_size,
-            self.spec.action_size,
+def _index(final_flags: Float, path: Path) -> RowIndex:
+    """Index the rows by their flags `d` [R]. Raises :class:`DatasetError` for other flags, or no closed episode."""
+    final = final_flags == 1
+    if (other := ~final & (final_flags != 0)).any():
+        row = int(np.argmax(other))
+        raise DatasetError(f"{path}: array d: expected 0 or 1, got {final_flags[row]} in row {row}")
+    index = RowIndex.of(final)
+    if not index.episode_start.size:
+        raise DatasetError(
+            f"{path}: no episode ends: expected d=1 on the row behind each episode's last transition"
         )
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.is_dir():
-                raise IsADirectoryError("it is a folder")
-            self._file = h5py.File(self._partial, "w")
-        except OSError as error:
-            raise DatasetError(f"{self.path} cannot be written: {error}") from error
-        self._create("o", (count, observation_size))
-        self._create("a", (count, 1) if self._discrete else (count, action_size), self._action_type)
-        self._create("r", (1,))
-        self._create("d", (1,))
-        if self._discrete:
-            self._create("avail", (count, action_size), "u1")
-        return self
+    return index
 
-    def append(
-        self,
-        observations: Float,
-        states: Float,
-        actions: NDArray[Any],
-        rewards: NDArray[Any],
-        *,
-        action_masks: NDArray[np.uint8] | None = None,
-        timeout: bool,
-        episode_return: float,
-        seed: int | None = None,
-        behavior: int | None = None,
-    ) -> None:
-        """One whole episode of T transitions.
 
-        ``observations`` [T+1, N, O] and ``states`` [T+1, S], or [T+1, N, S / N] where the state is those of all
-        agents joined (all episodes of a file alike), end with the final ones; ``actions`` [T, N, A] and
-        ``rewards`` [T]; ``behavior`` as :meth:`behavior` gave it. A discrete task has ``actions`` int64 [T, N] and
-        ``action_masks`` [T+1, N, A]. Raises :class:`DatasetError` for NaN or infinity, and for choices that were
-        not available.
-        """
-        steps = len(actions)
-        if self._discrete != (action_masks is not None):
-            raise DatasetError(
-                f"{self.path}: {self.spec.task} has {self.spec.action_kind} actions: expected action masks with "
-                "discrete ones, and with no others"
-            )
-        joined = states.size == observations.size and np.array_equal(
-            states.reshape(observations.shape), observations
+def _require_unchanged(group: Any, digest: str, path: Path) -> None:
+    """Raise :class:`DatasetError` where a file's contents are no longer those that its stored digest names."""
+    stored = str(group.attrs["digest"]) if group and "digest" in group.attrs else None
+    if stored not in (None, digest):
+        raise DatasetError(
+            f"{path} was changed after it was written: expected digest {str(stored)[:12]}…, found "
+            f"{digest[:12]}…. Collect or download it again"
         )
-        if self._rows == 0 and not joined:
-            self._joined, self._shared = False, states.ndim == 2
-            count = len(self.spec.agents)
-            self._create("s", (count, self.spec.state_size // (1 if self._shared else count)))
-        if self._joined and not joined:
-            raise DatasetError(
-                f"{self.path}: the state was all observations joined before row {self._rows}, and no longer is"
-            )
-        if action_masks is not None:
-            _require_masks(action_masks, self._rows, self.spec, self.path)
-            require_available(actions, action_masks, np.arange(steps), str(self.path), self._rows)
-            actions = actions[..., None]
-        final = np.zeros((1, *actions.shape[1:]), self._action_type)
-        ends = np.zeros((steps + 1, 1), np.float32)
-        ends[-1] = 1
-        parts: dict[str, NDArray[Any]] = {
-            "o": observations,
-            "a": np.concatenate([actions, final]),
-            "r": np.append(rewards, 0).astype(np.float32)[:, None],
-            "d": ends,
-        }
-        if action_masks is not None:
-            parts["avail"] = action_masks
-        if not self._joined:
-            parts["s"] = np.repeat(states[:, None], len(self.spec.agents), axis=1) if self._shared else states
-        for name, part in parts.items():
-            require_finite(part, self._rows, name, str(self.path))
-            if name != "s":
-                self._digest.update(name, part)
-            self._waiting.setdefault(name, []).append(np.array(part))  # the caller may reuse its own
-        self._rows += steps + 1
-        if self._rows - self._written >= BLOCK:
-            self._flush()
-        for key, value in (
-            ("returns", episode_return),
-            ("timeouts", timeout),
-            ("seeds", seed),
-            ("behaviors", behavior),
-        ):
-            self._episodes[key].append(value)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-            self._file.close()
-            if kind is None:
-                self._partial.replace(self.path)
-        except OSError as failure:
-            raise DatasetError(f"{self.path} cannot be written: {failure}") from failure
-        finally:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
-
-    @property
-    def _action_type(self) -> str:
-        return "<i8" if self._discrete else "<f4"
-
-    def _create(self, name: str, shape: tuple[int, ...], kind: str = "<f4") -> None:
-        self._file.create_dataset(
-            name, (0, *shape), kind, maxshape=(None, *shape), chunks=(1024, *shape), fillvalue=None
-        )
-
-    def _flush(self) -> None:
-        # Writes of a few rows would take most of the time where episodes are short.
-        for name, parts in self._waiting.items():
-            target = self._file[name]
-            target.resize(self._rows, axis=0)
-            target[self._written :] = np.concatenate(parts)
-        self._waiting.clear()
-        self._written = self._rows
-
-    def _finish(self) -> None:
-        if not self._rows:
-            raise DatasetError(f"{self.path}: expected at least one episode to write, got none")
-        self._flush()
-        if self._joined:
-            self._file["s"] = self._file["o"]
-        self.digest = self._digest.hexdigest()
-        group = self._file.create_group(GROUP)
-        group.attrs.update(self._metadata)
-        group.attrs.update(
-            {
-                "format_version": FORMAT_VERSION,
-                "spec": json.dumps(self.spec.to_json(), sort_keys=True),
-                "digest": self.digest,
-                "state": "observations" if self._joined else "shared" if self._shared else "agents",
-            }
-        )
-        group["episode_returns"] = np.asarray(self._episodes["returns"], np.float64)
-        group["episode_timeouts"] = np.asarray(self._episodes["timeouts"], np.uint8)
-        for name in ("seeds", "behaviors"):
-            if None not in self._episodes[name]:
-                group[f"episode_{name}"] = np.asarray(self._episodes[name], np.int64)
-        if self._behaviors:
-            group["behaviors"] = [label.encode() for label in self._behaviors]
-
-
-def _append(writer: Writer, dataset: Dataset, behaviors: Sequence[int]) -> None:
-    """Append all closed episodes; ``behaviors`` are the writer's indices for the dataset's."""
-    timeouts = dataset.timeout[RowIndex.last_transitions(_index(dataset))]
-    for episode, (start, length) in enumerate(
-        zip(dataset.episode_start.tolist(), dataset.episode_length.tolist(), strict=True)
-    ):
-        rows = slice(start, start + length + 1)
-        steps = slice(start, start + length)
-        behavior = 0 if dataset.episode_behaviors is None else int(dataset.episode_behaviors[episode])
-        writer.append(
-            dataset.observations[rows],
-            dataset.states[rows],
-            dataset.actions[steps],
-            dataset.rewards[steps],
-            action_masks=None if dataset.action_masks is None else dataset.action_masks[rows],
-            timeout=bool(timeouts[episode]),
-            episode_return=float(dataset.episode_returns[episode]),
-            seed=None if dataset.episode_seeds is None else int(dataset.episode_seeds[episode]),
-            behavior=behaviors[behavior] if behaviors else None,
-        )
-
-
-def _index(dataset: Dataset) -> RowIndex:
-    return RowIndex(dataset.transitions, dataset.episode_start, dataset.episode_length)
-
-
-def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise MissingExtraError("h5py", "data") from error
-    return h5py
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    h5py = _h5py()
+    """Open a file for reading. Raises :class:`DatasetError` for one that is missing, truncated or no HDF5."""
+    h5py = import_h5py()
     if not path.is_file():
         raise DatasetError(f"{path}: no such file. Make a dataset with  omcda-deploy collect")
     try:
@@ -430,6 +210,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class _Shape(NamedTuple):
+    """Sizes of a file's arrays."""
+
     agents: int
     observation_size: int
     action_size: int
@@ -437,17 +219,17 @@ class _Shape(NamedTuple):
 
     @property
     def observation(self) -> tuple[int, int]:
-        """Of a row of `o`."""
+        """Shape of a row of `o`."""
         return self.agents, self.observation_size
 
     @property
     def action(self) -> tuple[int, int]:
-        """Of a row of `a`."""
+        """Shape of a row of `a`."""
         return self.agents, 1 if self.discrete else self.action_size
 
 
 def _shape(file: Any, path: Path) -> _Shape:
-    """Raises :class:`DatasetError` for the first array that is missing or does not fit the others."""
+    """Sizes of the arrays. Raises :class:`DatasetError` for one that is missing or does not fit the others."""
     for name in "osard":
         if not hasattr(file.get(name), "dtype"):
             raise DatasetError(f"{path}: expected arrays o, s, a, r, d, found no {name} among {sorted(file)}")
@@ -486,11 +268,11 @@ def _shape(file: Any, path: Path) -> _Shape:
 
 
 def _spec(group: Any, task: str | None, path: Path, shape: _Shape) -> TeamSpec:
-    """The spec of ``task``, of the file itself, or of the published file that it is, held against ``shape``."""
+    """The spec of ``task``, else the file's own, else that of a published file; it must fit ``shape``."""
     stored = _stored_spec(group, path)
     if task is None and stored is None:
-        named = (_BY_NAME[start] for start in _BY_NAME if path.name.startswith(start))
-        task = next(named, None) or _BY_SHAPE.get(shape)
+        by_name = (_BY_NAME[start] for start in _BY_NAME if path.name.startswith(start))
+        task = next(by_name, None) or _BY_SHAPE.get(shape)
         if task is None:
             raise DatasetError(
                 f"{path} does not say of which task it is, and {shape.agents} agents with observations of "
@@ -531,25 +313,13 @@ def _stored_spec(group: Any, path: Path) -> TeamSpec | None:
 
 
 def _masks(source: Any, spec: TeamSpec, path: Path) -> NDArray[np.uint8]:
-    """[R, N, A]; errors as :func:`_require_masks`."""
+    """Read `avail` [R, N, A]. Raises :class:`DatasetError` as :func:`require_masks` does."""
     masks = np.empty(source.shape, np.uint8)
     for block in blocks(len(masks)):
-        part = source[block]  # in the file's own type: HDF5 would clip what is neither 0 nor 1
-        _require_masks(part, block.start, spec, path)
+        part = source[block]  # in the file's own type, as HDF5 would clip other values than 0 and 1
+        require_masks(part, spec, str(path), block.start)
         masks[block] = part
     return masks
-
-
-def _require_masks(block: NDArray[Any], first_row: int, spec: TeamSpec, path: Path) -> None:
-    """Raise :class:`DatasetError` for other values than 0 and 1, and for choices that an agent does not have."""
-    own = np.arange(spec.action_size) < np.array([[agent.action.size] for agent in spec.agents])
-    if (wrong := (block != 0) & ((block != 1) | ~own)).any():
-        row, agent, choice = np.argwhere(wrong)[0].tolist()
-        raise DatasetError(
-            f"{path}: array avail: expected 0 or 1 for the {spec.agents[agent].action.size} choices of "
-            f"{spec.names[agent]} and 0 behind them, got {block[row, agent, choice]} for choice {choice} in row "
-            f"{first_row + row}"
-        )
 
 
 def _fill(target: NDArray[Any], source: Any, block: slice) -> None:
@@ -560,7 +330,11 @@ def _fill(target: NDArray[Any], source: Any, block: slice) -> None:
 
 
 def _states(source: Any, observed: Any, observations: Float, spec: TeamSpec, group: Any, path: Path) -> Float:
-    """[R, S]: a view of ``observations`` where `s` equals `o`, one of N equal copies, or agents' states joined."""
+    """Read `s` (``source``) as centralised states [R, S].
+
+    They are a view of ``observations``, read from `o` (``observed``), where `s` equals `o`; else one of N equal
+    copies, or the agents' states joined.
+    """
     rows, agents, size = source.shape
     shared = group is not None and group.attrs.get("state") == "shared"
     if not shared and agents * size != spec.state_size:
@@ -597,15 +371,16 @@ def _equal(source: Any, target: Float) -> bool:
 
 
 def _episode_arrays(group: Any, index: RowIndex, path: Path) -> dict[str, NDArray[Any]]:
+    """Arrays [E] of the group that it has. Raises :class:`DatasetError` for one of another length."""
     names = ("episode_returns", "episode_timeouts", "episode_seeds", "episode_behaviors")
-    found = {name: group[name][:] for name in names if group is not None and name in group}
-    for name, values in found.items():
+    arrays = {name: group[name][:] for name in names if group is not None and name in group}
+    for name, values in arrays.items():
         if values.shape != index.episode_start.shape:
             raise DatasetError(
                 f"{path}: {GROUP}/{name}: expected one value for each of {index.episode_start.size} episodes, "
                 f"got shape {list(values.shape)}"
             )
-    return found
+    return arrays
 
 
 def _metadata(group: Any) -> dict[str, Scalar]:
@@ -614,5 +389,5 @@ def _metadata(group: Any) -> dict[str, Scalar]:
     return {
         str(name): value.item() if isinstance(value, np.generic) else value
         for name, value in group.attrs.items()
-        if name not in _OWN_ATTRIBUTES
+        if name not in _INTERNAL_ATTRIBUTES
     }

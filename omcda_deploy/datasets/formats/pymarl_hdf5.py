@@ -1,5 +1,7 @@
 """PyMARL's episode batches as HDF5: the SMAC data of CFCQL (Shao et al., 2023) and ICQ (Yang et al., 2021).
 
+The layout and the use of its flags are in docs/baselines.md#pymarl-hdf5.
+
 | array           | shape        | |
 |-----------------|--------------|-|
 | `obs`           | [E, T, N, O] | padded to T, one more than the episode limit |
@@ -27,8 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Episode, Recording
+from omcda_deploy.datasets.hdf5 import import_h5py
 from omcda_deploy.datasets.smac_teams import checked_episode, team_spec
-from omcda_deploy.errors import DatasetError, MissingExtraError
+from omcda_deploy.errors import DatasetError
 
 SOURCE = "file of PyMARL's episodes (CFCQL, ICQ)"
 
@@ -42,28 +45,31 @@ _DIMENSIONS = {
     "filled": 3,
 }
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_TOGETHER = 16  # episodes per read: a chunk of a compressed file holds many
+_EPISODES_PER_READ = 16  # a chunk of a compressed file holds many
 
 
 def recognizes(path: Path) -> bool:
-    """Whether it is HDF5 with the arrays ``filled`` and ``terminated``."""
+    """True for an HDF5 file with the arrays ``filled`` and ``terminated``."""
     if not path.is_file():
         return False
     with path.open("rb") as head:
         if head.read(len(_SIGNATURE)) != _SIGNATURE:
             return False
     try:
-        with _h5py().File(path, "r") as file:
+        with import_h5py().File(path, "r") as file:
             return "filled" in file and "terminated" in file
-    except OSError:  # truncated: for the reader of the name's ending to say
+    except OSError:  # truncated, which the reader of files with this ending reports better
         return False
 
 
 @contextmanager
 def open_recording(path: Path, task: str | None) -> Iterator[Recording]:
-    """Raises :class:`DatasetError` naming the array or episode that does not fit, and as _smac.team_spec does."""
+    """Open a file of episodes. Raises :class:`DatasetError` naming the array or episode that does not fit.
+
+    Further errors are those of :func:`~omcda_deploy.datasets.smac_teams.team_spec`.
+    """
     try:
-        file = _h5py().File(path, "r")
+        file = import_h5py().File(path, "r")
     except OSError as error:
         raise DatasetError(f"{path} is truncated or not HDF5: download it again") from error
     with file:
@@ -88,10 +94,10 @@ def open_recording(path: Path, task: str | None) -> Iterator[Recording]:
 
 
 def _episodes(file: Any, path: Path, count: int, limit: int) -> Iterator[Episode]:
-    for start in range(0, count, _TOGETHER):
-        together = {name: file[name][start : start + _TOGETHER] for name in _DIMENSIONS}
-        for index in range(len(together["filled"])):
-            rows = {name: values[index] for name, values in together.items()}
+    for start in range(0, count, _EPISODES_PER_READ):
+        batch = {name: file[name][start : start + _EPISODES_PER_READ] for name in _DIMENSIONS}
+        for index in range(len(batch["filled"])):
+            rows = {name: values[index] for name, values in batch.items()}
             yield _episode(f"{path}: episode {start + index}", rows, limit)
 
 
@@ -115,11 +121,3 @@ def _episode(label: str, rows: dict[str, NDArray[Any]], limit: int) -> Episode:
         rows["reward"][:steps, 0],
         timeout=not ends.size,
     )
-
-
-def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise MissingExtraError("h5py", "data") from error
-    return h5py

@@ -1,0 +1,338 @@
+"""Writing datasets as OMIGA's HDF5, in the layout of :mod:`omcda_deploy.datasets.formats.omiga_hdf5`.
+
+:func:`write_dataset` writes episodes that are at hand, :class:`DatasetWriter` one after another as they are played,
+and :func:`concatenate` joins files. A file appears under its name when it is complete, never before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.datasets import (
+    BLOCK,
+    ContentDigest,
+    Episode,
+    Scalar,
+    require_available,
+    require_finite,
+    require_masks,
+)
+from omcda_deploy.datasets.formats.omiga_hdf5 import read, read_header
+from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, import_h5py
+from omcda_deploy.errors import ContractError, DatasetError
+from omcda_deploy.spec import TeamSpec, require_same_contract
+
+StateLayout: TypeAlias = Literal["observations", "shared", "agents"]
+
+
+def write_dataset(
+    path: str | Path,
+    spec: TeamSpec,
+    episodes: Iterable[Episode],
+    *,
+    metadata: Mapping[str, Scalar] | None = None,
+    behavior: str = "unknown",
+) -> dict[str, Any]:
+    """Write ``episodes`` of the team ``spec`` as an HDF5 dataset that train, replay and inspect read.
+
+    ``episodes`` may be a generator: one is held in memory at a time. :class:`Episode` says which arrays it has, in
+    which units, and the meaning of the last row; floating numbers are stored as float32. ``behavior`` names the
+    policy that acted, ``metadata`` are strings and numbers to keep with the data. End ``path`` in ``.hdf5``, by
+    which it is read again. The file is complete or absent: an exception, Ctrl-C included, leaves nothing behind,
+    and an older file as it was.
+
+    Returns a summary: path, task, behavior, episodes, transitions, the mean and standard deviation of the
+    undiscounted returns, and the digest. Raises :class:`DatasetError` for arrays of other shapes or types, an
+    episode beyond the spec's time limit, NaN or infinity, and choices that were not available.
+    """
+    with DatasetWriter(path, spec, {"behavior": behavior, **(metadata or {})}) as writer:
+        for number, episode in enumerate(episodes):
+            require_time_limit(episode, spec, episode.label or f"{path}: episode {number}")
+            writer.append(episode, behavior)
+    return {"path": str(path), "task": spec.task, "behavior": behavior, **writer.summary()}
+
+
+def require_time_limit(episode: Episode, spec: TeamSpec, label: str) -> None:
+    """Raise :class:`DatasetError` for an episode without a step, or longer than the episode limit of ``spec``."""
+    if not 1 <= len(episode) <= spec.episode_limit:
+        raise DatasetError(
+            f"{label}: expected 1 to {spec.episode_limit} steps, the episode limit of {spec.task}, got "
+            f"{len(episode)}: name the task that was recorded, or cut the episode out"
+        )
+
+
+def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | None = None) -> str:
+    """Write the closed episodes of several files of one task into one; returns its digest.
+
+    Holds one input at a time in memory. ``behavior`` labels the result (default: the inputs' labels joined by +);
+    episodes keep the labels of the policies that acted, or else the name of the file they came from. Metadata are
+    kept where all inputs agree. Raises :class:`DatasetError`, also when the inputs do not fit together.
+    """
+    if not paths:
+        raise DatasetError("expected at least one dataset to concatenate, got none")
+    files = [Path(path) for path in paths]
+    if Path(out).resolve() in [path.resolve() for path in files]:
+        raise DatasetError(f"{out} is one of the inputs: expected another file for the result")
+    headers = []
+    for path in files:
+        headers.append(read_header(path))
+        try:
+            require_same_contract(headers[0].spec, headers[-1].spec, str(files[0]), str(path))
+        except ContractError as error:
+            raise DatasetError(str(error)) from error
+    shared_metadata = {
+        name: value
+        for name, value in headers[0].metadata.items()
+        if all(name in header.metadata and header.metadata[name] == value for header in headers)
+    }
+    labels = [
+        str(header.metadata.get("behavior", path.stem)) for header, path in zip(headers, files, strict=True)
+    ]
+    metadata = {**shared_metadata, "behavior": behavior or "+".join(labels)}
+    with DatasetWriter(out, headers[0].spec, metadata) as writer:
+        for path, label in zip(files, labels, strict=True):
+            dataset = read(path)
+            if (numbers := dataset.episode_behaviors) is None:
+                behaviors = [label] * len(dataset.episode_length)
+            else:
+                behaviors = [dataset.behaviors[number] for number in numbers]
+                writer.declare_behaviors(dataset.behaviors)
+            for number, acted in enumerate(behaviors):
+                writer.append(dataset.episode(number), acted)
+            del dataset  # before the next one is read
+    return writer.digest
+
+
+class DatasetWriter:
+    """Writes a file episode by episode, so that a long recording never has to fit into memory.
+
+    A context manager: leaving it puts the finished file in place of ``path`` in one step; leaving it by an
+    exception, Ctrl-C included, leaves nothing behind and an older file as it was. ``metadata`` become attributes.
+    Afterwards :attr:`digest` is that of the contents.
+    """
+
+    def __init__(self, path: str | Path, spec: TeamSpec, metadata: Mapping[str, Scalar]) -> None:
+        self.path = Path(path)
+        self.spec = spec
+        self.digest = ""
+        self._metadata = {**metadata, "task": spec.task}
+        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._content = ContentDigest()
+        self._rows = 0  # appended
+        self._rows_in_file = 0
+        self._pending: dict[str, list[NDArray[Any]]] = {}  # appended, not yet in the file
+        self._state_layout: StateLayout | None = None  # of the first episode, and so of all
+        self._discrete = spec.action_kind == "discrete"
+        self._labels: list[str] = []
+        self._returns: list[float] = []
+        self._timeouts: list[bool] = []
+        self._seeds: list[int | None] = []
+        self._behaviors: list[int | None] = []
+
+    def declare_behaviors(self, labels: Iterable[str]) -> None:
+        """Number the policies ``labels`` in this order, also those that no episode will be of."""
+        for label in labels:
+            if label not in self._labels:
+                self._labels.append(label)
+
+    def append(self, episode: Episode, behavior: str | None = None) -> None:
+        """Add one whole episode, recorded by the policy ``behavior``.
+
+        The arrays are copied. Raises :class:`DatasetError` for arrays of other shapes or types than
+        :class:`Episode` states, NaN or infinity, choices that were not available, and a state that is laid out
+        unlike the first episode's.
+        """
+        masks = episode.action_masks
+        if self._discrete != (masks is not None):
+            raise DatasetError(
+                f"{self.path}: {self.spec.task} has {self.spec.action_kind} actions: expected action masks with "
+                "discrete ones, and with no others"
+            )
+        self._require_shapes(episode)
+        observations, states = (
+            np.asarray(rows, np.float32) for rows in (episode.observations, episode.states)
+        )
+        self._agree_on_state(observations, states)
+        actions = np.asarray(episode.actions, self._action_type)
+        if masks is not None:
+            require_masks(masks, self.spec, str(self.path), self._rows)
+            require_available(actions, masks, np.arange(len(episode)), str(self.path), self._rows)
+            actions = actions[..., None]
+        ends = np.zeros((len(episode) + 1, 1), np.float32)
+        ends[-1] = 1
+        parts: dict[str, NDArray[Any]] = {
+            "o": observations,
+            "a": np.concatenate([actions, np.zeros((1, *actions.shape[1:]), self._action_type)]),
+            "r": np.append(episode.rewards, 0).astype(np.float32)[:, None],
+            "d": ends,
+        }
+        if masks is not None:
+            parts["avail"] = np.asarray(masks, np.uint8)
+        if self._state_layout == "shared":
+            parts["s"] = np.repeat(states[:, None], len(self.spec.agents), axis=1)
+        elif self._state_layout == "agents":
+            parts["s"] = states
+        self._hold(parts)
+        self.declare_behaviors([] if behavior is None else [behavior])
+        self._returns.append(episode.undiscounted_return)
+        self._timeouts.append(episode.timeout)
+        self._seeds.append(episode.seed)
+        self._behaviors.append(None if behavior is None else self._labels.index(behavior))
+
+    def summary(self) -> dict[str, Any]:
+        """Count what was written, as JSON values, once the file is complete."""
+        returns = np.asarray(self._returns)
+        return {
+            "episodes": returns.size,
+            "transitions": self._rows - returns.size,
+            "return_mean": float(returns.mean()),
+            "return_std": float(returns.std()),
+            "digest": self.digest,
+        }
+
+    def __enter__(self) -> Self:
+        h5py = import_h5py()
+        count, spec = len(self.spec.agents), self.spec
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_dir():
+                raise IsADirectoryError("it is a folder")
+            self._file = h5py.File(self._partial, "w")
+        except OSError as error:
+            raise DatasetError(f"{self.path} cannot be written: {error}") from error
+        self._create("o", (count, spec.observation_size))
+        self._create("a", (count, 1) if self._discrete else (count, spec.action_size), self._action_type)
+        self._create("r", (1,))
+        self._create("d", (1,))
+        if self._discrete:
+            self._create("avail", (count, spec.action_size), "u1")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+            self._file.close()
+            if kind is None:
+                self._partial.replace(self.path)
+        except OSError as failure:
+            raise DatasetError(f"{self.path} cannot be written: {failure}") from failure
+        finally:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+    @property
+    def _action_type(self) -> str:
+        return "<i8" if self._discrete else "<f4"
+
+    def _require_shapes(self, episode: Episode) -> None:
+        """Raise :class:`DatasetError` naming the first array whose shape or type does not fit the team's spec."""
+        spec, steps, agents = self.spec, len(episode), len(self.spec.agents)
+        place = episode.label or f"{self.path}: episode {len(self._returns)}"
+        if steps < 1:
+            raise DatasetError(f"{place}: expected at least one step, got none: take the episode out")
+        states = np.asarray(episode.states)
+        state = (agents, spec.state_size // agents) if states.ndim == 3 else (spec.state_size,)
+        action = (agents,) if self._discrete else (agents, spec.action_size)
+        for name, values, expected, kinds in (
+            ("observations", episode.observations, (steps + 1, agents, spec.observation_size), "fiub"),
+            ("states", states, (steps + 1, *state), "fiub"),
+            ("actions", episode.actions, (steps, *action), "iu" if self._discrete else "fiub"),
+            ("action masks", episode.action_masks, (steps + 1, agents, spec.action_size), "iub"),
+            ("rewards", episode.rewards, (steps,), "fiub"),
+        ):
+            if values is None:
+                continue
+            if np.shape(values) != expected:
+                raise DatasetError(
+                    f"{place}: {name}: expected shape {list(expected)} of {steps} steps of {spec.task}, got "
+                    f"{list(np.shape(values))}: take the episode out, or give the spec of its own team"
+                )
+            if (dtype := np.asarray(values).dtype).kind not in kinds:
+                expected_type = "numbers" if "f" in kinds else "integers"
+                raise DatasetError(
+                    f"{place}: {name}: expected {expected_type}, got {dtype}: convert the array first"
+                )
+
+    def _agree_on_state(self, observations: NDArray[np.float32], states: NDArray[np.float32]) -> None:
+        """Choose the layout of `s` by the first episode. Raises :class:`DatasetError` where a later one differs."""
+        joined = states.size == observations.size and np.array_equal(
+            states.reshape(observations.shape), observations
+        )
+        if self._state_layout is None:
+            self._state_layout = "observations" if joined else "shared" if states.ndim == 2 else "agents"
+            if not joined:
+                count = len(self.spec.agents)
+                shared = self._state_layout == "shared"
+                self._create("s", (count, self.spec.state_size // (1 if shared else count)))
+        elif self._state_layout == "observations" and not joined:
+            raise DatasetError(
+                f"{self.path}: the state was all observations joined before row {self._rows}, and no longer is: "
+                "write such episodes to a file of their own"
+            )
+        elif self._state_layout != "observations" and (states.ndim == 2) != (self._state_layout == "shared"):
+            expected = "[T+1, S]" if self._state_layout == "shared" else "[T+1, N, S / N]"
+            raise DatasetError(
+                f"{self.path}: states: expected shape {expected}, as in the episodes before row {self._rows}, got "
+                f"{list(states.shape)}: give all of them alike"
+            )
+
+    def _create(self, name: str, shape: tuple[int, ...], kind: str = "<f4") -> None:
+        self._file.create_dataset(
+            name, (0, *shape), kind, maxshape=(None, *shape), chunks=(1024, *shape), fillvalue=None
+        )
+
+    def _hold(self, parts: Mapping[str, NDArray[Any]]) -> None:
+        """Check and digest an episode's rows, and keep copies of them until a block of rows is together."""
+        for name, part in parts.items():
+            require_finite(part, self._rows, name, str(self.path))
+            if name != "s":
+                self._content.update(name, part)
+            self._pending.setdefault(name, []).append(np.array(part))  # the caller may reuse its buffers
+        self._rows += len(parts["o"])
+        if self._rows - self._rows_in_file >= BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write the pending rows. Writing each episode by itself would take most of the time of short ones."""
+        for name, parts in self._pending.items():
+            target = self._file[name]
+            target.resize(self._rows, axis=0)
+            target[self._rows_in_file :] = np.concatenate(parts)
+        self._pending.clear()
+        self._rows_in_file = self._rows
+
+    def _finish(self) -> None:
+        if not self._rows:
+            raise DatasetError(f"{self.path}: expected at least one episode to write, got none")
+        self._flush()
+        if self._state_layout == "observations":
+            self._file["s"] = self._file["o"]
+        self.digest = self._content.hexdigest()
+        group = self._file.create_group(GROUP)
+        group.attrs.update(self._metadata)
+        group.attrs.update(
+            {
+                "format_version": FORMAT_VERSION,
+                "spec": json.dumps(self.spec.to_json(), sort_keys=True),
+                "digest": self.digest,
+                "state": self._state_layout,
+            }
+        )
+        group["episode_returns"] = np.asarray(self._returns, np.float64)
+        group["episode_timeouts"] = np.asarray(self._timeouts, np.uint8)
+        for name, values in (("seeds", self._seeds), ("behaviors", self._behaviors)):
+            if None not in values:
+                group[f"episode_{name}"] = np.asarray(values, np.int64)
+        if self._labels:
+            group["behaviors"] = [label.encode() for label in self._labels]

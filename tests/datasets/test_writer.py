@@ -1,0 +1,198 @@
+"""Episodes written from memory, read back, and refused where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from omcda_deploy.datasets import Episode
+from omcda_deploy.datasets.writer import DatasetWriter, write_dataset
+from omcda_deploy.errors import DatasetError
+from omcda_deploy.registry import read_dataset
+from omcda_deploy.spec import TeamSpec
+from tests.support.synthetic import continuous_spec, discrete_spec
+
+SPECS = {"continuous": continuous_spec(), "discrete": discrete_spec()}
+
+
+def random_episode(spec: TeamSpec, steps: int, seed: int = 0, *, timeout: bool = False) -> Episode:
+    generator = np.random.default_rng(seed)
+    agents = len(spec.agents)
+    actions: Any = generator.uniform(-1, 1, (steps, agents, spec.action_size)).astype(np.float32)
+    masks = None
+    if spec.action_kind == "discrete":
+        actions = np.stack([generator.integers(0, a.action.size, steps) for a in spec.agents], axis=1)
+        masks = np.zeros((steps + 1, agents, spec.action_size), np.uint8)
+        for index, agent in enumerate(spec.agents):
+            masks[:, index, : agent.action.size] = 1
+    return Episode(
+        generator.normal(size=(steps + 1, agents, spec.observation_size)).astype(np.float32),
+        generator.normal(size=(steps + 1, spec.state_size)).astype(np.float32),
+        actions,
+        generator.normal(size=steps).astype(np.float32),
+        timeout=timeout,
+        action_masks=masks,
+        seed=seed,
+    )
+
+
+def require_equal(ours: Episode, theirs: Episode) -> None:
+    for name in ("observations", "states", "actions", "rewards", "action_masks"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    assert (ours.timeout, ours.seed) == (theirs.timeout, theirs.seed)
+    assert ours.undiscounted_return == theirs.undiscounted_return
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_episodes_come_back_one_by_one(tmp_path: Path, kind: str) -> None:
+    spec = SPECS[kind]
+    episodes = [random_episode(spec, steps, steps, timeout=steps == 2) for steps in (3, 2, 5)]
+    summary = write_dataset(
+        tmp_path / "d.hdf5", spec, iter(episodes), metadata={"rig": "A", "trial": 7}, behavior="operator"
+    )
+    dataset = read_dataset(tmp_path / "d.hdf5")
+    assert dataset.spec == spec
+    for number, episode in enumerate(episodes):
+        require_equal(dataset.episode(number), episode)
+    returns = [episode.undiscounted_return for episode in episodes]
+    assert summary == {
+        "path": str(tmp_path / "d.hdf5"),
+        "task": spec.task,
+        "behavior": "operator",
+        "episodes": 3,
+        "transitions": 10,
+        "return_mean": np.mean(returns),
+        "return_std": np.std(returns),
+        "digest": dataset.digest,
+    }
+    assert dataset.behaviors == ("operator",)
+    assert dataset.metadata == {"behavior": "operator", "rig": "A", "trial": 7, "task": spec.task}
+    assert np.flatnonzero(dataset.timeout).tolist() == [4]
+
+
+@pytest.mark.parametrize("number", [-1, 2, 10**9])
+def test_an_episode_that_is_not_there_is_named(tmp_path: Path, number: int) -> None:
+    spec = SPECS["continuous"]
+    write_dataset(tmp_path / "d.hdf5", spec, [random_episode(spec, 2), random_episode(spec, 1)])
+    with pytest.raises(
+        DatasetError, match=f"episode {number}: expected a number from 0 to 1, as .* 2 closed"
+    ):
+        read_dataset(tmp_path / "d.hdf5").episode(number)
+
+
+def test_other_number_types_are_converted(tmp_path: Path) -> None:
+    spec = SPECS["discrete"]
+    episode = random_episode(spec, 4)
+    wide = replace(
+        episode,
+        observations=episode.observations.astype(np.float64),
+        states=episode.states.astype(np.float64),
+        actions=episode.actions.astype(np.uint8),
+        rewards=episode.rewards.astype(np.float64),
+        action_masks=np.asarray(episode.action_masks, np.bool_),
+    )
+    digests = [write_dataset(tmp_path / "d.hdf5", spec, [e])["digest"] for e in (episode, wide)]
+    assert digests[0] == digests[1] == read_dataset(tmp_path / "d.hdf5").digest
+
+
+CONTINUOUS, DISCRETE = (random_episode(SPECS[kind], 4) for kind in ("continuous", "discrete"))
+
+
+@pytest.mark.parametrize(
+    ("episode", "message"),
+    [
+        (
+            replace(CONTINUOUS, observations=CONTINUOUS.observations[:4]),
+            r"d\.hdf5: episode 1: observations: expected shape \[5, 3, 5\] .* got \[4, 3, 5\]",
+        ),
+        (
+            replace(CONTINUOUS, states=CONTINUOUS.states[..., 1:]),
+            r"states: expected shape \[5, 7\] .* got \[5, 6\]",
+        ),
+        (
+            replace(CONTINUOUS, actions=CONTINUOUS.actions[:, :2]),
+            r"actions: expected shape \[4, 3, 2\] .* got \[4, 2, 2\]",
+        ),
+        (
+            replace(CONTINUOUS, rewards=CONTINUOUS.rewards[:, None]),
+            r"rewards: expected shape \[4\] .* got \[4, 1\]",
+        ),
+        (
+            replace(CONTINUOUS, observations=np.full((5, 3, 5), "x"), label="trial 9"),
+            "trial 9: observations: expected numbers, got <U1",
+        ),
+        (
+            replace(CONTINUOUS, actions=np.full((4, 3, 2), np.inf)),
+            "array a holds NaN or infinity, first in row 5",
+        ),
+        (
+            replace(CONTINUOUS, action_masks=DISCRETE.action_masks),
+            "action masks with discrete ones, and with no",
+        ),
+        (replace(CONTINUOUS, actions=CONTINUOUS.actions[:0]), "expected 1 to 1000 steps, .* got 0"),
+        (
+            random_episode(SPECS["continuous"], 1001),
+            r"d\.hdf5: episode 1: expected 1 to 1000 steps, .* got 1001",
+        ),
+        (replace(DISCRETE, action_masks=None), "expected action masks with discrete ones"),
+        (
+            replace(DISCRETE, action_masks=np.ones((4, 2, 4), np.uint8)),
+            r"action masks: expected shape \[5, 2, 4\] .* got \[4, 2, 4\]",
+        ),
+        (
+            replace(DISCRETE, actions=DISCRETE.actions.astype(np.float32)),
+            "actions: expected integers, got float32",
+        ),
+        (replace(DISCRETE, actions=DISCRETE.actions + 4), "row 5: expected one of the actions .* got"),
+    ],
+)
+def test_an_episode_that_does_not_fit_leaves_nothing_behind(
+    tmp_path: Path, episode: Episode, message: str
+) -> None:
+    spec = SPECS["continuous" if episode.actions.ndim == 3 else "discrete"]
+    (tmp_path / "d.hdf5").write_text("an older file")
+    with pytest.raises(DatasetError, match=message):
+        write_dataset(tmp_path / "d.hdf5", spec, [random_episode(spec, 4), episode])
+    assert [path.name for path in tmp_path.iterdir()] == ["d.hdf5"]
+    assert (tmp_path / "d.hdf5").read_text() == "an older file"
+
+
+def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[Episode]:
+        yield CONTINUOUS
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "d.hdf5", SPECS["continuous"], interrupted())
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_states_of_a_file_are_laid_out_alike(tmp_path: Path) -> None:
+    spec = replace(SPECS["continuous"], state_size=15)
+    episode = random_episode(spec, 4)
+    joined = replace(episode, states=episode.observations.reshape(5, 15))
+    per_agent = replace(episode, states=episode.observations + 1)
+    with pytest.raises(DatasetError, match="all observations joined before row 5, and no longer is"):
+        write_dataset(tmp_path / "d.hdf5", spec, [joined, episode])
+    with pytest.raises(DatasetError, match=r"states: expected shape \[T\+1, S\].* got \[5, 3, 5\]"):
+        write_dataset(tmp_path / "d.hdf5", spec, [episode, per_agent])
+    with pytest.raises(DatasetError, match=r"states: expected shape \[T\+1, N, S / N\].* got \[5, 15\]"):
+        write_dataset(tmp_path / "d.hdf5", spec, [per_agent, episode])
+    write_dataset(tmp_path / "d.hdf5", spec, [per_agent])
+    np.testing.assert_array_equal(read_dataset(tmp_path / "d.hdf5").states, per_agent.states.reshape(5, 15))
+
+
+def test_declared_behaviors_keep_their_order(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "d.hdf5", SPECS["continuous"], {}) as writer:
+        writer.declare_behaviors(["first", "idle"])
+        for behavior in ("later", "first"):
+            writer.append(CONTINUOUS, behavior)
+    dataset = read_dataset(tmp_path / "d.hdf5")
+    assert dataset.behaviors == ("first", "idle", "later")
+    assert dataset.episode_behaviors is not None
+    assert dataset.episode_behaviors.tolist() == [2, 0]
