@@ -131,6 +131,8 @@ class LocalTeam:
             bundle = read_bundle(bundle)
         self.bundle = bundle
         self.spec: TeamSpec = bundle.spec
+        self.bundle_digest, self.divergence_kind = bundle.digest, bundle.divergence_kind
+        self.budgets = bundle.budgets
         self._policies = {name: LocalPolicy(bundle, name) for name in bundle.spec.names}
 
     def reset(self) -> None:
@@ -162,6 +164,8 @@ class JointTeam:
             bundle = read_bundle(bundle)
         self.bundle = bundle
         self.spec: TeamSpec = bundle.spec
+        self.bundle_digest, self.divergence_kind = bundle.digest, bundle.divergence_kind
+        self.budgets = bundle.budgets
         self._model = _load(bundle, TEAM)
 
     def reset(self) -> None:

@@ -1,9 +1,9 @@
-"""Roll a team in a simulator.
+"""Evaluate a team in a simulator.
 
-A batch of environments is kept in step and the team is asked once per control step for all of them. An episode
-that ends before the others stays in the batch with its last observation, its answers unused, until the round is
-over: every call has the same batch size. Matrix products of another batch size may be summed in another order, so
-that is what makes a served team and the same bundle in process play the same episodes to the last digit.
+Episodes are played in rounds of a fixed batch size (:func:`omcda_deploy.play.rollout.rollout`): one that ends
+before the others stays in the batch with its last observation, its answers unused, until the round is over. Matrix
+products of another batch size may be summed in another order, so the fixed size makes a served team and the same
+bundle in process play the same episodes to the last digit.
 
 An episode that its simulator loses (info ``discarded``) counts nowhere; a later round plays one more instead.
 """
@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,43 +23,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.envs.vector import BatchedEnvironment, vectorize
-from omcda_deploy.errors import ConfigError, MissingExtraError, OmcdaError
+from omcda_deploy.envs.vector import vectorize
 from omcda_deploy.play.measurements import (
-    DiscardCount,
+    CallLog,
     Divergence,
-    FallbackCount,
     Latency,
     TeamDescription,
-    agent_latencies,
     describe,
     divergences,
-    episode_seed,
     installed_versions,
     machine,
     now,
     number,
-    replacing,
-    require_answer,
     require_at_least,
-    require_ended,
-    saturated,
 )
-from omcda_deploy.policy import NoiseSource, TeamPolicy
+from omcda_deploy.play.rollout import PlayedEpisode, rollout
+from omcda_deploy.play.video import filming, rendering, require_video
+from omcda_deploy.policy import TeamPolicy
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 DEFAULT_NUM_ENVS = 10
-_MAX_FRAME_RATE = 30.0  # frames per second of a video
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What happened. E episodes, in order; ``to_json`` is the file that ``omcda-deploy evaluate`` writes.
+    """Measurements of E episodes, in order; ``to_json`` is the file that ``omcda-deploy evaluate`` writes.
 
     ``saturation``: share of action entries within 0.1 % of a bound, None for discrete actions.
     ``step_latency``: one ``team.act`` for the whole batch. ``agent_latency``: per agent, where the team times them.
-    ``won``: None where the simulator does not tell. ``fallback_steps``: by agent, how many calls of ``team.act``
-    its fallback answered instead of its policy; their divergence is not known and counts nowhere.
+    ``won``: None where the simulator does not report it. ``fallback_steps``: by agent, the number of calls of
+    ``team.act`` that its fallback answered instead of its policy; they have no divergence and count nowhere in it.
     """
 
     task: str
@@ -151,7 +143,7 @@ def evaluate(
     video: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Play ``episodes`` episodes of ``task`` and measure.
+    """Play ``episodes`` episodes of ``task`` with ``team`` and measure returns, divergences and latencies.
 
     Episode k starts from a seed made of ``seed`` and k, so a deterministic team plays the same episodes whatever
     ``num_envs`` and ``workers`` are (up to the rounding of another batch size). ``stochastic`` samples with noise
@@ -172,120 +164,62 @@ def evaluate(
     require_at_least(num_envs, 1, "num_envs")
     options = dict(options or {})
     if video is not None:
-        if video.suffix != ".mp4" or not os.access(video.parent, os.W_OK):
-            raise ConfigError(f"video: expected an .mp4 file in a folder that can be written, got {video}")
+        require_video(video)
         os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported: it reads this once
         options["render_mode"] = "rgb_array"
 
-    with _renderable(task) if video else nullcontext():
+    with rendering(task) if video else nullcontext():
         simulator = vectorize(task, num_envs, workers=workers, **options)
     versions = {**installed_versions(), **registry.simulator_versions(task, **options)}
     with simulator as environment:
         spec = environment.spec
         require_same_contract(team.spec, spec, "the team", "the simulator")
-        with _recording(video, spec.control_rate) if video else nullcontext() as recording:
-            return _play(team, environment, task, episodes, seed, stochastic, versions, progress, recording)
+        description, calls = describe(team), CallLog(team)
+        with filming(environment, video) if video else nullcontext(environment) as stage:
+            began = perf_counter()
+            played = list(
+                rollout(
+                    team,
+                    stage,
+                    episodes=episodes,
+                    seed=seed,
+                    stochastic=stochastic,
+                    on_step=lambda step: calls.add(step.seconds, step.decisions),
+                    progress=progress,
+                )
+            )
+            seconds = perf_counter() - began
+    return _evaluation(
+        task,
+        spec,
+        description,
+        played,
+        calls,
+        seed=seed,
+        stochastic=stochastic,
+        num_envs=num_envs,
+        seconds=seconds,
+        versions=versions,
+    )
 
 
-def _play(
-    team: TeamPolicy,
-    environment: BatchedEnvironment,
+def _evaluation(
     task: str,
-    episodes: int,
+    spec: TeamSpec,
+    description: TeamDescription,
+    episodes: Sequence[PlayedEpisode],
+    calls: CallLog,
+    *,
     seed: int,
     stochastic: bool,
+    num_envs: int,
+    seconds: float,
     versions: dict[str, str],
-    progress: Callable[[int, int], None] | None,
-    recording: _Recording | None,
 ) -> Evaluation:
-    spec, num_envs = environment.spec, environment.num_envs
-    description = describe(team)
-    noise_source = NoiseSource(spec, seed) if stochastic else None
-    seeds: list[int] = []  # of the episodes that count; so are the next three
-    returns: list[NDArray[np.float64]] = []
-    lengths: list[NDArray[np.int64]] = []
-    terminated: list[NDArray[np.bool_]] = []
-    won: list[NDArray[np.bool_]] = []
-    knows_won = False
-    discards, fallbacks = DiscardCount(), FallbackCount(spec)
-    steps: list[NDArray[np.int64]] = []
-    divergence: list[NDArray[np.float64]] = []
-    saturations = dict.fromkeys(spec.names, 0)
-    step_seconds: list[float] = []
-    agent_seconds: dict[str, list[float]] = {}
-    first = round_index = 0
-    started = perf_counter()
-
-    while len(seeds) < episodes:
-        playing = min(num_envs, episodes - len(seeds))
-        rounds = round_index + math.ceil((episodes - len(seeds)) / num_envs)
-        active = np.arange(num_envs) < playing
-        counts = active.copy()  # False where the episode was lost
-        sums, ages = np.zeros(num_envs), np.zeros(num_envs, np.int64)
-        terminal, victory = np.zeros(num_envs, np.bool_), np.zeros(num_envs, np.bool_)
-        diverged: list[NDArray[np.float64]] = []  # [E, N] each step; a row is read while its episode runs
-        saturated_entries = np.zeros((num_envs, len(spec.agents)), np.int64)
-        round_seeds = [episode_seed(seed, first + i) for i in range(playing)]
-        team.reset()
-        step = environment.reset(dict(enumerate(round_seeds)))
-        if recording and round_index == 0:
-            recording.add(environment)
-        t = 0
-        while active.any():
-            noise = noise_source.draw(num_envs) if noise_source else None
-            before = perf_counter()
-            decisions = team.act(step.observations, noise=noise, action_masks=step.action_masks)
-            step_seconds.append(perf_counter() - before)
-            for name, latency in agent_latencies(team).items():
-                agent_seconds.setdefault(name, []).append(latency)
-            require_answer(spec, decisions, num_envs)
-            fallbacks.add(decisions)
-
-            diverged.append(
-                np.stack([np.asarray(decisions[name].divergence, np.float64) for name in spec.names], axis=1)
-            )
-            if spec.action_kind == "continuous":
-                for index, agent in enumerate(spec.agents):
-                    entries = saturated(decisions[agent.name].action, agent.action).sum(axis=1)
-                    saturated_entries[active, index] += entries[active]
-
-            step = environment.step({name: decisions[name].action for name in spec.names}, active)
-            t += 1
-            sums[active] += step.reward[active]
-            ages[active] = t
-            ended = active & (step.terminated | step.truncated)
-            require_ended(spec, active & ~ended, t)
-            terminal[ended] = step.terminated[ended]
-            if "won" in step.info:
-                knows_won = True
-                victory[ended] = np.asarray(step.info["won"], np.bool_)[ended]
-            if "discarded" in step.info:
-                counts &= ~(ended & np.asarray(step.info["discarded"], np.bool_))
-            for lost in (~counts[ended]).tolist():
-                discards.add(lost)
-            if recording and round_index == 0 and active[0] and t % recording.stride == 0:
-                recording.add(environment)
-            active = active & ~ended
-            if progress:
-                progress(round_index * spec.episode_limit + t, rounds * spec.episode_limit)
-
-        seeds += [episode for episode, count in zip(round_seeds, counts, strict=False) if count]
-        returns.append(sums[counts])
-        lengths.append(ages[counts])
-        terminated.append(terminal[counts])
-        won.append(victory[counts])
-        for age, values in enumerate(diverged):
-            running = counts & (ages > age)
-            steps.append(np.full(int(running.sum()), age))
-            divergence.append(values[running].T)
-        for index, name in enumerate(spec.names):
-            saturations[name] += int(saturated_entries[counts, index].sum())
-        first += playing
-        round_index += 1
-    if progress:
-        progress(round_index * spec.episode_limit, round_index * spec.episode_limit)
-
-    played = int(np.concatenate(lengths).sum())
+    """Sum up ``episodes``; those that the simulator lost count nowhere."""
+    counted = [episode for episode in episodes if not episode.discarded]
+    lengths = np.array([len(episode) for episode in counted], np.int64)
+    times, divergence = _in_order_of_answers(counted)
     return Evaluation(
         task=task,
         spec=spec,
@@ -293,74 +227,42 @@ def _play(
         seed=seed,
         stochastic=stochastic,
         num_envs=num_envs,
-        episode_seeds=tuple(seeds),
-        returns=np.concatenate(returns),
-        lengths=np.concatenate(lengths),
-        terminated=np.concatenate(terminated),
-        won=np.concatenate(won) if knows_won else None,
-        divergence=divergences(spec, steps, divergence, description.budgets),
+        episode_seeds=tuple(episode.seed for episode in counted),
+        returns=np.array([episode.episode_return for episode in counted]),
+        lengths=lengths,
+        terminated=np.array([episode.terminated for episode in counted]),
+        won=_won(counted),
+        divergence=divergences(spec, times, divergence, description.budgets),
         saturation={
-            agent.name: saturations[agent.name] / (played * agent.action.size)
+            agent.name: sum(int(episode.saturated[index]) for episode in counted)
+            / (int(lengths.sum()) * agent.action.size)
             if agent.action.kind == "continuous"
             else None
-            for agent in spec.agents
+            for index, agent in enumerate(spec.agents)
         },
-        step_latency=Latency(np.array(step_seconds)),
-        agent_latency={name: Latency(np.array(values)) for name, values in agent_seconds.items()},
-        seconds=perf_counter() - started,
+        step_latency=calls.step_latency,
+        agent_latency=calls.agent_latency,
+        seconds=seconds,
         versions=versions,
         machine=machine(),
         date=now(),
-        discarded=discards.total,
-        fallback_steps=fallbacks.steps,
+        discarded=len(episodes) - len(counted),
+        fallback_steps=calls.fallback_steps,
     )
 
 
-@contextmanager
-def _renderable(task: str) -> Iterator[None]:
-    """Say what to do where MuJoCo finds no GL, on import or at the first frame."""
-    try:
-        yield
-    except OmcdaError:
-        raise
-    except Exception as error:  # each GL platform fails in its own way, down to AttributeError
-        reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
-        raise ConfigError(
-            f"video: {task} cannot be rendered here with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({reason}). "
-            "Install EGL (Debian: apt-get install libegl1 libgl1-mesa-dri), or set MUJOCO_GL=osmesa with "
-            "libosmesa6 installed, or leave the video out"
-        ) from error
+def _won(episodes: Sequence[PlayedEpisode]) -> NDArray[np.bool_] | None:
+    """[E], False where the simulator did not yet report wins; None where it never did."""
+    if all(episode.won is None for episode in episodes):
+        return None
+    return np.array([bool(episode.won) for episode in episodes])
 
 
-class _Recording:
-    """An mp4 in the making; frames go to the encoder as they come."""
-
-    def __init__(self, writer: Any, stride: int) -> None:
-        self._writer = writer
-        self.stride = stride  # control steps per frame
-
-    def add(self, environment: BatchedEnvironment) -> None:
-        """Append the present frame of the first environment."""
-        with _renderable(environment.spec.task):
-            frame = environment.render(0)
-        self._writer.append_data(frame)
-
-
-@contextmanager
-def _recording(path: Path, control_rate: float) -> Iterator[_Recording]:
-    """Record to ``path`` in real time, at 30 frames per second or fewer; a failed block leaves no file."""
-    try:
-        import imageio
-
-        import_module("imageio_ffmpeg")  # the encoder, which imageio misses only at the first frame
-    except ImportError as error:
-        raise MissingExtraError("imageio with imageio-ffmpeg", "mujoco") from error
-    stride = math.ceil(control_rate / _MAX_FRAME_RATE)
-    with replacing(path) as temporary:
-        writer = imageio.get_writer(
-            temporary, format="FFMPEG", fps=control_rate / stride, codec="libx264", macro_block_size=2
-        )
-        try:
-            yield _Recording(writer, stride)
-        finally:
-            writer.close()
+def _in_order_of_answers(
+    episodes: Sequence[PlayedEpisode],
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Steps [n] and divergences [n, N] of all episodes, round by round and in each of them step by step."""
+    steps = np.concatenate([np.arange(len(episode)) for episode in episodes])
+    rounds = np.repeat([episode.round for episode in episodes], [len(episode) for episode in episodes])
+    order = np.lexsort((steps, rounds))
+    return steps[order], np.concatenate([episode.divergence for episode in episodes])[order]

@@ -1,4 +1,4 @@
-"""Measurements that :mod:`omcda_deploy.play.evaluate` and :mod:`omcda_deploy.play.replay` have in common."""
+"""Measurements of a team, shared by :mod:`omcda_deploy.play.evaluate` and :mod:`omcda_deploy.play.replay`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.errors import ConfigError, ContractError, SimulatorError
+from omcda_deploy.errors import ConfigError, ContractError
 from omcda_deploy.policy import Decision, TeamPolicy
 from omcda_deploy.spec import ActionSpec, TeamSpec
 
-DISCARDED_IN_A_ROW = 10  # episodes lost to crashes of a simulator after which it is taken to be broken
 _PACKAGES = ("omcda-deploy", "numpy", "onnxruntime", "grpcio")
 
 
@@ -70,39 +69,78 @@ class Divergence:
 
 def divergences(
     spec: TeamSpec,
-    steps: Sequence[NDArray[np.int64]],
-    values: Sequence[NDArray[np.float64]],
+    times: NDArray[np.int64],
+    values: NDArray[np.float64],
     budgets: Mapping[str, float | None],
 ) -> dict[str, Divergence]:
-    """Per-agent summaries of ``values`` (each [N, n]) seen at the times ``steps`` (each [n]) of their episodes.
+    """Summaries by agent of ``values`` [n, N], measured at the steps ``times`` [n] of their episodes.
 
-    nan stands for a step that a fallback answered; it counts nowhere.
+    nan stands for a step that a fallback answered; it counts nowhere. Means are sums in the order of ``values``,
+    which decides their last digit: give them in the order in which the team answered.
     """
-    times = np.concatenate(steps)
     return {
-        name: _divergence(times, rows, budgets.get(name))
-        for name, rows in zip(spec.names, np.concatenate(values, axis=1), strict=True)
+        name: _divergence(times, values[:, index], budgets.get(name)) for index, name in enumerate(spec.names)
     }
 
 
 def _divergence(times: NDArray[np.int64], values: NDArray[np.float64], budget: float | None) -> Divergence:
-    seen = ~np.isnan(values)
+    measured = ~np.isnan(values)
     length = int(times.max()) + 1
-    counts = np.bincount(times[seen], minlength=length)
-    sums = np.bincount(times[seen], weights=values[seen], minlength=length)
+    counts = np.bincount(times[measured], minlength=length)
+    sums = np.bincount(times[measured], weights=values[measured], minlength=length)
     return Divergence(
-        mean=float(values[seen].mean()) if seen.any() else math.nan,
-        p99=float(np.percentile(values[seen], 99)) if seen.any() else math.nan,
+        mean=float(values[measured].mean()) if measured.any() else math.nan,
+        p99=float(np.percentile(values[measured], 99)) if measured.any() else math.nan,
         by_step=np.divide(sums, counts, where=counts > 0, out=np.full(length, math.nan)),
         budget=budget,
     )
 
 
+@runtime_checkable
+class Described(Protocol):
+    """A team that says which bundle it plays, as all teams of this package that are made of one do."""
+
+    @property
+    def bundle_digest(self) -> str:
+        """sha256 of the bundle's manifest."""
+        ...
+
+    @property
+    def divergence_kind(self) -> str:
+        """Meaning of its divergences: ``kl`` or ``neg_log_behavior`` (:class:`omcda_deploy.bundle.Bundle`)."""
+        ...
+
+    @property
+    def budgets(self) -> Mapping[str, float | None]:
+        """d_i by agent in nats, None without a budget."""
+        ...
+
+
+@runtime_checkable
+class HasFallback(Protocol):
+    """A team whose agents may miss an answer."""
+
+    @property
+    def fallback(self) -> str:
+        """Name of the policy that acts then (:mod:`omcda_deploy.client.fallback`)."""
+        ...
+
+
+@runtime_checkable
+class TimesAgents(Protocol):
+    """A team that measures how long each agent takes."""
+
+    @property
+    def latencies(self) -> Mapping[str, float]:
+        """Seconds per agent of the team's last act."""
+        ...
+
+
 @dataclass(frozen=True)
 class TeamDescription:
-    """What a team says about the bundle it came from; a team that is no bundle leaves it empty.
+    """A team's bundle, as far as it is made of one, and its fallback.
 
-    ``fallback``: who answers the steps that its servers miss; None for a team without servers.
+    ``fallback``: name of the policy that answers the steps that its servers miss; None for a team without servers.
     """
 
     bundle_digest: str | None
@@ -119,33 +157,43 @@ class TeamDescription:
 
 
 def describe(team: TeamPolicy) -> TeamDescription:
-    """A local team carries its bundle; a served one repeats what its servers said at connect."""
-    bundle = getattr(team, "bundle", None)
-    if bundle is not None:
-        return TeamDescription(bundle.digest, bundle.divergence_kind, bundle.budgets)
-    return TeamDescription(
-        getattr(team, "bundle_digest", None),
-        getattr(team, "divergence_kind", None),
-        getattr(team, "budgets", None) or {},
-        getattr(team, "fallback", None),
-    )
+    """Description of a team; what it does not say about itself stays empty."""
+    fallback = team.fallback if isinstance(team, HasFallback) else None
+    if not isinstance(team, Described):
+        return TeamDescription(None, None, {}, fallback)
+    return TeamDescription(team.bundle_digest, team.divergence_kind, team.budgets, fallback)
 
 
-def agent_latencies(team: TeamPolicy) -> Mapping[str, float]:
-    """Seconds per agent of the team's last act, empty for a team that does not time its agents."""
-    latencies: Mapping[str, float] | None = getattr(team, "latencies", None)
-    return latencies or {}
+class CallLog:
+    """Wall-clock times of a team's calls, and the calls that a fallback answered.
 
+    ``step_seconds``: of each ``team.act``. ``fallback_steps``: by agent, the calls that its fallback answered.
+    """
 
-class FallbackCount:
-    """Counts, by agent, the calls of ``team.act`` that a fallback answered."""
+    def __init__(self, team: TeamPolicy) -> None:
+        self.step_seconds: list[float] = []
+        self.fallback_steps: dict[str, int] = dict.fromkeys(team.spec.names, 0)
+        self._timed = team if isinstance(team, TimesAgents) else None
+        self._agent_seconds: dict[str, list[float]] = {}
 
-    def __init__(self, spec: TeamSpec) -> None:
-        self.steps: dict[str, int] = dict.fromkeys(spec.names, 0)
+    def add(self, seconds: float, decisions: Mapping[str, Decision]) -> None:
+        """Log the call of ``team.act`` that was made last: its time, and its answers."""
+        self.step_seconds.append(seconds)
+        for name in self.fallback_steps:
+            self.fallback_steps[name] += decisions[name].fallback
+        if self._timed is not None:
+            for name, latency in self._timed.latencies.items():
+                self._agent_seconds.setdefault(name, []).append(latency)
 
-    def add(self, decisions: Mapping[str, Decision]) -> None:
-        for name in self.steps:
-            self.steps[name] += decisions[name].fallback
+    @property
+    def step_latency(self) -> Latency:
+        """Latency of ``team.act``."""
+        return Latency(np.array(self.step_seconds))
+
+    @property
+    def agent_latency(self) -> dict[str, Latency]:
+        """Latency per agent, empty for a team that does not time its agents."""
+        return {name: Latency(np.array(seconds)) for name, seconds in self._agent_seconds.items()}
 
 
 def require_answer(spec: TeamSpec, decisions: Mapping[str, Decision], batch: int) -> None:
@@ -168,50 +216,19 @@ def require_answer(spec: TeamSpec, decisions: Mapping[str, Decision], batch: int
 
 
 def saturated(actions: NDArray[Any], spec: ActionSpec) -> NDArray[np.bool_]:
-    """Which entries of continuous ``actions`` lie within 0.1 % of a bound (|a| > 0.999 for actions in [-1, 1])."""
+    """Mark the entries of continuous ``actions`` within 0.1 % of a bound (|a| > 0.999 for actions in [-1, 1])."""
     centred = (2.0 * actions - (spec.low + spec.high)) / (spec.high - spec.low)
     return np.asarray(np.abs(centred) > 0.999)
 
 
-class DiscardCount:
-    """Counts the episodes that a simulator lost, and gives up where it loses one after another."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._in_a_row = 0
-
-    def add(self, discarded: bool) -> None:
-        """An episode ended, ``discarded`` or not. Raises :class:`SimulatorError` for too many in a row."""
-        self.total += discarded
-        self._in_a_row = self._in_a_row + 1 if discarded else 0
-        if self._in_a_row >= DISCARDED_IN_A_ROW:
-            raise SimulatorError(
-                f"the simulator lost {self._in_a_row} episodes in a row: its warnings say how. See whether it runs "
-                "by itself, and with fewer environments (--num-envs)"
-            )
-
-
-def require_ended(spec: TeamSpec, running: NDArray[np.bool_], steps: NDArray[np.int64] | int) -> None:
-    """Raise :class:`ContractError` where environments ``running`` [E] have had all ``steps`` of their spec."""
-    if (overdue := running & (np.asarray(steps) >= spec.episode_limit)).any():
-        raise ContractError(
-            f"{spec.task}: environment {np.argmax(overdue)} did not end within {spec.episode_limit} steps, the "
-            "episode limit of its spec"
-        )
-
-
-def episode_seed(seed: int, episode: int) -> int:
-    """The seed of one episode: a function of these two numbers alone, so that no batch size changes it."""
-    return int(np.random.SeedSequence(seed, spawn_key=(episode,)).generate_state(1)[0])
-
-
-def require_at_least(value: int, least: int, what: str) -> None:
+def require_at_least(value: int, least: int, setting: str) -> None:
+    """Raise :class:`ConfigError` where ``value`` of ``setting`` is below ``least``."""
     if value < least:
-        raise ConfigError(f"{what}: expected at least {least}, got {value}")
+        raise ConfigError(f"{setting}: expected at least {least}, got {value}")
 
 
 def number(value: float | np.floating[Any] | None) -> float | None:
-    """A plain JSON number; None stands for what JSON cannot say."""
+    """A plain JSON number; None for nan and infinity, which JSON does not have."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 

@@ -1,12 +1,12 @@
-"""Recorded episodes through a team: does it answer as the data did, as its bundle does, and in time?
+"""Replay recorded episodes through a team, to measure agreement with the data, parity with a bundle, and latency.
 
-Needs a dataset and a team, no simulator. Recorded observations are sent step by step, as a control loop would;
-what the team answers changes nothing in what it is sent next.
+Needs a dataset and a team, no simulator. Recorded observations are sent step by step, as a control loop would send
+them; the team's answers do not change the observations that follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter, sleep
 from typing import Any
@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError, DatasetError
 from omcda_deploy.play.measurements import (
+    CallLog,
     Divergence,
-    FallbackCount,
     Latency,
     TeamDescription,
-    agent_latencies,
     describe,
     divergences,
     installed_versions,
@@ -65,15 +64,15 @@ class Parity:
 
 @dataclass(frozen=True)
 class Replay:
-    """What happened; ``to_json`` is the file that ``omcda-deploy replay`` writes.
+    """Measurements of a replay; ``to_json`` is the file that ``omcda-deploy replay`` writes.
 
     ``agreement`` per agent: for continuous actions the mean of |a - a_recorded| over steps and entries, in action
     units; for discrete ones the share of steps with the recorded choice.
     ``step_latency``: one ``team.act`` for a batch of ``batch`` episodes. ``agent_latency``: per agent, where the
     team times them.
-    ``misses``: steps that missed their deadline of 1 / ``rate`` seconds; what that means is in :func:`replay`.
-    ``fallback_steps``: by agent, how many calls of ``team.act`` its fallback answered instead of its policy. They
-    count neither for agreement (nan where none is left) nor for parity and divergence.
+    ``misses``: steps that missed their deadline of 1 / ``rate`` seconds, as :func:`replay` defines it.
+    ``fallback_steps``: by agent, the number of calls of ``team.act`` that its fallback answered instead of its
+    policy. They count neither for agreement (nan where none is left) nor for parity and divergence.
     """
 
     task: str
@@ -142,6 +141,7 @@ class Replay:
 
 
 def agreement_measure(spec: TeamSpec) -> str:
+    """Name of the measure behind :attr:`Replay.agreement`."""
     return "mean |a - a_recorded|" if spec.action_kind == "continuous" else "share of equal actions"
 
 
@@ -183,80 +183,18 @@ def replay(
     if local is not None:
         require_same_contract(local.spec, team.spec, "the local bundle", "the team")
 
-    recorded = len(dataset.episode_length)
-    if recorded == 0:
-        raise DatasetError("the dataset holds no closed episode to replay: record at least one to its end")
-    chosen = np.sort(
-        np.random.default_rng(seed).choice(recorded, size=min(episodes, recorded), replace=False)
-    )
-    batch = min(batch, len(chosen))
+    numbers = _sample(dataset, episodes, seed)
+    batch = min(batch, len(numbers))
+    rounds = [
+        _Round.of(dataset, numbers[first : first + batch], batch) for first in range(0, len(numbers), batch)
+    ]
     description = describe(team)
-    noise_source = NoiseSource(spec, seed) if stochastic else None
-    times: list[NDArray[np.int64]] = []
-    divergence: list[NDArray[np.float64]] = []
-    disagreement = np.zeros(len(spec.agents))  # sums of |a - a_recorded|, or of unequal choices
-    compared = np.zeros(len(spec.agents), np.int64)  # steps that the policy answered
-    fallbacks = FallbackCount(spec)
-    differences = {"action": 0.0, "divergence": 0.0, "parameters": 0.0}
-    step_seconds: list[float] = []
-    agent_seconds: dict[str, list[float]] = {}
-    misses = 0
-    rounds = [chosen[first : first + batch] for first in range(0, len(chosen), batch)]
-    calls = sum(int(dataset.episode_length[r].max()) for r in rounds)
-    started = perf_counter()
-
-    for members in rounds:
-        # The last round may be short: its first episode fills the batch, uncounted.
-        filled = np.concatenate([members, np.repeat(members[:1], batch - len(members))])
-        lengths = dataset.episode_length[filled]
-        counted = np.arange(batch) < len(members)
-        asked: list[tuple[NDArray[np.int64], Mapping[str, Float] | None, dict[str, Decision]]] = []
-        team.reset()
-        origin = perf_counter()
-        for t in range(int(lengths.max())):
-            rows = _rows(dataset, filled, np.minimum(t, lengths - 1))
-            observations = _observations(dataset, rows)
-            masks = _masks(dataset, rows)
-            noise = noise_source.draw(batch) if noise_source else None
-            if paced and (wait := origin + t / rate - perf_counter()) > 0:
-                sleep(wait)
-            before = perf_counter()
-            decisions = team.act(observations, noise=noise, action_masks=masks)
-            after = perf_counter()
-            step_seconds.append(after - before)
-            misses += after - (origin + t / rate if paced else before) > 1 / rate
-            for name, latency in agent_latencies(team).items():
-                agent_seconds.setdefault(name, []).append(latency)
-            require_answer(spec, decisions, batch)
-            fallbacks.add(decisions)
-            asked.append((rows, noise, decisions))
-            if progress:
-                progress(len(step_seconds), calls)
-
-        if local is not None:
-            local.reset()
-        for t, (rows, drawn, decisions) in enumerate(asked):
-            active = counted & (t < lengths)
-            times.append(np.full(int(active.sum()), t))
-            divergence.append(
-                np.stack([np.asarray(decisions[name].divergence, np.float64)[active] for name in spec.names])
-            )
-            answered = [(i, name) for i, name in enumerate(spec.names) if not decisions[name].fallback]
-            for i, name in answered:
-                disagreement[i] += _disagreement(dataset, rows[active], i, decisions[name].action[active])
-                compared[i] += int(active.sum())
-            if local is not None:
-                answers = local.act(
-                    _observations(dataset, rows), noise=drawn, action_masks=_masks(dataset, rows)
-                )
-                for _, name in answered:
-                    for what, difference in _differences(decisions[name], answers[name]).items():
-                        differences[what] = max(differences[what], difference)
-
-    steps = int(sum(counts.size for counts in times))
-    mean = np.divide(disagreement, compared, where=compared > 0, out=np.full(len(spec.agents), np.nan))
-    if not compared.any():
-        differences = dict.fromkeys(differences, float("nan"))
+    noise = NoiseSource(spec, seed) if stochastic else None
+    sender = _Sender(team, dataset, rate, paced, noise, sum(map(len, rounds)), progress)
+    comparison = _Comparison(dataset, local)
+    began = perf_counter()
+    for group in rounds:
+        comparison.add(group, sender.send(group))
     return Replay(
         task=spec.task,
         spec=spec,
@@ -265,33 +203,175 @@ def replay(
         seed=seed,
         stochastic=stochastic,
         batch=batch,
-        episodes=tuple(int(index) for index in chosen),
-        steps=steps,
+        episodes=tuple(numbers.tolist()),
+        steps=comparison.steps,
         rate=rate,
         paced=paced,
-        agreement={
-            name: float(value if spec.action_kind == "continuous" else 1.0 - value)
-            for name, value in zip(spec.names, mean, strict=True)
-        },
-        parity=None if local is None else Parity(**differences, local_digest=describe(local).bundle_digest),
-        divergence=divergences(spec, times, divergence, description.budgets),
-        step_latency=Latency(np.array(step_seconds)),
-        agent_latency={name: Latency(np.array(values)) for name, values in agent_seconds.items()},
-        misses=misses,
-        seconds=perf_counter() - started,
+        agreement=comparison.agreement(),
+        parity=comparison.parity(),
+        divergence=divergences(spec, *comparison.divergence(), description.budgets),
+        step_latency=sender.calls.step_latency,
+        agent_latency=sender.calls.agent_latency,
+        misses=sender.misses,
+        seconds=perf_counter() - began,
         versions=installed_versions(),
         machine=machine(),
         date=now(),
-        fallback_steps=fallbacks.steps,
+        fallback_steps=sender.calls.fallback_steps,
     )
 
 
-def _rows(dataset: Dataset, episodes: NDArray[np.int64], steps: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.asarray(dataset.episode_start[episodes] + steps, np.int64)
+def _sample(dataset: Dataset, episodes: int, seed: int) -> NDArray[np.int64]:
+    """Numbers of ``episodes`` recorded episodes, or of all, drawn without replacement; sorted."""
+    count = len(dataset.episode_length)
+    if count == 0:
+        raise DatasetError("the dataset holds no closed episode to replay: record at least one to its end")
+    return np.sort(np.random.default_rng(seed).choice(count, size=min(episodes, count), replace=False))
+
+
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """B recorded episodes that are sent side by side."""
+
+    members: NDArray[np.int64]  # [B] numbers of the episodes
+    lengths: NDArray[np.int64]  # [B] transitions
+    counted: NDArray[np.bool_]  # [B] False for copies of the first one, which fill up a short last round
+
+    @classmethod
+    def of(cls, dataset: Dataset, members: NDArray[np.int64], batch: int) -> _Round:
+        """Fill ``members`` up to ``batch`` episodes."""
+        filled = np.concatenate([members, np.repeat(members[:1], batch - len(members))])
+        return cls(filled, dataset.episode_length[filled], np.arange(batch) < len(members))
+
+    def __len__(self) -> int:
+        """The number of steps of the longest episode."""
+        return int(self.lengths.max())
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """A call of the team: the rows of the dataset that it was sent, and its decisions."""
+
+    rows: NDArray[np.int64]  # [B]
+    noise: Mapping[str, Float] | None
+    decisions: Mapping[str, Decision]
+
+
+class _Sender:
+    """Sends rounds step by step as a control loop would, and keeps the time."""
+
+    def __init__(
+        self,
+        team: TeamPolicy,
+        dataset: Dataset,
+        rate: float,
+        paced: bool,
+        noise: NoiseSource | None,
+        total: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.calls = CallLog(team)
+        self.misses = 0
+        self._team, self._dataset, self._noise = team, dataset, noise
+        self._rate, self._paced = rate, paced
+        self._total, self._progress = total, progress
+
+    def send(self, episodes: _Round) -> list[_Answer]:
+        """Send one round; returns the team's answers, step by step."""
+        batch = len(episodes.members)
+        answers = []
+        self._team.reset()
+        origin = perf_counter()
+        for t in range(len(episodes)):
+            rows = self._dataset.episode_start[episodes.members] + np.minimum(t, episodes.lengths - 1)
+            observations, masks = _observations(self._dataset, rows), _masks(self._dataset, rows)
+            noise = self._noise.draw(batch) if self._noise else None
+            if self._paced and (wait := origin + t / self._rate - perf_counter()) > 0:
+                sleep(wait)
+            before = perf_counter()
+            decisions = self._team.act(observations, noise=noise, action_masks=masks)
+            after = perf_counter()
+            self.misses += after - (origin + t / self._rate if self._paced else before) > 1 / self._rate
+            require_answer(self._dataset.spec, decisions, batch)
+            self.calls.add(after - before, decisions)
+            answers.append(_Answer(rows, noise, decisions))
+            if self._progress:
+                self._progress(len(self.calls.step_seconds), self._total)
+        return answers
+
+
+class _Comparison:
+    """Compares a team's answers with the recorded actions and with a local bundle's answers, off the clock.
+
+    Steps that a fallback answered are compared with nothing.
+    """
+
+    def __init__(self, dataset: Dataset, local: TeamPolicy | None) -> None:
+        agents = len(dataset.spec.agents)
+        self.steps = 0  # recorded joint actions
+        self._dataset, self._local = dataset, local
+        self._disagreement = np.zeros(agents)  # sums of |a - a_recorded|, or of unequal choices
+        self._compared = np.zeros(agents, np.int64)  # steps that the policy answered
+        self._differences = {"action": 0.0, "divergence": 0.0, "parameters": 0.0}
+        self._times: list[NDArray[np.int64]] = []  # [n] steps of their episodes
+        self._divergence: list[NDArray[np.float64]] = []  # [n, N]
+
+    def add(self, episodes: _Round, answers: Sequence[_Answer]) -> None:
+        """Compare the ``answers`` of one round."""
+        names = self._dataset.spec.names
+        if self._local is not None:
+            self._local.reset()
+        for t, answer in enumerate(answers):
+            running = episodes.counted & (t < episodes.lengths)
+            count = int(running.sum())
+            self.steps += count
+            self._times.append(np.full(count, t))
+            divergence = [np.asarray(answer.decisions[name].divergence, np.float64) for name in names]
+            self._divergence.append(np.stack(divergence, axis=1)[running])
+            answered = [name for name in names if not answer.decisions[name].fallback]
+            for name in answered:
+                index, action = names.index(name), answer.decisions[name].action[running]
+                self._disagreement[index] += _disagreement(self._dataset, answer.rows[running], index, action)
+                self._compared[index] += count
+            if self._local is not None:
+                self._compare_locally(self._local, answer, answered)
+
+    def _compare_locally(self, local: TeamPolicy, answer: _Answer, names: Sequence[str]) -> None:
+        """Ask ``local`` the same question, and keep the largest differences of the agents ``names``."""
+        decisions = local.act(
+            _observations(self._dataset, answer.rows),
+            noise=answer.noise,
+            action_masks=_masks(self._dataset, answer.rows),
+        )
+        for name in names:
+            for quantity, difference in _differences(answer.decisions[name], decisions[name]).items():
+                self._differences[quantity] = max(self._differences[quantity], difference)
+
+    def agreement(self) -> dict[str, float]:
+        """Agreement by agent, as in :attr:`Replay.agreement`; nan where nothing was compared."""
+        none = np.full(len(self._compared), np.nan)
+        mean = np.divide(self._disagreement, self._compared, where=self._compared > 0, out=none)
+        spec = self._dataset.spec
+        return {
+            name: float(value if spec.action_kind == "continuous" else 1.0 - value)
+            for name, value in zip(spec.names, mean, strict=True)
+        }
+
+    def parity(self) -> Parity | None:
+        """Differences from the local bundle, nan where nothing was compared; None without one."""
+        if self._local is None:
+            return None
+        compared = self._compared.any()
+        differences = self._differences if compared else dict.fromkeys(self._differences, float("nan"))
+        return Parity(**differences, local_digest=describe(self._local).bundle_digest)
+
+    def divergence(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Steps [n] of their episodes and divergences [n, N], in the order of the answers."""
+        return np.concatenate(self._times), np.concatenate(self._divergence)
 
 
 def _observations(dataset: Dataset, rows: NDArray[np.int64]) -> dict[str, Float]:
-    """Rows as the team meets them: per agent [B, O], without the dataset's padding to the longest vector."""
+    """Rows as a simulator shows them: per agent [B, O], without the dataset's padding to the longest vector."""
     return {
         agent.name: np.ascontiguousarray(dataset.observations[rows, i, : agent.observation_size])
         for i, agent in enumerate(dataset.spec.agents)
@@ -318,6 +398,7 @@ def _disagreement(dataset: Dataset, rows: NDArray[np.int64], agent: int, action:
 
 
 def _differences(ours: Decision, theirs: Decision) -> dict[str, float]:
+    """Largest absolute differences of two answers; parameters under other names differ infinitely."""
     names = ours.parameters.keys() & theirs.parameters.keys()
     if names != ours.parameters.keys() | theirs.parameters.keys():
         parameters = float("inf")

@@ -27,10 +27,10 @@ from omcda_deploy.envs.programs import smac_host
 from omcda_deploy.envs.smac import Smac
 from omcda_deploy.envs.vector import VectorEnvironment
 from omcda_deploy.errors import ConfigError, ContractError, SimulatorError, UnknownNameError
-from omcda_deploy.play import measurements
+from omcda_deploy.play import rollout
 from omcda_deploy.play.collect import Source, collect, collect_mixture
 from omcda_deploy.play.evaluate import evaluate
-from omcda_deploy.play.measurements import episode_seed
+from omcda_deploy.play.rollout import episode_seed
 from omcda_deploy.policy import Decision, Float
 from omcda_deploy.report.evaluation import evaluation_table
 from omcda_deploy.spec import TeamSpec
@@ -485,7 +485,7 @@ def test_collecting_leaves_lost_episodes_out(tmp_path: Path) -> None:
 
 
 def test_losing_every_episode_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurements, "DISCARDED_IN_A_ROW", 4)
+    monkeypatch.setattr(rollout, "DISCARDED_IN_A_ROW", 4)
     message = "lost 4 episodes in a row"
     with pytest.raises(SimulatorError, match=message):
         evaluate(Team(), TASK, episodes=3, options=options("AlwaysCrashing"))

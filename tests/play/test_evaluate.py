@@ -14,12 +14,21 @@ import pytest
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
+from omcda_deploy.client.remote import RemoteTeam
 from omcda_deploy.envs.vector import VectorStep
 from omcda_deploy.errors import ConfigError, ContractError
-from omcda_deploy.local import LocalTeam
+from omcda_deploy.local import JointTeam, LocalTeam
 from omcda_deploy.play import evaluate as module
 from omcda_deploy.play.evaluate import Evaluation, evaluate
-from omcda_deploy.play.measurements import agent_latencies, describe, episode_seed
+from omcda_deploy.play.measurements import (
+    CallLog,
+    Described,
+    HasFallback,
+    TeamDescription,
+    TimesAgents,
+    describe,
+)
+from omcda_deploy.play.rollout import episode_seed
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from tests.support.bundles import write_test_bundle
@@ -340,7 +349,7 @@ class BundleTeam:
     """A team that asks a local one on the far side of a copy, as a server would."""
 
     def __init__(self, team: LocalTeam) -> None:
-        self.team, self.spec, self.bundle = team, team.spec, team.bundle
+        self.team, self.spec = team, team.spec
 
     def reset(self) -> None:
         self.team.reset()
@@ -415,4 +424,27 @@ def test_a_team_without_servers_has_no_fallback(environments: list[CountingEnvir
 def test_a_team_that_is_no_bundle_says_so() -> None:
     team = SimpleNamespace(spec=SPEC)
     assert describe(team).to_json() == {"bundle_digest": None, "divergence_kind": None, "budgets": {}}
-    assert agent_latencies(team) == {}
+    log = CallLog(team)
+    log.add(0.1, dict.fromkeys(SPEC.names, Decision(np.zeros(1), np.zeros(1, np.float32))))
+    assert log.agent_latency == {}
+    assert log.step_latency.seconds.tolist() == [0.1]
+
+
+def described(team: LocalTeam | JointTeam | RemoteTeam) -> Described:
+    """Fail the type checker, and so a report before it is empty, where a team's attribute is misnamed."""
+    return team
+
+
+def served(team: RemoteTeam) -> tuple[HasFallback, TimesAgents]:
+    """As :func:`described`, for what only a served team has."""
+    return team, team
+
+
+@pytest.mark.parametrize("kind", [LocalTeam, JointTeam])
+def test_teams_of_a_bundle_describe_it(tmp_path: Path, kind: type[LocalTeam | JointTeam]) -> None:
+    pytest.importorskip("onnx")
+    bundle = write_test_bundle(tmp_path / "bundle", SPEC)
+    team = kind(bundle)
+    assert isinstance(described(team), Described)
+    assert describe(team) == TeamDescription(bundle.digest, bundle.divergence_kind, bundle.budgets)
+    assert not isinstance(team, HasFallback | TimesAgents)
