@@ -1,4 +1,4 @@
-"""``convert``: datasets of others, once, into the format that everything else reads."""
+"""Command ``convert``: turn a published dataset into the format that all other commands read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from omcda_deploy.errors import DatasetError
 
 
 class RewardMode(StrEnum):
+    """Values of ``--reward-mode``."""
+
     reward = "reward"
     return_to_go = "return_to_go"
 

@@ -1,4 +1,4 @@
-"""``tasks``, ``collect`` and ``inspect``: what there is to play, recording it, and looking at files."""
+"""Commands ``tasks``, ``collect`` and ``inspect``: list tasks, record datasets, and print files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def tasks() -> None:
     from omcda_deploy.play.shipped import tiers
 
     for task in registry.tasks():
-        known = ", ".join(tiers(task))
-        line = f"{task}  (behaviour policies: {known})" if known else task
+        names = ", ".join(tiers(task))
+        line = f"{task}  (behaviour policies: {names})" if names else task
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -63,15 +63,15 @@ def collect(
         raise UnknownNameError("task", task, registry.tasks())
     if bundle is not None and tier is not None:
         raise ConfigError("expected --tier or --bundle, got both: leave one out")
-    recorded_by = sources(task, tier or "medium", bundle)
+    policies = sources(task, tier or "medium", bundle)
     with progress_bar(f"recording {task}") as report:
         summary = collect_mixture(
             task,
-            recorded_by,
+            policies,
             out,
             transitions=transitions,
             seed=seed,
-            behavior=recorded_by[0].behavior if bundle else tier or "medium",
+            behavior=policies[0].behavior if bundle else tier or "medium",
             num_envs=num_envs,
             workers=workers,
             stochastic=not deterministic,

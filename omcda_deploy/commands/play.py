@@ -1,4 +1,4 @@
-"""``evaluate`` and ``replay``: a team, served or in process, in a simulator or against recorded episodes."""
+"""Commands ``evaluate`` and ``replay``: a team, served or in process, in a simulator or on recorded episodes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OnMiss(StrEnum):
 OnMissOption = Annotated[
     OnMiss,
     typer.Option(
-        help="What an agent does whose answer is late or whose server is gone: raise ends the run, hold repeats "
+        help="Action of an agent whose answer is late or whose server is gone: raise ends the run, hold repeats "
         "its last action, behavior takes the behaviour policy of --bundle."
     ),
 ]
@@ -150,7 +150,7 @@ def replay(
     from omcda_deploy.report.replay import replay_section, replay_table
 
     _require_folders(json_file, report)
-    recorded = read_dataset(dataset, task)
+    episodes_on_file = read_dataset(dataset, task)
     local = LocalTeam(bundle) if bundle and endpoints else None
     with (
         _team(endpoints, bundle, deadline, stream, on_miss, credentials) as team,
@@ -158,7 +158,7 @@ def replay(
     ):
         result = send(
             team,
-            recorded,
+            episodes_on_file,
             episodes=episodes,
             rate=rate,
             batch=batch,
@@ -172,7 +172,7 @@ def replay(
     if json_file:
         write_json(json_file, result.to_json())
     if report:
-        write_report(report, f"{recorded.spec.task}: replay", [replay_section(result)])
+        write_report(report, f"{episodes_on_file.spec.task}: replay", [replay_section(result)])
         console.print(f"report: {report}")
 
 
@@ -185,8 +185,10 @@ def _team(
     on_miss: OnMiss,
     credentials: Path | None,
 ) -> Iterator[TeamPolicy]:
-    """The served team where there are endpoints, ``bundle`` in process otherwise."""
+    """Open the served team where ``endpoints`` are set, ``bundle`` in process otherwise.
 
+    Raises :class:`ConfigError` without either, and for ``--on-miss behavior`` without a bundle.
+    """
     if endpoints is not None:
         from omcda_deploy.client.fallback import BehaviorTeam, FallbackChoice
         from omcda_deploy.client.remote import RemoteTeam
@@ -215,8 +217,7 @@ def _team(
 
 
 def _require_folders(*files: Path | None) -> None:
-    """Outputs must be writable before minutes are spent on what goes into them."""
-
+    """Raise :class:`ConfigError` for an output in a folder that does not exist, before any time is spent on it."""
     for file in files:
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file}: the folder {file.parent} does not exist, create it first")

@@ -48,7 +48,7 @@ class Episode:
     rewards: NDArray[Any]  # [T]
     timeout: bool  # True: the time limit cut the episode; False: the task ended
     action_masks: NDArray[np.uint8] | None = None  # [T+1, N, A] in discrete tasks, 1 where available
-    seed: int | None = None  # of the environment, where one is on record
+    seed: int | None = None  # the environment was reset with it; None where that is not on record
     label: str = ""  # the episode's place in its source, with which error messages begin
     episode_return: float | None = None  # undiscounted; None: the sum of `rewards`
 

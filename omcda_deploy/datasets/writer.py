@@ -129,7 +129,7 @@ class DatasetWriter:
         self._rows = 0  # appended
         self._rows_in_file = 0
         self._pending: dict[str, list[NDArray[Any]]] = {}  # appended, not yet in the file
-        self._state_layout: StateLayout | None = None  # of the first episode, and so of all
+        self._state_layout: StateLayout | None = None  # set by the first episode
         self._discrete = spec.action_kind == "discrete"
         self._labels: list[str] = []
         self._returns: list[float] = []

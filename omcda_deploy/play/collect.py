@@ -224,12 +224,12 @@ class _Queue:
 
     def fill(self) -> dict[int, int]:
         """Assign the next episodes to the idle environments; returns their numbers by environment."""
-        fresh = {index: self._next_start + i for i, index in enumerate(sorted(self._idle))}
-        self._next_start += len(fresh)
+        assigned = {index: self._next_start + i for i, index in enumerate(sorted(self._idle))}
+        self._next_start += len(assigned)
         self._idle.clear()
-        self._running |= fresh
-        self._steps |= dict.fromkeys(fresh.values(), 0)
-        return fresh
+        self._running |= assigned
+        self._steps |= dict.fromkeys(assigned.values(), 0)
+        return assigned
 
     def note(self, step: PlayedStep, finished: Mapping[int, Episode]) -> None:
         """Count a step of the running episodes, and keep those that ``finished`` with it, by environment.

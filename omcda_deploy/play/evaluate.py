@@ -176,8 +176,8 @@ def evaluate(
         require_same_contract(team.spec, spec, "the team", "the simulator")
         description, calls = describe(team), CallLog(team)
         with filming(environment, video) if video else nullcontext(environment) as stage:
-            began = perf_counter()
-            played = list(
+            start = perf_counter()
+            records = list(
                 rollout(
                     team,
                     stage,
@@ -188,12 +188,12 @@ def evaluate(
                     progress=progress,
                 )
             )
-            seconds = perf_counter() - began
+            seconds = perf_counter() - start
     return _evaluation(
         task,
         spec,
         description,
-        played,
+        records,
         calls,
         seed=seed,
         stochastic=stochastic,
@@ -252,7 +252,7 @@ def _evaluation(
 
 
 def _won(episodes: Sequence[PlayedEpisode]) -> NDArray[np.bool_] | None:
-    """[E], False where the simulator did not yet report wins; None where it never did."""
+    """Wins [E], False before the simulator's first report of one; None where it reports none at all."""
     if all(episode.won is None for episode in episodes):
         return None
     return np.array([bool(episode.won) for episode in episodes])

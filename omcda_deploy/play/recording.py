@@ -39,27 +39,27 @@ class EpisodeRecorder:
         """
         indices = np.flatnonzero(step.active)
         rows = step.age[indices] - 1
-        self._keep(indices, rows, step.before)
+        self._keep(indices, rows, step.previous)
         for number, agent in enumerate(self._spec.agents):
             action = step.decisions[agent.name].action[indices]
             if self._discrete:
                 self._actions[indices, rows, number] = action
             else:
                 self._actions[indices, rows, number, : agent.action.size] = action
-        self._rewards[indices, rows] = step.after.reward[indices]
+        self._rewards[indices, rows] = step.result.reward[indices]
         ended = np.flatnonzero(step.ended)
-        self._keep(ended, step.age[ended], step.after)
+        self._keep(ended, step.age[ended], step.result)
         return {index: self._copy(index, step) for index in ended.tolist() if not step.discarded[index]}
 
-    def _keep(self, indices: NDArray[np.int64], rows: NDArray[np.int64], shown: VectorStep) -> None:
-        """Store in ``rows`` the observations, states and masks that environments ``indices`` show."""
+    def _keep(self, indices: NDArray[np.int64], rows: NDArray[np.int64], step: VectorStep) -> None:
+        """Store the observations, states and masks of environments ``indices`` in ``rows`` of their episodes."""
         for number, agent in enumerate(self._spec.agents):
-            observations = shown.observations[agent.name][indices]
+            observations = step.observations[agent.name][indices]
             self._observations[indices, rows, number, : agent.observation_size] = observations
-            if self._masks is not None and shown.action_masks is not None:
-                masks = shown.action_masks[agent.name][indices]
+            if self._masks is not None and step.action_masks is not None:
+                masks = step.action_masks[agent.name][indices]
                 self._masks[indices, rows, number, : agent.action.size] = masks
-        self._states[indices, rows] = shown.state[indices]
+        self._states[indices, rows] = step.state[indices]
 
     def _copy(self, index: int, step: PlayedStep) -> Episode:
         steps = int(step.age[index])
@@ -68,7 +68,7 @@ class EpisodeRecorder:
             self._states[index, : steps + 1].copy(),
             self._actions[index, :steps].copy(),
             self._rewards[index, :steps].copy(),
-            timeout=bool(step.after.truncated[index] and not step.after.terminated[index]),
+            timeout=bool(step.result.truncated[index] and not step.result.terminated[index]),
             action_masks=None if self._masks is None else self._masks[index, : steps + 1].copy(),
             seed=step.seeds[index],
         )

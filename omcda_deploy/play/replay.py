@@ -6,9 +6,9 @@ them; the team's answers do not change the observations that follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError, DatasetError
 from omcda_deploy.play.measurements import (
-    CallLog,
     Divergence,
     Latency,
     TeamDescription,
@@ -27,10 +26,10 @@ from omcda_deploy.play.measurements import (
     machine,
     now,
     number,
-    require_answer,
     require_at_least,
 )
-from omcda_deploy.policy import Decision, Float, NoiseSource, TeamPolicy
+from omcda_deploy.play.sending import Answer, Round, Sender, masks_of, observations_of
+from omcda_deploy.policy import Decision, NoiseSource, TeamPolicy
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 
@@ -186,13 +185,13 @@ def replay(
     numbers = _sample(dataset, episodes, seed)
     batch = min(batch, len(numbers))
     rounds = [
-        _Round.of(dataset, numbers[first : first + batch], batch) for first in range(0, len(numbers), batch)
+        Round.of(dataset, numbers[first : first + batch], batch) for first in range(0, len(numbers), batch)
     ]
     description = describe(team)
     noise = NoiseSource(spec, seed) if stochastic else None
-    sender = _Sender(team, dataset, rate, paced, noise, sum(map(len, rounds)), progress)
+    sender = Sender(team, dataset, rate, paced, noise, sum(map(len, rounds)), progress)
     comparison = _Comparison(dataset, local)
-    began = perf_counter()
+    start = perf_counter()
     for group in rounds:
         comparison.add(group, sender.send(group))
     return Replay(
@@ -213,7 +212,7 @@ def replay(
         step_latency=sender.calls.step_latency,
         agent_latency=sender.calls.agent_latency,
         misses=sender.misses,
-        seconds=perf_counter() - began,
+        seconds=perf_counter() - start,
         versions=installed_versions(),
         machine=machine(),
         date=now(),
@@ -227,77 +226,6 @@ def _sample(dataset: Dataset, episodes: int, seed: int) -> NDArray[np.int64]:
     if count == 0:
         raise DatasetError("the dataset holds no closed episode to replay: record at least one to its end")
     return np.sort(np.random.default_rng(seed).choice(count, size=min(episodes, count), replace=False))
-
-
-@dataclass(frozen=True, eq=False)
-class _Round:
-    """B recorded episodes that are sent side by side."""
-
-    members: NDArray[np.int64]  # [B] numbers of the episodes
-    lengths: NDArray[np.int64]  # [B] transitions
-    counted: NDArray[np.bool_]  # [B] False for copies of the first one, which fill up a short last round
-
-    @classmethod
-    def of(cls, dataset: Dataset, members: NDArray[np.int64], batch: int) -> _Round:
-        """Fill ``members`` up to ``batch`` episodes."""
-        filled = np.concatenate([members, np.repeat(members[:1], batch - len(members))])
-        return cls(filled, dataset.episode_length[filled], np.arange(batch) < len(members))
-
-    def __len__(self) -> int:
-        """The number of steps of the longest episode."""
-        return int(self.lengths.max())
-
-
-@dataclass(frozen=True, eq=False)
-class _Answer:
-    """A call of the team: the rows of the dataset that it was sent, and its decisions."""
-
-    rows: NDArray[np.int64]  # [B]
-    noise: Mapping[str, Float] | None
-    decisions: Mapping[str, Decision]
-
-
-class _Sender:
-    """Sends rounds step by step as a control loop would, and keeps the time."""
-
-    def __init__(
-        self,
-        team: TeamPolicy,
-        dataset: Dataset,
-        rate: float,
-        paced: bool,
-        noise: NoiseSource | None,
-        total: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self.calls = CallLog(team)
-        self.misses = 0
-        self._team, self._dataset, self._noise = team, dataset, noise
-        self._rate, self._paced = rate, paced
-        self._total, self._progress = total, progress
-
-    def send(self, episodes: _Round) -> list[_Answer]:
-        """Send one round; returns the team's answers, step by step."""
-        batch = len(episodes.members)
-        answers = []
-        self._team.reset()
-        origin = perf_counter()
-        for t in range(len(episodes)):
-            rows = self._dataset.episode_start[episodes.members] + np.minimum(t, episodes.lengths - 1)
-            observations, masks = _observations(self._dataset, rows), _masks(self._dataset, rows)
-            noise = self._noise.draw(batch) if self._noise else None
-            if self._paced and (wait := origin + t / self._rate - perf_counter()) > 0:
-                sleep(wait)
-            before = perf_counter()
-            decisions = self._team.act(observations, noise=noise, action_masks=masks)
-            after = perf_counter()
-            self.misses += after - (origin + t / self._rate if self._paced else before) > 1 / self._rate
-            require_answer(self._dataset.spec, decisions, batch)
-            self.calls.add(after - before, decisions)
-            answers.append(_Answer(rows, noise, decisions))
-            if self._progress:
-                self._progress(len(self.calls.step_seconds), self._total)
-        return answers
 
 
 class _Comparison:
@@ -316,7 +244,7 @@ class _Comparison:
         self._times: list[NDArray[np.int64]] = []  # [n] steps of their episodes
         self._divergence: list[NDArray[np.float64]] = []  # [n, N]
 
-    def add(self, episodes: _Round, answers: Sequence[_Answer]) -> None:
+    def add(self, episodes: Round, answers: Sequence[Answer]) -> None:
         """Compare the ``answers`` of one round."""
         names = self._dataset.spec.names
         if self._local is not None:
@@ -328,20 +256,20 @@ class _Comparison:
             self._times.append(np.full(count, t))
             divergence = [np.asarray(answer.decisions[name].divergence, np.float64) for name in names]
             self._divergence.append(np.stack(divergence, axis=1)[running])
-            answered = [name for name in names if not answer.decisions[name].fallback]
-            for name in answered:
+            comparable = [name for name in names if not answer.decisions[name].fallback]
+            for name in comparable:
                 index, action = names.index(name), answer.decisions[name].action[running]
                 self._disagreement[index] += _disagreement(self._dataset, answer.rows[running], index, action)
                 self._compared[index] += count
             if self._local is not None:
-                self._compare_locally(self._local, answer, answered)
+                self._compare_locally(self._local, answer, comparable)
 
-    def _compare_locally(self, local: TeamPolicy, answer: _Answer, names: Sequence[str]) -> None:
+    def _compare_locally(self, local: TeamPolicy, answer: Answer, names: Sequence[str]) -> None:
         """Ask ``local`` the same question, and keep the largest differences of the agents ``names``."""
         decisions = local.act(
-            _observations(self._dataset, answer.rows),
+            observations_of(self._dataset, answer.rows),
             noise=answer.noise,
-            action_masks=_masks(self._dataset, answer.rows),
+            action_masks=masks_of(self._dataset, answer.rows),
         )
         for name in names:
             for quantity, difference in _differences(answer.decisions[name], decisions[name]).items():
@@ -370,31 +298,13 @@ class _Comparison:
         return np.concatenate(self._times), np.concatenate(self._divergence)
 
 
-def _observations(dataset: Dataset, rows: NDArray[np.int64]) -> dict[str, Float]:
-    """Rows as a simulator shows them: per agent [B, O], without the dataset's padding to the longest vector."""
-    return {
-        agent.name: np.ascontiguousarray(dataset.observations[rows, i, : agent.observation_size])
-        for i, agent in enumerate(dataset.spec.agents)
-    }
-
-
-def _masks(dataset: Dataset, rows: NDArray[np.int64]) -> dict[str, NDArray[np.uint8]] | None:
-    masks = dataset.action_masks
-    if masks is None:
-        return None
-    return {
-        agent.name: np.ascontiguousarray(masks[rows, i, : agent.action.size])
-        for i, agent in enumerate(dataset.spec.agents)
-    }
-
-
 def _disagreement(dataset: Dataset, rows: NDArray[np.int64], agent: int, action: NDArray[Any]) -> float:
     """Sum over ``rows`` of the mean |a - a_recorded| over entries, or of unequal choices."""
     action_spec = dataset.spec.agents[agent].action
     if action_spec.kind == "discrete":
         return float((action != dataset.actions[rows, agent]).sum())
-    recorded = dataset.actions[rows, agent, : action_spec.size].astype(np.float64)
-    return float(np.abs(action - recorded).mean(axis=1).sum())
+    target = dataset.actions[rows, agent, : action_spec.size].astype(np.float64)
+    return float(np.abs(action - target).mean(axis=1).sum())
 
 
 def _differences(ours: Decision, theirs: Decision) -> dict[str, float]:

@@ -33,15 +33,15 @@ DISCARDED_IN_A_ROW = 10  # episodes lost to crashes of a simulator after which i
 class PlayedStep:
     """One control step of a batch of environments."""
 
-    before: VectorStep  # shown to the team
+    previous: VectorStep  # the observations that the team answers
     decisions: Mapping[str, Decision]  # its answers, by agent
-    after: VectorStep  # the environments' answer
+    result: VectorStep  # the environments' answer to its actions
     active: NDArray[np.bool_]  # [E] environments that took the step
     age: NDArray[np.int64]  # [E] steps of each environment's episode, this one included
     ended: NDArray[np.bool_]  # [E] the episode ended with this step
     discarded: NDArray[np.bool_]  # [E] it ended because the simulator lost it
-    seeds: Mapping[int, int]  # of the episodes, by environment
-    seconds: float  # wall clock of `team.act`
+    seeds: Mapping[int, int]  # environment -> seed of its episode
+    seconds: float  # wall-clock time of `team.act`
 
 
 class EpisodeBatch:
@@ -57,15 +57,15 @@ class EpisodeBatch:
         self.active = np.zeros(self.num_envs, np.bool_)  # environments with a running episode
         self.age = np.zeros(self.num_envs, np.int64)  # steps of each environment's episode so far
         self.discarded = 0
-        self.reports_wins = False  # the simulator has said of a step whether the episode is won
+        self.reports_wins = False  # True once the simulator has reported `won`
         self._environment = environment
         self._seeds: dict[int, int] = {}
-        self._shown: VectorStep | None = None
+        self._latest: VectorStep | None = None
         self._discarded_in_a_row = 0
 
     def start(self, seeds: Mapping[int, int]) -> None:
         """Start an episode in each environment of ``seeds``, from its seed; one that runs there is given up."""
-        self._shown = self._environment.reset(seeds)
+        self._latest = self._environment.reset(seeds)
         self._seeds |= seeds
         self.active[list(seeds)] = True
         self.age[list(seeds)] = 0
@@ -81,24 +81,32 @@ class EpisodeBatch:
         the first :meth:`start`, for an answer that cannot be played, and for an episode that outlasts the spec's
         limit; :class:`SimulatorError` where the simulator loses one episode after another.
         """
-        if (before := self._shown) is None:
+        if (previous := self._latest) is None:
             raise ContractError("expected episodes to step, got none: start some first")
-        began = perf_counter()
-        decisions = team.act(before.observations, noise=noise, action_masks=before.action_masks)
-        seconds = perf_counter() - began
+        start = perf_counter()
+        decisions = team.act(previous.observations, noise=noise, action_masks=previous.action_masks)
+        seconds = perf_counter() - start
         require_answer(self.spec, decisions, self.num_envs)
         active = self.active.copy()
-        after = self._environment.step({name: decisions[name].action for name in self.spec.names}, active)
+        result = self._environment.step({name: decisions[name].action for name in self.spec.names}, active)
         self.age[active] += 1
-        ended = active & (after.terminated | after.truncated)
+        ended = active & (result.terminated | result.truncated)
         self._require_ended(active & ~ended)
-        discarded = ended & np.asarray(after.info.get("discarded", False), np.bool_)
+        discarded = ended & np.asarray(result.info.get("discarded", False), np.bool_)
         self._count_discarded(discarded[ended].tolist())
-        self.reports_wins |= "won" in after.info
+        self.reports_wins |= "won" in result.info
         self.active &= ~ended
-        self._shown = after
+        self._latest = result
         return PlayedStep(
-            before, decisions, after, active, self.age.copy(), ended, discarded, dict(self._seeds), seconds
+            previous=previous,
+            decisions=decisions,
+            result=result,
+            active=active,
+            age=self.age.copy(),
+            ended=ended,
+            discarded=discarded,
+            seeds=dict(self._seeds),
+            seconds=seconds,
         )
 
     def _require_ended(self, running: NDArray[np.bool_]) -> None:
@@ -111,9 +119,9 @@ class EpisodeBatch:
 
     def _count_discarded(self, ends: Sequence[bool]) -> None:
         """Count lost episodes among the ``ends`` of a step; give up on a simulator that loses too many in a row."""
-        for lost in ends:
-            self.discarded += lost
-            self._discarded_in_a_row = self._discarded_in_a_row + 1 if lost else 0
+        for discarded in ends:
+            self.discarded += discarded
+            self._discarded_in_a_row = self._discarded_in_a_row + 1 if discarded else 0
             if self._discarded_in_a_row >= DISCARDED_IN_A_ROW:
                 raise SimulatorError(
                     f"the simulator lost {self._discarded_in_a_row} episodes in a row: its warnings say how. See "
@@ -125,7 +133,7 @@ class EpisodeBatch:
 class PlayedEpisode:
     """A finished episode of T steps, without its observations."""
 
-    seed: int  # of the environment
+    seed: int  # the environment was reset with it
     round: int  # the batch that it was played in, counted from 0
     rewards: NDArray[np.float64]  # [T]
     divergence: NDArray[np.float64]  # [T, N] nats; nan where a fallback answered
@@ -216,7 +224,7 @@ class _RoundLog:
 
     def add(self, step: PlayedStep) -> None:
         spec, ended = self._batch.spec, step.ended
-        self._rewards.append(step.after.reward)
+        self._rewards.append(step.result.reward)
         self._divergence.append(
             np.stack([np.asarray(step.decisions[n].divergence, np.float64) for n in spec.names], axis=1)
         )
@@ -224,10 +232,10 @@ class _RoundLog:
             for index, agent in enumerate(spec.agents):
                 entries = saturated(step.decisions[agent.name].action, agent.action).sum(axis=1)
                 self._saturated[step.active, index] += entries[step.active]
-        self._terminated[ended] = step.after.terminated[ended]
+        self._terminated[ended] = step.result.terminated[ended]
         self._discarded |= step.discarded
-        if "won" in step.after.info:
-            self._won[ended] = np.asarray(step.after.info["won"], np.bool_)[ended]
+        if "won" in step.result.info:
+            self._won[ended] = np.asarray(step.result.info["won"], np.bool_)[ended]
 
     def episode(self, index: int, seed: int, round_number: int) -> PlayedEpisode:
         """The finished episode of environment ``index``."""

@@ -1,4 +1,4 @@
-"""``omcda-deploy convert``: what holds for every foreign format."""
+"""``omcda-deploy convert``: properties common to all foreign formats."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def test_reading_a_foreign_file_names_the_command_that_converts_it(
     monkeypatch.chdir(stock.parent)
     with pytest.raises(
         DatasetError, match=r"is a file of PyMARL's episodes .* convert it first, with  omcda-"
-    ) as told:
+    ) as raised:
         registry.read_dataset(stock)
-    words = shlex.split(str(told.value).partition("with  omcda-deploy ")[2])
+    words = shlex.split(str(raised.value).partition("with  omcda-deploy ")[2])
     summary = json.loads(command(*words))
     dataset = registry.read_dataset(summary["path"])
     assert (summary["episodes"], summary["transitions"]) == (2, 7)
@@ -153,7 +153,7 @@ def test_agents_states_are_stored_once_each(mappo: Path, tmp_path: Path) -> None
 def test_bad_arguments_leave_nothing(stock: Path) -> None:
     out, empty = stock.with_name("out.hdf5"), stock.with_name("empty")
     empty.mkdir()
-    before = sorted(stock.parent.iterdir())
+    files = sorted(stock.parent.iterdir())
     attempts: list[tuple[type[OmcdaError], str, list[str | Path]]] = [
         (DatasetError, "exists already", [stock, "--out", stock]),
         (DatasetError, r"expected a name ending in \.hdf5", [stock, "--out", "out.npz"]),
@@ -165,22 +165,22 @@ def test_bad_arguments_leave_nothing(stock: Path) -> None:
     for error, message, arguments in attempts:
         with pytest.raises(error, match=message):
             command("convert", *arguments)
-    assert sorted(stock.parent.iterdir()) == before
+    assert sorted(stock.parent.iterdir()) == files
 
 
 def test_a_conversion_that_fails_late_leaves_nothing(stock: Path) -> None:
-    before = sorted(stock.parent.iterdir())
-    seen: list[tuple[int, int]] = []
+    files = sorted(stock.parent.iterdir())
+    calls: list[tuple[int, int]] = []
 
     def interrupt(done: int, total: int) -> None:
-        seen.append((done, total))
+        calls.append((done, total))
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert(stock, stock.with_name("out.hdf5"), progress=interrupt)
-    assert seen == [(1, 2), (2, 2)]
-    assert sorted(stock.parent.iterdir()) == before
+    assert calls == [(1, 2), (2, 2)]
+    assert sorted(stock.parent.iterdir()) == files
 
 
 def test_episodes_that_do_not_fit_the_spec_are_named(stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Datasets of discrete actions with availability: in OMIGA's layout, recorded, checked, trained on and replayed."""
+"""Datasets of discrete actions with availability: in OMIGA's layout, recorded, checked, trained on and reresult."""
 
 from __future__ import annotations
 
@@ -294,8 +294,8 @@ def test_batches_carry_the_masks_of_both_rows(recorded: Path) -> None:
 def test_the_summary_counts_choices(recorded: Path) -> None:
     dataset = read(recorded)
     summary = summarize(dataset)
-    chosen = dataset.actions[dataset.transitions]
-    assert summary["action_shares"]["agent_1"][2] == pytest.approx((chosen[:, 1] == 2).mean())
+    choices = dataset.actions[dataset.transitions]
+    assert summary["action_shares"]["agent_1"][2] == pytest.approx((choices[:, 1] == 2).mean())
     assert all(sum(shares) == pytest.approx(1.0) for shares in summary["action_shares"].values())
     assert summary["shapes"]["action_masks"] == [len(dataset.rewards), 3, 4]
     assert "share_saturated" not in summary
@@ -307,8 +307,8 @@ def test_the_summary_counts_choices(recorded: Path) -> None:
 def test_the_behaviour_agrees_with_its_own_recording(recorded: Path) -> None:
     """Replayed greedily it agrees as often as its likeliest choice was taken."""
     dataset = read(recorded)
-    played = replay(toy.behavior_team("toy/masked"), dataset, episodes=10**6, batch=64)
-    likeliest = [chain.behavior.argmax(-1) for chain in tabular.game("toy/masked").chains]
+    result = replay(toy.behavior_team("toy/masked"), dataset, episodes=10**6, batch=64)
+    likeliest = [chain.behavior.argmax(-1) for chain in toy.game("toy/masked").chains]
     state = dataset.observations.argmax(-1)
     rows = np.concatenate(
         [
@@ -316,10 +316,10 @@ def test_the_behaviour_agrees_with_its_own_recording(recorded: Path) -> None:
             for start, length in zip(dataset.episode_start, dataset.episode_length, strict=True)
         ]
     )
-    assert played.steps == rows.size
+    assert result.steps == rows.size
     for i, name in enumerate(dataset.spec.names):
         expected = (likeliest[i][state[rows, i]] == dataset.actions[rows, i]).mean()
-        assert played.agreement[name] == pytest.approx(expected)
+        assert result.agreement[name] == pytest.approx(expected)
 
 
 def test_recording_is_repeatable_and_independent_of_workers(tmp_path: Path) -> None:

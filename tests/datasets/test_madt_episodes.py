@@ -57,12 +57,12 @@ def test_a_malicious_file_is_named_and_not_run(tmp_path: Path) -> None:
     )
     torch.save([Payload(mark)], source / "c.pt")
     with madt_episodes.open_recording(source, None) as recording:
-        before = [next(recording.episodes) for _ in range(2)]  # one file at a time: these come through
+        intact = [next(recording.episodes) for _ in range(2)]  # one file at a time: these come through
         with pytest.raises(
             DatasetError, match=r"c\.pt: expected a pickle of .* refers to posix.system, .* not run"
         ):
             next(recording.episodes)
-    assert [len(episode.actions) for episode in before] == [2, 3]
+    assert [len(episode.actions) for episode in intact] == [2, 3]
     assert recording.episode_count == 3
     assert not mark.exists()
     torch.load(source / "c.pt", weights_only=False)
@@ -98,9 +98,9 @@ def test_other_globals_and_damaged_files_are_told_apart(tmp_path: Path) -> None:
     ):
         load(str(tmp_path / "local.pt"))
     torch.save([np.array([Local()], object)], tmp_path / "objects.pt")
-    with pytest.raises(MalformedError, match="damaged, or no episode of arrays and numbers") as told:
+    with pytest.raises(MalformedError, match="damaged, or no episode of arrays and numbers") as raised:
         load(str(tmp_path / "objects.pt"))
-    assert "weights_only" not in str(told.value)  # torch's own advice would run the file
+    assert "weights_only" not in str(raised.value)  # torch's own advice would run the file
     torch.save(pickled(random_episode(9, 0, mappo=True)), tmp_path / "cut.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:5000])
     with pytest.raises(MalformedError, match=r"damaged, .* download it again"):

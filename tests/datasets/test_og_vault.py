@@ -35,7 +35,7 @@ def rows_of(episodes: Sequence[SmacEpisode], ends: Sequence[str]) -> dict[str, A
     flags = {name: np.zeros((sum(steps), 5), np.bool_) for name in ("terminals", "truncations")}
     for end, name in zip(np.cumsum(steps), ends, strict=False):
         flags[name][end - 1] = True
-    flags["terminals"][1, 4] = True  # of one agent alone it ends nothing
+    flags["terminals"][1, 4] = True  # a flag of one agent alone ends nothing
     return {
         "observations": joined([episode.observations[:-1] for episode in episodes]),
         "actions": joined([episode.actions for episode in episodes]).astype(np.int32),

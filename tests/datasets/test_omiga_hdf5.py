@@ -28,17 +28,19 @@ def omiga_loader(path: Path) -> Arrays:
     """Read a file by the rule of OMIGA's own loader (docs/baselines.md#datasets-and-batches), apart from ours."""
     with h5py.File(path) as file:
         o, s, a, r, d = (np.array(file[name]) for name in "osard")
-    kept: dict[str, list[Any]] = {name: [] for name in ("o", "s", "a", "r", "mask", "o_next", "s_next")}
+    transitions: dict[str, list[Any]] = {
+        name: [] for name in ("o", "s", "a", "r", "mask", "o_next", "s_next")
+    }
     for t in range(len(d) - 1):
         if d[t, 0] == 0:
             values = (o[t], s[t], a[t], r.reshape(-1, 1)[t], 1 - d.reshape(-1, 1)[t + 1], o[t + 1], s[t + 1])
-            for name, value in zip(kept, values, strict=True):
-                kept[name].append(value)
-    return {name: np.array(values) for name, values in kept.items()}
+            for name, value in zip(transitions, values, strict=True):
+                transitions[name].append(value)
+    return {name: np.array(values) for name, values in transitions.items()}
 
 
 def published(rows: Sequence[int], tail: int = 0, seed: int = 0) -> Arrays:
-    """A file as OMIGA's: float64, episodes of the given transitions, `s` equal to `o`, no metadata."""
+    """Arrays of a file like OMIGA's: float64, episodes of ``rows`` transitions, `s` equal to `o`, no metadata."""
     generator = np.random.default_rng(seed)
     total = sum(length + 1 for length in rows) + tail
     ends = np.cumsum([length + 1 for length in rows]) - 1
@@ -158,9 +160,7 @@ def test_published_files_need_no_metadata(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dataset.observations[dataset.transitions], theirs["o"].astype(np.float32))
     np.testing.assert_array_equal(dataset.done(True), 1 - theirs["mask"][:, 0])
     assert read(tmp_path / "x.hdf5").spec.task == HOPPER  # by shape
-    assert (
-        read(tmp_path / "x.hdf5").digest == dataset.digest
-    )  # of contents: neither name nor r's shape matters
+    assert read(tmp_path / "x.hdf5").digest == dataset.digest  # neither the name nor r's shape matters
 
 
 def test_an_unfinished_tail_has_transitions_and_no_episode(tmp_path: Path) -> None:
@@ -213,15 +213,15 @@ def test_states_that_are_not_the_observations_are_joined(tmp_path: Path) -> None
 def test_one_float32_copy(tmp_path: Path, hopper: TeamSpec) -> None:
     rows = 40 * BLOCK
     path = save(tmp_path / "big.hdf5", published([rows // 2 - 1] * 2))
-    read(path)  # what is imported and cached once does not count
+    read(path)  # imports and caches of the first call do not count
     tracemalloc.start()
     dataset = read(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     arrays = (dataset.observations, dataset.actions, dataset.rewards, dataset.rewards, dataset.transitions)
-    held = sum(values.nbytes for values in arrays)
+    needed = sum(values.nbytes for values in arrays)
     assert dataset.observations.dtype == np.float32
-    assert peak < held + 0.4 * dataset.observations.nbytes  # a float64 or second copy would be 1 to 2 times
+    assert peak < needed + 0.4 * dataset.observations.nbytes  # a float64 or second copy would be 1 to 2 times
 
 
 def break_file(path: Path) -> None:
@@ -354,10 +354,10 @@ def test_concatenate_keeps_episodes_and_where_they_came_from(tmp_path: Path, hop
     spec = decentralised()
     (episode,) = episodes([3], spec)
     write_dataset(two, spec, [dataclasses.replace(episode, states=np.zeros((4, 5), np.float32))])
-    before = out.read_bytes()
+    contents = out.read_bytes()
     with pytest.raises(DatasetError, match="do not fit together"):
         concatenate([one, two], out)
-    assert out.read_bytes() == before
+    assert out.read_bytes() == contents
 
 
 def test_summary_counts_what_is_in_transitions(tmp_path: Path) -> None:

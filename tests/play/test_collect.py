@@ -46,7 +46,7 @@ class Stub:
 
 
 class Walk:
-    """Episodes of very unlike lengths, told by the seed: most are short, as in a task of falling."""
+    """Episodes of very unlike lengths, which follow from the seed: most are short, as in a task of falling."""
 
     spec = TeamSpec(
         task="test/walk",
@@ -154,8 +154,8 @@ def test_rows_are_what_happened(tmp_path: Path, walk: Stub) -> None:
         np.testing.assert_array_equal(dataset.observations[rows, 1, 1], steps)
         np.testing.assert_array_equal(dataset.states[rows], dataset.observations[rows, 1])
         assert (dataset.states[rows, 0] == environment % 1000).all()
-        drawn = NoiseSource(Walk.spec, noise).draw(50)["a"][:length, 0]
-        expected = np.tanh(np.float32(0.1) * steps[:-1].astype(np.float32) + drawn)
+        noises = NoiseSource(Walk.spec, noise).draw(50)["a"][:length, 0]
+        expected = np.tanh(np.float32(0.1) * steps[:-1].astype(np.float32) + noises)
         np.testing.assert_allclose(dataset.actions[start : start + length, 0, 0], expected, rtol=1e-6)
         np.testing.assert_array_equal(
             dataset.rewards[start : start + length], dataset.actions[start : start + length, 0, 0]
@@ -180,14 +180,14 @@ def test_a_mixture_shares_out_transitions_and_marks_episodes(tmp_path: Path, wal
     dataset = read(tmp_path / "d.hdf5")
     assert dataset.behaviors == ("early", "late")
     assert dataset.metadata["behavior"] == "medium-replay"
-    own = dataset.episode_behaviors
-    assert own is not None
-    assert (np.diff(own) >= 0).all()
-    assert 250 <= dataset.episode_length[own == 0].sum() < 300
+    behaviors = dataset.episode_behaviors
+    assert behaviors is not None
+    assert (np.diff(behaviors) >= 0).all()
+    assert 250 <= dataset.episode_length[behaviors == 0].sum() < 300
     assert 1000 <= dataset.transitions.size < 1050
     assert dataset.episode_seeds is not None
-    assert len(set(dataset.episode_seeds.tolist())) == own.size
-    late = dataset.episode_start[(own == 1) & (dataset.episode_length == 50)][0]
+    assert len(set(dataset.episode_seeds.tolist())) == behaviors.size
+    late = dataset.episode_start[(behaviors == 1) & (dataset.episode_length == 50)][0]
     assert dataset.actions[late + 49, 0, 0] < -0.99  # gain -3 at step 49
     done = [count for count, _ in reported]
     assert done == sorted(done)

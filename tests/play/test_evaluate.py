@@ -76,11 +76,11 @@ class CountingEnvironment:
 
     def _look(self, reward: NDArray[np.float64], ended: NDArray[np.bool_]) -> VectorStep:
         even = self._seeds % 2 == 0
-        told = np.stack([self._seeds % 1000, self._steps, np.arange(self.num_envs)], axis=1).astype(
+        vectors = np.stack([self._seeds % 1000, self._steps, np.arange(self.num_envs)], axis=1).astype(
             np.float32
         )
         return VectorStep(
-            observations={"left": told, "right": told[:, :2]},
+            observations={"left": vectors, "right": vectors[:, :2]},
             state=np.zeros((self.num_envs, 5), np.float32),
             action_masks=None,
             reward=reward,
@@ -176,20 +176,16 @@ def test_returns_are_those_of_the_seeds_for_any_number_of_environments(
     assert environments[0].closed
 
 
-def test_default_batch_is_ten() -> None:
-    assert module.DEFAULT_NUM_ENVS == 10
-
-
 def test_finished_environments_keep_their_last_observation(environments: list[CountingEnvironment]) -> None:
     class Watcher(StubTeam):
         def act(self, observations: Mapping[str, Any], **rest: Any) -> dict[str, Decision]:
-            seen.append(observations["left"].copy())
+            observed.append(observations["left"].copy())
             return super().act(observations, **rest)
 
-    seen: list[NDArray[np.float32]] = []
+    observed: list[NDArray[np.float32]] = []
     result = evaluate(Watcher(), "stub/counting", episodes=4, seed=5)
     for index, length in enumerate(result.lengths):
-        for t, observation in enumerate(seen):
+        for t, observation in enumerate(observed):
             assert observation[index, 1] == min(t, length)
 
 
@@ -244,9 +240,9 @@ def test_noise_is_the_seeded_source_drawn_for_the_whole_batch(
     evaluate(noisy, "stub/counting", episodes=4, seed=9, stochastic=True)
     assert set(silent.noises) == {None}
     source = NoiseSource(SPEC, 9)
-    for drawn in noisy.noises:
+    for noise in noisy.noises:
         for name, expected in source.draw(4).items():
-            np.testing.assert_array_equal(drawn[name], expected)
+            np.testing.assert_array_equal(noise[name], expected)
 
 
 def test_progress_ends_at_its_total(environments: list[CountingEnvironment]) -> None:
@@ -401,15 +397,15 @@ def test_steps_of_a_fallback_are_counted_and_their_divergence_is_not(
     calls = len(team.batches)
     assert result.fallback_steps == {"left": calls // 2, "right": calls}
     rounds = [result.lengths[k : k + 3] for k in (0, 3, 6)]
-    call, seen = 0, []
+    call, times = 0, []
     for lengths in rounds:
         for t in range(lengths.max()):
             call += 1
-            seen += [t] * int((lengths > t).sum() if call % 2 else 0)
-    assert result.divergence["left"].mean == pytest.approx(np.mean(seen))
-    assert result.divergence["left"].p99 == pytest.approx(np.percentile(seen, 99))
+            times += [t] * int((lengths > t).sum() if call % 2 else 0)
+    assert result.divergence["left"].mean == pytest.approx(np.mean(times))
+    assert result.divergence["left"].p99 == pytest.approx(np.percentile(times, 99))
     for t, value in enumerate(result.divergence["left"].by_step):
-        assert value == t if t in seen else np.isnan(value)
+        assert value == t if t in times else np.isnan(value)
     data = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert data["fallback"] == {"by": "hold", "steps": {"left": calls // 2, "right": calls}}
     assert (data["divergence"]["right"]["mean"], data["divergence"]["right"]["p99"]) == (None, None)
@@ -436,7 +432,7 @@ def described(team: LocalTeam | JointTeam | RemoteTeam) -> Described:
 
 
 def served(team: RemoteTeam) -> tuple[HasFallback, TimesAgents]:
-    """As :func:`described`, for what only a served team has."""
+    """Fail the type checker in the same way, for attributes that only a served team has."""
     return team, team
 
 

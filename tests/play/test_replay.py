@@ -20,6 +20,7 @@ from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError, ContractError, DatasetError
 from omcda_deploy.local import JointTeam, LocalTeam
 from omcda_deploy.play import replay as module
+from omcda_deploy.play import sending
 from omcda_deploy.play.collect import collect
 from omcda_deploy.play.replay import replay
 from omcda_deploy.play.shipped import POLICIES
@@ -119,8 +120,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module, "perf_counter", clock)
-    monkeypatch.setattr(module, "sleep", clock.sleep)
+    monkeypatch.setattr(sending, "perf_counter", clock)
+    monkeypatch.setattr(sending, "sleep", clock.sleep)
     return clock
 
 
@@ -254,12 +255,12 @@ def test_parity_is_the_largest_difference(what: str) -> None:
     parity = replay(StubTeam(), recorded(), local=Other()).parity
     assert parity is not None
     assert not parity.exact
-    found = {
+    differences = {
         "action": parity.action,
         "divergence": parity.divergence,
         "parameters": parity.parameters,
     }
-    assert found == {**dict.fromkeys(found, 0.0), what: 0.5}
+    assert differences == {**dict.fromkeys(differences, 0.0), what: 0.5}
 
 
 def test_parity_of_values_that_do_not_subtract() -> None:

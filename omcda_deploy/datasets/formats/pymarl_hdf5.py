@@ -111,13 +111,13 @@ def _episode(label: str, rows: dict[str, NDArray[Any]], limit: int) -> Episode:
             f"{int(np.argmin([*filled, False]))}: cut it out, or download the file again"
         )
     masks = rows["avail_actions"]
-    kept = steps + int(len(masks) > steps and masks[steps].any())
+    rows_recorded = steps + int(len(masks) > steps and masks[steps].any())
     return checked_episode(
         label,
-        rows["obs"][:kept],
-        rows["state"][:kept],
+        rows["obs"][:rows_recorded],
+        rows["state"][:rows_recorded],
         rows["actions"][:steps, :, 0],
-        masks[:kept],
+        masks[:rows_recorded],
         rows["reward"][:steps, 0],
         timeout=not ends.size,
     )
