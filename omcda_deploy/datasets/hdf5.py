@@ -8,6 +8,9 @@ from omcda_deploy.errors import MissingExtraError
 
 GROUP = "omcda"  # holds everything that OMIGA's files do not have
 FORMAT_VERSION = 1
+RESERVED_ATTRIBUTES = frozenset(
+    {"spec", "digest", "format_version", "state"}
+)  # of the group; the rest is metadata
 
 
 def import_h5py() -> Any:

@@ -25,8 +25,8 @@ from omcda_deploy.datasets import (
     require_finite,
     require_masks,
 )
-from omcda_deploy.datasets.formats.omiga_hdf5 import read, read_header
-from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, import_h5py
+from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES, read, read_header
+from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, RESERVED_ATTRIBUTES, import_h5py
 from omcda_deploy.errors import ContractError, DatasetError
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
@@ -45,15 +45,17 @@ def write_dataset(
 
     ``episodes`` may be a generator: one is held in memory at a time. :class:`Episode` says which arrays it has, in
     which units, and the meaning of the last row; floating numbers are stored as float32. ``behavior`` names the
-    policy that acted, ``metadata`` are strings and numbers to keep with the data. End ``path`` in ``.hdf5``, by
-    which it is read again. The file is complete or absent: an exception, Ctrl-C included, leaves nothing behind,
-    and an older file as it was.
+    policy that acted, ``metadata`` are strings and numbers to keep with the data. The file is complete or absent:
+    an exception, Ctrl-C included, leaves nothing behind, and an older file as it was.
 
     Returns a summary: path, task, behavior, episodes, transitions, the mean and standard deviation of the
     undiscounted returns, and the digest. Raises :class:`DatasetError` for arrays of other shapes or types, an
-    episode beyond the spec's time limit, NaN or infinity, and choices that were not available.
+    episode beyond the spec's time limit, NaN or infinity, choices that were not available, other metadata, and a
+    ``path`` that does not end in ``.hdf5`` or ``.h5``, by which the file is read again.
     """
-    with DatasetWriter(path, spec, {"behavior": behavior, **(metadata or {})}) as writer:
+    if Path(path).suffix not in SUFFIXES:
+        raise DatasetError(f"{path}: expected a name ending in {' or '.join(SUFFIXES)}: choose another name")
+    with DatasetWriter(path, spec, {**(metadata or {}), "behavior": behavior}) as writer:
         for number, episode in enumerate(episodes):
             require_time_limit(episode, spec, episode.label or f"{path}: episode {number}")
             writer.append(episode, behavior)
@@ -105,8 +107,8 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
             else:
                 behaviors = [dataset.behaviors[number] for number in numbers]
                 writer.declare_behaviors(dataset.behaviors)
-            for number, acted in enumerate(behaviors):
-                writer.append(dataset.episode(number), acted)
+            for number, name in enumerate(behaviors):
+                writer.append(dataset.episode(number), name)
             del dataset  # before the next one is read
     return writer.digest
 
@@ -116,10 +118,17 @@ class DatasetWriter:
 
     A context manager: leaving it puts the finished file in place of ``path`` in one step; leaving it by an
     exception, Ctrl-C included, leaves nothing behind and an older file as it was. ``metadata`` become attributes.
-    Afterwards :attr:`digest` is that of the contents.
+    Afterwards :attr:`digest` is that of the contents. Raises :class:`DatasetError` for metadata that are neither
+    strings nor numbers, and for a path that cannot be written.
     """
 
     def __init__(self, path: str | Path, spec: TeamSpec, metadata: Mapping[str, Scalar]) -> None:
+        for name, value in metadata.items():
+            if name in RESERVED_ATTRIBUTES or not isinstance(value, str | int | float | np.generic):
+                raise DatasetError(
+                    f"metadata {name!r}: expected a string or a number under a name other than "
+                    f"{', '.join(sorted(RESERVED_ATTRIBUTES))}, got {value!r}: rename or convert it"
+                )
         self.path = Path(path)
         self.spec = spec
         self.digest = ""

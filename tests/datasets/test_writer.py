@@ -162,6 +162,24 @@ def test_an_episode_that_does_not_fit_leaves_nothing_behind(
     assert (tmp_path / "d.hdf5").read_text() == "an older file"
 
 
+@pytest.mark.parametrize("metadata", [{"rig": None}, {"rig": [1, 2]}, {"digest": "x"}, {"spec": "x"}])
+def test_metadata_that_no_file_can_hold_are_named(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    (name,) = metadata
+    with pytest.raises(
+        DatasetError, match=f"metadata '{name}': expected a string or a number under a name other"
+    ):
+        write_dataset(tmp_path / "d.hdf5", SPECS["continuous"], [CONTINUOUS], metadata=metadata)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DatasetError, match=r"d\.npz: expected a name ending in \.hdf5 or \.h5: choose another"
+    ):
+        write_dataset(tmp_path / "d.npz", SPECS["continuous"], [CONTINUOUS])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     def interrupted() -> Iterator[Episode]:
         yield CONTINUOUS

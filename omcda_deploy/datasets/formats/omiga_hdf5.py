@@ -51,7 +51,7 @@ from omcda_deploy.datasets import (
     require_finite,
     require_masks,
 )
-from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, import_h5py
+from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, RESERVED_ATTRIBUTES, import_h5py
 from omcda_deploy.errors import ContractError, DatasetError, OmcdaError
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
@@ -69,7 +69,6 @@ _BY_SHAPE = {
     (2, 113, 4, False): "mamujoco/ant-2x4",
     (6, 23, 1, False): "mamujoco/halfcheetah-6x1",
 }
-_INTERNAL_ATTRIBUTES = {"spec", "digest", "format_version", "state"}
 
 
 class Header(NamedTuple):
@@ -389,5 +388,5 @@ def _metadata(group: Any) -> dict[str, Scalar]:
     return {
         str(name): value.item() if isinstance(value, np.generic) else value
         for name, value in group.attrs.items()
-        if name not in _INTERNAL_ATTRIBUTES
+        if name not in RESERVED_ATTRIBUTES
     }
