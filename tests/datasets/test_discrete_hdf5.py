@@ -308,7 +308,7 @@ def test_the_behaviour_agrees_with_its_own_recording(recorded: Path) -> None:
     """Replayed greedily it agrees as often as its likeliest choice was taken."""
     dataset = read(recorded)
     result = replay(toy.behavior_team("toy/masked"), dataset, episodes=10**6, batch=64)
-    likeliest = [chain.behavior.argmax(-1) for chain in toy.game("toy/masked").chains]
+    likeliest = [chain.behavior.argmax(-1) for chain in tabular.game("toy/masked").chains]
     state = dataset.observations.argmax(-1)
     rows = np.concatenate(
         [
