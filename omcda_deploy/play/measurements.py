@@ -98,7 +98,7 @@ def _divergence(times: NDArray[np.int64], values: NDArray[np.float64], budget: f
 
 @runtime_checkable
 class Described(Protocol):
-    """A team that says which bundle it plays, as all teams of this package that are made of one do."""
+    """A team that says which bundle it plays; :func:`describe` puts it into reports."""
 
     @property
     def bundle_digest(self) -> str:
@@ -122,7 +122,7 @@ class HasFallback(Protocol):
 
     @property
     def fallback(self) -> str:
-        """Name of the policy that acts then (:mod:`omcda_deploy.client.fallback`)."""
+        """Name of the policy that acts then, or ``raise`` (:mod:`omcda_deploy.client.fallback`)."""
         ...
 
 
@@ -140,7 +140,7 @@ class TimesAgents(Protocol):
 class TeamDescription:
     """A team's bundle, as far as it is made of one, and its fallback.
 
-    ``fallback``: name of the policy that answers the steps that its servers miss; None for a team without servers.
+    ``fallback``: :attr:`HasFallback.fallback`, None for a team without servers.
     """
 
     bundle_digest: str | None

@@ -38,7 +38,10 @@ NEEDED_FOR = {  # extra -> files that must find all they import with this extra 
         "omcda_deploy/local.py",
     ),
     "tracing": ("serve/tracing.py",),
-    "mujoco": ("omcda_deploy/envs/mamujoco*.py", "omcda_deploy/play/evaluate.py", "omcda_deploy/local.py"),
+    "mujoco": (
+        "omcda_deploy/envs/mamujoco*.py",
+        "omcda_deploy/envs/programs/mujoco*.py",
+        "omcda_deploy/play/video.py", "omcda_deploy/local.py"),
     "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector/*.py"),
     "behavior": (
         *BEHAVIOR,
@@ -173,7 +176,7 @@ def test_the_scan_sees_every_kind_of_import() -> None:
         ("serve/introspection.py", "grpcio-health-checking", None),
         ("training/metrics.py", "tensorboard", None),  # inside a function
         ("omcda_deploy/local.py", "onnxruntime", "serve"),
-        ("omcda_deploy/play/evaluate.py", "imageio-ffmpeg", "mujoco"),  # by name
+        ("omcda_deploy/play/video.py", "imageio-ffmpeg", "mujoco"),  # by name
         ("protos/generate.py", "grpcio-tools", "dev"),
     } <= seen
 
