@@ -41,7 +41,9 @@ NEEDED_FOR = {  # extra -> files that must find all they import with this extra 
     "mujoco": (
         "omcda_deploy/envs/mamujoco*.py",
         "omcda_deploy/envs/programs/mujoco*.py",
-        "omcda_deploy/play/video.py", "omcda_deploy/local.py"),
+        "omcda_deploy/play/video.py",
+        "omcda_deploy/local.py",
+    ),
     "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector/*.py"),
     "behavior": (
         *BEHAVIOR,
