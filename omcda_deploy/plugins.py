@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -125,8 +126,84 @@ class ForeignFormat(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Column:
+    """One metric of an algorithm as a progress table shows it; a module lists them as ``COLUMNS``.
+
+    A metric per agent becomes a column of the table, one of the whole team a number below it. With a ``unit``,
+    lines in a log name the metric's sum over agents in that unit. With ``flag`` the metric is a condition rather
+    than a number: ``title`` alone is shown, while the metric is above 1/2 (``flag=True``) or below
+    (``flag=False``).
+    """
+
+    metric: str  # its name in metrics.jsonl, without the agent's
+    title: str
+    digits: int = 3  # decimals of a number per agent
+    per_agent: bool = True
+    unit: str = ""
+    flag: bool | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A stand-in for a metric that runs of older versions did not log: the product of others."""
+
+    factors: tuple[str, ...]  # metrics
+    title: str
+    note: str
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """One metric per agent as comparisons write it and, where it has a title, draw it over training.
+
+    ``share`` divides by the sum over agents. ``against`` names another curve: the two are drawn against each
+    other as well, at the last step, one point per agent and seed. ``note`` explains the curve below its figures.
+    """
+
+    name: str  # its column in the CSV file
+    metric: str
+    title: str = ""  # label of its axis; not drawn where it is empty
+    share: bool = False
+    against: str = ""
+    note: str = ""
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class CurveSection:
+    """The figures of training that a comparison adds for an algorithm; a module defines it as ``CURVES``."""
+
+    title: str
+    file: str  # the CSV file with the numbers, such as ``influence.csv``
+    curves: tuple[TrainingCurve, ...]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The setting over which a comparison draws returns; a module defines it as ``SCAN``.
+
+    Runs that differ in ``setting`` alone make a line, named by the setting ``group``. The axis is logarithmic.
+    """
+
+    setting: str
+    group: str
+    title: str
+    axis: str  # label of the axis
+    caption: str  # the setting in words, after "return against"
+
+    @property
+    def file(self) -> str:
+        """The CSV file with the numbers."""
+        return f"{self.setting}.csv"
+
+
 class AlgorithmModule(Protocol):
-    """Module of an algorithm, such as ``training/algorithms/omcda.py``. It may import torch, and define COLUMNS."""
+    """Module of an algorithm, such as ``training/algorithms/omcda.py``. It may import torch.
+
+    It may define ``COLUMNS``, a tuple of :class:`Column`, ``CURVES``, a :class:`CurveSection`, and ``SCAN``, a
+    :class:`Scan`: the numbers that training shows, and those that a comparison shows beside returns.
+    """
 
     PAPER: str  # title and year of its source
     SUMMARY: str  # a few words on its method

@@ -1,7 +1,7 @@
-"""How a total divergence budget is split over agents, and how each agent's price for it is found.
+"""Allocation of a total divergence budget to agents, and the dual that finds each agent's price.
 
-Source: omcda.md section 4 (the paper's influence and dual; floors, warm-up and bounds are this project's).
-Budgets and divergences are in nats.
+Source: docs/derivation.md#allocation and docs/derivation.md#dual (the influence and the dual are the paper's; least
+shares, warm-up and bounds are this project's). Budgets and divergences are in nats.
 """
 
 from __future__ import annotations
@@ -16,33 +16,38 @@ from torch import Tensor
 
 from omcda_deploy.errors import ConfigError
 
-SHARE_FLOOR = 0.05  # every agent keeps at least this much of the total, before renormalising
+MIN_SHARE = 0.05  # every agent's least share of the total, before renormalising
 _EPS = 1e-12
 
 
 def influence_shares(influence: Tensor, temperature: float) -> Tensor:
-    """``softmax(m / T)`` with the floor: [N] -> [N], sums to 1."""
-    return _floored(torch.softmax(influence / temperature, dim=0))
+    """Return ``softmax(m / T)`` with the least share applied: [N] -> [N], sums to 1."""
+    return _bounded(torch.softmax(influence / temperature, dim=0))
 
 
 def uniform_shares(agents: int) -> Tensor:
+    """Return equal shares [N]."""
     return torch.full((agents,), 1.0 / agents)
 
 
 def random_shares(agents: int, seed: int) -> Tensor:
-    """One draw from the uniform distribution over shares, with the floor."""
-    drawn = np.random.default_rng([seed, 0xA110C]).dirichlet(np.ones(agents))
-    return _floored(torch.tensor(drawn, dtype=torch.float32))
+    """Draw shares [N] from the uniform distribution over shares, with the least share applied."""
+    shares = np.random.default_rng([seed, 0xA110C]).dirichlet(np.ones(agents))
+    return _bounded(torch.tensor(shares, dtype=torch.float32))
 
 
-def _floored(shares: Tensor) -> Tensor:
-    shares = shares.clamp_min(SHARE_FLOOR)
+def _bounded(shares: Tensor) -> Tensor:
+    shares = shares.clamp_min(MIN_SHARE)
     return shares / shares.sum()
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """``follows_influence``: shares move with m_i. ``single_price``: one alpha, and no shares at all."""
+    """A rule of allocation.
+
+    With ``follows_influence`` shares move with m_i. With ``single_price`` all agents have one alpha, and only the
+    sum of their divergences is held.
+    """
 
     initial: Callable[[int, int], Tensor]  # (agents, seed) -> shares [N]
     follows_influence: bool = False
@@ -58,7 +63,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 class Allocation:
-    """The budgets d_i: an EMA of the influence m_i, rescaled, through softmax, times d_tot."""
+    """The budgets d_i: d_tot times the softmax of a rescaled EMA of the influence m_i."""
 
     def __init__(
         self, strategy: str, agents: int, d_tot: float, seed: int, *, temperature: float, decay: float
@@ -71,20 +76,20 @@ class Allocation:
         self.influence = torch.zeros(agents)
         self._scale = torch.zeros(())
         self._weight = 0.0  # sum of the EMA's weights so far, for its bias correction
-        self.released = False  # shares stay as they began until the team has moved at all
+        self.released = False  # shares keep their first values until the team has moved
 
     @property
     def budgets(self) -> Tensor:
-        """d_i [N]; under ``optimal`` merely a reference line, since only the sum is held."""
+        """Budgets d_i [N]; under ``optimal``, which holds the sum alone, a reference line of d_tot/N each."""
         return self.shares * self.d_tot
 
     def observe(self, influence: Tensor, divergence: Tensor) -> None:
-        """Take in a measurement of m_i [N] and the present KL_i [N] (batch means); move the shares."""
+        """Update the shares from measurements of m_i [N] and the present KL_i [N], both batch means."""
         keep = self._decay
         self.influence = keep * self.influence + (1.0 - keep) * influence
         self._scale = keep * self._scale + (1.0 - keep) * influence.abs().mean()
         self._weight = keep * self._weight + (1.0 - keep)
-        # With next to no divergence m_i is a ratio of two noises.
+        # While the divergence is near zero, m_i is the ratio of two noises.
         self.released = self.released or float(divergence.sum()) > 0.01 * self.d_tot
         if self.strategy.follows_influence and self.released:
             # Numerator and scale carry the same EMA weight, so the bias correction cancels.
@@ -92,10 +97,11 @@ class Allocation:
 
     @property
     def mean_influence(self) -> Tensor:
-        """The bias-corrected EMA of m_i [N]."""
+        """EMA of m_i [N], bias-corrected."""
         return self.influence / max(self._weight, _EPS)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values that :meth:`load_state_dict` takes."""
         return {
             "shares": self.shares,
             "influence": self.influence,
@@ -105,12 +111,13 @@ class Allocation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a state that :meth:`state_dict` returned."""
         self.shares, self.influence, self._scale = state["shares"], state["influence"], state["scale"]
         self._weight, self.released = state["weight"], state["released"]
 
 
 class Dual:
-    """``min_alpha alpha_i (d_i - KL_i)`` by Adam on log alpha: a KL above the budget raises alpha_i."""
+    """Minimise ``L_alpha = alpha_i (d_i - KL_i)`` by Adam on log alpha: a KL above the budget raises alpha_i."""
 
     def __init__(self, agents: int, alpha0: float, lr: float, *, single_price: bool) -> None:
         self._single = single_price
@@ -123,17 +130,17 @@ class Dual:
 
     @property
     def alpha(self) -> Tensor:
-        """alpha_i [N], detached."""
+        """Prices alpha_i [N], detached."""
         return self.log_alpha.detach().exp().expand(self._agents)
 
     @property
     def at_bound(self) -> Tensor:
-        """[N] bool: the budget is unattainable (low) or below the noise (high)."""
+        """Bool [N]; at the lower bound the budget cannot be reached, at the upper it is below the noise."""
         alpha = self.alpha
         return (alpha <= self.low * (1 + 1e-4)) | (alpha >= self.high * (1 - 1e-4))
 
-    def step(self, budgets: Tensor, divergence: Tensor) -> Tensor:
-        """One step on the batch means ``divergence`` [N]; returns the loss."""
+    def descend(self, budgets: Tensor, divergence: Tensor) -> Tensor:
+        """Take one step on the batch means ``divergence`` [N]; return L_alpha."""
         gap = (budgets - divergence).detach()
         alpha = self.log_alpha.exp()
         loss = (alpha * gap.sum()).sum() if self._single else (alpha * gap).sum()
@@ -145,9 +152,11 @@ class Dual:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values that :meth:`load_state_dict` takes."""
         return {"log_alpha": self.log_alpha.detach().clone(), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a state that :meth:`state_dict` returned."""
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
         self._optimizer.load_state_dict(state["optimizer"])

@@ -1,4 +1,7 @@
-"""Minibatches of transitions, drawn uniformly with replacement and repeatably by (seed, step)."""
+"""Minibatches of transitions and the noise of steps, drawn repeatably by (seed, step).
+
+Source: docs/baselines.md#datasets-and-batches.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,11 @@ class Batch:
     state: Tensor  # [B, S]
     next_observation: Tensor  # [B, N, O]
     next_state: Tensor  # [B, S]
-    next_action: Tensor  # as action: what was done in the next row
-    next_action_known: Tensor  # [B], 0 where the next row is its episode's last, in which nobody acted
+    next_action: Tensor  # the next row's, shaped like action
+    next_action_known: Tensor  # [B], 0 where the next row is its episode's last, which has no action
     mask: Tensor | None = None  # uint8 [B, N, A], discrete tasks
     next_mask: Tensor | None = None
-    # First rows of B episodes, each as likely as another; None: every row counts as one.
+    # First rows of B episodes, each equally likely; None: every row counts as a first row.
     initial_observation: Tensor | None = None  # [B, N, O]
     initial_state: Tensor | None = None  # [B, S]
 
@@ -42,7 +45,8 @@ class Batch:
 class TransitionSampler:
     """Batches of a :class:`Dataset`, gathered from one copy of its arrays on ``device``.
 
-    Indices depend on (seed, step) alone, so a resumed run draws what an uninterrupted one would have drawn.
+    Transitions are drawn uniformly with replacement. Indices depend on (seed, step) alone, so a resumed run draws
+    the same batches as an uninterrupted one.
     """
 
     def __init__(
@@ -55,10 +59,10 @@ class TransitionSampler:
         device: str = "cpu",
         subset: NDArray[np.int64] | None = None,
     ) -> None:
-        """``subset``: positions in ``dataset.transitions`` to draw from; all when None."""
+        """Draw from the positions ``subset`` of ``dataset.transitions``; from all when None."""
         rows = np.asarray(dataset.transitions, np.int64)
         done = dataset.done(time_limit_is_terminal)
-        followed = np.append(rows[1:] == rows[:-1] + 1, False)  # the next row is a transition's too
+        followed = np.append(rows[1:] == rows[:-1] + 1, False)  # the next row is a transition, too
         if subset is not None:
             rows, done, followed = rows[subset], done[subset], followed[subset]
         if len(rows) < 1:
@@ -86,6 +90,7 @@ class TransitionSampler:
         return len(self._rows)
 
     def sample(self, step: int) -> Batch:
+        """Draw the batch of one step."""
         block, offset = divmod(step, _BLOCK)
         if self._block[0] != block:
             generator = np.random.default_rng([self._seed, block])
@@ -93,24 +98,29 @@ class TransitionSampler:
         return self.gather(self._block[1][offset])
 
     def gather(self, positions: NDArray[np.int64]) -> Batch:
-        """The transitions at the given positions."""
+        """Collect the transitions at the given positions."""
         rows = torch.from_numpy(self._rows[positions]).to(self._device)
         following = rows + 1
-        chosen = torch.from_numpy(positions).to(self._device)
-        # The remainder of a uniform position is uniform: no draw of its own that would shift the others.
+        index = torch.from_numpy(positions).to(self._device)
+        # The remainder of a uniform position is uniform; a separate draw would shift all others.
         initial = torch.from_numpy(self._starts[positions % len(self._starts)]).to(self._device)
         return Batch(
             observation=self._observations[rows],
             action=self._actions[rows],
             reward=self._rewards[rows],
-            not_done=1.0 - self._done[chosen],
+            not_done=1.0 - self._done[index],
             state=self._states[rows],
             next_observation=self._observations[following],
             next_state=self._states[following],
             next_action=self._actions[following],
-            next_action_known=self._followed[chosen],
+            next_action_known=self._followed[index],
             mask=None if self._masks is None else self._masks[rows],
             next_mask=None if self._masks is None else self._masks[following],
             initial_observation=self._observations[initial],
             initial_state=self._states[initial],
         )
+
+
+def noise_at(seed: int, step: int, device: str = "cpu") -> torch.Generator:
+    """Make the generator of one training step's noise, which depends on (seed, step) alone."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)

@@ -2,6 +2,8 @@
 
 Every algorithm measures divergence against it and OMCDA starts from it, so there is one per dataset and network
 size. It is kept in a cache (``$OMCDA_CACHE``, else ``~/.cache/omcda-deploy``) under the dataset's digest.
+
+Source: docs/baselines.md#behaviour-model.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -24,9 +26,9 @@ from omcda_deploy.files import cache_folder
 from omcda_deploy.training.batches import TransitionSampler
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.distributions import policy_of
-from omcda_deploy.training.learner import Group, Learner, parameters_of
 from omcda_deploy.training.networks import NetworkFactory
-from omcda_deploy.training.settings import require
+from omcda_deploy.training.optimizer import Group, JointOptimizer, parameters_of
+from omcda_deploy.training.settings import Count, Range, check
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -36,21 +38,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BehaviorConfig:
-    """How pi_b is cloned. Cloning stops early once the held-out likelihood no longer improves."""
+    """Settings of cloning, which stops early once the held-out likelihood no longer improves."""
 
-    steps: int = 10_000
-    batch_size: int = 256
+    steps: Annotated[int, Range(1, 10**8)] = 10_000  # at most
+    batch_size: Count = 256
     lr: float = 5e-4
     hidden: int = 256
-    held_out: float = 0.05  # share of the episodes
-    check_every: int = 500  # steps between looks at the held-out episodes
-    patience: int = 4  # looks without improvement before stopping
+    held_out: Annotated[float, Range(0.0, 0.5)] = 0.05  # share of the episodes
+    check_every: Count = 500  # steps between checks of the held-out likelihood
+    patience: int = 4  # checks without improvement before stopping
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self, steps=(1, 10**8), batch_size=(1, 10**6), held_out=(0.0, 0.5), check_every=(1, 10**6))
+        check(self)
 
     def key(self, dataset: Dataset) -> str:
+        """Name of the cached model of ``dataset``."""
         settings = json.dumps([dataset.digest, dataclasses.asdict(self)], sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:32]
 
@@ -62,21 +65,21 @@ def behavior_model(
     device: str = "cpu",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The dataset's behaviour actor and a report on it, from the cache or cloned now.
+    """Return the dataset's behaviour actor and a report on it, from the cache or cloned now.
 
     ``progress`` is called with (step, steps, held-out negative log-likelihood per agent and step, nats).
     """
     path = cache_folder() / "behavior" / f"{config.key(dataset)}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs that start together on one dataset wait here for the first, which clones for all; the system drops the
-    # lock of a process that is killed.
+    # Runs that start together on one dataset wait here for the first, which clones for all of them. The system
+    # drops the lock of a process that is killed.
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.is_file():
-            saved = load_state(path)
+            state = load_state(path)
             model = NetworkFactory(dataset.spec, config.hidden).actor()
-            model.load_state_dict(saved["model"])
-            return model.to(device), saved["report"]
+            model.load_state_dict(state["model"])
+            return model.to(device), state["report"]
         model, report = fit(dataset, config, device=device, progress=progress)
         save_state(path, {"model": model.state_dict(), "report": report})
     return model, report
@@ -89,33 +92,33 @@ def fit(
     device: str = "cpu",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Clone the behaviour policy; returns the model of the best held-out look."""
+    """Clone the behaviour policy; return the model with the best held-out likelihood, and a report."""
     train, held_out = _split(dataset, config)
     torch.manual_seed(config.seed)
     model = NetworkFactory(dataset.spec, config.hidden).actor().to(device)
-    learner = Learner([Group(parameters_of(model), config.lr)], grad_clip=1.0)
+    optimizer = JointOptimizer([Group(parameters_of(model), config.lr)], grad_clip=1.0, modules={})
     sampler = TransitionSampler(dataset, config.batch_size, config.seed, device=device, subset=train)
-    look = TransitionSampler(dataset, 1, config.seed, device=device, subset=held_out)
-    probe = look.gather(
-        np.random.default_rng(config.seed).choice(len(look), min(4096, len(look)), replace=False)
+    unseen = TransitionSampler(dataset, 1, config.seed, device=device, subset=held_out)
+    probe = unseen.gather(
+        np.random.default_rng(config.seed).choice(len(unseen), min(4096, len(unseen)), replace=False)
     )
 
     def held_out_loss() -> float:
         with torch.no_grad():
             return -float(policy_of(model, probe.observation, probe.mask).log_prob(probe.action).mean())
 
-    best, best_state, best_step, looks = held_out_loss(), copy.deepcopy(model.state_dict()), 0, 0
+    best, best_state, best_step, misses = held_out_loss(), copy.deepcopy(model.state_dict()), 0, 0
     step = 0
-    while step < config.steps and looks < config.patience:
+    while step < config.steps and misses < config.patience:
         batch = sampler.sample(step)
         loss = -policy_of(model, batch.observation, batch.mask).log_prob(batch.action).mean()
-        learner.descend({"policy": loss})
+        optimizer.descend({"policy": loss})
         step += 1
         if step % config.check_every == 0 or step == config.steps:
             current = held_out_loss()
-            looks += 1
+            misses += 1
             if current < best:
-                best, best_state, best_step, looks = current, copy.deepcopy(model.state_dict()), step, 0
+                best, best_state, best_step, misses = current, copy.deepcopy(model.state_dict()), step, 0
             if progress:
                 progress(step, config.steps, current)
     model.load_state_dict(best_state)
@@ -125,12 +128,12 @@ def fit(
 
 
 def _split(dataset: Dataset, config: BehaviorConfig) -> tuple[Any, Any]:
-    """Positions of transitions to train on and to hold out: by episode, or by transition when there is one."""
+    """Split positions of transitions into trained and held out: by episode, or by transition where there is one."""
     generator = np.random.default_rng([config.seed, 1])
     count = len(dataset.transitions)
     episode = np.searchsorted(dataset.episode_start, dataset.transitions, side="right") - 1
     groups = episode if episode[-1] > 0 else np.arange(count)
     names = np.unique(groups)
-    held = generator.choice(names, max(1, round(config.held_out * len(names))), replace=False)
-    mask = np.isin(groups, held)
+    held_out = generator.choice(names, max(1, round(config.held_out * len(names))), replace=False)
+    mask = np.isin(groups, held_out)
     return np.flatnonzero(~mask), np.flatnonzero(mask)

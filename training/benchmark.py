@@ -1,4 +1,4 @@
-"""What a training step costs beside its floor: the same matrix products alone, timed in the same run.
+"""Time of a training step beside its lower bound: the same matrix products alone, timed in the same run.
 
 The products of one step are recorded as they are dispatched (shapes and memory layouts), then replayed on
 preallocated tensors. Steps and replays alternate, so that a machine that drifts drifts for both; the ratio of
@@ -37,24 +37,25 @@ class StepCost:
 
     algorithm: str
     step_ms: float
-    floor_ms: float
-    gflop: float  # of the matrix products of one step
+    products_ms: float  # the lower bound
+    gflop: float  # matrix products of one step
 
     @property
     def ratio(self) -> float:
-        return self.step_ms / self.floor_ms
+        """Time of a step in units of its lower bound."""
+        return self.step_ms / self.products_ms
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the factors of every matrix product dispatched under it.
 
-    Factors of one layout share a tensor, so the replay finds its operands in the cache: a strict floor.
+    Factors of one layout share a tensor, so the replay finds its operands in the cache: a strict lower bound.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.factors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._known: dict[Any, torch.Tensor] = {}
+        self._operands: dict[Any, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = _PRODUCTS.get(func)
@@ -64,10 +65,10 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _like(self, tensor: torch.Tensor, side: str) -> torch.Tensor:
         key = (side, tuple(tensor.shape), tensor.stride())
-        if key not in self._known:
+        if key not in self._operands:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            self._known[key] = empty.normal_()
-        return self._known[key]
+            self._operands[key] = empty.normal_()
+        return self._operands[key]
 
 
 def step_costs(
@@ -75,17 +76,17 @@ def step_costs(
 ) -> list[StepCost]:
     """Time one step of each algorithm on random batches of ``spec``, on the present number of torch threads.
 
-    A step on which the influence is measured weighs as often as it occurs in training.
+    Steps that do more than others, such as OMCDA's measurements of influence, count as often as in training.
     """
     contenders: list[tuple[str, functools.partial[None], functools.partial[None], float]] = []
     for name in algorithms:
         settings = {"batch_size": batch_size}
         hidden = load_algorithm(name).Config().hidden
         behavior = NetworkFactory(spec, hidden).actor()
-        learner = create_algorithm(name, spec, behavior, settings=settings, steps=10**9, seed=0)
+        algorithm = create_algorithm(name, spec, behavior, settings=settings, steps=10**9, seed=0)
         batches = [random_batch(spec, batch_size, seed) for seed in range(8)]
 
-        step = functools.partial(_step, learner, batches)
+        step = functools.partial(_step, algorithm, batches)
         for _ in range(repeats - 1):  # warm-up; the recorded round then covers whole measuring intervals
             step()
         with _Products() as products:
@@ -117,8 +118,8 @@ def step_costs(
     ]
 
 
-def _step(learner: Algorithm, batches: list[Batch]) -> None:
-    learner.update(batches[learner.step % len(batches)])
+def _step(algorithm: Algorithm, batches: list[Batch]) -> None:
+    algorithm.update(batches[algorithm.step % len(batches)])
 
 
 def _replay(factors: list[tuple[torch.Tensor, torch.Tensor]], results: list[torch.Tensor]) -> None:
@@ -127,7 +128,7 @@ def _replay(factors: list[tuple[torch.Tensor, torch.Tensor]], results: list[torc
 
 
 def random_batch(spec: TeamSpec, batch_size: int, seed: int) -> Batch:
-    """A batch of the right shapes with standard normal observations and rewards."""
+    """Make a batch of the team's shapes with standard normal observations and rewards."""
     generator = torch.Generator().manual_seed(seed)
     n, o, a = len(spec.agents), spec.observation_size, spec.action_size
     discrete = spec.action_kind == "discrete"

@@ -26,9 +26,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote, onto the CPU; never unpickles code.
+    """Read a file of :func:`save_state` onto the CPU, without unpickling code.
 
-    Modules and optimisers copy from it to where they are. Raises :class:`ConfigError` for a damaged file.
+    Modules and optimisers copy from it to their devices. Raises :class:`ConfigError` for a missing or damaged file.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,17 +1,18 @@
 """The conservative penalties of CQL, OMAR and CFCQL: pure functions of agent values under a linear mixer.
 
-With ``Q_tot = sum_j w_j q_j + b`` the soft maximum over the joint action splits exactly into soft maxima over each
-agent's own (baselines.md 6.4), and so does the counterfactual one, in which agent i alone deviates from the data:
+With ``Q_tot = sum_j w_j q_j + b`` the soft maximum over the joint action splits exactly into one soft maximum per
+agent, and so does the counterfactual one, in which agent i alone deviates from the data:
 
     logsumexp_a Q_tot(s, a) - Q_tot(s, a)               = sum_i penalty_i
     logsumexp_{a_i} Q_tot(s, (a_i, a_-i)) - Q_tot(s, a) = penalty_i
     penalty_i = logsumexp_{a_i} w_i q_i(o_i, .) - w_i q_i(o_i, a_i)
 
-b cancels: published code adds it once per agent and takes it off once, which pushes it down. What callers do with
-the terms [B, N] is theirs: CQL and OMAR sum them over agents, CFCQL weighs them. Under a mixer that is not linear
-in q (``qmix``) the split does not hold.
+b cancels: published code adds it once per agent and takes it off once, which pushes it down. CQL and OMAR sum the
+terms [B, N] over agents, CFCQL weighs them. Under a mixer that is not linear in q (``qmix``) the split does not
+hold.
 
-Shapes as in :mod:`omcda_deploy.training.networks`; K candidate actions per agent and state.
+Shapes as in :mod:`omcda_deploy.training.networks`; K candidate actions per agent and state. Source:
+docs/baselines.md#conservative-penalties.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from omcda_deploy.training.networks import masked_log_softmax
 
 
 def discrete_penalty(weights: Tensor, values: Tensor, action: Tensor, mask: Tensor) -> Tensor:
-    """``penalty_i`` [B, N] in closed form, over available actions.
+    """Return ``penalty_i`` [B, N] in closed form, over available actions.
 
     ``weights`` [B, N], ``values`` q_i(o_i, .) [B, N, A], recorded ``action`` int64 [B, N], ``mask`` [B, N, A].
     """
@@ -36,27 +37,27 @@ def discrete_penalty(weights: Tensor, values: Tensor, action: Tensor, mask: Tens
 
 
 def sampled_penalty(
-    weights: Tensor, candidates: Tensor, recorded: Tensor, log_density: Tensor | None = None
+    weights: Tensor, candidates: Tensor, data_values: Tensor, log_density: Tensor | None = None
 ) -> Tensor:
-    """``penalty_i`` [B, N] with the soft maximum taken over K candidate actions.
+    """Return ``penalty_i`` [B, N] with the soft maximum taken over K candidate actions.
 
-    ``weights`` [B, N], ``candidates`` q_i(o_i, a^k) [K, B, N], ``recorded`` q_i(o_i, a_i) [B, N]. With the
+    ``weights`` [B, N], ``candidates`` q_i(o_i, a^k) [K, B, N], ``data_values`` q_i(o_i, a_i) [B, N]. With the
     candidates' ``log_density`` [K, B, N] each counts 1/p(a^k), as in single-agent CQL, and the sum, divided by K,
     estimates the integral over actions; the multi-agent codes with a linear mixer leave it out.
     """
     scores = weights * candidates
     if log_density is not None:
         scores = scores - log_density
-    return torch.logsumexp(scores, 0) - weights * recorded
+    return torch.logsumexp(scores, 0) - weights * data_values
 
 
 @torch.no_grad()
 def candidate_actions(
     policy: TanhGaussian, next_policy: TanhGaussian, count: int, generator: torch.Generator
 ) -> Tensor:
-    """CQL's candidates [3·count, B, N, A]: uniform in [-1, 1], of the policy at o, of the policy at o'.
+    """Draw CQL's candidates [3·count, B, N, A]: uniform in [-1, 1], of the policy at o, of the policy at o'.
 
-    All are to be valued at o. Without gradient.
+    All of them are valued at o. Without gradient.
     """
     shape = (count, *policy.mean.shape)
     uniform = torch.rand(shape, generator=generator, device=policy.mean.device) * 2.0 - 1.0
@@ -65,7 +66,7 @@ def candidate_actions(
 
 @torch.no_grad()
 def candidate_log_density(candidates: Tensor, policy: TanhGaussian, next_policy: TanhGaussian) -> Tensor:
-    """Log-densities [3·count, B, N] of what :func:`candidate_actions` drew, each under its own distribution."""
-    uniform, own, following = candidates.chunk(3)
+    """Return log-densities [3·count, B, N] of :func:`candidate_actions`, each under its own distribution."""
+    uniform, present, following = candidates.chunk(3)
     flat = torch.full(uniform.shape[:-1], -uniform.shape[-1] * math.log(2.0), device=uniform.device)
-    return torch.cat((flat, policy.log_prob(own), next_policy.log_prob(following)))
+    return torch.cat((flat, policy.log_prob(present), next_policy.log_prob(following)))

@@ -1,4 +1,7 @@
-"""The two policy families behind one small interface: a batch of distributions, one per agent and state."""
+"""The two policy families behind one small interface: a batch of distributions, one per agent and state.
+
+Source: docs/baselines.md#densities-and-divergences.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ class TanhGaussian:
     log_std: Tensor
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """Actions [B, N, A] in [-1, 1] -> [B, N]."""
+        """Return log-densities [B, N] of actions [B, N, A] in [-1, 1]."""
         return tanh_gaussian_log_prob(action, self.mean, self.log_std)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Reparameterised actions [K, B, N, A], ``count`` per state."""
+        """Draw reparameterised actions [K, B, N, A], ``count`` per state."""
         shape = (count, *self.mean.shape)
         noise = torch.randn(shape, generator=generator, device=self.mean.device)
         return torch.tanh(self.mean + self.log_std.exp() * noise)
 
     def kl(self, other: TanhGaussian) -> Tensor:
-        """``KL(self || other)`` [B, N], nats, closed form."""
+        """Return ``KL(self || other)`` [B, N], nats, in closed form."""
         return gaussian_kl(self.mean, self.log_std, other.mean, other.log_std)
 
 
@@ -40,11 +43,11 @@ class Categorical:
     log_probs: Tensor
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """int64 [B, N] -> [B, N]."""
+        """Return log-probabilities [B, N] of actions int64 [B, N]."""
         return self.log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
     def kl(self, other: Categorical) -> Tensor:
-        """``KL(self || other)`` [B, N], nats, over the available actions."""
+        """Return ``KL(self || other)`` [B, N], nats, over the available actions."""
         return categorical_kl(self.log_probs, other.log_probs)
 
 
@@ -52,14 +55,14 @@ Distribution: TypeAlias = TanhGaussian | Categorical
 
 
 def policy_of(actor: nn.Module, observation: Tensor, mask: Tensor | None) -> Distribution:
-    """The actor's distributions at ``observation`` [B, N, O]; a mask [B, N, A] makes them categorical."""
+    """Return the actor's distributions at ``observation`` [B, N, O]; a mask [B, N, A] makes them categorical."""
     if mask is None:
         return TanhGaussian(*actor(observation))
     return Categorical(actor(observation, mask))
 
 
 def divergence(policy: Distribution, behavior: Distribution) -> Tensor:
-    """``KL(pi_i || pi_b^i)`` [B, N]; both of one family."""
+    """Return ``KL(pi_i || pi_b^i)`` [B, N], nats; both are of one family."""
     if isinstance(policy, TanhGaussian):
         assert isinstance(behavior, TanhGaussian)
         return policy.kl(behavior)
@@ -69,5 +72,5 @@ def divergence(policy: Distribution, behavior: Distribution) -> Tensor:
 
 @torch.no_grad()
 def polyak(targets: list[Tensor], sources: list[Tensor], tau: float) -> None:
-    """``target <- (1 - tau) target + tau source`` for lists of parameters."""
+    """Average in place: ``target <- (1 - tau) target + tau source``, for lists of parameters."""
     torch._foreach_lerp_(targets, sources, tau)

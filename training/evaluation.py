@@ -1,8 +1,8 @@
 """Returns measured beside training, off its hot path: each snapshot is played in a process of its own.
 
 ``python -m omcda_deploy.training.evaluation RUN STEP`` plays one snapshot and appends a line to the run's
-``evaluations.jsonl``; :class:`Evaluator` starts that, at low priority, whenever a snapshot is written. These
-numbers are for watching: what counts is the exported bundle, evaluated by  omcda-deploy evaluate.
+``evaluations.jsonl``; :class:`Evaluator` starts that, at low priority, for snapshots as they are written. These
+numbers are for watching a run: results come from the exported bundle, evaluated by  omcda-deploy evaluate.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SnapshotTeam:
         self._snapshot = read_snapshot(run, step)
 
     def reset(self) -> None:
-        pass
+        """Do nothing: the policy has no state."""
 
     @torch.no_grad()
     def act(
@@ -49,6 +49,7 @@ class SnapshotTeam:
         noise: Mapping[str, Float] | None = None,
         action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
     ) -> dict[str, Decision]:
+        """Act with the mode of each agent's policy; ``noise`` is not used."""
         agents = self.spec.agents
         rows = np.zeros(
             (len(observations[agents[0].name]), len(agents), self.spec.observation_size), np.float32
@@ -71,24 +72,29 @@ class SnapshotTeam:
 
 
 class Evaluator:
-    """Called with each snapshot's step; starts its evaluation and never waits until :meth:`wait`."""
+    """Evaluates snapshots beside training, every so many steps."""
 
     def __init__(self, run: Path, every: int) -> None:
         self._run, self._every = run, every
         self._running: list[subprocess.Popen[bytes]] = []
 
-    def __call__(self, step: int) -> None:
+    def start(self, step: int) -> None:
+        """Start the evaluation of a new snapshot, if one is due, and return at once."""
         if step % self._every == 0:
             command = [sys.executable, "-m", "omcda_deploy.training.evaluation", str(self._run), str(step)]
             self._running.append(subprocess.Popen(command, preexec_fn=lambda: os.nice(10)))
 
     def wait(self) -> None:
-        failed = sum(process.wait() != 0 for process in self._running)
-        if failed:
-            log.warning("%d of %d evaluations failed; their own messages say why", failed, len(self._running))
+        """Wait for all evaluations; log how many failed."""
+        failures = sum(process.wait() != 0 for process in self._running)
+        if failures:
+            log.warning(
+                "%d of %d evaluations failed; their own messages say why", failures, len(self._running)
+            )
 
 
 def main() -> None:
+    """Play one snapshot, as a program."""
     parser = argparse.ArgumentParser(
         description="Play one snapshot of a run and append to its evaluations.jsonl."
     )

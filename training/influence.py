@@ -1,7 +1,7 @@
 """Each agent's influence on the team's reward: ``m_i = dV^r_tot/dKL_i`` (the paper's definition).
 
 Both gradients are taken with respect to the parameters theta_i of agent i's action distribution, and the inverse
-of dKL_i/dtheta_i is its pseudo-inverse; m_i is a ratio of batch means (omcda.md section 4).
+of dKL_i/dtheta_i is its pseudo-inverse; m_i is a ratio of batch means. Source: docs/derivation.md#influence.
 """
 
 from __future__ import annotations
@@ -12,14 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omcda_deploy.plugins import CurveSection, Estimate, TrainingCurve
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import Categorical, Distribution, TanhGaussian
 
 _EPS = 1e-12
 
+# The paper's Figure 3: the influence of each agent, its share of the budget and its part of the reward.
+INFLUENCE_CURVES = CurveSection(
+    "Influence and reward",
+    "influence.csv",
+    (
+        TrainingCurve("influence", "influence", "influence m"),
+        TrainingCurve("budget", "budget"),
+        TrainingCurve("share", "budget", "share of the budget, d / d_tot", share=True),
+        TrainingCurve("kl", "kl"),
+        TrainingCurve(
+            "contribution",
+            "value/reward",
+            "reward value w V",
+            against="influence",
+            note="w V is agent i's weighted part of the team's reward value.",
+            estimate=Estimate(
+                ("influence", "kl"),
+                "contribution m · KL",
+                "These runs did not log the agents' reward values: the contribution shown is the influence times "
+                "the divergence spent, a first-order estimate of the reward value gained. It contains m, so the "
+                "last panel is no evidence that influence follows reward.",
+            ),
+        ),
+    ),
+)
+
 
 def weighted_values(q: Any, weights: Tensor, batch: Batch, action: Tensor | None) -> Tensor:
-    """``w_i Q_i``: with ``action`` [K·B, N, A], the batch is repeated K times; without, all actions [B, N, A]."""
+    """Return ``w_i Q_i``.
+
+    With ``action`` [K·B, N, A] the batch is repeated K times: [K·B, N]. None stands for all actions: [B, N, A].
+    """
     if action is None:
         values: Tensor = q.values(batch.observation)
         return weights.unsqueeze(-1) * values
@@ -34,10 +64,10 @@ def value_gradient(
     samples: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, ...]:
-    """``d/dtheta_i E_{a~pi_i}[values]`` per state: [B, N, A] for (mean, log_std), or for probabilities.
+    """Return ``d/dtheta_i E_{a~pi_i}[values]`` per state: [B, N, A] for (mean, log_std), or for probabilities.
 
-    ``values`` is :func:`weighted_values` of some critic. Continuous: ``samples`` reparameterised actions per state;
-    this reads Q off the data, to measure and never for a target. Discrete: exact.
+    ``values`` is :func:`weighted_values` of a critic. Continuous: ``samples`` reparameterised actions per state;
+    Q is evaluated outside the data here, for a measurement and never for a target. Discrete: exact.
     """
     if isinstance(policy, Categorical):
         with torch.no_grad():
@@ -53,11 +83,11 @@ def value_gradient(
 def influence(
     policy: Distribution, behavior: Distribution, value_gradients: tuple[Tensor, ...], metric: str
 ) -> Tensor:
-    """``m_i = E<g_V, g_K> / E<g_K, g_K>`` [N] over the parameters of the action distribution.
+    """Return ``m_i = E<g_V, g_K> / E<g_K, g_K>`` [N] over the parameters of the action distribution.
 
     Continuous: theta = (mean, log_std); discrete: probabilities, both gradients projected on the simplex of
     available actions. ``fisher`` weighs with the inverse Fisher matrix: for discrete policies that is
-    ``Cov_pi(w Q, log pi/pi_b) / Var_pi(log pi/pi_b)``.
+    ``E[Cov_pi(w Q, log pi/pi_b)] / E[Var_pi(log pi/pi_b)]``, a ratio of batch means and not the mean of ratios.
     """
     if isinstance(policy, TanhGaussian):
         assert isinstance(behavior, TanhGaussian)
@@ -83,7 +113,7 @@ def _ratio(
     gradient_divergence: tuple[Tensor, ...],
     metric: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
-    """``m_i = E<g_V, g_K> / E<g_K, g_K>``: a ratio of batch means [N].
+    """Return ``m_i = E<g_V, g_K> / E<g_K, g_K>``, a ratio of batch means [N].
 
     Each tuple holds one gradient [B, N, A] per group of distribution parameters; ``metric`` the inverse Fisher
     matrix's diagonal beside them (Euclidean when None). Single-state ratios explode where KL is near zero.

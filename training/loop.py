@@ -1,8 +1,7 @@
 """Training runs: a dataset and an algorithm become a run folder, resumable after any kill.
 
-What a step does depends on the run's configuration and the step's number alone (batches and measurement noise are
-drawn by step), and a run uses a fixed number of threads; so a resumed run continues bit for bit as if it had never
-stopped.
+A step depends on the run's configuration and the step's number alone (batches and measurement noise are drawn by
+step), and a run uses a fixed number of threads; so a resumed run continues bit for bit as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,15 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omcda_deploy.errors import ConfigError, ContractError
+from omcda_deploy.errors import ConfigError
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.batches import Batch, TransitionSampler
-from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model
+from omcda_deploy.training.behavior_model import behavior_model
 from omcda_deploy.training.checkpoint import load_state, save_state
+from omcda_deploy.training.evaluation import Evaluator
 from omcda_deploy.training.metrics import MetricsWriter, Window
 from omcda_deploy.training.networks import NetworkFactory
-from omcda_deploy.training.recipes import recipe
+from omcda_deploy.training.observer import TrainObserver
+from omcda_deploy.training.request import TrainRequest, check_device, check_evaluation
 from omcda_deploy.training.run_folder import (
     BEHAVIOR,
     POLICIES,
@@ -50,100 +51,62 @@ log = logging.getLogger(__name__)
 
 PARITY_ROWS = 1000
 
-OnLog = Callable[[int, Mapping[str, float]], None]
-OnSnapshot = Callable[[int], None]
-
 
 class Algorithm(Protocol):
-    """What a file of ``training/algorithms`` defines as ``Algorithm``.
+    """The class ``Algorithm`` of a file of ``training/algorithms``.
 
-    Beside it stand ``Config`` (a frozen dataclass with at least ``hidden`` and ``batch_size``), ``PAPER``,
+    The file also defines ``Config`` (a frozen dataclass with at least ``hidden`` and ``batch_size``), ``PAPER``,
     ``SUMMARY``, ``ACTIONS`` (the action kinds it handles), ``DIVERGENCE`` (per action kind, the exported
-    ``divergence_kind``) and ``make_policy(config, networks)``.
+    ``divergence_kind``), ``COLUMNS`` (the metrics that training shows), ``make_policy(config, networks)`` and,
+    where a comparison shows more of it than returns, ``CURVES`` and ``SCAN`` (:mod:`omcda_deploy.plugins`).
     """
 
-    step: int
-    policy: nn.Module  # what is evaluated and exported
+    step: int  # gradient steps taken
+    policy: nn.Module  # evaluated and exported
     behavior: nn.Module
 
     @property
     def budgets(self) -> Tensor | None:
-        """d_i [N] in nats, for algorithms that have them."""
+        """Budgets d_i [N] in nats; None for algorithms without them."""
         ...
 
     @property
     def alpha(self) -> Tensor | None:
-        """alpha_i [N], for algorithms that have them."""
+        """Prices alpha_i [N]; None for algorithms without them."""
         ...
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step; returns metrics, scalars or one number per agent [N]."""
+        """Take one gradient step; return metrics, scalars or one number per agent [N]."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a later step depends on: tensors and plain values."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to the step at which ``state`` was taken."""
+        ...
 
 
 def train(
     dataset: Dataset,
-    algorithm: str,
+    request: TrainRequest,
     out: Path,
     *,
-    dataset_path: str,
-    steps: int,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    behavior: BehaviorConfig | None = None,
-    device: str = "cpu",
-    threads: int = 1,
-    time_limit_is_terminal: bool = False,
-    log_every: int = 100,
-    checkpoint_every: int = 1000,
-    snapshot_every: int = 5000,
-    on_behavior: Callable[[int, int, float], None] | None = None,
-    on_log: OnLog | None = None,
-    on_snapshot: OnSnapshot | None = None,
+    dataset_path: str = "",
+    observer: TrainObserver | None = None,
 ) -> None:
-    """Start a run in the new folder ``out``, with ``settings`` before those of the task's recipe.
+    """Start a run in the new folder ``out`` and take it to its last step.
 
-    Raises :class:`ConfigError` for settings, folders and devices.
+    ``dataset_path`` is where the run will look for its dataset when it is resumed. Raises :class:`ConfigError`
+    where ``out`` exists, and as :meth:`TrainRequest.resolved` does.
     """
-    if out.exists():
-        raise ConfigError(
-            f"{out} exists already: choose another --out, or continue it with  train --resume {out}"
-        )
-    for name, value in (("steps", steps), ("log_every", log_every), ("threads", threads)):
-        if value < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {value}")
-    for name, value in (("checkpoint_every", checkpoint_every), ("snapshot_every", snapshot_every)):
-        if value < 1 or value % log_every:
-            raise ConfigError(
-                f"{name}: expected a multiple of {log_every}, as metrics are logged, got {value}"
-            )
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed: expected 0 to {2**32 - 1}, got {seed}")
-    module = load_algorithm(algorithm)
-    if dataset.spec.action_kind not in module.ACTIONS:
-        raise ContractError(
-            f"{algorithm} handles {' and '.join(sorted(module.ACTIONS))} actions, {dataset.spec.task} has "
-            f"{dataset.spec.action_kind} ones: choose another algorithm"
-        )
-    sizes = {agent.name: agent.action.size for agent in dataset.spec.agents}
-    if dataset.spec.action_kind == "continuous" and len(set(sizes.values())) > 1:
-        # Entries that pad a short action would count in densities and divergences.
-        raise ContractError(
-            f"expected one action size for all agents of a continuous task, {dataset.spec.task} has {sizes}"
-        )
-    config = build(module.Config, {**recipe(dataset.spec.task, algorithm), **(settings or {})})
-    _use_device(device, threads)
-    if behavior is None:
-        behavior = BehaviorConfig(hidden=config.hidden)
-    elif behavior.hidden != config.hidden:
-        raise ConfigError(
-            f"expected behavior hidden {config.hidden} as the algorithm's, got {behavior.hidden}"
-        )
-    model, report = behavior_model(dataset, behavior, device=device, progress=on_behavior)
+    observer = observer or TrainObserver()
+    require_new(out)
+    plan = request.resolved(dataset.spec)
+    torch.set_num_threads(request.threads)
+    observer.started(dataset.spec, request.algorithm, request.steps, plan.recipe)
+    model, report = behavior_model(dataset, plan.behavior, device=request.device, progress=observer.cloning)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         run = Path(scratch) / out.name  # the scratch folder itself is private to this user
@@ -152,16 +115,16 @@ def train(
         write_config(
             run,
             RunConfig(
-                algorithm=algorithm,
-                settings=dataclasses.asdict(config),
-                steps=steps,
-                seed=seed,
-                device=device,
-                threads=threads,
-                time_limit_is_terminal=time_limit_is_terminal,
-                log_every=log_every,
-                checkpoint_every=checkpoint_every,
-                snapshot_every=snapshot_every,
+                algorithm=request.algorithm,
+                settings=dataclasses.asdict(plan.config),
+                steps=request.steps,
+                seed=request.seed,
+                device=request.device,
+                threads=request.threads,
+                time_limit_is_terminal=request.time_limit_is_terminal,
+                log_every=request.log_every,
+                checkpoint_every=request.checkpoint_every,
+                snapshot_every=request.kept_every,
                 dataset=dataset_path,
                 dataset_digest=dataset.digest,
                 behavior=report,
@@ -170,24 +133,50 @@ def train(
             ),
         )
         run.rename(out)
-    resume(dataset, out, on_log=on_log, on_snapshot=on_snapshot)
+    _train_on(dataset, out, read_config(out), observer, request.evaluate_every)
 
 
 def resume(
-    dataset: Dataset, run: Path, *, on_log: OnLog | None = None, on_snapshot: OnSnapshot | None = None
+    dataset: Dataset,
+    run: Path,
+    *,
+    evaluate_every: int | None = None,
+    observer: TrainObserver | None = None,
 ) -> None:
-    """Take a run from its newest checkpoint (or its beginning) to its last step."""
+    """Take a run from its newest checkpoint (or its beginning) to its last step.
+
+    Raises :class:`ConfigError` for a folder that is no run, and for another dataset than the run began with.
+    """
+    observer = observer or TrainObserver()
     config = read_config(run)
+    check_evaluation(evaluate_every, config.snapshot_every)
     if dataset.digest != config.dataset_digest:
         raise ConfigError(
             f"{run} was trained on a dataset of digest {config.dataset_digest[:12]}…, got {dataset.digest[:12]}…: "
             "resume with the dataset it began with"
         )
-    _use_device(config.device, config.threads)
-    learner = make_algorithm(config, _behavior(run, config))
+    check_device(config.device)
+    torch.set_num_threads(config.threads)
+    observer.started(config.spec, config.algorithm, config.steps, {})
+    _train_on(dataset, run, config, observer, evaluate_every)
+
+
+def require_new(out: Path) -> None:
+    """Raise :class:`ConfigError` where ``out`` exists."""
+    if out.exists():
+        raise ConfigError(
+            f"{out} exists already: choose another --out, or continue it with  train --resume {out}"
+        )
+
+
+def _train_on(
+    dataset: Dataset, run: Path, config: RunConfig, observer: TrainObserver, evaluate_every: int | None
+) -> None:
+    """Train from the newest checkpoint to the last step."""
+    algorithm = make_algorithm(config, _behavior(run, config))
     if (run / RESUME).is_file():
-        learner.load_state_dict(load_state(run / RESUME))
-        log.info("%s: resumed at step %d", run, learner.step)
+        algorithm.load_state_dict(load_state(run / RESUME))
+        log.info("%s: resumed at step %d", run, algorithm.step)
     sampler = TransitionSampler(
         dataset,
         config.settings["batch_size"],
@@ -196,32 +185,34 @@ def resume(
         device=config.device,
     )
     agents = config.spec.names
+    evaluator = Evaluator(run, evaluate_every) if evaluate_every else None
     window = Window(agents)
-    writer = MetricsWriter(run, learner.step)
+    writer = MetricsWriter(run, algorithm.step)
     started = perf_counter() - training_seconds(run)
     try:
-        while learner.step < config.steps:
-            window.add(learner.update(sampler.sample(learner.step)))
-            step = learner.step
+        while algorithm.step < config.steps:
+            window.add(algorithm.update(sampler.sample(algorithm.step)))
+            step = algorithm.step
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 means = window.close(step)
                 writer.write(step, means)
-                if on_log:
-                    on_log(step, means)
+                observer.logged(step, means)
             if step % config.snapshot_every == 0 or last:
-                _save_snapshot(run, learner, agents)
-                if on_snapshot:
-                    on_snapshot(step)
+                _save_snapshot(run, algorithm, agents)
+                if evaluator:
+                    evaluator.start(step)
             if step % config.checkpoint_every == 0 or last:
-                save_state(run / RESUME, learner.state_dict())
+                save_state(run / RESUME, algorithm.state_dict())
                 write_json(run / TIMING, {"step": step, "seconds": perf_counter() - started})
     finally:
         writer.close()
+    if evaluator:
+        evaluator.wait()
 
 
 def make_algorithm(config: RunConfig, behavior: nn.Module) -> Algorithm:
-    """The learner of a run at step 0."""
+    """Make the algorithm of a run at step 0."""
     return create_algorithm(
         config.algorithm,
         config.spec,
@@ -243,13 +234,13 @@ def create_algorithm(
     seed: int,
     device: str = "cpu",
 ) -> Algorithm:
-    """A fresh learner; its initial weights depend on ``seed`` alone."""
+    """Make an algorithm at step 0; its initial weights depend on ``seed`` alone."""
     module = load_algorithm(name)
     config = build(module.Config, settings)
     torch.manual_seed(seed)
     networks = NetworkFactory(spec, config.hidden)
-    learner: Algorithm = module.Algorithm(config, networks, behavior, steps=steps, seed=seed, device=device)
-    return learner
+    algorithm: Algorithm = module.Algorithm(config, networks, behavior, steps=steps, seed=seed, device=device)
+    return algorithm
 
 
 def _behavior(run: Path, config: RunConfig) -> nn.Module:
@@ -259,7 +250,7 @@ def _behavior(run: Path, config: RunConfig) -> nn.Module:
 
 
 def _parity_rows(dataset: Dataset) -> dict[str, Tensor | None]:
-    """Observations [1000, N, O] and masks of the dataset, drawn evenly over it, with which export is checked."""
+    """Take observations [1000, N, O] and masks evenly from the dataset, for the parity check of an export."""
     rows = np.linspace(0, len(dataset.observations) - 1, PARITY_ROWS).astype(np.int64)
     masks = dataset.action_masks
     return {
@@ -268,25 +259,15 @@ def _parity_rows(dataset: Dataset) -> dict[str, Tensor | None]:
     }
 
 
-def _save_snapshot(run: Path, learner: Algorithm, agents: tuple[str, ...]) -> None:
+def _save_snapshot(run: Path, algorithm: Algorithm, agents: tuple[str, ...]) -> None:
     def per_agent(values: Tensor | None) -> dict[str, float] | None:
         return None if values is None else dict(zip(agents, values.tolist(), strict=True))
 
     save_state(
-        snapshot_path(run, learner.step),
+        snapshot_path(run, algorithm.step),
         {
-            "policy": learner.policy.state_dict(),
-            "budgets": per_agent(learner.budgets),
-            "alphas": per_agent(learner.alpha),
+            "policy": algorithm.policy.state_dict(),
+            "budgets": per_agent(algorithm.budgets),
+            "alphas": per_agent(algorithm.alpha),
         },
     )
-
-
-def _use_device(device: str, threads: int) -> None:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            "device cuda: this torch sees no GPU. Use --device cpu, or install a CUDA build of torch"
-        )
-    if device != "cpu" and not device.startswith("cuda"):
-        raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
-    torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 """Densities and divergences of the two policy families, and formulas that several algorithms share.
 
-Shapes as in :mod:`omcda_deploy.training.networks`. Source: baselines.md 0.2.
+Shapes as in :mod:`omcda_deploy.training.networks`. Source: docs/baselines.md#densities-and-divergences.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ _HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
 
 
 def atanh_action(action: Tensor) -> tuple[Tensor, Tensor]:
-    """``a -> (u, log|da/du|)``: the Gaussian variable under the tanh, and the summed log-Jacobian [...]."""
+    """Map ``a -> (u, log|da/du|)``: the Gaussian variable under the tanh, and the summed log-Jacobian [...]."""
     u = torch.atanh(action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
     return u, tanh_log_jacobian(u)
 
 
 def tanh_log_jacobian(u: Tensor) -> Tensor:
-    """``log|d tanh(u)/du|`` summed over the last axis."""
+    """Return ``log|d tanh(u)/du|`` summed over the last axis."""
     return (2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))).sum(-1)
 
 
 def gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """``log N(u; mean, std)`` summed over the last axis."""
+    """Return ``log N(u; mean, std)`` summed over the last axis."""
     return (-0.5 * ((u - mean) * torch.exp(-log_std)).square() - log_std - _HALF_LOG_TAU).sum(-1)
 
 
 def tanh_gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """``log pi(a|o)`` [...] of a tanh-Gaussian for actions [..., A] in [-1, 1]."""
+    """Return ``log pi(a|o)`` [...] of a tanh-Gaussian for actions [..., A] in [-1, 1]."""
     u, jacobian = atanh_action(action)
     return gaussian_log_prob(u, mean, log_std) - jacobian
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor) -> Tensor:
-    """``KL(N(mean, std) || N(mean_b, std_b))`` summed over the last axis, nats.
+    """Return ``KL(N(mean, std) || N(mean_b, std_b))`` summed over the last axis, nats.
 
     The tanh is a bijection, so this is also the KL of the two tanh-Gaussians.
     """
@@ -48,22 +48,25 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor
 
 
 def categorical_kl(log_prob: Tensor, log_prob_b: Tensor) -> Tensor:
-    """``KL(p || p_b)`` over the last axis from log-probabilities; actions with p = 0 count nothing."""
+    """Return ``KL(p || p_b)`` over the last axis from log-probabilities, nats; actions with p = 0 add nothing."""
     probability = log_prob.exp()
     terms = torch.where(probability > 0, probability * (log_prob - log_prob_b), torch.zeros_like(log_prob))
     return terms.sum(-1)
 
 
 def exp_linear(z: Tensor, z_max: float) -> Tensor:
-    """``E(z)``: exp(z) up to z_max, its tangent above."""
+    """Return ``E(z)``: exp(z) up to z_max, its tangent above.
+
+    Source: docs/derivation.md#linear-continuation-of-the-exponential.
+    """
     return torch.exp(z.clamp_max(z_max)) * (1.0 + (z - z_max).clamp_min(0.0))
 
 
 def mix(weights: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """``sum_i w_i v_i + b``: [B, N], [B, N], [B] -> [B]."""
+    """Return ``sum_i w_i v_i + b``: [B, N], [B, N], [B] -> [B]."""
     return (weights * values).sum(-1) + bias
 
 
 def mix_divergence(weights: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """``sum_j w^{c,k}_j v_j + b^{c,k}``: [B, N(k), N(j)], [B, N(j)], [B, N(k)] -> [B, N(k)]."""
+    """Return ``sum_j w^{c,k}_j v_j + b^{c,k}``: [B, N(k), N(j)], [B, N(j)], [B, N(k)] -> [B, N(k)]."""
     return torch.einsum("bkj,bj->bk", weights, values) + bias

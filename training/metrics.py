@@ -10,6 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from omcda_deploy.errors import OmcdaError
+from omcda_deploy.plugins import Column
+
+KL = Column("kl", "KL", digits=4, unit="nats")  # KL(pi_i || pi_b^i), or the algorithm's own measure of it
 
 
 class DivergedError(OmcdaError):
@@ -17,7 +20,7 @@ class DivergedError(OmcdaError):
 
 
 class Window:
-    """Means of metrics over the steps since the last :meth:`close`; per-agent tensors become one entry each."""
+    """Means of metrics over the steps since the last :meth:`close`; tensors per agent become one entry each."""
 
     def __init__(self, agents: Sequence[str]) -> None:
         self._agents = agents
@@ -25,12 +28,16 @@ class Window:
         self._counts: dict[str, int] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add one step's metrics, scalars or one number per agent [N]."""
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def close(self, step: int) -> dict[str, float]:
-        """The means, and an empty window. Raises :class:`DivergedError` naming the first that is not finite."""
+        """Return the means and empty the window.
+
+        Raises :class:`DivergedError` naming the first mean that is not finite.
+        """
         means: dict[str, float] = {}
         for name, total in self._sums.items():
             mean = (total / self._counts[name]).tolist()
@@ -49,28 +56,29 @@ class Window:
 
 
 class MetricsWriter:
-    """``metrics.jsonl`` and ``tensorboard/`` of a run folder; what lies beyond ``step`` is dropped on opening."""
+    """``metrics.jsonl`` and ``tensorboard/`` of a run folder; opening drops what was written beyond ``step``."""
 
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run / "metrics.jsonl"
         if path.exists():
-            kept = []
+            lines = []
             for line in path.read_text().splitlines():
                 try:
                     if json.loads(line)["step"] > step:
                         break
-                except ValueError:  # the line that a kill cut short
+                except ValueError:  # a kill cut the last line short
                     break
-                kept.append(line + "\n")
+                lines.append(line + "\n")
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(lines))
             temporary.replace(path)
         self._file = path.open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl and a point per value to TensorBoard."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

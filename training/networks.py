@@ -1,7 +1,8 @@
 """Networks of the OMIGA family: one MLP per role, shared by all agents, and state-conditioned mixers.
 
 Shapes: B batch, N agents, O observation, A action, S flattened state. Every network maps ``[B, N, ...]``.
-Sources: baselines.md 0.1 (layers, sizes), omcda.md section 1 (divergence mixer).
+Sources: docs/baselines.md#networks-and-mixers (layers, sizes), docs/derivation.md#value-decomposition (divergence
+mixer).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ TIE = 1e-5  # relative: values of float32 networks nearer than this may change o
 
 
 class AgentMLP(nn.Module):
-    """``[B, N, I] -> [B, N, H]``: a ReLU MLP on ``[x_i, e_i]`` with one set of weights for all agents.
+    """A ReLU MLP ``[B, N, I] -> [B, N, outputs]`` with one set of weights for all agents and an identity of each.
 
-    The one-hot identity e_i enters the first layer only, so it is added as one learned row per agent instead of
-    being concatenated; layer and initialisation are those of ``nn.Linear(I + N, hidden)``. With ``agent``, all
-    shapes here and in the actors lack N: the rows are those of this agent alone.
+    Its input is the vector of agent i joined with the one-hot identity e_i. Since e_i enters the first layer
+    only, it is added as one learned row per agent instead; layer and initialisation are those of ``nn.Linear(I +
+    N, hidden)``. With ``agent``, all shapes here and in the actors lack N: the rows are those of this agent
+    alone.
     """
 
     def __init__(self, inputs: int, outputs: int, agents: int, hidden: int = 256) -> None:
@@ -39,7 +41,7 @@ class AgentMLP(nn.Module):
         self.last = nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, (N,) I] -> [B, (N,) outputs]``."""
+        """Map ``[B, (N,) I] -> [B, (N,) outputs]``."""
         # In place where autograd allows it: these layers are bound by memory traffic, not by arithmetic.
         if agent is None:
             hidden = self.first(x).add_(self.identity).relu_()
@@ -49,27 +51,30 @@ class AgentMLP(nn.Module):
         return output
 
     def branch(self, x: Tensor, branches: Tensor, width: int, agent: int | None = None) -> Tensor:
-        """The network on ``[x, branch]`` for many branches; x's part of the (linear) first layer is done once.
+        """Evaluate on x joined with each of many branches; x's part of the (linear) first layer is computed once.
 
         ``x`` [B, (N,) I - width], ``branches`` [K, B, (N,) width] or broadcastable -> [K, B, (N,) outputs].
         """
         identity = self.identity if agent is None else self.identity[agent]
-        known = self.first.in_features - width
-        trunk = F.linear(x, self.first.weight[:, :known], self.first.bias) + identity
-        hidden = (F.linear(branches, self.first.weight[:, known:]) + trunk).relu_()
+        split = self.first.in_features - width
+        trunk = F.linear(x, self.first.weight[:, :split], self.first.bias) + identity
+        hidden = (F.linear(branches, self.first.weight[:, split:]) + trunk).relu_()
         output: Tensor = self.last(self.second(hidden).relu_())
         return output
 
 
 class GaussianActor(nn.Module):
-    """Tanh-Gaussian policy (baselines.md 0.2): parameters of the Gaussian under the tanh."""
+    """Tanh-Gaussian policy: parameters of the Gaussian under the tanh.
+
+    Source: docs/baselines.md#densities-and-divergences.
+    """
 
     def __init__(self, observation: int, action: int, agents: int, hidden: int = 256) -> None:
         super().__init__()
         self.mlp = AgentMLP(observation, 2 * action, agents, hidden)
 
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, (N,) O] -> (mean [B, (N,) A] in [-9, 9], log_std [B, (N,) A] in [-5, 2])``."""
+        """Map ``[B, (N,) O] -> (mean [B, (N,) A] in [-9, 9], log_std [B, (N,) A] in [-5, 2])``."""
         # Sizes as numbers, not as shapes of tensors: the exported graph would compute those on every request.
         mean, log_std = self.mlp(observation, agent).split(self.mlp.last.out_features // 2, dim=-1)
         return mean.clamp(-MEAN_LIMIT, MEAN_LIMIT), log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
@@ -83,12 +88,12 @@ class CategoricalActor(nn.Module):
         self.mlp = AgentMLP(observation, action, agents, hidden)
 
     def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, (N,) O], mask [B, (N,) A] -> log-probabilities [B, (N,) A]``."""
+        """Map ``[B, (N,) O], mask [B, (N,) A] -> log-probabilities [B, (N,) A]``."""
         return masked_log_softmax(self.mlp(observation, agent), mask)
 
 
 class ContinuousQ(nn.Module):
-    """``Q_i(o_i, a_i)`` of continuous actions."""
+    """Critics ``Q_i(o_i, a_i)`` of continuous actions."""
 
     def __init__(self, observation: int, action: int, agents: int, hidden: int = 256) -> None:
         super().__init__()
@@ -96,51 +101,47 @@ class ContinuousQ(nn.Module):
         self.mlp = AgentMLP(observation + action, 1, agents, hidden)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        """``[B, N, O], [B, N, A] -> [B, N]``."""
+        """Map ``[B, N, O], [B, N, A] -> [B, N]``."""
         values: Tensor = self.mlp(torch.cat((observation, action), -1))
         return values.squeeze(-1)
 
     def candidates(self, observation: Tensor, actions: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, (N,) O]``, K actions per state [K, B, (N,) A] -> [K, B, (N)]."""
+        """Map ``[B, (N,) O]`` and K actions per state [K, B, (N,) A] -> [K, B, (N)]."""
         return self.mlp.branch(observation, actions, self.action, agent).squeeze(-1)
 
 
 class DiscreteQ(nn.Module):
-    """``Q_i(o_i, .)`` of discrete actions."""
+    """Critics ``Q_i(o_i, .)`` of discrete actions."""
 
     def __init__(self, observation: int, action: int, agents: int, hidden: int = 256) -> None:
         super().__init__()
         self.mlp = AgentMLP(observation, action, agents, hidden)
 
-    def scores(self, observation: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, (N,) O] -> [B, (N,) A]``, all actions."""
+    def values(self, observation: Tensor, agent: int | None = None) -> Tensor:
+        """Map ``[B, (N,) O] -> [B, (N,) A]``, all actions."""
         values: Tensor = self.mlp(observation, agent)
         return values
 
-    def values(self, observation: Tensor) -> Tensor:
-        """``[B, N, O] -> [B, N, A]``, all actions."""
-        return self.scores(observation)
-
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        """``[B, N, O], int64 [B, N] -> [B, N]``."""
+        """Map ``[B, N, O], int64 [B, N] -> [B, N]``."""
         return self.values(observation).gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
 
 class StateValue(nn.Module):
-    """``V_i(o_i)``."""
+    """State values ``V_i(o_i)``."""
 
     def __init__(self, observation: int, agents: int, hidden: int = 256) -> None:
         super().__init__()
         self.mlp = AgentMLP(observation, 1, agents, hidden)
 
     def forward(self, observation: Tensor) -> Tensor:
-        """``[B, N, O] -> [B, N]``."""
+        """Map ``[B, N, O] -> [B, N]``."""
         values: Tensor = self.mlp(observation)
         return values.squeeze(-1)
 
 
 class LinearMixer(nn.Module):
-    """``Q_tot = sum_i w_i(s) q_i + b(s)`` with ``w_i = |.| >= 0``: Linear(S, 64) -> ReLU -> two heads."""
+    """The mixer ``Q_tot = sum_i w_i(s) q_i + b(s)`` with ``w_i = |.| >= 0``: Linear(S, 64) -> ReLU -> two heads."""
 
     def __init__(self, state: int, agents: int, hidden: int = 64) -> None:
         super().__init__()
@@ -149,25 +150,25 @@ class LinearMixer(nn.Module):
         self.heads = nn.Linear(hidden, agents + 1)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """``state`` [B, S] -> (w [B, N], b [B])."""
+        """Map ``state`` [B, S] -> (w [B, N], b [B])."""
         heads = self.heads(F.relu(self.trunk(state)))
         return heads[:, : self.agents].abs(), heads[:, self.agents]
 
 
 class VdnMixer(nn.Module):
-    """``Q_tot = sum_i q_i``: the linear mixer with unit weights and no bias."""
+    """The mixer ``Q_tot = sum_i q_i``: linear, with unit weights and no bias."""
 
     def __init__(self, agents: int) -> None:
         super().__init__()
         self.agents = agents
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """``state`` [B, S] -> (ones [B, N], zeros [B])."""
+        """Map ``state`` [B, S] -> (ones [B, N], zeros [B])."""
         return state.new_ones(len(state), self.agents), state.new_zeros(len(state))
 
 
 class QmixMixer(nn.Module):
-    """QMIX's monotone mixer, ``ELU(q W1 + b1) W2 + b2`` with hypernetworks of the state (baselines.md 0.1).
+    """QMIX's monotone mixer, ``ELU(q W1 + b1) W2 + b2`` with hypernetworks of the state.
 
     Not linear in q: only algorithms that need Q_tot alone can use it.
     """
@@ -181,7 +182,7 @@ class QmixMixer(nn.Module):
         self.b2 = nn.Sequential(nn.Linear(state, embed), nn.ReLU(), nn.Linear(embed, 1))
 
     def total(self, values: Tensor, state: Tensor) -> Tensor:
-        """``values`` [B, N], ``state`` [B, S] -> Q_tot [B]."""
+        """Map ``values`` [B, N], ``state`` [B, S] -> Q_tot [B]."""
         w1 = self.w1(state).abs().view(-1, self.agents, self.embed)
         hidden = F.elu(torch.einsum("bn,bne->be", values, w1) + self.b1(state))
         total: Tensor = (hidden * self.w2(state).abs()).sum(-1) + self.b2(state).squeeze(-1)
@@ -189,7 +190,7 @@ class QmixMixer(nn.Module):
 
 
 def total_value(mixer: nn.Module, values: Tensor, state: Tensor) -> Tensor:
-    """``Q_tot`` [B] of agent values [B, N] under any mixer."""
+    """Return ``Q_tot`` [B] of agent values [B, N] under any mixer."""
     if isinstance(mixer, QmixMixer):
         return mixer.total(values, state)
     weights, bias = mixer(state)
@@ -197,7 +198,7 @@ def total_value(mixer: nn.Module, values: Tensor, state: Tensor) -> Tensor:
 
 
 class GreedyActor(nn.Module):
-    """``argmax_a q_i(o_i, a)`` over available actions, as the degenerate categorical policy that it is.
+    """Choose ``argmax_a q_i(o_i, a)`` over available actions, as a degenerate categorical policy.
 
     Its log-probabilities are 0 at the best action and the lowest float elsewhere, so noise changes nothing and
     ``KL(pi || pi_b) = -log pi_b(a|o)``.
@@ -208,24 +209,24 @@ class GreedyActor(nn.Module):
         self.q = q
 
     def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
-        """``[B, (N,) O], mask [B, (N,) A] -> log-probabilities [B, (N,) A]``."""
-        scores = masked_log_softmax(self.q.scores(observation, agent), mask)
+        """Map ``[B, (N,) O], mask [B, (N,) A] -> log-probabilities [B, (N,) A]``."""
+        scores = masked_log_softmax(self.q.values(observation, agent), mask)
         lowest = torch.full_like(scores, torch.finfo(scores.dtype).min)
         return lowest.scatter(-1, scores.argmax(-1, keepdim=True), 0.0)
 
     def as_good(self, observation: Tensor, mask: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
-        """Whether ``action`` int64 [B, (N)] is the best up to rounding, bool [B, (N)]; export's check asks."""
-        q = self.q.scores(observation, agent)
+        """Test if ``action`` int64 [B, (N)] is the best up to rounding, bool [B, (N)], for the check at export."""
+        q = self.q.values(observation, agent)
         scores = masked_log_softmax(q, mask)
         behind = scores.amax(-1) - scores.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         return behind <= TIE * (1.0 + q.abs().amax(-1))
 
 
 class DivergenceMixer(nn.Module):
-    """``Q^{c,k} = sum_j w^{c,k}_j(s) Q^c_j + b^{c,k}(s)`` for every constraint k (omcda.md section 1).
+    """The mixer ``Q^{c,k} = sum_j w^{c,k}_j(s) Q^c_j + b^{c,k}(s)`` for every constraint k.
 
     Row k of w belongs to the constraint of agent k. The diagonal is fixed to one, without which the loss has the
-    trivial minimiser w = 0; off the diagonal ``|.| >= 0``.
+    trivial minimiser w = 0; off the diagonal ``|.| >= 0``. Source: docs/derivation.md#value-decomposition.
     """
 
     def __init__(self, state: int, agents: int, hidden: int = 64) -> None:
@@ -237,7 +238,7 @@ class DivergenceMixer(nn.Module):
         self.register_buffer("eye", torch.eye(agents), persistent=False)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """``state`` [B, S] -> (w [B, N(k), N(j)], b [B, N(k)])."""
+        """Map ``state`` [B, S] -> (w [B, N(k), N(j)], b [B, N(k)])."""
         n = self.agents
         heads = self.heads(F.relu(self.trunk(state)))
         free = heads[:, : n * n].abs().view(-1, n, n)
@@ -245,7 +246,7 @@ class DivergenceMixer(nn.Module):
 
 
 class IdentityDivergenceMixer(nn.Module):
-    """``W^c = I``, ``b^c = 0``: V^{c,k} is minus agent k's own discounted KL, whatever the alphas are."""
+    """The mixer ``W^c = I``, ``b^c = 0``: V^{c,k} is minus agent k's discounted KL, whatever the alphas are."""
 
     def __init__(self, agents: int) -> None:
         super().__init__()
@@ -253,15 +254,16 @@ class IdentityDivergenceMixer(nn.Module):
         self.register_buffer("eye", torch.eye(agents), persistent=False)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``state`` [B, S] -> (w [B, N(k), N(j)], b [B, N(k)])."""
         batch, n = state.shape[0], self.eye.shape[0]
         return self.eye.expand(batch, n, n), state.new_zeros(batch, n)
 
 
 class NetworkFactory:
-    """Makes the networks of one team. The oracles of the tests replace it by a tabular one.
+    """Factory of the networks of one team. The oracles of the tests replace it by a tabular one.
 
-    The order of calls decides which random numbers a network starts from: an algorithm must make what its
-    variants share first.
+    The order of calls decides which random numbers a network starts from: an algorithm must make the networks that
+    its variants share first.
     """
 
     def __init__(self, spec: TeamSpec, hidden: int = 256) -> None:
@@ -272,18 +274,21 @@ class NetworkFactory:
         return spec.observation_size, spec.action_size, len(spec.agents), self.hidden
 
     def actor(self) -> nn.Module:
+        """Make a policy for the team's kind of actions."""
         kind = GaussianActor if self.spec.action_kind == "continuous" else CategoricalActor
         return kind(*self._sizes())
 
     def q(self) -> nn.Module:
+        """Make critics Q_i for the team's kind of actions."""
         kind = ContinuousQ if self.spec.action_kind == "continuous" else DiscreteQ
         return kind(*self._sizes())
 
     def v(self) -> nn.Module:
+        """Make state values V_i."""
         return StateValue(self.spec.observation_size, len(self.spec.agents), self.hidden)
 
     def mixer(self, hidden: int, kind: str = "linear") -> nn.Module:
-        """``linear``, ``vdn`` or ``qmix``."""
+        """Make a mixer: ``linear``, ``vdn`` or ``qmix``."""
         agents = len(self.spec.agents)
         if kind == "vdn":
             return VdnMixer(agents)
@@ -292,14 +297,14 @@ class NetworkFactory:
         return LinearMixer(self.spec.state_size, agents, hidden)
 
     def divergence_mixer(self, kind: str, hidden: int) -> nn.Module:
-        """``learned`` or ``identity``."""
+        """Make a divergence mixer: ``learned`` or ``identity``."""
         if kind == "identity":
             return IdentityDivergenceMixer(len(self.spec.agents))
         return DivergenceMixer(self.spec.state_size, len(self.spec.agents), hidden)
 
 
 def masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Log-softmax over available actions; a row without any is treated as having action 0 alone."""
+    """Return the log-softmax over available actions; a row without any counts as one with action 0 alone."""
     available = mask.bool()
     none = ~available.any(dim=-1, keepdim=True)
     available = torch.cat([available[..., :1] | none, available[..., 1:]], dim=-1)

@@ -1,6 +1,6 @@
-"""The run folder: what a training run leaves, and what export reads.
+"""The run folder, which training writes and export reads.
 
-config.json                    how the run was made (:class:`RunConfig`)
+config.json                    everything that the run depends on (:class:`RunConfig`)
 behavior.pt                    the behaviour model that divergence is measured against
 metrics.jsonl  tensorboard/    one line per logging interval
 resume.pt                      the newest full training state
@@ -42,7 +42,7 @@ class RunConfig:
     """Everything a run depends on, as stored in ``config.json``."""
 
     algorithm: str
-    settings: dict[str, Any]  # of the algorithm's Config, all of them
+    settings: dict[str, Any]  # all fields of the algorithm's Config
     steps: int
     seed: int
     device: str
@@ -59,6 +59,7 @@ class RunConfig:
 
     @property
     def spec(self) -> TeamSpec:
+        """The team."""
         return TeamSpec.from_json(self.team)
 
 
@@ -77,11 +78,12 @@ class Snapshot:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of this package, torch and the source tree."""
     return {"omcda-deploy": __version__, "torch": torch.__version__, "git": git_revision()}
 
 
 def git_revision() -> str:
-    """The commit of the source tree, with ``+`` where it has changes; ``unknown`` outside a checkout."""
+    """Return the commit of the source tree, with ``+`` where it has changes; ``unknown`` outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         revision = subprocess.run(
@@ -104,7 +106,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_config(run: Path) -> RunConfig:
-    """Raises :class:`ConfigError` unless ``run`` is a run folder."""
+    """Read the configuration of a run. Raises :class:`ConfigError` unless ``run`` is a run folder."""
     path = run / CONFIG
     if not path.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no {CONFIG}. Make one with  omcda-deploy train")
@@ -115,25 +117,28 @@ def read_config(run: Path) -> RunConfig:
 
 
 def write_config(run: Path, config: RunConfig) -> None:
+    """Write ``config.json``."""
     write_json(run / CONFIG, dataclasses.asdict(config))
 
 
 def training_seconds(run: Path) -> float:
-    """Wall-clock seconds of training up to the newest checkpoint, 0 before it; cloning is not among them."""
+    """Return the wall-clock seconds of training up to the newest checkpoint, 0 before it, without cloning."""
     path = run / TIMING
     return float(json.loads(path.read_text())["seconds"]) if path.is_file() else 0.0
 
 
 def snapshot_path(run: Path, step: int) -> Path:
+    """Return the file of the policy at ``step``."""
     return run / POLICIES / f"step-{step:08d}.pt"
 
 
 def snapshot_steps(run: Path) -> list[int]:
+    """List the steps at which policies were kept, in order."""
     return sorted(int(path.stem.removeprefix("step-")) for path in (run / POLICIES).glob("step-*.pt"))
 
 
 def read_snapshot(run: Path, step: int | None = None) -> Snapshot:
-    """The policy at ``step``, or the last one. Raises :class:`ConfigError` where there is none."""
+    """Read the policy at ``step``, or the last one. Raises :class:`ConfigError` where there is none."""
     config = read_config(run)
     steps = snapshot_steps(run)
     if not steps:
@@ -141,28 +146,28 @@ def read_snapshot(run: Path, step: int | None = None) -> Snapshot:
     step = steps[-1] if step is None else step
     if step not in steps:
         raise ConfigError(f"{run} holds no policy of step {step}: it has {', '.join(map(str, steps))}")
-    saved = load_state(snapshot_path(run, step))
+    state = load_state(snapshot_path(run, step))
     spec = config.spec
     module = load_algorithm(config.algorithm)
     settings = build(module.Config, config.settings)
     policy = module.make_policy(settings, NetworkFactory(spec, settings.hidden))
     try:
-        policy.load_state_dict(saved["policy"])
-    except RuntimeError as error:  # torch's word for tensors that do not fit
+        policy.load_state_dict(state["policy"])
+    except RuntimeError as error:  # torch raises it for tensors that do not fit
         raise ConfigError(
             f"{snapshot_path(run, step)} does not fit the {config.algorithm} of this version: train the run again"
         ) from error
     behavior = NetworkFactory(spec, config.behavior["hidden"]).actor()
-    shared = load_state(run / BEHAVIOR)
-    behavior.load_state_dict(shared["model"])
-    masks = shared["action_masks"]
+    behavior_state = load_state(run / BEHAVIOR)
+    behavior.load_state_dict(behavior_state["model"])
+    masks = behavior_state["action_masks"]
     return Snapshot(
         step,
         module.DIVERGENCE[spec.action_kind],
         policy.eval(),
         behavior.eval(),
-        shared["observations"].numpy(),
+        behavior_state["observations"].numpy(),
         None if masks is None else masks.numpy(),
-        saved["budgets"],
-        saved["alphas"],
+        state["budgets"],
+        state["alphas"],
     )

@@ -1,58 +1,121 @@
-"""Reading and checking of algorithm settings: frozen dataclasses of plain numbers and strings."""
+"""Settings of algorithms: frozen dataclasses of plain numbers and strings, with their ranges beside their defaults.
+
+A field states its range in its type, ``lr: LearningRate = 5e-4`` or ``alpha: Annotated[float, Range(0.0, 1e6)]``,
+and the class has :func:`check` as its ``__post_init__``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeAlias, TypeVar, get_type_hints
 
 from omcda_deploy.errors import ConfigError, UnknownNameError
 
 C = TypeVar("C")
 
 
-def require(config: Any, **ranges: tuple[float, float]) -> None:
-    """Raise :class:`ConfigError` unless each named field lies in its closed range."""
-    for field, (low, high) in ranges.items():
-        value = getattr(config, field)
-        if not (low <= value <= high and math.isfinite(value)):
-            expected = f"{low:g} to {high:g}" if math.isfinite(high) else f"a finite number from {low:g} on"
-            raise ConfigError(f"{_owner(type(config))}.{field}: expected {expected}, got {value!r}")
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A closed range of finite numbers."""
 
+    low: float
+    high: float = math.inf
 
-def require_choice(config: Any, **choices: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` unless each named field holds one of its choices."""
-    for field, allowed in choices.items():
-        value = getattr(config, field)
-        if value not in allowed:
-            raise ConfigError(
-                f"{_owner(type(config))}.{field}: expected one of {', '.join(allowed)}, got {value!r}"
+    def require(self, name: str, value: Any) -> None:
+        """Raise :class:`ConfigError` unless ``value`` lies in the range."""
+        if not (self.low <= value <= self.high and math.isfinite(value)):
+            bounded = math.isfinite(self.high)
+            expected = (
+                f"{self.low:g} to {self.high:g}" if bounded else f"a finite number from {self.low:g} on"
             )
+            raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+class Choice:
+    """The names that a setting may hold; ``refused`` gives the reason why another name is not among them."""
+
+    def __init__(self, *names: str, refused: Mapping[str, str] | None = None) -> None:
+        self.names, self.refused = names, refused or {}
+
+    def require(self, name: str, value: Any) -> None:
+        """Raise :class:`ConfigError` unless ``value`` is one of the names."""
+        if value in self.refused:
+            raise ConfigError(
+                f"{name}: expected {' or '.join(self.names)}, got {value!r}: {self.refused[value]}"
+            )
+        if value not in self.names:
+            raise ConfigError(f"{name}: expected one of {', '.join(self.names)}, got {value!r}")
+
+
+LearningRate: TypeAlias = Annotated[float, Range(0.0, 1.0)]
+Unit: TypeAlias = Annotated[float, Range(0.0, 1.0)]  # a share, a probability, a discount
+Tau: TypeAlias = Annotated[float, Range(1e-6, 1.0)]  # step of a Polyak average
+GradientNorm: TypeAlias = Annotated[float, Range(1e-6)]
+Count: TypeAlias = Annotated[int, Range(1, 10**6)]
+SampleCount: TypeAlias = Annotated[int, Range(1, 10**5)]
+Width: TypeAlias = Annotated[int, Range(1, 65536)]  # units of a hidden layer
+Weight: TypeAlias = Annotated[float, Range(0.0, 1e6)]  # factor of a term of a loss
+
+
+def check(config: Any) -> None:
+    """Raise :class:`ConfigError` unless every field lies in the range, or is one of the choices, of its type."""
+    for name, hint in _types(type(config)).items():
+        _require(f"{owner(type(config))}.{name}", hint, getattr(config, name))
 
 
 def build(kind: type[C], values: Mapping[str, Any]) -> C:
-    """A config of ``kind`` from ``values``, whose strings (from the command line) are parsed by field type.
+    """Make a configuration of ``kind`` from ``values``.
+
+    Raises as :func:`parse` does, and :class:`ConfigError` where fields do not fit together.
+    """
+    return kind(**parse(kind, values))
+
+
+def parse(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` in the types of the fields of ``kind``; strings come from the command line.
 
     Raises :class:`UnknownNameError` for a field that does not exist, :class:`ConfigError` for one that does not
     parse or is out of range.
     """
-    types = get_type_hints(kind)
-    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    types = _types(kind)
     parsed = {}
     for name, value in values.items():
-        if name not in fields:
-            raise UnknownNameError(f"setting of {_owner(kind)}", name, fields)
-        parsed[name] = _parse(_owner(kind), name, types[name], value)
-    return kind(**parsed)
+        if name not in types:
+            raise UnknownNameError(f"setting of {owner(kind)}", name, types)
+        title = f"{owner(kind)}.{name}"
+        parsed[name] = _parse(title, _plain(types[name]), value)
+        _require(title, types[name], parsed[name])
+    return parsed
 
 
-def _owner(kind: type[Any]) -> str:
-    """What a user calls it: the algorithm for its ``Config``, else the class."""
+def plain_types(kind: type[Any]) -> dict[str, type]:
+    """Each field's type without its range."""
+    return {name: _plain(hint) for name, hint in _types(kind).items()}
+
+
+def _plain(hint: Any) -> type:
+    kind: type = getattr(hint, "__origin__", hint)
+    return kind
+
+
+def _require(title: str, hint: Any, value: Any) -> None:
+    for limit in getattr(hint, "__metadata__", ()):
+        limit.require(title, value)
+
+
+def _types(kind: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def owner(kind: type[Any]) -> str:
+    """Name a configuration as users do: by the algorithm for its ``Config``, else by the class."""
     return kind.__module__.rpartition(".")[2] if kind.__name__ == "Config" else kind.__name__
 
 
-def _parse(owner: str, name: str, kind: Any, value: Any) -> Any:
+def _parse(name: str, kind: type, value: Any) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -60,12 +123,12 @@ def _parse(owner: str, name: str, kind: Any, value: Any) -> Any:
             return str(value).lower() == "true"
     elif kind in (int, float):
         try:
-            parsed = kind(value)
+            number = kind(value)
         except (TypeError, ValueError, OverflowError):
             pass
         else:
-            if isinstance(value, str) or parsed == value:  # int() would cut 8.5 to 8
-                return parsed
+            if isinstance(value, str) or number == value:  # int() would cut 8.5 to 8
+                return number
     elif kind is str:
         return str(value)
-    raise ConfigError(f"{owner}.{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")

@@ -51,7 +51,7 @@ def train(
         table.add_row(
             cost.algorithm,
             f"{cost.step_ms:.2f}",
-            f"{cost.floor_ms:.2f}",
+            f"{cost.products_ms:.2f}",
             f"{cost.ratio:.2f}",
             f"{cost.gflop:.2f}",
         )

@@ -9,14 +9,14 @@ A page is a TOML file beside which its table is written, with the extension ``.m
     transitions = 200000
     episodes = 20                # per run, deterministic
 
-    [[runs]]                     # as in a sweep file; several where algorithms train for different lengths
+    [[runs]]                     # like a sweep file; several where algorithms train for different lengths
     algorithms = ["bc", "omiga", "omcda"]
     seeds = [0, 1, 2]
     steps = 20000
 
 The dataset is recorded, every run is trained, exported and played, and the table is written with everything that
-its numbers depend on. What is finished is not done again and a killed run is resumed: run the command again to go
-on. A run that fails stands in the table as failed.
+its numbers depend on. Finished parts are not repeated and a killed run is resumed: run the command again to go on.
+A run that fails stands in the table as failed.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Page:
     tier: str
     transitions: int
     runs: list[dict[str, Any]]
-    seed: int = 0  # of the dataset
+    seed: int = 0  # the dataset's
     episodes: int = 20
     num_envs: int = 20  # episodes played side by side
-    note: str = ""  # Markdown, above the table: what a reader of the numbers should know
+    note: str = ""  # Markdown, above the table, for readers of the numbers
 
 
 def write_page(page: Path, out: Path, jobs: int, observer: Observer | None = None) -> Path:
-    """Record, train, export and play everything of a page, and write its table; returns the table's path.
+    """Record, train, export and play everything of a page, and write its table; return the table's path.
 
     Datasets, runs and bundles lie in ``out``; ``jobs`` runs are trained at once (0: one per core). Raises
     :class:`ConfigError` where the page is none or nothing can be compared.
@@ -65,33 +65,33 @@ def write_page(page: Path, out: Path, jobs: int, observer: Observer | None = Non
     from omcda_deploy.report.comparison_report import markdown
 
     observer = observer or Observer()
-    made = read_page(page)
-    dataset = out / f"{made.task.replace('/', '-')}-{made.tier}.hdf5"
-    sweeps = _sweeps(made, dataset, page)  # refuses before minutes are spent on recording
-    _record(made, dataset, observer)
+    contents = read_page(page)
+    dataset = out / f"{contents.task.replace('/', '-')}-{contents.tier}.hdf5"
+    sweeps = _sweeps(contents, dataset, page)  # refuses before minutes are spent on recording
+    _record(contents, dataset, observer)
     queue = [job for sweep in sweeps for job in jobs_of(sweep, out)]
-    failed = run_queue(queue, jobs, observer=observer)
-    ended_early = {job.run for job, _ in failed}
+    failures = run_queue(queue, jobs, observer=observer)
+    ended_early = {job.run for job, _ in failures}
     comparison = compare_runs(
         [job.run for job in queue if job.run not in ended_early],
-        made.episodes,
+        contents.episodes,
         0,
-        made.num_envs,
+        contents.num_envs,
         observer=observer,
     )
-    failures = [LeftOut(str(job.run), _what(job), f"failed: {why}") for job, why in failed]
+    left_out = [LeftOut(str(job.run), _label(job), f"failed: {why}") for job, why in failures]
     comparison = dataclasses.replace(
         comparison,
-        left_out=[*failures, *comparison.left_out],
-        conditions={"Data": _described(made, read_dataset(dataset)), **comparison.conditions},
+        left_out=[*left_out, *comparison.left_out],
+        conditions={"Data": _described(contents, read_dataset(dataset)), **comparison.conditions},
     )
     table = page.with_suffix(".md")
-    write_text(table, markdown(comparison, made.title, f"omcda-deploy results {page}", made.note))
+    write_text(table, markdown(comparison, contents.title, f"omcda-deploy results {page}", contents.note))
     return table
 
 
 def read_page(path: Path) -> Page:
-    """Raises :class:`ConfigError` for a file that is missing, no TOML or no page."""
+    """Read a page's file. Raises :class:`ConfigError` for a file that is missing, no TOML or no page."""
     values = read_toml(path, "a results page")
     fields = dataclasses.fields(Page)
     for name in values:
@@ -151,5 +151,5 @@ def _described(page: Page, dataset: Dataset) -> str:
     )
 
 
-def _what(job: Job) -> str:
+def _label(job: Job) -> str:
     return ", ".join([job.algorithm, *(f"{key} {value}" for key, value in job.settings), f"seed {job.seed}"])

@@ -33,7 +33,7 @@ from omcda_deploy.files import read_toml
 
 @dataclass(frozen=True)
 class Job:
-    """One training run, complete: whoever runs it needs nothing but the dataset and a place for ``run``."""
+    """One training run with everything that it depends on but the dataset itself."""
 
     dataset: Path
     algorithm: str
@@ -45,6 +45,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
+        """True when the last policy was written."""
         return (self.run / "policies" / f"step-{self.steps:08d}.pt").exists()
 
 
@@ -87,7 +88,7 @@ class Sweep:
 
 
 def _is_list(value: object, kind: type) -> bool:
-    """Whether ``value`` is a list with entries, all of ``kind``; true and false are no numbers."""
+    """Test if ``value`` is a list with entries, all of ``kind``; true and false are no numbers."""
     return (
         isinstance(value, list)
         and len(value) > 0
@@ -98,16 +99,19 @@ def _is_list(value: object, kind: type) -> bool:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Raises :class:`ConfigError` for a file that is missing, no TOML or no sweep."""
+    """Read a sweep file. Raises :class:`ConfigError` for a file that is missing, no TOML or no sweep."""
     return sweep_of(read_toml(path, "a sweep file"), str(path))
 
 
 def sweep_of(values: Mapping[str, Any], where: str) -> Sweep:
-    """Raises :class:`ConfigError` for entries that are missing or wrong, :class:`UnknownNameError` for others."""
-    known = set(Sweep.__dataclass_fields__)
+    """Make a sweep from the entries of a table; ``where`` names the table in errors.
+
+    Raises :class:`ConfigError` for entries that are missing or wrong, :class:`UnknownNameError` for unknown ones.
+    """
+    entries = set(Sweep.__dataclass_fields__)
     for name in values:
-        if name not in known:
-            raise UnknownNameError(f"entry of {where}", name, known)
+        if name not in entries:
+            raise UnknownNameError(f"entry of {where}", name, entries)
     for name in ("datasets", "algorithms", "seeds", "steps"):
         if name not in values:
             raise ConfigError(f"{where}: expected datasets, algorithms, seeds and steps, {name} is missing")
@@ -118,38 +122,38 @@ def sweep_of(values: Mapping[str, Any], where: str) -> Sweep:
 
 
 def jobs_of(sweep: Sweep, out: Path) -> list[Job]:
-    """All runs of a sweep, seeds outermost, so that every algorithm has its first seed early.
+    """List all runs of a sweep, seeds outermost, so that every algorithm has its first seed early.
 
     Raises :class:`UnknownNameError` and :class:`ConfigError` for algorithms, settings and datasets that cannot be
     trained, and where two runs would share a folder.
     """
     from omcda_deploy.registry import load_algorithm
-    from omcda_deploy.training.settings import build
+    from omcda_deploy.training.settings import parse
 
-    made = []
+    jobs = []
     for seed, dataset, algorithm in itertools.product(sweep.seeds, sweep.datasets, sweep.algorithms):
         grid: Mapping[str, Sequence[Any]] = sweep.grid.get(algorithm, {})
         for values in itertools.product(*grid.values()):
             settings = tuple(zip(grid, values, strict=True))
-            build(load_algorithm(algorithm).Config, dict(settings))
+            parse(load_algorithm(algorithm).Config, dict(settings))
             name = "-".join((algorithm, *(f"{key}={value}" for key, value in settings)))
             run = out / Path(dataset).stem / name / f"seed{seed}"
-            made.append(Job(Path(dataset), algorithm, settings, seed, sweep.steps, sweep.snapshot_every, run))
+            jobs.append(Job(Path(dataset), algorithm, settings, seed, sweep.steps, sweep.snapshot_every, run))
     for dataset in sweep.datasets:
         if not Path(dataset).is_file():
             raise ConfigError(f"{dataset} does not exist: record it with  omcda-deploy collect")
     runs: dict[Path, Job] = {}
-    for job in made:
+    for job in jobs:
         if (other := runs.setdefault(job.run, job)) is not job:
             raise ConfigError(
                 f"two runs of the sweep share the folder {job.run}, of {other.dataset} and {job.dataset}: "
                 "list nothing twice, and give datasets file names of their own"
             )
-    return made
+    return jobs
 
 
 def run_job(job: Job) -> None:
-    """Bring one job to its end, from wherever it stands. This is the whole interface to an execution engine.
+    """Start, resume or skip one job, so that it is finished. Another execution engine replaces this function alone.
 
     Raises :class:`OmcdaError` when training fails; its output is in ``<run>.log``.
     """
@@ -162,22 +166,22 @@ def run_job(job: Job) -> None:
             raise ConfigError(
                 f"{job.run} is a run of {steps} steps, expected {job.steps}: sweep into another --out, or remove it"
             )
-        words: list[object] = ["train", "--resume", job.run]
+        arguments: list[object] = ["train", "--resume", job.run]
     else:
-        settings = [word for key, value in job.settings for word in ("--set", f"{key}={value}")]
-        words = [
+        settings = [part for key, value in job.settings for part in ("--set", f"{key}={value}")]
+        arguments = [
             *("train", job.dataset, "--algo", job.algorithm, "--seed", job.seed, "--steps", job.steps),
             *("--snapshot-every", job.snapshot_every, "--out", job.run, *settings),
         ]
     job.run.parent.mkdir(parents=True, exist_ok=True)
     log = job.run.with_name(job.run.name + ".log")
-    command = [sys.executable, "-m", "omcda_deploy.cli", *map(str, words)]
+    command = [sys.executable, "-m", "omcda_deploy.cli", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as output:
-        finished = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    if finished.returncode:
+        process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    if process.returncode:
         last = (log.read_text().splitlines() or ["no output"])[-1]
-        raise OmcdaError(f"{job.run} stopped with status {finished.returncode}: {last} (all of it in {log})")
+        raise OmcdaError(f"{job.run} stopped with status {process.returncode}: {last} (all of it in {log})")
 
 
 def run_queue(
@@ -186,9 +190,9 @@ def run_queue(
     run: Callable[[Job], None] = run_job,
     observer: Observer | None = None,
 ) -> list[tuple[Job, str]]:
-    """Run all jobs, ``at_once`` (0: one per core) together; returns those that failed, and why."""
+    """Run all jobs, ``at_once`` (0: one per core) together; return those that failed, with the reason."""
     observer = observer or Observer()
-    failed: list[tuple[Job, str]] = []
+    failures: list[tuple[Job, str]] = []
 
     def attempt(job: Job) -> None:
         failure = None
@@ -196,9 +200,9 @@ def run_queue(
             run(job)
         except OmcdaError as error:
             failure = error
-            failed.append((job, str(error)))
+            failures.append((job, str(error)))
         observer.ended(job.run, failure)
 
     with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:
         list(pool.map(attempt, jobs))
-    return failed
+    return failures

@@ -1,9 +1,11 @@
 """Toy games: the table of docs/toy-results.md, from nothing.
 
 Records each game's own behaviour policies, trains every algorithm that handles discrete actions with the shipped
-networks, reads the learned policy off at every observation there is, and computes what it earns exactly
-(:func:`omcda_deploy.envs.tabular.exact_return`). So the numbers carry no noise of evaluation: what remains is the
-sampling of the dataset and of training. One process, one thread; nothing is kept but the table.
+networks, evaluates the learned policy at every observation of the game, and computes its expected return exactly
+(:func:`omcda_deploy.envs.tabular.exact_return`). So the numbers carry no noise of evaluation, only that of recording
+the dataset and of training. One process, one thread; nothing is kept but the table.
+
+Source: docs/simulators.md#toy-games.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ Settings: TypeAlias = Mapping[str, Any]
 
 GAMES = ("toy/one-step", "toy/chain", "toy/masked")
 IMITATORS = ("bc",)  # expected to earn what the behaviour policies earn; all others more
-TOLERANCE = 0.01  # of the way from the behaviour policies to the best play, for imitators
+TOLERANCE = 0.01  # share of the way from the behaviour policies to the best play, for imitators
 
 COMMON: Settings = {"hidden": 32, "batch_size": 128, "lr": 1e-3}
 # Prices and temperatures are in units of return, so they follow the games and not the published benchmarks.
-OWN: Mapping[str, Settings] = {
+PER_ALGORITHM: Mapping[str, Settings] = {
     "bc": {"batch_size": 1024, "lr": 5e-4},  # with 1e-3 its last steps wander by a hundredth of the way
     "omcda": {"d_tot": 1.0, "alpha0": 3.0},
     "omiga": {"alpha": 1.0},
@@ -38,7 +40,7 @@ PER_GAME: Mapping[tuple[str, str], Settings] = {}
 
 @dataclass(frozen=True)
 class Row:
-    """One algorithm on one game: what its learned policies earn, or why there are none."""
+    """The exact return of one algorithm's policies on one game, or the reason why there are none."""
 
     algorithm: str
     earned: float | None
@@ -47,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class GameResult:
-    """All rows of a game, and what they are to be read against."""
+    """All rows of a game, with the returns of its behaviour policies and of the best play."""
 
     task: str
     dataset: Dataset
@@ -56,11 +58,11 @@ class GameResult:
     rows: tuple[Row, ...]
 
     def gain(self, earned: float) -> float:
-        """Share of the way from the behaviour policies to the best play."""
+        """Return the share of the way from the behaviour policies to the best play."""
         return (earned - self.behavior) / (self.best - self.behavior)
 
     def violations(self) -> list[str]:
-        """What was expected of an algorithm and did not come, one line each."""
+        """List the expectations that do not hold, one line each."""
         lines = []
         for row in self.rows:
             if row.earned is None:
@@ -89,21 +91,22 @@ def play_games(
     seed: int,
     on_row: Callable[[str, Row], None] | None = None,
 ) -> list[GameResult]:
-    """:func:`play_game` for each task, in a temporary folder.
+    """Call :func:`play_game` for each task, in a temporary folder.
 
-    No algorithms: all that handle discrete actions. Raises :class:`UnknownNameError` for one that is not there.
+    An empty list of algorithms stands for all that handle discrete actions. Raises :class:`UnknownNameError` for an
+    unknown algorithm.
     """
     from omcda_deploy import registry
 
     discrete = [name for name in registry.algorithms() if "discrete" in registry.load_algorithm(name).ACTIONS]
-    chosen = algorithms or discrete
-    for name in chosen:
+    names = algorithms or discrete
+    for name in names:
         registry.load_algorithm(name)
     with tempfile.TemporaryDirectory() as scratch:
         return [
             play_game(
                 task,
-                chosen,
+                names,
                 Path(scratch) / task,
                 transitions=transitions,
                 steps=steps,
@@ -124,15 +127,15 @@ def play_game(
     seed: int,
     on_row: Callable[[str, Row], None] | None = None,
 ) -> GameResult:
-    """Record the game and train the algorithms in ``folder``; a run that fails becomes a row that says so.
+    """Record the game and train the algorithms in ``folder``; a run that fails becomes a row with the reason.
 
-    ``on_row`` is called with the task and each row as it comes.
+    ``on_row`` is called with the task and each row when it is finished.
     """
     from omcda_deploy.datasets.formats.omiga_hdf5 import read
     from omcda_deploy.envs import tabular, toy
     from omcda_deploy.play.collect import collect
 
-    played = tabular.game(task)
+    game = tabular.game(task)
     path = folder / "dataset.hdf5"
     collect(
         task,
@@ -147,41 +150,38 @@ def play_game(
     rows = []
     for algorithm in algorithms:
         try:
-            tables = learn(dataset, path, algorithm, folder / algorithm, steps=steps, seed=seed)
-            row = Row(algorithm, tabular.exact_return(played, tables))
-        except Exception as error:  # shown in the table: one algorithm must not cost the others' rows
+            tables = learn(dataset, algorithm, folder / algorithm, steps=steps, seed=seed)
+            row = Row(algorithm, tabular.exact_return(game, tables))
+        except Exception as error:  # one algorithm must not cost the others' rows; the table shows the reason
             row = Row(algorithm, None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
         rows.append(row)
         if on_row:
             on_row(task, row)
-    behavior = tabular.exact_return(played, [chain.behavior for chain in played.chains])
-    return GameResult(task, dataset, behavior, tabular.best_return(played), tuple(rows))
+    behavior = tabular.exact_return(game, [chain.behavior for chain in game.chains])
+    return GameResult(task, dataset, behavior, tabular.best_return(game), tuple(rows))
 
 
 def settings_of(algorithm: str, task: str) -> dict[str, Any]:
-    return {**COMMON, **OWN.get(algorithm, {}), **PER_GAME.get((algorithm, task), {})}
+    """Merge the settings of all runs, of the algorithm and of the game."""
+    return {**COMMON, **PER_ALGORITHM.get(algorithm, {}), **PER_GAME.get((algorithm, task), {})}
 
 
-def learn(
-    dataset: Dataset, path: Path, algorithm: str, run: Path, *, steps: int, seed: int
-) -> list[tabular.Table]:
-    """Train one run and return its policies, per agent a table [X, K]."""
+def learn(dataset: Dataset, algorithm: str, run: Path, *, steps: int, seed: int) -> list[tabular.Table]:
+    """Train one run and return its policies, a table [X, K] per agent."""
     from omcda_deploy.envs import tabular
-    from omcda_deploy.training import loop
-    from omcda_deploy.training.behavior_model import BehaviorConfig
+    from omcda_deploy.experiments.train import train
     from omcda_deploy.training.policy_tables import policy_tables
     from omcda_deploy.training.run_folder import read_snapshot
 
     task = dataset.spec.task
-    loop.train(
+    train(
         dataset,
         algorithm,
         run,
-        dataset_path=str(path),
         steps=steps,
         seed=seed,
         settings=settings_of(algorithm, task),
-        behavior=BehaviorConfig(hidden=COMMON["hidden"], lr=COMMON["lr"], steps=steps),
+        behavior={"lr": COMMON["lr"], "steps": steps},
         log_every=steps,
         checkpoint_every=steps,
         snapshot_every=steps,
@@ -192,12 +192,12 @@ def learn(
 def write_table(
     path: Path, results: Sequence[GameResult], *, transitions: int, steps: int, seed: int
 ) -> None:
-    """The Markdown table: one row per algorithm, per game its exact return and its gain."""
+    """Write the Markdown table: a row per algorithm, with exact return and gain in a column per game."""
     from omcda_deploy.play.measurements import machine, now, write_text
     from omcda_deploy.training.run_folder import git_revision
 
     tasks = [result.task for result in results]
-    violated = [line for result in results for line in result.violations()]
+    violations = [line for result in results for line in result.violations()]
     lines = [
         "# Exact returns on the toy games",
         "",
@@ -212,8 +212,8 @@ def write_table(
             f"differ in quality and entropy between agents; digest `{r.dataset.digest}`"
             for r in results
         ),
-        f"* {steps:,} steps of every algorithm, last policy; seed {seed}; {_shown(COMMON)}; settings not named are "
-        "the defaults",
+        f"* {steps:,} steps of every algorithm, last policy; seed {seed}; {_formatted(COMMON)}; settings not "
+        "named are the defaults",
         f"* commit `{git_revision()}`, {machine()}, {now()[:10]}",
         "",
         f"| | {' | '.join(f'`{task}`' for task in tasks)} | settings |",
@@ -223,7 +223,7 @@ def write_table(
     ]
     for index, row in enumerate(results[0].rows):
         cells = [_cell(result, result.rows[index]) for result in results]
-        lines.append(f"| {row.algorithm} | {' | '.join(cells)} | {_own_settings(row.algorithm, tasks)} |")
+        lines.append(f"| {row.algorithm} | {' | '.join(cells)} | {_special_settings(row.algorithm, tasks)} |")
     lines += [
         "",
         "Best play is an upper bound: it knows how many steps are left, which no learned policy sees.",
@@ -231,7 +231,11 @@ def write_table(
         f"Expected: every algorithm but {', '.join(IMITATORS)} earns more than the behaviour policies, and "
         f"{', '.join(IMITATORS)} as much, within {TOLERANCE:.0%} of the way to the best play (returns near zero "
         "have no percentage that a dataset of this size could show).",
-        *(["Not so:", "", *(f"* {line}" for line in violated)] if violated else ["It is so."]),
+        *(
+            ["Expectations that do not hold:", "", *(f"* {line}" for line in violations)]
+            if violations
+            else ["All expectations hold."]
+        ),
         "",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,13 +248,15 @@ def _cell(result: GameResult, row: Row) -> str:
     return f"{row.earned:.3f} ({result.gain(row.earned):+.1%})"
 
 
-def _own_settings(algorithm: str, tasks: Sequence[str]) -> str:
-    own = _shown(OWN.get(algorithm, {}))
+def _special_settings(algorithm: str, tasks: Sequence[str]) -> str:
+    general = _formatted(PER_ALGORITHM.get(algorithm, {}))
     differences = [
-        f"on `{task}` {_shown(PER_GAME[algorithm, task])}" for task in tasks if (algorithm, task) in PER_GAME
+        f"on `{task}` {_formatted(PER_GAME[algorithm, task])}"
+        for task in tasks
+        if (algorithm, task) in PER_GAME
     ]
-    return "; ".join(part for part in [own, *differences] if part)
+    return "; ".join(part for part in [general, *differences] if part)
 
 
-def _shown(settings: Settings) -> str:
+def _formatted(settings: Settings) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in settings.items())

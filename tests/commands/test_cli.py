@@ -20,8 +20,9 @@ from rich.console import Console
 
 from omcda_deploy import cli
 from omcda_deploy.bundle import MODEL_FILE, read_bundle
-from omcda_deploy.commands import train as train_command
-from omcda_deploy.registry import team_spec
+from omcda_deploy.commands import training_view
+from omcda_deploy.plugins import Column
+from omcda_deploy.registry import load_algorithm, team_spec
 from tests.support.bundles import write_test_bundle
 from tests.support.synthetic import write_dataset
 
@@ -341,20 +342,21 @@ def test_train_export_and_resume_where_the_data_moved(
 
 def test_a_terminal_shows_a_bar_and_the_numbers_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(train_command, "stderr", Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(training_view, "stderr", Console(file=screen, force_terminal=True, width=100))
     monkeypatch.setattr(sys, "stderr", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
     per_agent = {"kl": (0.0123, 0.2), "budget": (0.1, 0.3), "alpha": (3.0, 50.0), "influence": (-1.0, 2.0)}
     metrics = {
         f"{name}/{agent}": v for name, pair in per_agent.items() for agent, v in zip("ab", pair, strict=True)
     }
     metrics |= {"alpha_at_bound/a": 0.0, "alpha_at_bound/b": 1.0, "loss/policy": 1.5, "z/mean_exp": 0.97}
-    with train_command.TrainingView(400, ("a", "b")) as view:
-        view.behavior(500, 1000, -0.125)
+    with training_view.TrainingView() as view:
+        view.show(400, ("a", "b"), load_algorithm("omcda").COLUMNS)
+        view.cloning(500, 1000, -0.125)
         assert "cloning the behaviour policy, held-out NLL -0.125 nats" in screen.getvalue()
-        view.log(100, {**metrics, "dual_active": 0.0})
+        view.logged(100, {**metrics, "dual_active": 0.0})
         assert "prices wait for the reward critic" in screen.getvalue()
         screen.truncate(0)
-        view.log(200, {**metrics, "dual_active": 1.0})
+        view.logged(200, {**metrics, "dual_active": 1.0})
     printed = screen.getvalue()
     for text in ("200/400", "0.0123", "0.1000", "3.000", "-1.000", "b (alpha at its bound)", "policy 1.5"):
         assert text in printed, text
@@ -366,9 +368,33 @@ def test_a_terminal_shows_a_bar_and_the_numbers_that_matter(monkeypatch: pytest.
 def test_elsewhere_about_twenty_lines_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with train_command.TrainingView(10_000, ("a", "b")) as view:
+    with training_view.TrainingView() as view:
+        view.show(10_000, ("a", "b"), load_algorithm("omcda").COLUMNS)
         for step in range(100, 10_001, 100):
-            view.log(step, {"loss/policy": 0.5, "kl/a": 0.25, "kl/b": 0.5})
+            view.logged(step, {"loss/policy": 0.5, "kl/a": 0.25, "kl/b": 0.5})
     lines = capsys.readouterr().err.splitlines()
     assert 20 <= len(lines) <= 22
     assert lines[-1] == "step 10000 of 10000: policy 0.5  sum of KL 0.7500 nats"
+
+
+def test_another_algorithms_columns_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(training_view, "stderr", Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(sys, "stderr", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    columns = (
+        Column("regret", "regret of play", digits=1),
+        Column("stuck", "stuck", flag=True),
+        Column("entropy", "entropy", per_agent=False),
+        Column("absent", "never logged"),
+    )
+    with training_view.TrainingView() as view:
+        view.show(10, ("a", "b"), columns)
+        view.logged(
+            5,
+            {"regret/a": 0.25, "regret/b": 7.0, "stuck/a": 1.0, "stuck/b": 0.0, "entropy": 0.5, "kl/a": 9.0},
+        )
+    printed = screen.getvalue()
+    for text in ("regret of play", "0.2", "7.0", "a (stuck)", "entropy 0.5"):
+        assert text in shown, text
+    for text in ("b (stuck)", "never logged", "KL", "9.0"):
+        assert text not in shown, text

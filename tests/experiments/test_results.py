@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 from omcda_deploy.cli import app
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments import results
+from omcda_deploy.experiments import train as training
 from omcda_deploy.experiments.results import read_page, write_page
 from omcda_deploy.experiments.sweep import Job
 from omcda_deploy.registry import read_dataset
-from omcda_deploy.training import loop
-from omcda_deploy.training.behavior_model import BehaviorConfig
 
 PAGE = """
 title = "Toy"
@@ -45,15 +44,14 @@ def train(jobs: Iterable[Job], at_once: int, observer: object = None) -> list[tu
         if job.algorithm != "bc":
             failed.append((job, "training diverged"))
         elif not job.finished:
-            loop.train(
-                read_dataset(job.dataset),
+            training.train(
+                job.dataset,
                 job.algorithm,
                 job.run,
-                dataset_path=str(job.dataset),
                 steps=job.steps,
                 seed=job.seed,
                 settings=dict(job.settings),
-                behavior=BehaviorConfig(steps=20, hidden=8, check_every=10),
+                behavior={"steps": 20, "check_every": 10},
             )
     return failed
 

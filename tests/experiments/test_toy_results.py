@@ -107,7 +107,7 @@ def test_what_was_not_expected_is_said_and_shown(tmp_path: Path, dataset: Datase
     for part in (dataset.digest, "| omiga | 5.000 (+30.0%) | alpha 1 |", "failed: ConfigError: no", "seed 3"):
         assert part in text
     assert all(f"* {line}" in text for line in lines)
-    assert "Not so:" in text
+    assert "Expectations that do not hold:" in text
 
 
 def test_a_run_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,12 +90,9 @@ class QTable(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(agents, states, actions))
 
-    def values(self, observation: Tensor) -> Tensor:
-        return torch.einsum("bnx,nxk->bnk", observation, self.table)
-
-    def scores(self, observation: Tensor, agent: int | None = None) -> Tensor:
+    def values(self, observation: Tensor, agent: int | None = None) -> Tensor:
         assert agent is None  # tables are never exported
-        return self.values(observation)
+        return torch.einsum("bnx,nxk->bnk", observation, self.table)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         return self.values(observation).gather(-1, action.unsqueeze(-1)).squeeze(-1)

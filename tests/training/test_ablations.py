@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.training.algorithms import omcda, omiga
 from omcda_deploy.training.allocation import (
-    SHARE_FLOOR,
+    MIN_SHARE,
     STRATEGIES,
     Allocation,
     Dual,
@@ -185,7 +185,7 @@ def test_losses_of_the_decoupled_critic_by_loops(mixer: str) -> None:
         for parameter in (*critic.online.parameters(), *critic.target.parameters()):
             parameter.mul_(1.5 + 0.5 * torch.randn(parameter.shape, generator=generator))
     batch = random_batch(SPEC, size=16)
-    step = critic.step(batch, alpha)
+    step = critic.terms(batch, alpha)
     losses, rho, capped, above = decoupled_losses(critic, batch, alpha.double().numpy(), 0.3, 3.0)
     assert 0.1 < above < 0.9, "neither side of z_max is common, so one goes untested"
     assert (0.1 < capped < 0.9) or mixer == "identity", "the cap on kappa goes untested"
@@ -243,7 +243,7 @@ def test_each_loss_moves_only_what_it_is_for() -> None:
     algorithm = learner()
     critic = algorithm.critic
     assert isinstance(critic, omcda.DecoupledCritic)
-    losses = critic.step(random_batch(SPEC), algorithm.alpha).losses
+    losses = critic.terms(random_batch(SPEC), algorithm.alpha).losses
     names = ("q_r", "v_r", "mixer_r", "q_c", "v_c", "mixer_c")
     moved = {
         "reward_critic": {"q_r", "mixer_r"},
@@ -282,17 +282,19 @@ def test_a_learned_mixer_keeps_its_diagonal_and_is_nonnegative() -> None:
 def test_one_price_follows_the_total_alone() -> None:
     dual = Dual(3, 1.0, lr=0.01, single_price=True)
     budgets = torch.tensor([0.1, 0.1, 0.1])
-    dual.step(budgets, torch.tensor([0.5, 0.0, 0.0]))  # over in sum, under in two of three
+    dual.descend(budgets, torch.tensor([0.5, 0.0, 0.0]))  # over in sum, under in two of three
     assert dual.alpha.tolist() == [dual.alpha[0].item()] * 3
     assert dual.alpha[0] > 1.0
     other = Dual(3, 1.0, lr=0.01, single_price=True)
-    other.step(torch.tensor([0.3, 0.0, 0.0]), torch.tensor([0.0, 0.2, 0.3]))  # another split of the same sums
+    other.descend(
+        torch.tensor([0.3, 0.0, 0.0]), torch.tensor([0.0, 0.2, 0.3])
+    )  # another split of the same sums
     assert torch.equal(dual.alpha, other.alpha)
 
 
 def test_a_divergence_above_its_budget_raises_the_price() -> None:
     dual = Dual(3, 1.0, lr=0.01, single_price=False)
-    loss = dual.step(torch.tensor([0.1, 0.1, 0.1]), torch.tensor([0.3, 0.1, 0.0]))
+    loss = dual.descend(torch.tensor([0.1, 0.1, 0.1]), torch.tensor([0.3, 0.1, 0.0]))
     up, same, down = dual.alpha.tolist()
     assert up > 1.0
     assert same == 1.0
@@ -304,7 +306,7 @@ def test_prices_stay_within_their_bounds_and_say_when_they_sit_on_one() -> None:
     dual = Dual(2, 2.0, lr=0.5, single_price=False)
     assert dual.at_bound.tolist() == [False, False]
     for _ in range(50):
-        dual.step(torch.tensor([0.0, 10.0]), torch.tensor([1.0, 0.0]))
+        dual.descend(torch.tensor([0.0, 10.0]), torch.tensor([1.0, 0.0]))
     np.testing.assert_allclose(dual.alpha.numpy(), [5.0 * 2.0, 2.0 / 200.0], rtol=1e-5)
     assert dual.at_bound.tolist() == [True, True]
 
@@ -329,7 +331,7 @@ def test_a_dual_once_started_stays_on_after_resuming() -> None:
 @pytest.mark.parametrize("agents", [2, 3, 8])
 def test_shares_sum_to_one_above_a_floor(agents: int) -> None:
     extreme = torch.linspace(-50.0, 50.0, agents)
-    floor = SHARE_FLOOR / (1.0 + agents * SHARE_FLOOR)  # the floor holds before renormalising
+    floor = MIN_SHARE / (1.0 + agents * MIN_SHARE)  # the floor holds before renormalising
     for shares in (influence_shares(extreme, 1.0), *(random_shares(agents, seed) for seed in range(20))):
         torch.testing.assert_close(shares.sum(), torch.tensor(1.0))
         assert float(shares.min()) >= floor - 1e-7
@@ -351,7 +353,7 @@ def test_shares_wait_for_a_divergence_and_then_follow_the_influence() -> None:
     allocation.observe(measured, torch.tensor([0.004, 0.004, 0.004]))
     # m / mean |m| = (6, 1, -1) * 3 / 8, whatever the reward's scale is
     raw = np.exp(np.array([6.0, 1.0, -1.0]) * 3 / 8)
-    floored = np.maximum(raw / raw.sum(), SHARE_FLOOR)
+    floored = np.maximum(raw / raw.sum(), MIN_SHARE)
     np.testing.assert_allclose(allocation.shares.numpy(), floored / floored.sum(), rtol=1e-5)
     np.testing.assert_allclose(allocation.mean_influence.numpy(), measured.numpy(), rtol=1e-6)
     scaled = Allocation("influence", 3, 1.0, 0, temperature=1.0, decay=0.5)

@@ -20,7 +20,7 @@ from omcda_deploy.spec import ActionKind
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.loop import Algorithm
 from omcda_deploy.training.networks import NetworkFactory
-from omcda_deploy.training.settings import build
+from omcda_deploy.training.settings import build, plain_types
 from tests.support.synthetic import HIDDEN, differing, make_learner, random_batch, spec_of
 
 ALGORITHMS = registry.algorithms()
@@ -154,17 +154,17 @@ def test_its_policy_is_exported_with_parity_and_acts(name: str, kind: ActionKind
 
 
 NUMBERS = [
-    (name, field.name)
+    (name, field)
     for name in ALGORITHMS
-    for field in dataclasses.fields(registry.load_algorithm(name).Config)
-    if field.type in ("int", "float")
+    for field, kind in plain_types(registry.load_algorithm(name).Config).items()
+    if kind in (int, float)
 ]
 
 
 @pytest.mark.parametrize(("name", "field"), NUMBERS)
 def test_numbers_out_of_range_are_refused_by_name_and_value(name: str, field: str) -> None:
     config = registry.load_algorithm(name).Config
-    whole = {f.name: f.type for f in dataclasses.fields(config)}[field] == "int"
+    whole = plain_types(config)[field] is int
     for value in (-1, 10**12) if whole else (-1.0, math.nan, math.inf):
         expected = rf"^{name}\.{field}: expected .*, got {re.escape(repr(value))}$"
         with pytest.raises(ConfigError, match=expected):

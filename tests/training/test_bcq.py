@@ -77,9 +77,9 @@ def test_losses_of_a_continuous_step_are_those_of_numpy(latent: str) -> None:
     algorithm = learner("continuous", latent=latent, phi=0.3)
     spec, batch = continuous_spec(), random_batch(continuous_spec())
     n, size = len(spec.agents), 2 * (spec.action_size if latent == "action" else len(spec.agents))
-    policy, parts = algorithm.policy, algorithm._parts
+    policy, parts = algorithm.policy, algorithm._losses
     assert isinstance(policy, bcq.GenerativeActor)
-    assert isinstance(parts, bcq.GenerativeLearner)
+    assert isinstance(parts, bcq.GenerativeLosses)
     # Targets unlike the networks they follow, so that taking one for the other shows.
     with torch.no_grad():
         for parameter in parts.target.parameters():
@@ -128,9 +128,9 @@ def test_losses_of_a_continuous_step_are_those_of_numpy(latent: str) -> None:
 )
 def test_each_loss_trains_its_own_networks_alone(loss: str, trained: set[str]) -> None:
     algorithm = learner("continuous")
-    policy, parts = algorithm.policy, algorithm._parts
-    assert isinstance(parts, bcq.GenerativeLearner)
-    losses, _ = parts.losses(random_batch(continuous_spec()), torch.Generator().manual_seed(0))
+    policy, parts = algorithm.policy, algorithm._losses
+    assert isinstance(parts, bcq.GenerativeLosses)
+    losses, _ = parts(random_batch(continuous_spec()), torch.Generator().manual_seed(0))
     losses[loss].backward()  # type: ignore[no-untyped-call]
     networks = {
         **{name: getattr(policy, name) for name in ("q", "decoder", "perturbation")},
@@ -186,9 +186,9 @@ def test_loss_and_choices_of_a_discrete_step_are_those_of_numpy(threshold: float
     assert batch.mask is not None
     assert batch.next_mask is not None
     batch.next_mask[3, 1] = 0  # no action at all: action 0
-    policy, parts = algorithm.policy, algorithm._parts
+    policy, parts = algorithm.policy, algorithm._losses
     assert isinstance(policy, bcq.RestrictedActor)
-    assert isinstance(parts, bcq.RestrictedLearner)
+    assert isinstance(parts, bcq.RestrictedLosses)
     with torch.no_grad():
         for behavior in (policy.behavior, algorithm.behavior):
             behavior.mlp.last.weight.mul_(8.0)  # type: ignore[union-attr, operator]  # sharper than at birth

@@ -230,7 +230,7 @@ def test_the_policy_climbs_the_total_value_and_trains_nothing_else(
     settings = {"policy_std": 0.01, "action_penalty": 0.3, "mixer": mixer}
     algorithm, batch = learner("continuous", settings), random_batch(continuous_spec())
     losses: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(algorithm._learner, "descend", losses.update)
+    monkeypatch.setattr(algorithm._optimizer, "descend", losses.update)
     algorithm.update(batch)
     with torch.no_grad():
         action = torch.tanh(algorithm.policy(batch.observation)[0])

@@ -174,7 +174,7 @@ def test_each_loss_moves_only_what_it_is_for(monkeypatch: pytest.MonkeyPatch) ->
     algorithm = make_learner("comadice", continuous_spec())
     assert isinstance(algorithm, Algorithm)
     losses: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(algorithm._learner, "descend", losses.update)
+    monkeypatch.setattr(algorithm._optimizer, "descend", losses.update)
     algorithm.update(random_batch(continuous_spec()))
     parameters = {
         name: list(getattr(algorithm, name).parameters())
@@ -202,7 +202,7 @@ def train(
     torch.set_num_threads(1)
     algorithm = Algorithm(config, TabularFactory(game), behavior_table(game), steps=1, seed=0)
     for rate, steps in stages:
-        for group in algorithm._learner._optimizer.param_groups:
+        for group in algorithm._optimizer.adam.param_groups:
             group["lr"] = rate
         for _ in range(steps):
             algorithm.update(batch)

@@ -180,7 +180,7 @@ def test_the_soft_policy_goes_to_the_exponential_of_q() -> None:
     batch = random_batch(spec, size=64)
     for step in range(400):
         if step == 300:
-            algorithm._learner._optimizer.param_groups[0]["lr"] = 0.002
+            algorithm._optimizer.adam.param_groups[0]["lr"] = 0.002
         algorithm.update(batch)
     with torch.no_grad():
         mean, log_std = algorithm.policy(batch.observation)

@@ -31,7 +31,7 @@ def train(played: Game, steps: tuple[int, int] = (200, 100)) -> Algorithm:
     algorithm = Algorithm(config, TabularFactory(played), behavior_table(played), steps=1, seed=0)
     batch = exact_batch(played)
     for rate, count in zip((0.05, 0.005), steps, strict=True):
-        for group in algorithm._learner._optimizer.param_groups:
+        for group in algorithm._optimizer.adam.param_groups:
             group["lr"] = rate
         for _ in range(count):
             algorithm.update(batch)
@@ -202,7 +202,7 @@ def test_each_loss_moves_only_what_it_is_for(monkeypatch: pytest.MonkeyPatch) ->
     algorithm = make_learner("icq", continuous_spec())
     assert isinstance(algorithm, Algorithm)
     losses: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(algorithm._learner, "descend", losses.update)
+    monkeypatch.setattr(algorithm._optimizer, "descend", losses.update)
     algorithm.update(random_batch(continuous_spec()))
     for name, loss in losses.items():
         networks = (algorithm.policy, algorithm.online, algorithm.target, algorithm.behavior)

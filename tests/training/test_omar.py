@@ -255,7 +255,7 @@ def test_each_loss_moves_only_what_it_is_for(spec: Any, monkeypatch: pytest.Monk
     algorithm = make_learner("omar", spec)
     assert isinstance(algorithm, Algorithm)
     losses: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(algorithm._learner, "descend", losses.update)
+    monkeypatch.setattr(algorithm._optimizer, "descend", losses.update)
     algorithm.update(random_batch(spec))
     networks = (algorithm.policy, algorithm.q, algorithm.mixer, algorithm.target, algorithm.behavior)
     for name, loss in losses.items():
@@ -296,7 +296,7 @@ def trained(alpha: float) -> Algorithm:
     algorithm = Algorithm(config, TabularFactory(game()), behavior_table(game()), steps=1, seed=0)
     batch = exact_batch(game())
     for rate, count in ((0.1, 250), (0.01, 150)):
-        for group in algorithm._learner._optimizer.param_groups:
+        for group in algorithm._optimizer.adam.param_groups:
             group["lr"] = rate
         for _ in range(count):
             algorithm.update(batch)

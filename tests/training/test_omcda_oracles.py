@@ -48,7 +48,7 @@ def learner(game: Game, config: Config, alpha: NDArray[np.float64] | None = None
 def fit(algorithm: Algorithm, batch: Batch, *stages: int) -> Algorithm:
     """Train for the given numbers of steps, with a tenth of the learning rates from each stage to the next."""
     torch.set_num_threads(1)
-    optimizers = (algorithm._learner._optimizer, algorithm.dual._optimizer)
+    optimizers = (algorithm._optimizer.adam, algorithm.dual._optimizer)
     for stage, steps in enumerate(stages):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups if stage):
             group["lr"] *= 0.1

@@ -36,7 +36,7 @@ def trained(state_scales: tuple[float, ...]) -> tuple[Algorithm, Game]:
     algorithm = Algorithm(config, TabularFactory(played), behavior_table(played), steps=1, seed=0)
     batch = exact_batch(played)
     for rate, steps in ((0.05, 250), (0.005, 100)):
-        for group in algorithm._learner._optimizer.param_groups:
+        for group in algorithm._optimizer.adam.param_groups:
             group["lr"] = rate
         for _ in range(steps):
             algorithm.update(batch)
@@ -127,7 +127,7 @@ def test_each_loss_moves_only_what_it_is_for(monkeypatch: pytest.MonkeyPatch) ->
     algorithm = make_learner("omiga", continuous_spec())
     assert isinstance(algorithm, Algorithm)
     losses: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(algorithm._learner, "descend", losses.update)
+    monkeypatch.setattr(algorithm._optimizer, "descend", losses.update)
     algorithm.update(random_batch(continuous_spec()))
     networks = {
         name: getattr(algorithm, name) for name in ("policy", "q", "v", "mixer", "target", "behavior")

@@ -6,12 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from omcda_deploy import registry
+from omcda_deploy.cli import app
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
+from omcda_deploy.experiments.train import train
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
-from omcda_deploy.training import loop
-from omcda_deploy.training.behavior_model import BehaviorConfig
+from omcda_deploy.training import recipes as recipe_files
 from omcda_deploy.training.recipes import recipe, recipes
 from omcda_deploy.training.run_folder import read_config
 from omcda_deploy.training.settings import build
@@ -31,8 +33,6 @@ def test_an_entry_is_a_setting_and_differs_from_its_default(name: str, algorithm
     values = recipes()[name][algorithm]
     kind = registry.load_algorithm(algorithm).Config
     assert asdict(build(kind, values))[setting] != asdict(kind())[setting]
-    # The behaviour model's size is settled before a task is known.
-    assert setting != "hidden"
 
 
 def test_a_family_has_one_recipe() -> None:
@@ -49,14 +49,40 @@ def test_a_run_uses_its_recipe_below_what_the_user_sets(
     agents = tuple(AgentSpec(f"agent_{i}", 3, ActionSpec("continuous", 2)) for i in range(2))
     spec = TeamSpec("smac/5m_vs_6m", agents, state_size=6, control_rate=1.0, episode_limit=10)
     dataset = read(write_dataset(tmp_path / "data.hdf5", spec, [6] * 5))
-    loop.train(
+    train(
         dataset,
         "omcda",
         tmp_path / "run",
-        dataset_path="data.hdf5",
         steps=10,
         settings={"hidden": 8, "batch_size": 8, "alpha0": 2.5},
-        behavior=BehaviorConfig(steps=10, hidden=8, check_every=10),
+        behavior={"steps": 10, "check_every": 10},
     )
     settings = read_config(tmp_path / "run").settings
     assert (settings["d_tot"], settings["alpha0"], settings["lr"]) == (1.8, 2.5, 5e-4)
+
+
+def test_a_recipe_may_set_the_networks_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The behaviour model follows, and the command announces what the recipe sets and the user does not."""
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
+    small = {"small": {"families": ["smac"], "bc": {"hidden": 16, "batch_size": 8, "lr": 1e-3}}}
+    monkeypatch.setattr(recipe_files, "recipes", lambda: small)
+    agents = tuple(AgentSpec(f"agent_{i}", 3, ActionSpec("continuous", 2)) for i in range(2))
+    spec = TeamSpec("smac/5m_vs_6m", agents, state_size=6, control_rate=1.0, episode_limit=10)
+    path = write_dataset(tmp_path / "data.hdf5", spec, [6] * 5)
+    words = [
+        "train",
+        str(path),
+        "--algo",
+        "bc",
+        "--steps",
+        "10",
+        "--behavior-steps",
+        "10",
+        "--set",
+        "lr=0.002",
+    ]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "run")], catch_exceptions=False)
+    assert result.exit_code == 0
+    config = read_config(tmp_path / "run")
+    assert (config.settings["hidden"], config.settings["lr"], config.behavior["hidden"]) == (16, 0.002, 16)
+    assert "recipe of smac: hidden=16 batch_size=8\n" in result.stderr

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,16 @@ from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.distributions import TanhGaussian, policy_of
 from omcda_deploy.training.evaluation import EVALUATIONS, Evaluator, SnapshotTeam
 from omcda_deploy.training.metrics import DivergedError, MetricsWriter, Window
+from omcda_deploy.training.observer import TrainObserver
+from omcda_deploy.training.request import TrainRequest
 from omcda_deploy.training.run_folder import read_config, read_snapshot, snapshot_steps, training_seconds
+from omcda_deploy.training.settings import build
 from tests.support.synthetic import continuous_spec, differing, write_dataset
 
 STEPS, EVERY = 60, 20
 SETTINGS = {"hidden": 8, "mixer_hidden": 4, "batch_size": 8, "reallocate_every": 5, "d_tot": 0.01, "tau": 0.2}
-BEHAVIOR = BehaviorConfig(steps=20, batch_size=16, hidden=8, check_every=10)
+CLONING = {"steps": 20, "batch_size": 16, "check_every": 10}
+BEHAVIOR = build(BehaviorConfig, {**CLONING, "hidden": 8})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,19 +66,24 @@ def dataset(file: Path) -> Dataset:
     return read(file)
 
 
-def train(dataset: Dataset, out: Path, algorithm: str = "omcda", **changes: Any) -> Path:
+def train(
+    dataset: Dataset,
+    out: Path,
+    algorithm: str = "omcda",
+    observer: TrainObserver | None = None,
+    **changes: Any,
+) -> Path:
     settings = {k: v for k, v in SETTINGS.items() if algorithm == "omcda" or k in ("hidden", "batch_size")}
-    arguments: dict[str, Any] = {
-        "dataset_path": "data.hdf5",
+    fields: dict[str, Any] = {
         "steps": STEPS,
         "settings": settings,
-        "behavior": BEHAVIOR,
+        "behavior": CLONING,
         "log_every": 5,
         "checkpoint_every": EVERY,
         "snapshot_every": EVERY,
         **changes,
     }
-    loop.train(dataset, algorithm, out, **arguments)
+    loop.train(dataset, TrainRequest(algorithm, **fields), out, dataset_path="data.hdf5", observer=observer)
     return out
 
 
@@ -91,6 +100,7 @@ import os, sys, time
 from pathlib import Path
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.training import checkpoint, loop
+from omcda_deploy.training.observer import TrainObserver
 from tests.training.test_training_loop import train
 
 file, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -99,17 +109,18 @@ def stop():
     print("now", flush=True)
     time.sleep(60)
 
-def on_log(step, metrics):
-    if moment == "between checkpoints" and step == 35:
-        stop()
+class Stopper(TrainObserver):
+    def logged(self, step, metrics):
+        if moment == "between checkpoints" and step == 35:
+            stop()
 
 if moment == "while saving":
     # Step 60's checkpoint is written, but not yet in its place.
     os.fsync = lambda handle: stop() if any(out.glob(".resume.pt.*")) else None
 if out.exists():
-    loop.resume(read(file), out, on_log=on_log)
+    loop.resume(read(file), out, observer=Stopper())
 else:
-    train(read(file), out, on_log=on_log)
+    train(read(file), out, observer=Stopper())
 """
 
 
@@ -165,12 +176,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     class KilledError(Exception):
         pass
 
-    def die(step: int, metrics: Any) -> None:
-        if step == 15:
-            raise KilledError
+    class Killer(TrainObserver):
+        def logged(self, step: int, metrics: Mapping[str, float]) -> None:
+            if step == 15:
+                raise KilledError
 
     with pytest.raises(KilledError):
-        train(dataset, tmp_path / "run", on_log=die)
+        train(dataset, tmp_path / "run", observer=Killer())
     assert not (tmp_path / "run" / "resume.pt").exists()
     loop.resume(dataset, tmp_path / "run")
     assert differing(load_state(run / "resume.pt"), load_state(tmp_path / "run" / "resume.pt")) == set()
@@ -320,7 +332,9 @@ REFUSALS: list[Refusal] = [
     ({"settings": {"d_tot": -1.0}}, ConfigError, r"omcda\.d_tot: expected .*, got -1"),
     ({"settings": {"hidden": 8.5}}, ConfigError, r"omcda\.hidden: expected int, got 8\.5"),
     ({"settings": {"hidden": 8, "grad_clip": "inf"}}, ConfigError, r"omcda\.grad_clip: expected .*, got inf"),
-    ({"behavior": BehaviorConfig(hidden=16)}, ConfigError, "expected behavior hidden 8"),
+    ({"behavior": {"hidden": 16}}, ConfigError, "expected behavior hidden 8"),
+    ({"behavior": {"stepps": 1}}, UnknownNameError, "unknown setting of BehaviorConfig 'stepps'"),
+    ({"evaluate_every": 30}, ConfigError, "evaluate_every: expected a multiple of 20, .* got 30"),
 ]
 
 
@@ -421,8 +435,13 @@ def test_the_behavior_model_is_cloned_once_per_dataset(
 ) -> None:
     monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
     calls: list[int] = []
+
+    class Counter(TrainObserver):
+        def cloning(self, step: int, steps: int, loss: float) -> None:
+            calls.append(step)
+
     for name in ("omcda", "bc"):
-        train(dataset, tmp_path / name, name, steps=5, on_behavior=lambda step, *_: calls.append(step))
+        train(dataset, tmp_path / name, name, steps=5, observer=Counter())
         assert calls == [10, 20]  # of the first run
     [cached] = (tmp_path / "cache").rglob("*.pt")
     models = [load_state(path)["model"] for path in (cached, *sorted(tmp_path.glob("*/behavior.pt")))]
@@ -579,7 +598,7 @@ def test_the_evaluator_starts_one_process_per_chosen_snapshot(
     monkeypatch.setattr(subprocess, "Popen", Process)
     evaluator = Evaluator(run, 40)
     for step in (20, 40, 60, 80):
-        evaluator(step)
+        evaluator.start(step)
     assert [command[-2:] for command in started] == [[str(run), "40"], [str(run), "80"]]
     evaluator.wait()
     assert all(process.waited for process in evaluator._running)  # type: ignore[attr-defined]

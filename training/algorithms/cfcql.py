@@ -34,6 +34,8 @@ Deviations from the published code:
   instead of a variational autoencoder's estimate.
 * Policy and critics step together; published are five steps of the critics to one of the policy.
 * Networks, learning rate and batch are OMIGA's; batch normalisation is left out.
+
+Source: docs/baselines.md#cfcql.
 """
 
 from __future__ import annotations
@@ -41,13 +43,13 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.batches import Batch, noise_at
 from omcda_deploy.training.conservative import (
     candidate_actions,
     candidate_log_density,
@@ -55,7 +57,7 @@ from omcda_deploy.training.conservative import (
     sampled_penalty,
 )
 from omcda_deploy.training.distributions import Categorical, TanhGaussian, policy_of
-from omcda_deploy.training.learner import Group, Learner, frozen, parameters_of
+from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import (
     GreedyActor,
     NetworkFactory,
@@ -63,80 +65,78 @@ from omcda_deploy.training.networks import (
     masked_log_softmax,
     total_value,
 )
-from omcda_deploy.training.settings import require, require_choice
+from omcda_deploy.training.optimizer import Group, JointOptimizer, frozen, loss_metrics, parameters_of
+from omcda_deploy.training.settings import (
+    Choice,
+    Count,
+    GradientNorm,
+    LearningRate,
+    Range,
+    Tau,
+    Unit,
+    Weight,
+    Width,
+    check,
+)
 
 PAPER = "Counterfactual Conservative Q Learning for Offline Multi-agent Reinforcement Learning (2023)"
 SUMMARY = "conservative Q-learning in which one agent at a time deviates from the data"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "neg_log_behavior"}
+COLUMNS = (KL,)
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of CFCQL; alpha as published for MA-MuJoCo's medium data."""
 
-    alpha: float = 1.0  # weight of the penalty
-    lambda_tau: float = 1.0  # how much lambda_i follows the agents' divergences; 0: uniform
-    lambda_sign: str = "positive"  # positive | negative: of tau
-    twin: bool = True  # two critics, the smaller of which is the target
-    mixer: str = "linear"  # linear | vdn | qmix
-    candidates: int = 10  # actions of each of the three kinds (continuous)
-    policy_std: float = 0.2  # under the tanh (continuous)
-    action_penalty: float = 1e-3  # c of L_pi (continuous)
-    lr: float = 5e-4
-    gamma: float = 0.99
-    tau: float = 0.005  # of target networks
-    grad_clip: float = 1.0
-    batch_size: int = 128
-    hidden: int = 256
-    mixer_hidden: int = 64
+    alpha: Weight = 1.0  # weight of the penalty
+    lambda_tau: Weight = 1.0  # strength with which lambda_i follows the agents' divergences; 0: uniform
+    lambda_sign: Annotated[str, Choice("positive", "negative")] = "positive"  # sign of tau
+    twin: bool = True  # two critics; the smaller value is the target
+    mixer: Annotated[str, Choice("linear", "vdn", "qmix")] = "linear"
+    candidates: Annotated[int, Range(1, 1024)] = 10  # actions of each of the three kinds (continuous)
+    policy_std: Annotated[float, Range(0.01, 1.0)] = 0.2  # under the tanh (continuous)
+    action_penalty: Weight = 1e-3  # c of L_pi (continuous)
+    lr: LearningRate = 5e-4
+    gamma: Unit = 0.99
+    tau: Tau = 0.005  # step of the target networks
+    grad_clip: GradientNorm = 1.0
+    batch_size: Count = 128
+    hidden: Width = 256
+    mixer_hidden: Width = 64
 
     def __post_init__(self) -> None:
-        require_choice(self, lambda_sign=("positive", "negative"), mixer=("linear", "vdn", "qmix"))
-        require(
-            self,
-            alpha=(0.0, 1e6),
-            lambda_tau=(0.0, 1e6),
-            candidates=(1, 1024),
-            policy_std=(0.01, 1.0),
-            action_penalty=(0.0, 1e6),
-            lr=(0.0, 1.0),
-            gamma=(0.0, 1.0),
-            tau=(1e-6, 1.0),
-            grad_clip=(1e-6, math.inf),
-            batch_size=(1, 10**6),
-            hidden=(1, 65536),
-            mixer_hidden=(1, 65536),
-        )
+        check(self)
 
 
 class FixedDeviationActor(nn.Module):
-    """A tanh-Gaussian policy of which only the mean is learned: the published policy and its noise."""
+    """A tanh-Gaussian policy with a learned mean and a fixed deviation: the published policy and its noise."""
 
     def __init__(self, actor: nn.Module, deviation: float) -> None:
-        """``actor``: a Gaussian one, of which log_std is replaced."""
+        """Replace the log_std of ``actor``, a Gaussian one."""
         super().__init__()
         self.actor = actor
         self.log_std = math.log(deviation)
 
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
-        """``[B, (N,) O] -> (mean, log_std)``, each [B, (N,) A]."""
+        """Map ``[B, (N,) O] -> (mean, log_std)``, each [B, (N,) A]."""
         mean, _ = self.actor(observation, agent)
         return mean, torch.full_like(mean, self.log_std)
 
 
-def counterfactual_change(mixer: nn.Module, values: Tensor, recorded: Tensor, state: Tensor) -> Tensor:
-    """``Q^i(s, u) - Q_tot(s, a)`` [K, B, N]: what Q_tot gains when agent i alone does each of K actions u.
+def counterfactual_change(mixer: nn.Module, values: Tensor, data_values: Tensor, state: Tensor) -> Tensor:
+    """Return ``Q^i(s, u) - Q_tot(s, a)`` [K, B, N]: the gain in Q_tot when agent i alone does each of K actions u.
 
-    ``values`` q_i(o_i, u^k) [K, B, N], ``recorded`` q_i(o_i, a_i) [B, N], ``state`` [B, S].
+    ``values`` q_i(o_i, u^k) [K, B, N], ``data_values`` q_i(o_i, a_i) [B, N], ``state`` [B, S].
     """
-    change = values - recorded  # [K, B, N]
+    change = values - data_values  # [K, B, N]
     if not isinstance(mixer, QmixMixer):
         weights, _ = mixer(state)
         product: Tensor = weights * change
         return product
     w1 = mixer.w1(state).abs().view(-1, mixer.agents, mixer.embed)  # [B, N, E]
-    hidden = torch.einsum("bn,bne->be", recorded, w1) + mixer.b1(state)
+    hidden = torch.einsum("bn,bne->be", data_values, w1) + mixer.b1(state)
     hidden = hidden.unsqueeze(1)  # [B, 1, E]
     gain = F.elu(hidden + change.unsqueeze(-1) * w1) - F.elu(hidden)  # [K, B, N, E]
     total: Tensor = (gain * mixer.w2(state).abs().unsqueeze(1)).sum(-1)
@@ -144,12 +144,12 @@ def counterfactual_change(mixer: nn.Module, values: Tensor, recorded: Tensor, st
 
 
 def agent_weights(kl: Tensor, tau: float, sign: str) -> Tensor:
-    """``lambda_i = softmax_i( +-tau KL_i )``: [B, N] -> [B, N], without gradient."""
+    """Return ``lambda_i = softmax_i( +-tau KL_i )``: [B, N] -> [B, N], without gradient."""
     return torch.softmax((tau if sign == "positive" else -tau) * kl.detach(), -1)
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
-    """The module that is snapshotted and exported."""
+    """Make the module that is snapshotted and exported."""
     if networks.spec.action_kind == "discrete":
         q: Any = networks.q()
         return GreedyActor(q)
@@ -157,7 +157,9 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """CFCQL's learner: one :meth:`update` is one gradient step on a batch."""
+    """Train by CFCQL: one :meth:`update` is one gradient step on a batch."""
+
+    budgets = alpha = None
 
     def __init__(
         self,
@@ -169,9 +171,9 @@ class Algorithm:
         seed: int,
         device: str = "cpu",
     ) -> None:
-        """``behavior`` is the cloned pi_b that lambda_i and the exported divergence are measured against."""
+        """Measure lambda_i and the exported divergence against ``behavior``, the cloned pi_b."""
         self.config = config
-        self._seed = seed
+        self._seed, self._device = seed, device
         self.policy = make_policy(config, networks).to(device)
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
         # A greedy policy is its critic: the two share their parameters.
@@ -185,42 +187,35 @@ class Algorithm:
         groups = [Group(parameters_of(self.online), config.lr)]
         if not isinstance(self.policy, GreedyActor):
             groups.append(Group(parameters_of(self.policy), config.lr))
-        self._learner = Learner(
-            groups, config.grad_clip, averages=[(self.target, self.online)], tau=config.tau
+        self._optimizer = JointOptimizer(
+            groups,
+            config.grad_clip,
+            modules={"policy": self.policy, "online": self.online, "target": self.target},
+            averages=[(self.target, self.online)],
+            tau=config.tau,
         )
-        self._noise = torch.Generator(device)
         self.step = 0
 
-    @property
-    def budgets(self) -> None:
-        """CFCQL has no budget per agent."""
-        return None
-
-    @property
-    def alpha(self) -> None:
-        return None
-
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        self._noise.manual_seed(self._seed * 1_000_003 + self.step)
         with torch.no_grad():
             behavior = policy_of(self.behavior, batch.observation, batch.mask)
         if isinstance(behavior, Categorical):
             losses, metrics = self._discrete(batch, behavior)
         else:
             losses, metrics = self._continuous(batch, behavior)
-        self._learner.descend(losses)
+        self._optimizer.descend(losses)
         self.step += 1
-        return {**{f"loss/{name}": loss.detach() for name, loss in losses.items()}, **metrics}
+        return {**loss_metrics(losses), **metrics}
 
     def _discrete(self, batch: Batch, behavior: Categorical) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         c = self.config
-        assert batch.mask is not None  # the batch of a categorical behaviour
+        assert batch.mask is not None  # since behaviour is categorical
         assert batch.next_mask is not None
         tables = [critic.values(batch.observation) for critic in self.critics]  # [B, N, A] each
-        recorded = [table.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1) for table in tables]
+        data_values = [table.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1) for table in tables]
         changes = [
-            counterfactual_change(self.mixer, table.movedim(-1, 0), own, batch.state).movedim(0, -1)
-            for table, own in zip(tables, recorded, strict=True)
+            counterfactual_change(self.mixer, table.movedim(-1, 0), q, batch.state).movedim(0, -1)
+            for table, q in zip(tables, data_values, strict=True)
         ]
         with torch.no_grad():
             next_scores = self.critics[0].values(batch.next_observation)
@@ -230,42 +225,43 @@ class Algorithm:
             surprise = -behavior.log_prob(masked_log_softmax(tables[0], batch.mask).argmax(-1))
         unit = torch.ones_like(y).unsqueeze(-1)
         penalties = [discrete_penalty(unit, change, batch.action, batch.mask) for change in changes]
-        losses = self._critic_losses(batch, recorded, penalties, weights, y)
+        losses = self._critic_losses(batch, data_values, penalties, weights, y)
         return losses, {"kl": surprise.mean(0), "lambda": weights.mean(0), "value/target": y.mean()}
 
     def _continuous(
         self, batch: Batch, behavior: TanhGaussian
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         c, o, s = self.config, batch.observation, batch.state
+        generator = noise_at(self._seed, self.step, self._device)
         policy = TanhGaussian(*self.policy(o))
         with torch.no_grad():
             next_policy = TanhGaussian(*self.policy(batch.next_observation))
-            y = self._target(batch, next_policy.sample(1, self._noise)[0])
-            actions = candidate_actions(policy, next_policy, c.candidates, self._noise)
+            y = self._target(batch, next_policy.sample(1, generator)[0])
+            actions = candidate_actions(policy, next_policy, c.candidates, generator)
             log_density = candidate_log_density(actions, policy, next_policy) + math.log(len(actions))
             kl = policy.kl(behavior)
             weights = agent_weights(kl, c.lambda_tau, c.lambda_sign)
             actions = torch.cat((batch.action.unsqueeze(0), actions))
         values = [critic.candidates(o, actions) for critic in self.critics]  # [1 + K, B, N] each
-        recorded = [value[0] for value in values]
+        data_values = [value[0] for value in values]
         unit, zero = torch.ones_like(weights), torch.zeros_like(weights)
         penalties = [
-            sampled_penalty(unit, counterfactual_change(self.mixer, value[1:], own, s), zero, log_density)
-            for value, own in zip(values, recorded, strict=True)
+            sampled_penalty(unit, counterfactual_change(self.mixer, value[1:], q, s), zero, log_density)
+            for value, q in zip(values, data_values, strict=True)
         ]
-        losses = self._critic_losses(batch, recorded, penalties, weights, y)
-        own_action = policy.sample(1, self._noise)
+        losses = self._critic_losses(batch, data_values, penalties, weights, y)
+        policy_action = policy.sample(1, generator)  # [1, B, N, A]
         with frozen(self.online):
-            value = self.critics[0].candidates(o, own_action)
-            gain = counterfactual_change(self.mixer, value, recorded[0].detach(), s)
-        losses["policy"] = -gain.mean() + c.action_penalty * own_action.square().mean()
+            value = self.critics[0].candidates(o, policy_action)
+            gain = counterfactual_change(self.mixer, value, data_values[0].detach(), s)
+        losses["policy"] = -gain.mean() + c.action_penalty * policy_action.square().mean()  # L_pi
         return losses, {"kl": kl.mean(0), "lambda": weights.mean(0), "value/target": y.mean()}
 
     def _critic_losses(
-        self, batch: Batch, recorded: list[Tensor], penalties: list[Tensor], weights: Tensor, y: Tensor
+        self, batch: Batch, data_values: list[Tensor], penalties: list[Tensor], weights: Tensor, y: Tensor
     ) -> dict[str, Tensor]:
-        """L_Q, summed over critics; the lists hold one [B, N] each."""
-        errors = [total_value(self.mixer, own, batch.state) - y for own in recorded]
+        """Return the two terms of L_Q, summed over critics; the lists hold one [B, N] per critic."""
+        errors = [total_value(self.mixer, q, batch.state) - y for q in data_values]
         return {
             "critic": torch.stack([error.square().mean() for error in errors]).sum(),
             "conservative": self.config.alpha
@@ -273,7 +269,7 @@ class Algorithm:
         }
 
     def _target(self, batch: Batch, next_action: Tensor) -> Tensor:
-        """``y`` [B] for actions at s' chosen by the online policy and valued by the target critics."""
+        """Return ``y`` [B] for actions at s' that the online policy chose, valued by the target critics."""
         totals = [
             total_value(self.mixer_target, critic(batch.next_observation, next_action), batch.next_state)
             for critic in self.critics_target
@@ -282,17 +278,8 @@ class Algorithm:
         return y
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "policy": self.policy.state_dict(),
-            "online": self.online.state_dict(),
-            "target": self.target.state_dict(),
-            "learner": self._learner.state_dict(),
-            "step": self.step,
-        }
+        return {**self._optimizer.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.online.load_state_dict(state["online"])
-        self.target.load_state_dict(state["target"])
-        self._learner.load_state_dict(state["learner"])
+        self._optimizer.load_state_dict(state)
         self.step = state["step"]

@@ -34,6 +34,8 @@ Deviations from the published code:
 * Each agent is cloned with its own weight. ``paper_code_weights``: with the sum over agents, all of them.
 * lambda_e uses the e of its own weights throughout; gradients of the lambdas are clipped as all others are.
 * W is capped at ``weight_max`` for continuous actions too; published is 2 for SMAC and no cap for MA-MuJoCo.
+
+Source: docs/baselines.md#comadice.
 """
 
 from __future__ import annotations
@@ -41,18 +43,28 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from omcda_deploy.errors import ConfigError
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import divergence, policy_of
-from omcda_deploy.training.learner import Group, Learner, parameters_of
 from omcda_deploy.training.losses import mix
+from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
-from omcda_deploy.training.settings import require, require_choice
+from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
+from omcda_deploy.training.settings import (
+    Choice,
+    Count,
+    GradientNorm,
+    LearningRate,
+    Range,
+    Tau,
+    Unit,
+    Width,
+    check,
+)
 
 PAPER = (
     "ComaDICE: Offline Cooperative Multi-Agent RL with Stationary Distribution Shift Regularization (2025)"
@@ -60,55 +72,41 @@ PAPER = (
 SUMMARY = "occupancy ratios by a dual; cloning weighted by them"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
+COLUMNS = (KL,)
 
 F_DIVERGENCES = ("soft_chi2", "chi2", "kl")
-_RATIO_MAX = math.exp(10.0)  # of kl, whose ratio is exponential; beyond, its dual continues linearly
+NO_QMIX = {
+    "qmix": "an agent's e_i = w_i (q_i - v_i) needs a weight per agent, which a nonlinear mixer does not have"
+}
+_RATIO_MAX = math.exp(10.0)  # kl's ratio is exponential: beyond this its dual continues linearly
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of ComaDICE as published for MA-MuJoCo."""
 
-    alpha: float = 10.0  # price of D_f between occupancies
-    f_divergence: str = "soft_chi2"  # soft_chi2 | chi2 | kl
-    initial_states: str = "data"  # data | first: where the occupancies begin, anywhere in the data or in s_0
-    mixer: str = "linear"  # linear | vdn
-    weight_max: float = 100.0  # cap of W_i
+    alpha: Annotated[float, Range(1e-6, 1e6)] = 10.0  # price of D_f between occupancies
+    f_divergence: Annotated[str, Choice(*F_DIVERGENCES)] = "soft_chi2"
+    # Occupancies begin anywhere in the data, or in the first states of episodes.
+    initial_states: Annotated[str, Choice("data", "first")] = "data"
+    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX)] = "linear"
+    weight_max: Annotated[float, Range(1.0, 1e6)] = 100.0  # cap of W_i
     paper_code_vloss: bool = False  # the released code's gradient of L_v
-    paper_code_weights: bool = False  # the sum of all agents' weights for each of them
-    lr: float = 1e-4  # of networks and lambdas
-    gamma: float = 0.99
-    tau: float = 0.005
-    grad_clip: float = 1.0
-    batch_size: int = 128
-    hidden: int = 256
-    mixer_hidden: int = 64
+    paper_code_weights: bool = False  # clone each agent with the sum of all agents' weights
+    lr: LearningRate = 1e-4  # networks and lambdas
+    gamma: Unit = 0.99
+    tau: Tau = 0.005
+    grad_clip: GradientNorm = 1.0
+    batch_size: Count = 128
+    hidden: Width = 256
+    mixer_hidden: Width = 64
 
     def __post_init__(self) -> None:
-        if self.mixer == "qmix":
-            raise ConfigError(
-                "comadice.mixer: expected linear or vdn, got 'qmix': an agent's e_i = w_i (q_i - v_i) needs a "
-                "weight per agent, which a nonlinear mixer does not have"
-            )
-        require_choice(
-            self, f_divergence=F_DIVERGENCES, mixer=("linear", "vdn"), initial_states=("data", "first")
-        )
-        require(
-            self,
-            alpha=(1e-6, 1e6),
-            weight_max=(1.0, 1e6),
-            lr=(0.0, 1.0),
-            gamma=(0.0, 1.0),
-            tau=(1e-6, 1.0),
-            grad_clip=(1e-6, math.inf),
-            batch_size=(1, 10**6),
-            hidden=(1, 65536),
-            mixer_hidden=(1, 65536),
-        )
+        check(self)
 
 
 def occupancy_ratio(x: Tensor, kind: str) -> Tensor:
-    """``argmax_{w >= 0} ( w x - f(w) )``, the inverse of f'."""
+    """Return ``argmax_{w >= 0} ( w x - f(w) )``, the inverse of f'."""
     if kind == "kl":
         return torch.exp((x - 1.0).clamp_max(math.log(_RATIO_MAX)))
     if kind == "chi2":
@@ -117,7 +115,7 @@ def occupancy_ratio(x: Tensor, kind: str) -> Tensor:
 
 
 def f_value(ratio: Tensor, kind: str) -> Tensor:
-    """``f(w)`` for w >= 0, convex; 0 at w = 1."""
+    """Return ``f(w)`` for w >= 0: convex, 0 at w = 1."""
     quadratic = 0.5 * (ratio - 1.0).square()
     if kind == "chi2":
         return quadratic
@@ -128,7 +126,7 @@ def f_value(ratio: Tensor, kind: str) -> Tensor:
 
 
 def dual_loss(e: Tensor, lagrange: Tensor, alpha: float, kind: str, paper_code: bool = False) -> Tensor:
-    """``mean[ -alpha f(w) + w (e - lambda) ] + lambda`` with ``w = ratio((e - lambda)/alpha)``; ``e`` [B, N].
+    """Return ``mean[ -alpha f(w) + w (e - lambda) ] + lambda`` at ``w = ratio((e - lambda)/alpha)``.
 
     Its gradient is w(x) in e, and ``1 - mean w`` in lambda. ``paper_code`` has the same value; its gradient is
     ``x w'(x)`` in e and ``1 - mean( w + x w'(x) )`` in lambda.
@@ -140,7 +138,7 @@ def dual_loss(e: Tensor, lagrange: Tensor, alpha: float, kind: str, paper_code: 
 
 
 def inflow(ratio: Tensor, weights: Tensor, discounted_next: Tensor, initial: Tensor) -> Tensor:
-    """``kappa_i`` [N] from ``ratio``, ``w_i(s)``, ``gamma m w_i(s')`` and ``w_i(s_0)``, each [B, N].
+    """Return ``kappa_i`` [N] from ``ratio``, ``w_i(s)``, ``gamma m w_i(s')`` and ``w_i(s_0)``, each [B, N].
 
     With it the gradient of L_v in a shift of v_i is proportional to ``1 - mean ratio_i``, whatever terminates.
     """
@@ -149,12 +147,14 @@ def inflow(ratio: Tensor, weights: Tensor, discounted_next: Tensor, initial: Ten
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
-    """The module that is snapshotted and exported."""
+    """Make the module that is snapshotted and exported."""
     return networks.actor()
 
 
 class Algorithm:
-    """ComaDICE's learner: one :meth:`update` is one gradient step on a batch."""
+    """Train by ComaDICE: one :meth:`update` is one gradient step on a batch."""
+
+    budgets = alpha = None
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Algorithm:
         seed: int,
         device: str = "cpu",
     ) -> None:
-        """``behavior`` is not trained on; it is what the exported divergence is measured against."""
+        """Measure divergence against ``behavior``, the cloned pi_b, which is not trained on."""
         self.config = config
         self.q, self.v = networks.q(), networks.v()
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
@@ -176,7 +176,7 @@ class Algorithm:
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.v_target, self.mixer_target = self.target
         self.lambdas = nn.ParameterDict({"v": torch.zeros(()), "e": torch.zeros(())}).to(device)
-        self._learner = Learner(
+        self._optimizer = JointOptimizer(
             [
                 Group(parameters_of(self.policy), config.lr),
                 Group(parameters_of(self.q, self.mixer), config.lr),
@@ -184,19 +184,16 @@ class Algorithm:
                 *(Group([multiplier], config.lr) for multiplier in self.lambdas.values()),
             ],
             config.grad_clip,
+            modules={
+                "policy": self.policy,
+                "online": self.online,
+                "target": self.target,
+                "lambdas": self.lambdas,
+            },
             averages=[(self.target, self.online)],
             tau=config.tau,
         )
         self.step = 0
-
-    @property
-    def budgets(self) -> None:
-        """ComaDICE has no budget per agent."""
-        return None
-
-    @property
-    def alpha(self) -> None:
-        return None
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
@@ -234,17 +231,17 @@ class Algorithm:
             cloning = cloning.sum(-1, keepdim=True)
         policy = policy_of(self.policy, batch.observation, batch.mask)
         losses = {
-            "policy": -(cloning * policy.log_prob(batch.action)).mean(),
-            "critic": (mix(w_on, q, b_on) - y).square().mean(),
-            "value": dual + initial,
-            "normaliser": dual_loss(e_bar, self.lambdas["e"], c.alpha, c.f_divergence),
+            "policy": -(cloning * policy.log_prob(batch.action)).mean(),  # L_pi
+            "critic": (mix(w_on, q, b_on) - y).square().mean(),  # L_q
+            "value": dual + initial,  # L_v
+            "normaliser": dual_loss(e_bar, self.lambdas["e"], c.alpha, c.f_divergence),  # sets lambda_e
         }
-        self._learner.descend(losses)
+        self._optimizer.descend(losses)
         self.step += 1
         with torch.no_grad():
             behavior = policy_of(self.behavior, batch.observation, batch.mask)
             return {
-                **{f"loss/{name}": loss.detach() for name, loss in losses.items()},
+                **loss_metrics(losses),
                 "kl": divergence(policy, behavior).mean(0),
                 "value/reward_total": mix(w_on, v, b_on).mean(),
                 "ratio/mean": free.mean(),
@@ -254,19 +251,8 @@ class Algorithm:
             }
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "policy": self.policy.state_dict(),
-            "online": self.online.state_dict(),
-            "target": self.target.state_dict(),
-            "lambdas": self.lambdas.state_dict(),
-            "learner": self._learner.state_dict(),
-            "step": self.step,
-        }
+        return {**self._optimizer.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.online.load_state_dict(state["online"])
-        self.target.load_state_dict(state["target"])
-        self.lambdas.load_state_dict(state["lambdas"])
-        self._learner.load_state_dict(state["learner"])
+        self._optimizer.load_state_dict(state)
         self.step = state["step"]

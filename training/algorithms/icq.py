@@ -1,7 +1,7 @@
-"""ICQ: implicit constraint Q-learning for teams (Yang et al., NeurIPS 2021, 2106.03400; baselines.md section 4).
+"""ICQ: implicit constraint Q-learning for teams (Yang et al., NeurIPS 2021, 2106.03400).
 
-No target holds the value of an action that the data do not: it values the *recorded* next action, weighed by how
-much likelier the improved policy would take it, and the policy clones recorded actions, so weighted. With
+Targets use no value of an action outside the data: they value the *recorded* next action, weighed by how much
+likelier the improved policy would take it, and the policy clones recorded actions with such weights. With
 ``Q_tot = sum_i w_i(s) q_i(o_i,a_i) + b(s)`` and ``pi* = pi_b exp(Q_tot/T)/Z`` the policy factors into agents
 (bars: target networks, no gradient; m = 1 - terminal; B rows in a batch; sg: no gradient):
 
@@ -26,76 +26,74 @@ Deviations from the published team code with a linear mixer: both softmaxes aver
 original ICQ-MA, where the port's sum to 1 and cut the bootstrap to 1/B; both see advantages, not raw values; rho is
 capped; squared errors are not decayed along the shuffled batch as though it were a trajectory. ``as_released``
 restores all four, since published numbers may depend on them. From ICQ-MA itself this differs by one-step targets,
-a feed-forward actor, masks before the softmax and no exploration floor in log pi.
+a feed-forward actor, masks before the softmax and no least exploration probability in log pi.
+
+Source: docs/baselines.md#icq.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from omcda_deploy.errors import ConfigError
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import Categorical, Distribution, divergence, policy_of
-from omcda_deploy.training.learner import Group, Learner, parameters_of
 from omcda_deploy.training.losses import mix
+from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
-from omcda_deploy.training.settings import require, require_choice
+from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
+from omcda_deploy.training.settings import (
+    Choice,
+    Count,
+    GradientNorm,
+    LearningRate,
+    Range,
+    Tau,
+    Unit,
+    Width,
+    check,
+)
 
 PAPER = "Believe What You See: Implicit Constraint Approach for Offline Multi-Agent RL (2021)"
 SUMMARY = "values and clones recorded actions only, weighted by a softmax over the batch"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
+COLUMNS = (KL,)
 
 RELEASED_LAMBDA = 0.8
+NO_QMIX = {
+    "qmix": "pi_b exp(Q_tot/T) factors into agents, each with its weight w_i, only where Q_tot is linear in their "
+    "values"
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of ICQ as published for MA-MuJoCo."""
 
-    critic_temperature: float = 10.0  # T_Q, in units of return
-    policy_temperature: float = 100.0  # T_pi, in units of return
-    rho_max: float = 10.0
+    critic_temperature: Annotated[float, Range(1e-6, 1e9)] = 10.0  # T_Q, in units of return
+    policy_temperature: Annotated[float, Range(1e-6, 1e9)] = 100.0  # T_pi, in units of return
+    rho_max: Annotated[float, Range(1.0, 1e6)] = 10.0
     as_released: bool = False  # the published code's weights and decay; see the module's docstring
-    mixer: str = "linear"  # linear | vdn
-    lr: float = 5e-4
-    gamma: float = 0.99
-    tau: float = 0.005
-    grad_clip: float = 1.0  # norm, per group of parameters
-    batch_size: int = 128
-    hidden: int = 256
-    mixer_hidden: int = 64
+    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX)] = "linear"
+    lr: LearningRate = 5e-4
+    gamma: Unit = 0.99
+    tau: Tau = 0.005
+    grad_clip: GradientNorm = 1.0  # norm, per group of parameters
+    batch_size: Count = 128
+    hidden: Width = 256
+    mixer_hidden: Width = 64
 
     def __post_init__(self) -> None:
-        if self.mixer == "qmix":
-            raise ConfigError(
-                "icq.mixer: expected linear or vdn, got 'qmix': pi_b exp(Q_tot/T) factors into agents, each with "
-                "its weight w_i, only where Q_tot is linear in their values"
-            )
-        require_choice(self, mixer=("linear", "vdn"))
-        require(
-            self,
-            critic_temperature=(1e-6, 1e9),
-            policy_temperature=(1e-6, 1e9),
-            rho_max=(1.0, 1e6),
-            lr=(0.0, 1.0),
-            gamma=(0.0, 1.0),
-            tau=(1e-6, 1.0),
-            grad_clip=(1e-6, math.inf),
-            batch_size=(1, 10**6),
-            hidden=(1, 65536),
-            mixer_hidden=(1, 65536),
-        )
+        check(self)
 
 
 class TwinQ(nn.Module):
-    """Two critics of which the smaller value counts."""
+    """A pair of critics; the smaller of their values counts."""
 
     def __init__(self, networks: NetworkFactory) -> None:
         super().__init__()
@@ -103,7 +101,7 @@ class TwinQ(nn.Module):
         self.second: Any = networks.q()
 
     def forward(self, observation: Tensor, action: Tensor, policy: Distribution) -> tuple[Tensor, Tensor]:
-        """``(q_i(o_i,a_i), v_i(o_i))``, both [B, N]; v_i under ``policy`` and without gradient."""
+        """Return ``(q_i(o_i,a_i), v_i(o_i))``, both [B, N]; v_i under ``policy`` and without gradient."""
         if isinstance(policy, Categorical):
             values = torch.minimum(self.first.values(observation), self.second.values(observation))
             expected = (policy.log_probs.exp() * values).sum(-1).detach()
@@ -114,37 +112,39 @@ class TwinQ(nn.Module):
             return q, torch.minimum(self.first(observation, mode), self.second(observation, mode))
 
 
-def batch_weights(scores: Tensor, counted: Tensor | None = None) -> Tensor:
-    """``B softmax(scores)`` over axis 0 [B, …].
+def batch_weights(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return ``B softmax(scores)`` over axis 0 [B, …].
 
-    With ``counted`` [B], 0 or 1, the mean is 1 over the rows that count, and others have weight 0.
+    With ``valid`` [B], 0 or 1, the mean is 1 over the valid rows, and others have weight 0.
     """
-    if counted is None:
+    if valid is None:
         return len(scores) * torch.softmax(scores, 0)
     lowest = torch.finfo(scores.dtype).min
-    return counted * counted.sum() * torch.softmax(scores.masked_fill(counted == 0, lowest), 0)
+    return valid * valid.sum() * torch.softmax(scores.masked_fill(valid == 0, lowest), 0)
 
 
 def effective_share(weights: Tensor) -> Tensor:
-    """``(sum W)^2 / (B sum W^2)`` [N]: the share of the batch [B, N] that carries the weight."""
+    """Return ``(sum W)^2 / (B sum W^2)`` [N]: the share of the batch [B, N] that carries the weight."""
     return weights.sum(0).square() / (len(weights) * weights.square().sum(0))
 
 
 def released_decay(not_done: Tensor, gamma: float) -> Tensor:
-    """``(0.8 gamma)^(2 j)`` [B], j counted through the shuffled batch and begun anew where ``not_done`` is 0."""
+    """Return ``(0.8 gamma)^(2 j)`` [B]; j counts rows of the shuffled batch from the last with ``not_done`` 0."""
     position = torch.arange(len(not_done), device=not_done.device)
-    begun = torch.where(not_done == 0, position, 0).cummax(0).values
-    decay: Tensor = (RELEASED_LAMBDA * gamma) ** (2 * (position - begun))
+    start = torch.where(not_done == 0, position, 0).cummax(0).values
+    decay: Tensor = (RELEASED_LAMBDA * gamma) ** (2 * (position - start))
     return decay
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
-    """The module that is snapshotted and exported."""
+    """Make the module that is snapshotted and exported."""
     return networks.actor()
 
 
 class Algorithm:
-    """ICQ's learner: one :meth:`update` is one gradient step on a batch."""
+    """Train by ICQ: one :meth:`update` is one gradient step on a batch."""
+
+    budgets = alpha = None
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Algorithm:
         seed: int,
         device: str = "cpu",
     ) -> None:
-        """``behavior`` is not trained on; it is what the exported divergence is measured against."""
+        """Measure divergence against ``behavior``, the cloned pi_b, which is not trained on."""
         self.config = config
         self.q, self.mixer = TwinQ(networks), networks.mixer(config.mixer_hidden, config.mixer)
         self.policy = make_policy(config, networks).to(device)
@@ -164,25 +164,17 @@ class Algorithm:
         self.online = nn.ModuleList((self.q, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.mixer_target = self.target
-        self._learner = Learner(
+        self._optimizer = JointOptimizer(
             [
                 Group(parameters_of(self.policy), config.lr),
                 Group(parameters_of(self.online), config.lr),
             ],
             config.grad_clip,
+            modules={"policy": self.policy, "online": self.online, "target": self.target},
             averages=[(self.target, self.online)],
             tau=config.tau,
         )
         self.step = 0
-
-    @property
-    def budgets(self) -> None:
-        """ICQ has no budget per agent."""
-        return None
-
-    @property
-    def alpha(self) -> None:
-        return None
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
@@ -198,17 +190,17 @@ class Algorithm:
         else:
             weights = batch_weights((w * (q - v)).detach() / c.policy_temperature)
         # A transition that bootstraps, but after which no action was taken, has no target.
-        counted = 1.0 - batch.not_done * (1.0 - batch.next_action_known)
+        valid = 1.0 - batch.not_done * (1.0 - batch.next_action_known)
         losses = {
-            "policy": -(weights * policy.log_prob(batch.action)).mean(),
-            "critic": (counted * error).sum() / counted.sum().clamp_min(1.0),
+            "policy": -(weights * policy.log_prob(batch.action)).mean(),  # L_pi
+            "critic": (valid * error).sum() / valid.sum().clamp_min(1.0),  # L_Q
         }
-        self._learner.descend(losses)
+        self._optimizer.descend(losses)
         self.step += 1
         with torch.no_grad():
             behavior = policy_of(self.behavior, batch.observation, batch.mask)
             return {
-                **{f"loss/{name}": loss.detach() for name, loss in losses.items()},
+                **loss_metrics(losses),
                 "kl": divergence(policy, behavior).mean(0),
                 "value/reward_total": q_tot.mean(),
                 "weights/effective_share": effective_share(weights),
@@ -217,7 +209,7 @@ class Algorithm:
 
     @torch.no_grad()
     def _target(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``(y, rho)``, both [B]."""
+        """Return ``(y, rho)``, both [B]."""
         c = self.config
         policy = policy_of(self.policy, batch.next_observation, batch.next_mask)
         q, v = self.q_target(batch.next_observation, batch.next_action, policy)
@@ -232,17 +224,8 @@ class Algorithm:
         return batch.reward + c.gamma * batch.not_done * rho * q_tot, rho
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "policy": self.policy.state_dict(),
-            "online": self.online.state_dict(),
-            "target": self.target.state_dict(),
-            "learner": self._learner.state_dict(),
-            "step": self.step,
-        }
+        return {**self._optimizer.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.online.load_state_dict(state["online"])
-        self.target.load_state_dict(state["target"])
-        self._learner.load_state_dict(state["learner"])
+        self._optimizer.load_state_dict(state)
         self.step = state["step"]

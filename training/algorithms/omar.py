@@ -1,4 +1,4 @@
-"""OMAR: offline multi-agent RL with actor rectification (Pan et al., ICML 2022, 2111.11188; baselines.md 5).
+"""OMAR: offline multi-agent RL with actor rectification (Pan et al., ICML 2022, 2111.11188).
 
 A conservative critic as in CQL, and a policy that is drawn towards the best action a search finds, since gradients
 alone get stuck where a conservative critic is not concave. With ``Q_tot = sum_i w_i(s) q_i(o_i,a_i) + b(s)`` (bars:
@@ -28,89 +28,85 @@ port is public, so the discrete one joins CFCQL's discrete OMAR to the same crit
 mixer's bias does not enter the penalty (``bias_per_agent``); elites are carried from one iteration to the next as
 in the original, so no iteration loses its best action; unavailable actions count nowhere; targets are one-step; the
 unused target policy is left out.
+
+Source: docs/baselines.md#omar.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omcda_deploy.errors import ConfigError
-from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.batches import Batch, noise_at
 from omcda_deploy.training.conservative import candidate_actions, discrete_penalty, sampled_penalty
 from omcda_deploy.training.distributions import Categorical, TanhGaussian, divergence, policy_of
-from omcda_deploy.training.learner import Group, Learner, frozen, parameters_of
 from omcda_deploy.training.losses import mix
+from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory, masked_log_softmax
-from omcda_deploy.training.settings import require, require_choice
+from omcda_deploy.training.optimizer import Group, JointOptimizer, frozen, loss_metrics, parameters_of
+from omcda_deploy.training.settings import (
+    Choice,
+    Count,
+    GradientNorm,
+    LearningRate,
+    Range,
+    SampleCount,
+    Tau,
+    Unit,
+    Weight,
+    Width,
+    check,
+)
 
 PAPER = "Plan Better Amid Conservatism: Offline Multi-Agent RL with Actor Rectification (2022)"
 SUMMARY = "conservative critic; the policy is drawn to the best action of a search"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
+COLUMNS = (KL,)
 
-LOG_FLOOR = 1e-5  # in the discrete policy's loss, which is otherwise unbounded below where A_i < 0
+LOG_OFFSET = 1e-5  # bounds the discrete policy's loss below where A_i < 0
+NO_QMIX = {
+    "qmix": "the soft maximum over joint actions is a sum over agents only where Q_tot is linear in their values"
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of OMAR as published for MA-MuJoCo."""
 
-    alpha: float = 1.0  # weight of the conservative penalty
-    coefficient: float = 0.5  # c: 0 climbs the critic alone, 1 imitates the search alone
-    penalty_samples: int = 10  # actions of each of three kinds in the soft maximum (continuous)
-    search_samples: int = 20  # actions per iteration of CEM (continuous)
-    elites: int = 5
-    iterations: int = 2
-    search_std: float = 2.0  # first sigma, of actions in [-1, 1]
-    bias_per_agent: bool = False  # as published for continuous actions: the penalty holds (N - 1) b
-    mixer: str = "linear"  # linear | vdn
-    lr: float = 5e-4
-    gamma: float = 0.99
-    tau: float = 0.005
-    grad_clip: float = 1.0  # norm, per group of parameters
-    batch_size: int = 128
-    hidden: int = 256
-    mixer_hidden: int = 64
+    alpha: Weight = 1.0  # weight of the conservative penalty
+    coefficient: Unit = 0.5  # c: 0 climbs the critic alone, 1 imitates the search alone
+    penalty_samples: SampleCount = 10  # actions of each of three kinds in the soft maximum (continuous)
+    search_samples: Annotated[int, Range(2, 10**5)] = 20  # actions per iteration of CEM (continuous)
+    elites: Annotated[int, Range(2, 10**5)] = 5  # at most search_samples
+    iterations: Annotated[int, Range(1, 1000)] = 2
+    search_std: Annotated[float, Range(1e-6, 1e3)] = 2.0  # first sigma, of actions in [-1, 1]
+    bias_per_agent: bool = False  # published for continuous actions: the penalty holds (N - 1) b
+    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX)] = "linear"
+    lr: LearningRate = 5e-4
+    gamma: Unit = 0.99
+    tau: Tau = 0.005
+    grad_clip: GradientNorm = 1.0  # norm, per group of parameters
+    batch_size: Count = 128
+    hidden: Width = 256
+    mixer_hidden: Width = 64
 
     def __post_init__(self) -> None:
-        if self.mixer == "qmix":
-            raise ConfigError(
-                "omar.mixer: expected linear or vdn, got 'qmix': the soft maximum over joint actions is a sum over "
-                "agents only where Q_tot is linear in their values"
-            )
-        require_choice(self, mixer=("linear", "vdn"))
-        require(
-            self,
-            alpha=(0.0, 1e6),
-            coefficient=(0.0, 1.0),
-            penalty_samples=(1, 10**5),
-            search_samples=(2, 10**5),
-            elites=(2, self.search_samples),
-            iterations=(1, 1000),
-            search_std=(1e-6, 1e3),
-            lr=(0.0, 1.0),
-            gamma=(0.0, 1.0),
-            tau=(1e-6, 1.0),
-            grad_clip=(1e-6, math.inf),
-            batch_size=(1, 10**6),
-            hidden=(1, 65536),
-            mixer_hidden=(1, 65536),
-        )
+        check(self)
+        Range(2, self.search_samples).require("omar.elites", self.elites)
 
 
 @torch.no_grad()
 def search(
     values: Callable[[Tensor], Tensor], like: Tensor, config: Config, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """CEM's best actions [B, N, A], shaped as ``like``, and their values [B, N].
+    """Search by CEM: return the best actions [B, N, A], shaped as ``like``, and their values [B, N].
 
     ``values`` maps actions [K, B, N, A] to [K, B, N]. No action drawn on the way is better than the one returned.
     """
@@ -119,47 +115,49 @@ def search(
     scores = like.new_empty(0, *like.shape[:-1])
     for _ in range(config.iterations):
         noise = torch.randn((config.search_samples, *like.shape), generator=generator, device=like.device)
-        drawn = (mean + std * noise).clamp(-1.0, 1.0)
-        pool = torch.cat((drawn, elites))
-        scores, best = torch.cat((values(drawn), scores)).topk(config.elites, dim=0)
+        actions = (mean + std * noise).clamp(-1.0, 1.0)
+        pool = torch.cat((actions, elites))
+        scores, best = torch.cat((values(actions), scores)).topk(config.elites, dim=0)
         elites = pool.gather(0, best.unsqueeze(-1).expand(-1, *like.shape))
         mean, std = elites.mean(0), elites.std(0)
     return elites[0], scores[0]
 
 
 def continuous_policy_loss(
-    action: Tensor, value: Tensor, found: Tensor, found_value: Tensor, coefficient: float
+    action: Tensor, value: Tensor, searched: Tensor, searched_value: Tensor, coefficient: float
 ) -> Tensor:
-    """L_pi from a_i [B, N, A] and q_i(o_i, a_i) [B, N], which carry gradients, and what the search found."""
-    best = torch.where((found_value > value).unsqueeze(-1), found, action).detach()
+    """Return L_pi from a_i [B, N, A] and q_i(o_i, a_i) [B, N], both with gradients, and the search's results."""
+    best = torch.where((searched_value > value).unsqueeze(-1), searched, action).detach()
     return coefficient * F.mse_loss(action, best) - (1.0 - coefficient) * value.mean()
 
 
 def discrete_policy_loss(
     log_probs: Tensor, q: Tensor, action: Tensor, mask: Tensor, coefficient: float
 ) -> Tensor:
-    """L_pi from log pi_i [B, N, A], q_i(o_i,.) [B, N, A] and recorded actions [B, N]."""
+    """Return L_pi from log pi_i [B, N, A], q_i(o_i,.) [B, N, A] and recorded actions [B, N]."""
     probability = log_probs.exp()
     best = F.one_hot(greedy(q, mask), q.shape[-1])
     index = action.unsqueeze(-1)
     advantage = (q.gather(-1, index).squeeze(-1) - (probability * q).sum(-1)).detach()
-    log_prob = torch.log(probability.gather(-1, index).squeeze(-1) + LOG_FLOOR)
+    log_prob = torch.log(probability.gather(-1, index).squeeze(-1) + LOG_OFFSET)
     mimic = (probability - best).square().mean()
     return coefficient * mimic - (1.0 - coefficient) * (advantage * log_prob).mean()
 
 
 def greedy(q: Tensor, mask: Tensor) -> Tensor:
-    """The best available action, int64 [B, N], of values [B, N, A]."""
+    """Choose the best available action, int64 [B, N], by values [B, N, A]."""
     return masked_log_softmax(q, mask).argmax(-1)
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
-    """The module that is snapshotted and exported."""
+    """Make the module that is snapshotted and exported."""
     return networks.actor()
 
 
 class Algorithm:
-    """OMAR's learner: one :meth:`update` is one gradient step on a batch."""
+    """Train by OMAR: one :meth:`update` is one gradient step on a batch."""
+
+    budgets = alpha = None
 
     def __init__(
         self,
@@ -171,8 +169,8 @@ class Algorithm:
         seed: int,
         device: str = "cpu",
     ) -> None:
-        """``behavior`` is not trained on; it is what the exported divergence is measured against."""
-        self.config, self._seed = config, seed
+        """Measure divergence against ``behavior``, the cloned pi_b, which is not trained on."""
+        self.config, self._seed, self._device = config, seed, device
         self.q: Any = networks.q()
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
         self.policy = make_policy(config, networks).to(device)
@@ -180,29 +178,19 @@ class Algorithm:
         self.online = nn.ModuleList((self.q, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.mixer_target = self.target
-        self._learner = Learner(
+        self._optimizer = JointOptimizer(
             [
                 Group(parameters_of(self.policy), config.lr),
                 Group(parameters_of(self.online), config.lr),
             ],
             config.grad_clip,
+            modules={"policy": self.policy, "online": self.online, "target": self.target},
             averages=[(self.target, self.online)],
             tau=config.tau,
         )
-        self._noise = torch.Generator(device)
         self.step = 0
 
-    @property
-    def budgets(self) -> None:
-        """OMAR has no budget per agent."""
-        return None
-
-    @property
-    def alpha(self) -> None:
-        return None
-
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        self._noise.manual_seed(self._seed * 1_000_003 + self.step)
         policy = policy_of(self.policy, batch.observation, batch.mask)
         w, b = self.mixer(batch.state)
         if isinstance(policy, TanhGaussian):
@@ -218,16 +206,16 @@ class Algorithm:
         if self.config.bias_per_agent:
             conservatism = conservatism + (penalty.shape[-1] - 1) * b
         losses = {
-            "policy": policy_loss,
-            "critic": (q_tot - y).square().mean(),
-            "conservative": self.config.alpha * conservatism.mean(),
+            "policy": policy_loss,  # L_pi
+            "critic": (q_tot - y).square().mean(),  # L_Q, first term
+            "conservative": self.config.alpha * conservatism.mean(),  # L_Q, second term
         }
-        self._learner.descend(losses)
+        self._optimizer.descend(losses)
         self.step += 1
         with torch.no_grad():
             behavior = policy_of(self.behavior, batch.observation, batch.mask)
             return {
-                **{f"loss/{name}": loss.detach() for name, loss in losses.items()},
+                **loss_metrics(losses),
                 "kl": divergence(policy, behavior).mean(0),
                 "value/reward_total": q_tot.mean(),
             }
@@ -235,25 +223,27 @@ class Algorithm:
     def _continuous(
         self, batch: Batch, policy: TanhGaussian, w: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``q_i(o_i,a_i)`` and penalty_i [B, N] of recorded actions, a' [B, N, A], L_pi."""
+        """Return ``q_i(o_i,a_i)`` and penalty_i [B, N] of recorded actions, a' [B, N, A], and L_pi."""
         c, o = self.config, batch.observation
+        generator = noise_at(self._seed, self.step, self._device)
         with torch.no_grad():
             next_policy = policy_of(self.policy, batch.next_observation, None)
-            assert isinstance(next_policy, TanhGaussian)  # as `policy` is
-            [next_action] = next_policy.sample(1, self._noise)
-        candidates = candidate_actions(policy, next_policy, c.penalty_samples, self._noise)
+            assert isinstance(next_policy, TanhGaussian)  # like `policy`
+            [next_action] = next_policy.sample(1, generator)
+        candidates = candidate_actions(policy, next_policy, c.penalty_samples, generator)
         values = self.q.candidates(o, torch.cat((batch.action[None], candidates)))
         q, penalty = values[0], sampled_penalty(w, values[1:], values[0])
-        [action] = policy.sample(1, self._noise)
+        [action] = policy.sample(1, generator)
         with frozen(self.q):
             value = self.q(o, action)
-            found = search(lambda actions: self.q.candidates(o, actions), action, c, self._noise)
-        return q, penalty, next_action, continuous_policy_loss(action, value, *found, c.coefficient)
+            best, best_value = search(lambda actions: self.q.candidates(o, actions), action, c, generator)
+        loss = continuous_policy_loss(action, value, best, best_value, c.coefficient)
+        return q, penalty, next_action, loss
 
     def _discrete(
         self, batch: Batch, policy: Categorical, w: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As :meth:`_continuous`, with a' [B, N]."""
+        """Return the same as :meth:`_continuous`, with a' int64 [B, N]."""
         assert batch.mask is not None  # a categorical policy is made from a mask
         assert batch.next_mask is not None
         values = self.q.values(batch.observation)
@@ -267,17 +257,8 @@ class Algorithm:
         return q, penalty, next_action, loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "policy": self.policy.state_dict(),
-            "online": self.online.state_dict(),
-            "target": self.target.state_dict(),
-            "learner": self._learner.state_dict(),
-            "step": self.step,
-        }
+        return {**self._optimizer.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.online.load_state_dict(state["online"])
-        self.target.load_state_dict(state["target"])
-        self._learner.load_state_dict(state["learner"])
+        self._optimizer.load_state_dict(state)
         self.step = state["step"]

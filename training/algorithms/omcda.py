@@ -1,28 +1,30 @@
 """OMCDA: offline MARL with conservative degree allocation (ICLR 2026, openreview oWzLIDYime).
 
-Each agent i has a price alpha_i for deviating from its behaviour policy pi_b^i, found so that its divergence
-meets a budget d_i; the budgets share a fixed total by influence on the team's reward. Reward and divergence have
-critics of their own, so that influence is measured on reward alone:
+Each agent i pays a price alpha_i for deviating from its behaviour policy pi_b^i. The price is found such that the
+agent's divergence meets a budget d_i; the budgets share a fixed total by influence on the team's reward. Reward and
+divergence have separate critics, so that influence is measured on reward alone:
 
     Q^r_tot = sum_i w^r_i(s) Q^r_i(o_i,a_i) + b^r(s)         rewards only                  (V^r_tot alike)
     Q^{c,k} = sum_j w^{c,k}_j(s) Q^c_j(o_j,a_j) + b^{c,k}(s) minus discounted divergence   (V^{c,k} alike)
     z_i     = (w^r_i/alpha_i)(Q^r_i - V^r_i) + kappa_i (Q^c_i - V^c_i)
     kappa_i = sum_k alpha_k w^{c,k}_i / alpha_i
-    pi_i*   = pi_b^i exp z_i                                                               (Prop. 3.2)
+    pi_i*   = pi_b^i exp z_i                                                (Prop. 3.2, which covers kappa = 1)
 
 Losses on dataset actions (bars: target networks, sg: no gradient, m = 1 - terminal, rho = min(exp z, e^{z_max})):
 
     L_Qr = (Q^r_tot - [r + gamma m Vbar^r_tot(s')])^2
     L_Qc = mean_k (Q^{c,k} - gamma m Vbar^{c,k}(s'))^2
     L_Vr = sg(rho_i) (sg(Qbar^r_i) - V^r_i)^2
-    L_Vc = E(z_i)/kappa_i + V^c_i,  gradient through V^c_i alone: at its minimum E_{pi_b}[exp z_i] = 1 (Prop. 3.4)
+    L_Vc = E(z_i)/kappa_i + V^c_i,  gradient through V^c_i alone: at its minimum E_b[rho_i | o_i] = 1 (Prop. 3.4)
     L_pi = -sg(rho_i) log pi_i(a_i|o_i)
 
-E(z) continues exp linearly above z_max: a clamp there would have no gradient and let V run away.
+E_b is the mean over the behaviour policy's actions in the data. E(z) continues exp linearly above z_max: a clamp
+there would have no gradient and let V run away; its derivative is rho, hence rho instead of exp z at the minimum
+of L_Vc.
 
-This follows the derivation in the project's notes where the paper's public summary is silent. Deviations from its
-letter: kappa (the summary has 1, which its formula needs only when W^c is not the identity), a fixed diagonal of
-W^c, and the dual's warm-up, bounds and share floor (:mod:`omcda_deploy.training.allocation`).
+Source: docs/derivation.md, which also lists where the paper and this file differ: kappa (the paper's summary has
+kappa = 1, which holds when W^c is the identity; the factor is needed only when it is not), a fixed diagonal of W^c,
+and the dual's warm-up, bounds and least share (:mod:`omcda_deploy.training.allocation`).
 
 Ablations: ``allocation=uniform`` (w/o-CDA), ``allocation=random`` (rd), ``decoupled=false`` (w/o-dq: one entangled
 Q and V as in OMIGA, ``z_i = (w_i/alpha_i)(Q_i - V_i)``). ``allocation=optimal`` is one alpha for all agents.
@@ -33,98 +35,100 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from omcda_deploy.plugins import Column, Scan
 from omcda_deploy.training.allocation import STRATEGIES, Allocation, Dual
-from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.batches import Batch, noise_at
 from omcda_deploy.training.distributions import Distribution, divergence, policy_of
-from omcda_deploy.training.influence import influence, value_gradient, weighted_values
-from omcda_deploy.training.learner import Group, Learner, parameters_of
+from omcda_deploy.training.influence import INFLUENCE_CURVES, influence, value_gradient, weighted_values
 from omcda_deploy.training.losses import exp_linear, mix, mix_divergence
+from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
-from omcda_deploy.training.settings import require, require_choice
+from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
+from omcda_deploy.training.settings import (
+    Choice,
+    Count,
+    GradientNorm,
+    LearningRate,
+    Range,
+    Tau,
+    Unit,
+    Width,
+    check,
+)
 
 PAPER = "Who Matters Matters: Agent-Specific Conservative Offline MARL (ICLR 2026)"
 SUMMARY = "a divergence budget per agent, shared by influence on the team's reward"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
+COLUMNS = (
+    KL,
+    Column("budget", "d", digits=4),
+    Column("alpha", "alpha"),
+    Column("influence", "m"),
+    Column("alpha_at_bound", "alpha at its bound", flag=True),
+    Column("z/mean_exp", "mean exp z", per_agent=False),
+    Column("z/above_max", "z above its maximum", per_agent=False),
+    Column("dual_active", "prices wait for the reward critic", per_agent=False, flag=False),
+)
+CURVES = INFLUENCE_CURVES
+SCAN = Scan(
+    "d_tot", "allocation", "Budget scan", "d_tot, nats (logarithmic)", "the total budget, per allocation"
+)
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of OMCDA; the defaults are the starting point for MA-MuJoCo rewards."""
 
-    d_tot: float = 0.3  # nats: what all agents together may deviate per step
-    allocation: str = "influence"  # influence | uniform | random | optimal
+    d_tot: Annotated[float, Range(1e-6, 1e3)] = 0.3  # nats per step, for all agents together
+    allocation: Annotated[str, Choice(*STRATEGIES)] = "influence"
     decoupled: bool = True  # False: the ablation w/o-dq
-    divergence_mixer: str = "learned"  # learned | identity
-    alpha0: float = 10.0  # first price; its bounds are alpha0/200 and 5 alpha0
-    temperature: float = 1.0  # T of softmax(m/T)
-    metric: str = "euclidean"  # euclidean | fisher: inner product of the influence's gradients
-    influence_samples: int = 4  # actions per state for the reparameterised gradient (continuous)
-    influence_decay: float = 0.99  # of the EMA of m_i, per step
-    reallocate_every: int = 10  # steps between measurements of m_i
-    z_max: float = 5.0
-    kappa_max: float = 10.0
-    settled: float = 0.1  # the dual starts when the moving average of L_Qr/Var(y) is below this…
-    warmup: float = 0.2  # …or after this share of the steps
-    lr: float = 5e-4
-    lr_divergence: float = 1e-4  # Q^c, V^c and their mixer
-    lr_alpha: float = 3e-3
-    gamma: float = 0.99
-    tau: float = 0.005  # of target networks and of the averaged policy
-    grad_clip: float = 1.0  # norm, per group of parameters
-    batch_size: int = 128
-    hidden: int = 256
-    mixer_hidden: int = 64
+    divergence_mixer: Annotated[str, Choice("learned", "identity")] = "learned"
+    alpha0: Annotated[float, Range(1e-6, 1e6)] = 10.0  # first price; its bounds are alpha0/200 and 5 alpha0
+    temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # T of softmax(m/T)
+    # Inner product of the gradients whose ratio is the influence.
+    metric: Annotated[str, Choice("euclidean", "fisher")] = "euclidean"
+    # Actions per state for the reparameterised gradient (continuous).
+    influence_samples: Annotated[int, Range(1, 1024)] = 4
+    influence_decay: Annotated[float, Range(0.0, 1.0 - 1e-9)] = 0.99  # decay of the EMA of m_i, per step
+    reallocate_every: Count = 10  # steps between measurements of m_i
+    z_max: Annotated[float, Range(0.1, 50.0)] = 5.0
+    kappa_max: Annotated[float, Range(1.0, 1e6)] = 10.0
+    # The dual starts when the average of L_Qr/Var(y) is below `settled`, or after a share of the steps.
+    settled: Annotated[float, Range(0.0)] = 0.1
+    warmup: Unit = 0.2
+    lr: LearningRate = 5e-4
+    lr_divergence: LearningRate = 1e-4  # Q^c, V^c and their mixer
+    lr_alpha: Annotated[float, Range(0.0, 10.0)] = 3e-3
+    gamma: Unit = 0.99
+    tau: Tau = 0.005  # step of target networks and averaged policy
+    grad_clip: GradientNorm = 1.0  # norm, per group of parameters
+    batch_size: Count = 128
+    hidden: Width = 256
+    mixer_hidden: Width = 64
 
     def __post_init__(self) -> None:
-        require_choice(
-            self,
-            allocation=tuple(STRATEGIES),
-            divergence_mixer=("learned", "identity"),
-            metric=("euclidean", "fisher"),
-        )
-        require(
-            self,
-            d_tot=(1e-6, 1e3),
-            alpha0=(1e-6, 1e6),
-            temperature=(1e-3, 1e3),
-            influence_samples=(1, 1024),
-            influence_decay=(0.0, 1.0 - 1e-9),
-            reallocate_every=(1, 10**6),
-            z_max=(0.1, 50.0),
-            kappa_max=(1.0, 1e6),
-            settled=(0.0, math.inf),
-            warmup=(0.0, 1.0),
-            lr=(0.0, 1.0),
-            lr_divergence=(0.0, 1.0),
-            lr_alpha=(0.0, 10.0),
-            gamma=(0.0, 1.0),
-            tau=(1e-6, 1.0),
-            grad_clip=(1e-6, math.inf),
-            batch_size=(1, 10**6),
-            hidden=(1, 65536),
-            mixer_hidden=(1, 65536),
-        )
+        check(self)
 
 
 @dataclass(frozen=True)
-class CriticStep:
-    """What one look at a batch yields: detached z and rho [B, N], losses, reward targets y [B], metrics."""
+class CriticTerms:
+    """Terms of the losses on one batch."""
 
-    z: Tensor
-    rho: Tensor
+    z: Tensor  # [B, N], detached
+    rho: Tensor  # [B, N], detached
     losses: dict[str, Tensor]
-    target: Tensor
+    target: Tensor  # y of L_Qr, [B]
     metrics: dict[str, Tensor]
 
 
 class DecoupledCritic:
-    """Reward and divergence values apart (section 3 of the derivation; losses in the module docstring)."""
+    """Separate values of reward and divergence (docs/derivation.md#losses)."""
 
     def __init__(self, config: Config, networks: NetworkFactory, device: str) -> None:
         self._config = config
@@ -147,18 +151,14 @@ class DecoupledCritic:
         ]
 
     def kappa(self, w_c: Tensor, alpha: Tensor) -> Tensor:
-        """``sum_k alpha_k w^{c,k}_i / alpha_i`` [B, N(i)], uncapped."""
+        """Return ``sum_k alpha_k w^{c,k}_i / alpha_i``, uncapped: [B, N(k), N(i)], [N] -> [B, N(i)]."""
         return torch.einsum("k,bki->bi", alpha, w_c) / alpha
 
-    def step(self, batch: Batch, alpha: Tensor) -> CriticStep:
+    def terms(self, batch: Batch, alpha: Tensor) -> CriticTerms:
+        """Evaluate all losses on a batch at prices ``alpha`` [N]."""
         c = self._config
-        o, s, a, o2, s2 = (
-            batch.observation,
-            batch.state,
-            batch.action,
-            batch.next_observation,
-            batch.next_state,
-        )
+        o, s, a = batch.observation, batch.state, batch.action
+        o2, s2 = batch.next_observation, batch.next_state
         with torch.no_grad():
             w_r, _ = self.mixer_r_target(s)  # [B, N]
             w_c, _ = self.mixer_c_target(s)  # [B, N(k), N(j)]
@@ -179,34 +179,34 @@ class DecoupledCritic:
         q_r_tot = mix(w_on, self.q_r(o, a), b_on)
         q_c_tot = mix_divergence(w_con, self.q_c(o, a), b_con)
         losses = {
-            "reward_critic": (q_r_tot - y_r).square().mean(),
-            "divergence_critic": (q_c_tot - y_c).square().mean(),
-            "reward_value": (rho * (q_r - v_r).square()).mean(),
-            "divergence_value": (exp_linear(z, c.z_max) / kappa + v_c).mean(),
+            "reward_critic": (q_r_tot - y_r).square().mean(),  # L_Qr
+            "divergence_critic": (q_c_tot - y_c).square().mean(),  # L_Qc
+            "reward_value": (rho * (q_r - v_r).square()).mean(),  # L_Vr
+            "divergence_value": (exp_linear(z, c.z_max) / kappa + v_c).mean(),  # L_Vc
         }
         with torch.no_grad():
             total = torch.einsum("k,bk->b", alpha, mix_divergence(w_con, v_c, b_con))
             metrics = {
                 "value/reward": (w_on * v_r).mean(0),  # each agent's part of V^r_tot
                 "value/reward_total": mix(w_on, v_r, b_on).mean(),
-                "value/divergence_total": total.mean(),  # at most 0 in theory: watched, not clamped
+                "value/divergence_total": total.mean(),  # at most 0 in theory; not clamped
                 "value/kappa_capped": (kappa_free > c.kappa_max).float().mean(),
             }
-        return CriticStep(z.detach(), rho, losses, y_r, metrics)
+        return CriticTerms(z.detach(), rho, losses, y_r, metrics)
 
     def reward_values(self, batch: Batch, action: Tensor | None) -> Tensor:
-        """``w^r_i Q^r_i``, as :func:`weighted_values`."""
+        """Return ``w^r_i Q^r_i`` in the shape of :func:`weighted_values`."""
         return weighted_values(self.q_r_target, self.mixer_r_target(batch.state)[0], batch, action)
 
     def total_values(self, batch: Batch, action: Tensor | None, alpha: Tensor) -> Tensor:
-        """``w^r_i Q^r_i + alpha_i kappa_i Q^c_i``: what makes m_i equal alpha_i over many steps."""
+        """Return ``w^r_i Q^r_i + alpha_i kappa_i Q^c_i``, under which m_i equals alpha_i over many steps."""
         w_c, _ = self.mixer_c_target(batch.state)
         price = alpha * self.kappa(w_c, alpha).clamp_max(self._config.kappa_max)
         return self.reward_values(batch, action) + weighted_values(self.q_c_target, price, batch, action)
 
 
 class EntangledCritic:
-    """The ablation w/o-dq: one Q and V for reward and divergence together, as in OMIGA."""
+    """The ablation w/o-dq: one Q and V for reward and divergence, as in OMIGA (docs/derivation.md#ablations)."""
 
     def __init__(self, config: Config, networks: NetworkFactory, device: str) -> None:
         self._config = config
@@ -219,7 +219,8 @@ class EntangledCritic:
         lr = self._config.lr
         return [Group(parameters_of(self.q, self.mixer), lr), Group(parameters_of(self.v), lr)]
 
-    def step(self, batch: Batch, alpha: Tensor) -> CriticStep:
+    def terms(self, batch: Batch, alpha: Tensor) -> CriticTerms:
+        """Evaluate all losses on a batch at prices ``alpha`` [N]."""
         c = self._config
         with torch.no_grad():
             w, _ = self.mixer_target(batch.state)
@@ -231,29 +232,31 @@ class EntangledCritic:
         w_on, b_on = self.mixer(batch.state)
         q_tot = mix(w_on, self.q(batch.observation, batch.action), b_on)
         losses = {
-            "reward_critic": (q_tot - y).square().mean(),
-            "reward_value": (exp_linear(z, c.z_max) + w * v / alpha).mean(),
+            "reward_critic": (q_tot - y).square().mean(),  # L_Q of OMIGA
+            "reward_value": (exp_linear(z, c.z_max) + w * v / alpha).mean(),  # L_V of OMIGA, exp continued
         }
         metrics = {
             "value/reward": (w_on * v).detach().mean(0),
             "value/reward_total": mix(w_on, v, b_on).detach().mean(),
         }
-        return CriticStep(z.detach(), torch.exp(z.detach().clamp_max(c.z_max)), losses, y, metrics)
+        return CriticTerms(z.detach(), torch.exp(z.detach().clamp_max(c.z_max)), losses, y, metrics)
 
     def reward_values(self, batch: Batch, action: Tensor | None) -> Tensor:
+        """Return ``w_i Q_i`` in the shape of :func:`weighted_values`."""
         return weighted_values(self.q_target, self.mixer_target(batch.state)[0], batch, action)
 
     def total_values(self, batch: Batch, action: Tensor | None, alpha: Tensor) -> Tensor:
+        """Return the same, as Q holds both reward and divergence."""
         return self.reward_values(batch, action)
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
-    """The module that is snapshotted and exported."""
+    """Make the module that is snapshotted and exported."""
     return networks.actor()
 
 
 class Algorithm:
-    """OMCDA's learner: one :meth:`update` is one gradient step on a batch."""
+    """Train by OMCDA: one :meth:`update` is one gradient step on a batch."""
 
     def __init__(
         self,
@@ -265,7 +268,7 @@ class Algorithm:
         seed: int,
         device: str = "cpu",
     ) -> None:
-        """``behavior`` is the cloned pi_b, kept frozen; warm-up is a share of ``steps``, the planned length."""
+        """Start as ``behavior``, the cloned pi_b; warm-up is a share of ``steps``, the planned length."""
         self.config = config
         self._steps, self._seed, self._device = steps, seed, device
         agents = len(networks.spec.agents)
@@ -274,12 +277,18 @@ class Algorithm:
         )(config, networks, device)
         self.behavior = behavior.to(device).requires_grad_(False)
         self.actor = copy.deepcopy(behavior).to(device).requires_grad_(True)
-        # A raw network wanders 0.02 nats per agent by gradient noise alone, which a small budget takes for
-        # deviation; the average is what the dual, evaluation and export use.
+        # Gradient noise alone moves a raw network by 0.02 nats per agent, which counts as deviation under a small
+        # budget; so the dual, evaluation and export use the average.
         self.policy = copy.deepcopy(behavior).to(device).requires_grad_(False)
-        self._learner = Learner(
+        self._optimizer = JointOptimizer(
             [Group(parameters_of(self.actor), config.lr), *self.critic.groups()],
             config.grad_clip,
+            modules={
+                "actor": self.actor,
+                "policy": self.policy,
+                "critic": self.critic.online,
+                "critic_target": self.critic.target,
+            },
             averages=[(self.policy, self.actor), (self.critic.target, self.critic.online)],
             tau=config.tau,
         )
@@ -293,49 +302,49 @@ class Algorithm:
         )
         single = self.allocation.strategy.single_price
         self.dual = Dual(agents, config.alpha0, config.lr_alpha, single_price=single)
-        self._noise = torch.Generator(device)
         self.step = 0
         self.dual_active = False
         self._settling = math.inf
 
     @property
     def budgets(self) -> Tensor:
-        """d_i [N] in nats. Under ``optimal`` no d_i is given: what each agent gets is the KL_i that results."""
+        """Budgets d_i [N] in nats; under ``optimal``, which holds the sum alone, d_tot/N as a reference line."""
         return self.allocation.budgets
 
     @property
     def alpha(self) -> Tensor:
+        """Prices alpha_i [N]."""
         return self.dual.alpha
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
         alpha = self.dual.alpha.to(self._device)
-        step = self.critic.step(batch, alpha)
+        terms = self.critic.terms(batch, alpha)
         log_prob = policy_of(self.actor, batch.observation, batch.mask).log_prob(batch.action)
-        losses = {"policy": -(step.rho * log_prob).mean(), **step.losses}
-        self._learner.descend(losses)
+        losses = {"policy": -(terms.rho * log_prob).mean(), **terms.losses}  # L_pi and the critics'
+        self._optimizer.descend(losses)
 
         with torch.no_grad():
             policy = policy_of(self.policy, batch.observation, batch.mask)
             behavior = policy_of(self.behavior, batch.observation, batch.mask)
             kl = divergence(policy, behavior).mean(0).cpu()
-        metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        metrics = loss_metrics(losses)
         if self.step % c.reallocate_every == 0:
             metrics |= self._measure_influence(batch, policy, behavior, kl, alpha)
-        self._settle(losses["reward_critic"], step.target)
+        self._settle(losses["reward_critic"], terms.target)
         if self.dual_active:
-            metrics["loss/dual"] = self.dual.step(self.budgets, kl)
+            metrics["loss/dual"] = self.dual.descend(self.budgets, kl)  # L_alpha
         self.step += 1
         return {
             **metrics,
-            **step.metrics,
+            **terms.metrics,
             "kl": kl,
             "budget": self.budgets,
             "alpha": self.dual.alpha,
             "alpha_at_bound": self.dual.at_bound.float(),
             "influence": self.allocation.mean_influence,
-            "z/mean_exp": step.rho.mean(),
-            "z/above_max": (step.z > c.z_max).float().mean(),
+            "z/mean_exp": terms.rho.mean(),
+            "z/above_max": (terms.z > c.z_max).float().mean(),
             "dual_active": torch.tensor(float(self.dual_active)),
         }
 
@@ -345,22 +354,22 @@ class Algorithm:
         c = self.config
 
         def measure(with_divergence: bool) -> Tensor:
-            self._noise.manual_seed(self._seed * 1_000_003 + self.step)  # the same actions for both
+            noise = noise_at(self._seed, self.step, self._device)  # the same actions for both measurements
 
             def values(action: Tensor | None) -> Tensor:
                 if with_divergence:
                     return self.critic.total_values(batch, action, alpha)
                 return self.critic.reward_values(batch, action)
 
-            gradients = value_gradient(values, policy, c.influence_samples, self._noise)
+            gradients = value_gradient(values, policy, c.influence_samples, noise)
             return influence(policy, behavior, gradients, c.metric).cpu()
 
         self.allocation.observe(measure(with_divergence=False), kl)
-        # Where this agrees with alpha_i, influence is the shadow price of the budget: watched, never required.
+        # Where this agrees with alpha_i, influence is the shadow price of the budget; a metric, not a condition.
         return {"influence_with_divergence": measure(with_divergence=True)}
 
     def _settle(self, loss: Tensor, target: Tensor) -> None:
-        """Start the dual once the reward critic explains its targets: before that z is noise."""
+        """Start the dual once the reward critic explains its targets: before, z is noise."""
         if self.dual_active:
             return
         ratio = float(loss.detach() / target.var().clamp_min(1e-12))
@@ -371,11 +380,7 @@ class Algorithm:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "actor": self.actor.state_dict(),
-            "policy": self.policy.state_dict(),
-            "critic": self.critic.online.state_dict(),
-            "critic_target": self.critic.target.state_dict(),
-            "learner": self._learner.state_dict(),
+            **self._optimizer.state_dict(),
             "allocation": self.allocation.state_dict(),
             "dual": self.dual.state_dict(),
             "step": self.step,
@@ -384,11 +389,7 @@ class Algorithm:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.actor.load_state_dict(state["actor"])
-        self.policy.load_state_dict(state["policy"])
-        self.critic.online.load_state_dict(state["critic"])
-        self.critic.target.load_state_dict(state["critic_target"])
-        self._learner.load_state_dict(state["learner"])
+        self._optimizer.load_state_dict(state)
         self.allocation.load_state_dict(state["allocation"])
         self.dual.load_state_dict(state["dual"])
         self.step, self.dual_active = state["step"], state["dual_active"]

@@ -12,73 +12,81 @@ One price alpha for the whole team, one entangled Q and V, a linear mixer shared
 
 Deviations from the published code: discrete policies are masked by availability in training too; the share of
 clamped z is reported; time limits bootstrap unless asked otherwise (``train --time-limit-is-terminal``).
+
+Source: docs/baselines.md#omiga.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from omcda_deploy.plugins import Column
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import divergence, policy_of
-from omcda_deploy.training.learner import Group, Learner, parameters_of
 from omcda_deploy.training.losses import mix
+from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
-from omcda_deploy.training.settings import require
+from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
+from omcda_deploy.training.settings import (
+    Count,
+    GradientNorm,
+    LearningRate,
+    Range,
+    Tau,
+    Unit,
+    Width,
+    check,
+)
 
 PAPER = "Offline Multi-Agent Reinforcement Learning with Implicit Global-to-Local Value Regularization (2023)"
 SUMMARY = "one price for the team; in-sample values and exp-weighted cloning"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
+COLUMNS = (
+    KL,
+    Column("z/mean_exp", "mean exp z", per_agent=False),
+    Column("z/clamped", "z clamped", per_agent=False),
+)
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of OMIGA as published for MA-MuJoCo."""
 
-    alpha: float = 10.0
-    z_max: float = 10.0
-    lr: float = 5e-4
-    gamma: float = 0.99
-    tau: float = 0.005
-    grad_clip: float = 1.0
-    batch_size: int = 128
-    hidden: int = 256
-    mixer_hidden: int = 64
+    alpha: Annotated[float, Range(1e-6, 1e6)] = 10.0  # price of divergence, one for the team
+    z_max: Annotated[float, Range(0.1, 50.0)] = 10.0
+    lr: LearningRate = 5e-4
+    gamma: Unit = 0.99
+    tau: Tau = 0.005
+    grad_clip: GradientNorm = 1.0
+    batch_size: Count = 128
+    hidden: Width = 256
+    mixer_hidden: Width = 64
 
     def __post_init__(self) -> None:
-        require(
-            self,
-            alpha=(1e-6, 1e6),
-            z_max=(0.1, 50.0),
-            lr=(0.0, 1.0),
-            gamma=(0.0, 1.0),
-            tau=(1e-6, 1.0),
-            grad_clip=(1e-6, math.inf),
-            batch_size=(1, 10**6),
-            hidden=(1, 65536),
-            mixer_hidden=(1, 65536),
-        )
+        check(self)
 
 
 def value_loss(z: Tensor, weighted_value: Tensor) -> Tensor:
-    """``mean[ exp(z - M) + exp(-M) w V / alpha ]``; ``weighted_value`` is ``w V / alpha`` [B, N]."""
+    """Return L_V, ``mean[ exp(z - M) + exp(-M) w V / alpha ]``; ``weighted_value`` is ``w V / alpha`` [B, N]."""
     largest = z.detach().max().clamp_min(-1.0)
     return (torch.exp(z - largest) + torch.exp(-largest) * weighted_value).mean()
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
-    """The module that is snapshotted and exported."""
+    """Make the module that is snapshotted and exported."""
     return networks.actor()
 
 
 class Algorithm:
-    """OMIGA's learner: one :meth:`update` is one gradient step on a batch."""
+    """Train by OMIGA: one :meth:`update` is one gradient step on a batch."""
+
+    budgets = alpha = None
 
     def __init__(
         self,
@@ -90,7 +98,7 @@ class Algorithm:
         seed: int,
         device: str = "cpu",
     ) -> None:
-        """``behavior`` is not trained on; it is what the exported divergence is measured against."""
+        """Measure divergence against ``behavior``, the cloned pi_b, which is not trained on."""
         self.config = config
         self.q, self.v, self.mixer = networks.q(), networks.v(), networks.mixer(config.mixer_hidden)
         self.policy = make_policy(config, networks).to(device)
@@ -98,26 +106,18 @@ class Algorithm:
         self.online = nn.ModuleList((self.q, self.v, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.v_target, self.mixer_target = self.target
-        self._learner = Learner(
+        self._optimizer = JointOptimizer(
             [
                 Group(parameters_of(self.policy), config.lr),
                 Group(parameters_of(self.q, self.mixer), config.lr),
                 Group(parameters_of(self.v), config.lr),
             ],
             config.grad_clip,
+            modules={"policy": self.policy, "online": self.online, "target": self.target},
             averages=[(self.target, self.online)],
             tau=config.tau,
         )
         self.step = 0
-
-    @property
-    def budgets(self) -> None:
-        """OMIGA has no budget per agent."""
-        return None
-
-    @property
-    def alpha(self) -> None:
-        return None
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
@@ -126,22 +126,22 @@ class Algorithm:
             q_target = self.q_target(batch.observation, batch.action)
             w2, b2 = self.mixer_target(batch.next_state)
             y = batch.reward + c.gamma * batch.not_done * mix(w2, self.v_target(batch.next_observation), b2)
-        v = self.v(batch.observation)
+        q, v = self.q(batch.observation, batch.action), self.v(batch.observation)
         unclamped = w / c.alpha * (q_target - v)
         z = unclamped.clamp(-c.z_max, c.z_max)
         w_on, b_on = self.mixer(batch.state)
         policy = policy_of(self.policy, batch.observation, batch.mask)
         losses = {
-            "policy": -(z.detach().exp() * policy.log_prob(batch.action)).mean(),
-            "critic": (mix(w_on, self.q(batch.observation, batch.action), b_on) - y).square().mean(),
-            "value": value_loss(z, w * v / c.alpha),
+            "policy": -(z.detach().exp() * policy.log_prob(batch.action)).mean(),  # L_pi
+            "critic": (mix(w_on, q, b_on) - y).square().mean(),  # L_Q
+            "value": value_loss(z, w * v / c.alpha),  # L_V
         }
-        self._learner.descend(losses)
+        self._optimizer.descend(losses)
         self.step += 1
         with torch.no_grad():
             behavior = policy_of(self.behavior, batch.observation, batch.mask)
             return {
-                **{f"loss/{name}": loss.detach() for name, loss in losses.items()},
+                **loss_metrics(losses),
                 "kl": divergence(policy, behavior).mean(0),
                 "value/reward_total": mix(w_on, v, b_on).mean(),
                 "z/mean_exp": z.exp().mean(),
@@ -149,17 +149,8 @@ class Algorithm:
             }
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "policy": self.policy.state_dict(),
-            "online": self.online.state_dict(),
-            "target": self.target.state_dict(),
-            "learner": self._learner.state_dict(),
-            "step": self.step,
-        }
+        return {**self._optimizer.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.online.load_state_dict(state["online"])
-        self.target.load_state_dict(state["target"])
-        self._learner.load_state_dict(state["learner"])
+        self._optimizer.load_state_dict(state)
         self.step = state["step"]

@@ -1,0 +1,27 @@
+"""The observer of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omcda_deploy.spec import TeamSpec
+
+
+class TrainObserver:
+    """Notified while a run is trained; the methods of this class do nothing. Override those that matter."""
+
+    def started(self, spec: TeamSpec, algorithm: str, steps: int, recipe: Mapping[str, Any]) -> None:
+        """Everything was checked, and training to ``steps`` begins or goes on.
+
+        ``recipe`` holds the settings that a new run takes from its task's recipe.
+        """
+
+    def cloning(self, step: int, steps: int, loss: float) -> None:
+        """Cloning of the behaviour policy reached ``step`` of at most ``steps``.
+
+        ``loss`` is the held-out negative log-likelihood per agent and step, in nats.
+        """
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A line of metrics was written."""

@@ -1,0 +1,124 @@
+"""The request for a training run, and the run that it resolves to on a team."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from omcda_deploy.errors import ConfigError, ContractError
+from omcda_deploy.registry import load_algorithm
+from omcda_deploy.spec import TeamSpec
+from omcda_deploy.training.behavior_model import BehaviorConfig
+from omcda_deploy.training.recipes import recipe
+from omcda_deploy.training.settings import build, parse
+
+SNAPSHOT_EVERY = 5000  # steps, unless a request says otherwise
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A request that was checked against a team: all settings of the algorithm and of cloning are settled."""
+
+    request: TrainRequest
+    config: Any  # the algorithm's Config
+    behavior: BehaviorConfig
+    recipe: Mapping[str, Any]  # the settings that come from the task's recipe
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """One training run as a user asks for it. Nothing is checked before :meth:`check` or :meth:`resolved`."""
+
+    algorithm: str
+    steps: int
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the algorithm's; they override the recipe
+    behavior: Mapping[str, Any] = field(default_factory=dict)  # BehaviorConfig's; hidden is the algorithm's
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    threads: int = 1  # torch's
+    time_limit_is_terminal: bool = False
+    log_every: int = 100  # steps, like the next three
+    checkpoint_every: int = 1000
+    snapshot_every: int | None = None  # None: at every evaluation, else SNAPSHOT_EVERY
+    evaluate_every: int | None = None  # None: never
+
+    @property
+    def kept_every(self) -> int:
+        """Steps between policies that are kept."""
+        intervals = (n for n in (self.snapshot_every, self.evaluate_every) if n is not None)
+        return next(intervals, SNAPSHOT_EVERY)
+
+    def check(self) -> None:
+        """Refuse what can be refused before a dataset is read.
+
+        Raises :class:`UnknownNameError` for algorithms and settings, :class:`ConfigError` for numbers and devices.
+        """
+        check_evaluation(self.evaluate_every, self.kept_every)
+        for name in ("steps", "log_every", "threads"):
+            if (number := getattr(self, name)) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {number}")
+        for name, number in (
+            ("checkpoint_every", self.checkpoint_every),
+            ("snapshot_every", self.kept_every),
+        ):
+            if number < 1 or number % self.log_every:
+                raise ConfigError(
+                    f"{name}: expected a multiple of {self.log_every}, as metrics are logged, got {number}"
+                )
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
+        parse(load_algorithm(self.algorithm).Config, self.settings)
+        parse(BehaviorConfig, self.behavior)
+        check_device(self.device)
+
+    def resolved(self, spec: TeamSpec) -> ResolvedRun:
+        """Merge the task's recipe with the settings and check everything.
+
+        Raises as :meth:`check` does, and :class:`ContractError` for a team that the algorithm does not handle.
+        """
+        self.check()
+        module = load_algorithm(self.algorithm)
+        if spec.action_kind not in module.ACTIONS:
+            raise ContractError(
+                f"{self.algorithm} handles {' and '.join(sorted(module.ACTIONS))} actions, {spec.task} has "
+                f"{spec.action_kind} ones: choose another algorithm"
+            )
+        sizes = {agent.name: agent.action.size for agent in spec.agents}
+        if spec.action_kind == "continuous" and len(set(sizes.values())) > 1:
+            # Entries that pad a short action would count in densities and divergences.
+            raise ContractError(
+                f"expected one action size for all agents of a continuous task, {spec.task} has {sizes}"
+            )
+        from_recipe = {k: v for k, v in recipe(spec.task, self.algorithm).items() if k not in self.settings}
+        config = build(module.Config, {**from_recipe, **self.settings})
+        behavior = build(BehaviorConfig, {"hidden": config.hidden, **self.behavior})
+        if behavior.hidden != config.hidden:
+            raise ConfigError(
+                f"expected behavior hidden {config.hidden} as the algorithm's, got {behavior.hidden}: leave it out"
+            )
+        return ResolvedRun(self, config, behavior, from_recipe)
+
+
+def check_evaluation(evaluate_every: int | None, kept_every: int) -> None:
+    """Raise :class:`ConfigError` unless every evaluation finds a policy that is kept."""
+    if evaluate_every is None:
+        return
+    if evaluate_every < 1:
+        raise ConfigError(f"evaluate_every: expected at least 1, got {evaluate_every}")
+    if kept_every > 0 and evaluate_every % kept_every:
+        raise ConfigError(
+            f"evaluate_every: expected a multiple of {kept_every}, as policies are kept, got {evaluate_every}"
+        )
+
+
+def check_device(device: str) -> None:
+    """Raise :class:`ConfigError` for a device that does not exist."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            "device cuda: this torch sees no GPU. Use --device cpu, or install a CUDA build of torch"
+        )
+    if device != "cpu" and not device.startswith("cuda"):
+        raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
