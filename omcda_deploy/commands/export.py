@@ -18,9 +18,9 @@ def export(
     ] = None,
 ) -> None:
     """Export a trained team: one ONNX graph per agent and one for the team, checked against torch."""
-    from omcda_deploy.experiments.export import export_run
+    from omcda_deploy.experiments import export as experiment
 
-    bundle = export_run(run, out, step)
+    bundle = experiment.export(run, out, step)
     parity = bundle.manifest["parity"]
     worst = max(error["max_abs"] for error in parity["against_torch"].values())
     console.print(

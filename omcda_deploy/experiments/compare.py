@@ -1,7 +1,7 @@
-"""Comparisons: trained runs against each other, by the last policy of each.
+"""Comparisons of trained runs, by the last policy of each.
 
-Every finished run is exported and played once, beside itself: run ``R`` gets the bundle ``R-bundle`` and the
-measurements ``R-evaluation.json``, so that comparing again takes no time.
+Every finished run is exported and played once; for a run ``R`` the bundle ``R-bundle`` and the measurements
+``R-evaluation.json`` are written beside it, so that comparing again takes no time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.registry import load_algorithm
 
 if TYPE_CHECKING:
+    from omcda_deploy.plugins import CurveSection
     from omcda_deploy.report.comparison import Comparison, LeftOut, Result, Variant
     from omcda_deploy.training.run_folder import RunConfig
 
@@ -33,7 +35,7 @@ def compare_runs(
 ) -> Comparison:
     """Export and play the last policy of every run, and group the runs by variant.
 
-    A run that is unfinished or cannot be played is left out, and the comparison says so. Raises
+    A run that is unfinished or cannot be played is left out, and the comparison lists it. Raises
     :class:`ConfigError` where none is left.
     """
     from omcda_deploy.report.comparison import Comparison, LeftOut, summarise
@@ -43,23 +45,22 @@ def compare_runs(
     left_out: list[LeftOut] = []
     failures: list[OmcdaError] = []
     for index, folder in enumerate(folders):
-        what = "?"
+        label = "?"
         try:
             config, step = _last_step(folder)
-            what = f"{config.algorithm}, seed {config.seed}"
+            label = f"{config.algorithm}, seed {config.seed}"
             if step < config.steps:
                 reason = f"unfinished: its last policy is of step {step:,} of {config.steps:,}"
-                left_out.append(LeftOut(str(folder), what, reason))
+                left_out.append(LeftOut(str(folder), label, reason))
                 continue
-            label = f"run {index + 1} of {len(folders)}: {folder}"
-            with observer.progress(label) as report:
+            with observer.progress(f"run {index + 1} of {len(folders)}: {folder}") as report:
                 evaluation = evaluate_run(
                     folder, config, step, episodes, seed, num_envs, workers, progress=report
                 )
             results.append(_result(folder, config, evaluation))
         except OmcdaError as error:
             failures.append(error)
-            left_out.append(LeftOut(str(folder), what, f"failed: {error}"))
+            left_out.append(LeftOut(str(folder), label, f"failed: {error}"))
             observer.left_out(folder, error)
     if not results:
         first = (
@@ -75,24 +76,26 @@ def compare_runs(
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
-    """All run folders at and below ``places``, each once. Raises :class:`ConfigError` for a place without any."""
-    found: dict[Path, Path] = {}
+    """Find all run folders at and below ``places``, each once.
+
+    Raises :class:`ConfigError` for a place without any.
+    """
+    runs: dict[Path, Path] = {}
     for place in places:
         if not place.is_dir():
             raise ConfigError(f"{place} is not a folder: expected a run folder, or a folder with runs in it")
-        own = []
+        folders = []
         for at, below, _ in os.walk(place):
             if _is_run(Path(at)):
-                own.append(Path(at))
+                folders.append(Path(at))
                 below.clear()
-            below[:] = sorted(
-                name for name in below if not name.startswith(".")
-            )  # a run in the making is hidden
-        if not own:
+            # The scratch folder of a run that is being made is hidden.
+            below[:] = sorted(name for name in below if not name.startswith("."))
+        if not folders:
             raise ConfigError(f"no run folder in {place}: expected {place}/…/config.json beside policies/")
-        for folder in own:
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values())
+        for folder in folders:
+            runs.setdefault(folder.resolve(), folder)
+    return list(runs.values())
 
 
 def _is_run(folder: Path) -> bool:
@@ -102,7 +105,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _last_step(folder: Path) -> tuple[RunConfig, int]:
-    """A run's configuration and the step of its last policy, 0 where there is none."""
+    """Read a run's configuration and the step of its last policy, 0 where there is none."""
     from omcda_deploy.training.run_folder import read_config, snapshot_steps
 
     return read_config(folder), max(snapshot_steps(folder), default=0)
@@ -118,7 +121,7 @@ def evaluate_run(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """What ``omcda-deploy evaluate`` measures of a run's policy, from ``<run>-evaluation.json`` or played now.
+    """Measure a run's policy as ``omcda-deploy evaluate`` does, or read ``<run>-evaluation.json``.
 
     The file is used where it is of this policy (by its sha256) and of the same episodes, seed and number of
     environments. Raises :class:`OmcdaError` where the run cannot be exported or played.
@@ -130,17 +133,17 @@ def evaluate_run(
     from omcda_deploy.training.run_folder import snapshot_path
 
     run = folder.resolve()
-    measured = run.with_name(f"{run.name}-evaluation.json")
-    wanted = {
+    measurements = run.with_name(f"{run.name}-evaluation.json")
+    conditions = {
         "policy": {"step": step, "sha256": sha256(snapshot_path(run, step))},
         "episodes": episodes,
         "seed": seed,
         "num_envs": min(num_envs, episodes),
     }
-    saved = _read(measured)
-    if all(saved.get(name) == value for name, value in wanted.items()):
-        return saved
-    bundle = _export(run, step, saved.get("team", {}).get("bundle_digest"))
+    previous = _read(measurements)
+    if all(previous.get(name) == value for name, value in conditions.items()):
+        return previous
+    bundle = _export(run, step, previous.get("team", {}).get("bundle_digest"))
     evaluation = evaluate(
         LocalTeam(bundle),
         config.spec.task,
@@ -150,40 +153,41 @@ def evaluate_run(
         workers=workers,
         progress=progress,
     )
-    result = {"policy": wanted["policy"], **evaluation.to_json()}
-    write_json(measured, result)
+    result = {"policy": conditions["policy"], **evaluation.to_json()}
+    write_json(measurements, result)
     return result
 
 
-def _read(measured: Path) -> dict[str, Any]:
+def _read(measurements: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(measured.read_text())
-    except (OSError, ValueError):  # none yet, or none that can be read: played again
+        previous = json.loads(measurements.read_text())
+    except (OSError, ValueError):  # missing or damaged: the run is played again
         return {}
-    return saved if isinstance(saved, dict) else {}
+    return previous if isinstance(previous, dict) else {}
 
 
-def _export(run: Path, step: int, known: str | None) -> Path:
-    """``<run>-bundle``, made new unless the same graphs are there. ``known``: digest of the one made here before.
+def _export(run: Path, step: int, previous_digest: str | None) -> Path:
+    """Export to ``<run>-bundle`` unless it holds the same graphs; return the bundle's folder.
 
-    Another bundle of that name is somebody's, and raises :class:`ConfigError`.
+    The bundle of ``previous_digest`` was made here and is replaced. Any other may be the user's and raises
+    :class:`ConfigError`.
     """
     from omcda_deploy.bundle import read_bundle
-    from omcda_deploy.experiments.export import export_run
+    from omcda_deploy.experiments.export import export
 
     bundle = run.with_name(f"{run.name}-bundle")
     with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.", dir=run.parent) as scratch:
-        made = export_run(run, Path(scratch) / bundle.name, step)
+        exported = export(run, Path(scratch) / bundle.name, step)
         if os.path.lexists(bundle):
             present = read_bundle(bundle)
-            if present.manifest["files"] == made.manifest["files"]:
+            if present.manifest["files"] == exported.manifest["files"]:
                 return bundle
-            if present.digest != known:
+            if present.digest != previous_digest:
                 raise ConfigError(
                     f"{bundle} is not what step {step} of {run.name} exports to: move it away and compare again"
                 )
             bundle.rename(Path(scratch) / "before")
-        made.path.rename(bundle)
+        exported.path.rename(bundle)
     return bundle
 
 
@@ -196,7 +200,9 @@ def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> R
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{metrics} cannot be read ({error}): train the run again") from error
-    curves = Curves.of(config.spec.names, lines)
+    algorithm = load_algorithm(config.algorithm)
+    section: CurveSection | None = getattr(algorithm, "CURVES", None)
+    curves = None if section is None else Curves.of(section, config.spec.names, lines)
     return Result(
         _variant(config),
         str(folder),
@@ -205,6 +211,7 @@ def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> R
         config.versions,
         evaluation,
         curves,
+        getattr(algorithm, "SCAN", None),
         training_seconds(folder),
     )
 
@@ -213,19 +220,19 @@ def _variant(config: RunConfig) -> Variant:
     from omcda_deploy.report.comparison import Variant
 
     task = config.spec.task
-    label = Path(config.dataset).stem.removeprefix(task.replace("/", "-") + "-")
+    # A run that began with a dataset in memory knows no file.
+    label = Path(config.dataset).stem.removeprefix(task.replace("/", "-") + "-") or config.dataset_digest[:8]
     settings = tuple(_changed(config).items())
     return Variant(task, label, config.dataset_digest, config.algorithm, settings, config.steps)
 
 
 def _changed(config: RunConfig) -> dict[str, Any]:
-    """Settings that differ from the task's recipe, then those of cloning and of the data that are no defaults."""
-    from omcda_deploy.registry import load_algorithm
+    """List settings that differ from the task's recipe, then changed settings of cloning and of the data."""
     from omcda_deploy.training.behavior_model import BehaviorConfig
     from omcda_deploy.training.recipes import recipe
 
-    known = recipe(config.spec.task, config.algorithm)
-    defaults = asdict(load_algorithm(config.algorithm).Config(**known))
+    published = recipe(config.spec.task, config.algorithm)
+    defaults = asdict(load_algorithm(config.algorithm).Config(**published))
     changed = {
         name: value
         for name, value in config.settings.items()

@@ -7,14 +7,19 @@ from pathlib import Path
 from omcda_deploy.bundle import Bundle
 
 
-def export_run(run: Path, out: Path, step: int | None = None) -> Bundle:
-    """Export the policy of ``run`` at ``step`` (None: the last) and return the bundle."""
+def export(run: str | Path, out: str | Path, step: int | None = None) -> Bundle:
+    """Export the policy of ``run`` at ``step`` (None: the last) to the new folder ``out``; return the bundle.
+
+    Raises :class:`ConfigError` where ``run`` is no run folder or has no such policy, :class:`BundleError` where
+    ``out`` exists, and :class:`ExportError` where the graphs do not answer as the policy does.
+    """
     from omcda_deploy.export.bundle import export_bundle
     from omcda_deploy.training.run_folder import read_config, read_snapshot, versions
 
+    run, out = Path(run), Path(out)
     config, snapshot = read_config(run), read_snapshot(run, step)
     spec = config.spec
-    nothing: dict[str, float | None] = dict.fromkeys(spec.names)
+    absent: dict[str, float | None] = dict.fromkeys(spec.names)
     return export_bundle(
         out,
         spec,
@@ -23,8 +28,8 @@ def export_run(run: Path, out: Path, step: int | None = None) -> Bundle:
         observations=snapshot.observations,
         action_masks=snapshot.action_masks,
         divergence_kind=snapshot.divergence_kind,
-        budgets={**nothing, **(snapshot.budgets or {})},
-        alphas={**nothing, **(snapshot.alphas or {})},
+        budgets={**absent, **(snapshot.budgets or {})},
+        alphas={**absent, **(snapshot.alphas or {})},
         provenance={
             "algorithm": config.algorithm,
             "settings": config.settings,

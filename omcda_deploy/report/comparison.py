@@ -1,4 +1,4 @@
-"""What trained runs say together: means over seeds, intervals and scores per variant.
+"""Comparison of trained runs: means over seeds, intervals and scores per variant.
 
 Runs are averaged when they are the same :class:`Variant`: task, dataset (by its digest), algorithm, settings and
 number of steps. Anything else keeps them apart. The statistics are those of
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.plugins import CurveSection, Scan
 from omcda_deploy.report.statistics import (
     Interval,
     Values,
@@ -27,12 +28,11 @@ from omcda_deploy.report.statistics import (
 )
 
 CURVE_POINTS = 100  # most points of a training curve in figures and CSV; more are averaged in groups
-_NEEDED = ("influence", "budget", "kl")  # metrics per agent without which there is nothing to show
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What runs must share to be averaged. ``settings``: those that differ from the algorithm's defaults."""
+    """The properties that runs share to be averaged; ``settings`` are those that differ from the task's recipe."""
 
     task: str
     dataset: str  # a label; the digest tells datasets apart
@@ -43,15 +43,17 @@ class Variant:
 
     @property
     def settings_label(self) -> str:
+        """Settings in words."""
         return ", ".join(f"{name} {value}" for name, value in self.settings)
 
     @property
     def method(self) -> tuple[str, tuple[tuple[str, Any], ...], int]:
-        """What is compared between datasets."""
+        """Algorithm, settings and steps, which are compared between datasets."""
         return self.algorithm, self.settings, self.steps
 
     @property
     def sort_key(self) -> tuple[object, ...]:
+        """Key that orders variants in tables, numbers by size."""
         settings = tuple(
             (name, value if isinstance(value, (int, float)) else 0.0, str(value))
             for name, value in self.settings
@@ -61,55 +63,48 @@ class Variant:
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run logged per agent while it trained: all [L, N] over ``steps`` [L].
+    """The numbers of one run behind a :class:`CurveSection`: per agent, over the steps at which it logged them.
 
-    ``contribution`` is w_i V^r_i, agent i's part of the team's reward value (``value/reward``), where the run
-    logged it. Where it did not, it is m_i KL_i: the influence times the deviation spent, a first-order estimate of
-    what deviating adds to that value. ``measured`` says which.
+    An estimate stands in for a metric that the run did not log; ``estimated`` names such curves.
     """
 
+    section: CurveSection
     agents: tuple[str, ...]
-    steps: NDArray[np.int64]
-    influence: Values
-    budget: Values
-    kl: Values
-    contribution: Values
-    measured: bool
-
-    @cached_property
-    def share(self) -> Values:
-        """d_i / sum_k d_k."""
-        shares: Values = self.budget / self.budget.sum(axis=1, keepdims=True)
-        return shares
+    steps: NDArray[np.int64]  # [L]
+    values: Mapping[str, Values]  # by name of the curve, [L, N]
+    estimated: frozenset[str]
 
     @classmethod
-    def of(cls, agents: Sequence[str], metrics: Sequence[Mapping[str, float]]) -> Curves | None:
-        """From the lines of ``metrics.jsonl``; None for an algorithm that measures no influence."""
-        columns = {
-            name: [f"{name}/{agent}" for agent in agents]
-            for name in ("influence", "budget", "kl", "value/reward")
-        }
-        lines = [line for line in metrics if all(key in line for name in _NEEDED for key in columns[name])]
+    def of(
+        cls, section: CurveSection, agents: Sequence[str], metrics: Sequence[Mapping[str, float]]
+    ) -> Curves | None:
+        """Take the curves from the lines of ``metrics.jsonl``; None where a metric without estimate is missing."""
+
+        def logged(line: Mapping[str, float], metric: str) -> bool:
+            return all(f"{metric}/{agent}" in line for agent in agents)
+
+        required = {curve.metric for curve in section.curves if curve.estimate is None}
+        lines = [line for line in metrics if all(logged(line, metric) for metric in required)]
         if not lines:
             return None
         # A group of lines is shown at its last step, as a line itself is the mean of the steps before it.
         groups = np.array_split(np.arange(len(lines)), min(CURVE_POINTS, len(lines)))
 
-        def values(name: str) -> Values:
-            every = np.array([[line[key] for key in columns[name]] for line in lines], np.float64)
+        def means(metric: str) -> Values:
+            every = np.array([[line[f"{metric}/{agent}"] for agent in agents] for line in lines], np.float64)
             return np.stack([every[group].mean(axis=0) for group in groups])
 
-        influence, kl = values("influence"), values("kl")
-        measured = all(key in line for line in lines for key in columns["value/reward"])
-        return cls(
-            tuple(agents),
-            np.array([lines[group[-1]]["step"] for group in groups], np.int64),
-            influence,
-            values("budget"),
-            kl,
-            values("value/reward") if measured else influence * kl,
-            measured,
-        )
+        values: dict[str, Values] = {}
+        estimated = set()
+        for curve in section.curves:
+            if curve.estimate is None or all(logged(line, curve.metric) for line in lines):
+                value = means(curve.metric)
+                values[curve.name] = value / value.sum(axis=1, keepdims=True) if curve.share else value
+            else:
+                estimated.add(curve.name)
+                values[curve.name] = np.prod([means(factor) for factor in curve.estimate.factors], axis=0)
+        steps = np.array([lines[group[-1]]["step"] for group in groups], np.int64)
+        return cls(section, tuple(agents), steps, values, frozenset(estimated))
 
 
 @dataclass(frozen=True)
@@ -119,10 +114,11 @@ class Result:
     variant: Variant
     run: str  # the folder, as it was given
     seed: int
-    settings: Mapping[str, Any]  # of the algorithm, all of them
-    versions: Mapping[str, str]  # that it was trained with, the commit as ``git`` among them
+    settings: Mapping[str, Any]  # all settings of the algorithm
+    versions: Mapping[str, str]  # packages it was trained with, and the commit as ``git``
     evaluation: Mapping[str, Any]
     curves: Curves | None
+    scan: Scan | None  # declared by its algorithm
     seconds: float  # wall clock of its training; 0 where the run did not record it
 
     @property
@@ -133,10 +129,10 @@ class Result:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run that no mean contains, and why."""
+    """A run that no mean contains, with the reason."""
 
     run: str
-    what: str  # algorithm and seed, where they are known
+    label: str  # algorithm and seed, or ? where they are unknown
     reason: str
 
 
@@ -149,23 +145,27 @@ class Summary:
 
     @cached_property
     def values(self) -> Values:
-        """[R]"""
+        """Each run's value, [R]."""
         return np.array([result.value for result in self.results])
 
     @property
     def mean(self) -> float:
+        """Mean over runs."""
         return float(self.values.mean())
 
     @property
     def std(self) -> float:
+        """Population standard deviation over runs."""
         return std(self.values)
 
     @property
     def iqm(self) -> float:
+        """Interquartile mean over runs."""
         return float(interquartile_mean(self.values))
 
     @cached_property
     def interval(self) -> Interval | None:
+        """Bootstrap interval of the interquartile mean, None for a single run."""
         return bootstrap_interval([self.values])
 
     @property
@@ -175,32 +175,41 @@ class Summary:
 
     @property
     def won(self) -> Values | None:
-        """[R] each run's share of episodes won, None where the simulator does not tell."""
-        told = [result.evaluation.get("won") for result in self.results]
-        shares = [float(np.mean(won)) for won in told if won is not None]
-        return np.array(shares) if len(shares) == len(told) else None
+        """Each run's share of episodes won, [R]; None where the simulator does not report it."""
+        reports = [result.evaluation.get("won") for result in self.results]
+        shares = [float(np.mean(won)) for won in reports if won is not None]
+        return np.array(shares) if len(shares) == len(reports) else None
 
     @property
     def seconds(self) -> float | None:
         """Mean wall clock of a run's training, None where a run did not record it."""
-        spent = [result.seconds for result in self.results]
-        return float(np.mean(spent)) if all(spent) else None
+        seconds = [result.seconds for result in self.results]
+        return float(np.mean(seconds)) if all(seconds) else None
 
     @property
     def scores(self) -> Values | None:
+        """Normalised scores of the runs, [R]; None for a task without reference."""
         return normalised_score(self.variant.task, self.values)
 
     @property
-    def d_tot(self) -> float | None:
-        value = self.results[0].settings.get("d_tot")
-        return None if value is None else float(value)
+    def scan(self) -> Scan | None:
+        """The scan that the variant belongs to, where its algorithm declares one."""
+        return self.results[0].scan
 
     @property
-    def allocation(self) -> str:
-        """What a line of the d_tot scan holds fixed: the allocation, and other settings that are not defaults."""
-        rest = [f"{k} {v}" for k, v in self.variant.settings if k not in ("d_tot", "allocation")]
-        first = self.results[0].settings.get("allocation", self.variant.algorithm)
-        return ", ".join([str(first), *rest])
+    def scan_value(self) -> float:
+        """The scanned setting."""
+        assert self.scan is not None  # by the caller
+        return float(self.results[0].settings[self.scan.setting])
+
+    @property
+    def scan_group(self) -> str:
+        """The line of the scan that the variant is on: all settings that differ from the recipe but the scanned."""
+        assert self.scan is not None  # by the caller
+        scan = self.scan
+        others = [f"{k} {v}" for k, v in self.variant.settings if k not in (scan.setting, scan.group)]
+        group = self.results[0].settings.get(scan.group, self.variant.algorithm)
+        return ", ".join([str(group), *others])
 
 
 @dataclass(frozen=True)
@@ -211,18 +220,22 @@ class Overall:
 
     @property
     def scores(self) -> list[Values]:
+        """Scores of the runs, one array per dataset."""
         return [summary.scores for summary in self.summaries if summary.scores is not None]
 
     @property
     def runs(self) -> int:
+        """Number of runs on all datasets."""
         return sum(scores.size for scores in self.scores)
 
     @property
     def iqm(self) -> float:
+        """Interquartile mean of all scores."""
         return float(interquartile_mean(np.concatenate(self.scores)))
 
     @cached_property
     def interval(self) -> Interval | None:
+        """Bootstrap interval of the interquartile mean, None where a dataset has a single run."""
         return bootstrap_interval(self.scores)
 
 
@@ -243,7 +256,7 @@ def summarise(results: Iterable[Result]) -> tuple[list[Summary], list[LeftOut]]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is written. ``conditions``: how the runs were evaluated, for provenance."""
+    """Everything that a report shows; ``conditions`` say under which the runs were evaluated, for provenance."""
 
     summaries: Sequence[Summary]
     left_out: Sequence[LeftOut]
@@ -256,25 +269,25 @@ class Comparison:
         for summary in self.summaries:
             if summary.scores is not None:
                 methods.setdefault(summary.variant.method, []).append(summary)
-        return [Overall(tuple(own)) for own in methods.values() if len(own) > 1]
+        return [Overall(tuple(summaries)) for summaries in methods.values() if len(summaries) > 1]
 
     @cached_property
     def datasets(self) -> dict[tuple[str, str], list[Summary]]:
         """Summaries by (task, digest)."""
-        found: dict[tuple[str, str], list[Summary]] = {}
+        groups: dict[tuple[str, str], list[Summary]] = {}
         for summary in self.summaries:
-            found.setdefault((summary.variant.task, summary.variant.digest), []).append(summary)
-        return found
+            groups.setdefault((summary.variant.task, summary.variant.digest), []).append(summary)
+        return groups
 
     def name(self, variant: Variant) -> str:
-        """Algorithm and settings, and the number of steps where the runs' differ."""
+        """Name a variant by algorithm and settings, and by the number of steps where the runs' differ."""
         words = [variant.algorithm, *filter(None, [variant.settings_label])]
         if len({summary.variant.steps for summary in self.summaries}) > 1:
             words.append(f"{variant.steps:,} steps")
         return ", ".join(words)
 
     def dataset(self, variant: Variant) -> str:
-        """The label, with the digest's beginning where another dataset of the task has the same label."""
+        """Label a dataset; the digest's beginning follows where another dataset of the task has the same label."""
         same = {
             s.variant.digest
             for s in self.summaries

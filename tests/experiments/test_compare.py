@@ -25,12 +25,14 @@ from omcda_deploy.experiments import compare as command
 from omcda_deploy.experiments.compare import evaluate_run, find_runs
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.play.evaluate import evaluate
+from omcda_deploy.plugins import CurveSection, Scan, TrainingCurve
 from omcda_deploy.registry import team_spec
 from omcda_deploy.report.comparison import Comparison, Curves, Result, Variant, summarise
 from omcda_deploy.report.comparison_report import write_comparison
 from omcda_deploy.report.figures import Bar, Curve, curves_figure, grouped_bars_figure
 from omcda_deploy.training import loop
-from omcda_deploy.training.behavior_model import BehaviorConfig
+from omcda_deploy.training.algorithms import omcda
+from omcda_deploy.training.request import TrainRequest
 from omcda_deploy.training.run_folder import read_config
 from tests.support.synthetic import write_dataset
 
@@ -46,16 +48,18 @@ def train(
     """A real run folder. Its dataset is called like the task and its tier, as ``collect`` calls them."""
     loop.train(
         dataset,
-        algorithm,
+        TrainRequest(
+            algorithm,
+            steps,
+            seed,
+            settings={**SMALL, **settings},
+            behavior={"steps": 10, "check_every": 10},
+            log_every=5,
+            checkpoint_every=STEPS // 2,
+            snapshot_every=STEPS // 2,
+        ),
         out,
         dataset_path="data/mamujoco-hopper-3x1-medium.hdf5",
-        steps=steps,
-        seed=seed,
-        settings={**SMALL, **settings},
-        behavior=BehaviorConfig(steps=10, check_every=10, hidden=8),
-        log_every=5,
-        checkpoint_every=STEPS // 2,
-        snapshot_every=STEPS // 2,
     )
     return out
 
@@ -312,7 +316,7 @@ def test_each_run_is_exported_and_played_once(
     assert LocalTeam(bundle).bundle.manifest["training"]["step"] == STEPS
 
     with monkeypatch.context() as patch:
-        patch.setattr("omcda_deploy.experiments.export.export_run", _never)
+        patch.setattr("omcda_deploy.experiments.export.export", _never)
         patch.setattr("omcda_deploy.play.evaluate.evaluate", _never)
         compare([runs / "bc" / ".." / "bc" / "seed0"], tmp_path / "again", episodes=3, seed=5, num_envs=2)
         assert rows_of(tmp_path / "again" / "summary.csv") == rows_of(tmp_path / "first" / "summary.csv")
@@ -362,32 +366,39 @@ def lines_of(count: int, extra: Mapping[str, Sequence[float]] | None = None) -> 
 
 
 def test_contributions_are_measured_or_estimated() -> None:
-    estimated = Curves.of(AGENTS, lines_of(3))
+    estimated = Curves.of(omcda.CURVES, AGENTS, lines_of(3))
     assert estimated is not None
     assert estimated.steps.tolist() == [10, 20, 30]
-    assert estimated.contribution.tolist() == [[0, 0], [0.5, -2], [1, -4]]  # m KL
-    assert not estimated.measured
-    assert estimated.share.tolist() == [[0.25, 0.75]] * 3
-    measured = Curves.of(AGENTS, lines_of(3, {"value/reward": (8, 9)}))
+    assert estimated.values["contribution"].tolist() == [[0, 0], [0.5, -2], [1, -4]]  # m KL
+    assert estimated.estimated == {"contribution"}
+    assert estimated.values["share"].tolist() == [[0.25, 0.75]] * 3
+    measured = Curves.of(omcda.CURVES, AGENTS, lines_of(3, {"value/reward": (8, 9)}))
     assert measured is not None
-    assert measured.contribution.tolist() == [[8, 9]] * 3
-    assert measured.measured
-    assert Curves.of(AGENTS, [{"step": 10, "loss/policy": 1.0}]) is None
+    assert measured.values["contribution"].tolist() == [[8, 9]] * 3
+    assert measured.estimated == set()
+    assert Curves.of(omcda.CURVES, AGENTS, [{"step": 10, "loss/policy": 1.0}]) is None
     # Long runs are averaged in groups, each shown at its last step.
-    long = Curves.of(AGENTS, lines_of(250))
+    long = Curves.of(omcda.CURVES, AGENTS, lines_of(250))
     assert long is not None
     assert len(long.steps) == 100
     assert long.steps[-1] == 2500
-    assert long.influence[0, 0] == 1.0  # lines 0, 1 and 2
+    assert long.values["influence"][0, 0] == 1.0  # lines 0, 1 and 2
     assert long.steps[0] == 30
 
 
 def result(seed: int, returns: Sequence[float], **changes: Any) -> Result:
     variant = replace(Variant(TASK, "medium", "d" * 64, "omcda", (), 100), **changes)
     settings = {"d_tot": 0.3, "allocation": "influence", **dict(variant.settings)}
-    curves = Curves.of(AGENTS, lines_of(4))
     return Result(
-        variant, f"runs/{seed}", seed, settings, {"git": "c0ffee"}, evaluation_of(returns), curves, 90.0
+        variant,
+        f"runs/{seed}",
+        seed,
+        settings,
+        {"git": "c0ffee"},
+        evaluation_of(returns),
+        Curves.of(omcda.CURVES, AGENTS, lines_of(4)),
+        omcda.SCAN,
+        90.0,
     )
 
 
@@ -421,6 +432,39 @@ def test_a_scan_has_a_line_per_allocation_and_everything_else(tmp_path: Path) ->
     ticks = [text.text for text in scan.iter("text") if text.get("class") == "tick"]
     assert {"0.3", "1.2"} <= set(ticks)
     assert len([path for path in scan.iter("path")]) == 2  # decoupled has one budget: a point, no line
+
+
+def test_another_algorithms_curves_and_scan_are_shown(
+    runs: Path, tmp_path: Path, played: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BC with declarations of its own stands for an algorithm that the reports know nothing about."""
+    from omcda_deploy.training.algorithms import bc
+
+    monkeypatch.setattr(
+        bc,
+        "CURVES",
+        CurveSection("Imitation", "imitation.csv", (TrainingCurve("gap", "kl", "gap in nats"),)),
+        False,
+    )
+    monkeypatch.setattr(bc, "SCAN", Scan("lr", "grad_clip", "Rates", "lr, log", "the rate"), False)
+    edit(runs / "bc" / "seed1", settings={**read_config(runs / "bc" / "seed1").settings, "lr": 0.001})
+    out = tmp_path / "out"
+    compare([runs / "bc"], out)
+    rows = rows_of(out / "imitation.csv")
+    logged = [json.loads(line) for line in (runs / "bc" / "seed0" / "metrics.jsonl").read_text().splitlines()]
+    agents = read_config(runs / "bc" / "seed0").spec.names
+    assert [float(row["gap"]) for row in rows if row["seed"] == "0"] == [
+        line[f"kl/{agent}"] for line in logged for agent in agents
+    ]
+    assert sorted((row["lr"], row["mean"]) for row in rows_of(out / "lr.csv")) == [
+        ("0.0005", "60.0"),
+        ("0.001", "50.0"),
+    ]
+    text = (out / "report.html").read_text()
+    for words in ("Imitation: bc", "gap in nats", "Rates of bc on", "against the rate; 20 steps"):
+        assert words in text
+    assert not (out / "influence.csv").exists()
+    assert not (out / "d_tot.csv").exists()
 
 
 # -- figures ----------------------------------------------------------------------------------------------------
