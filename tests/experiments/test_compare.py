@@ -1,4 +1,4 @@
-"""Comparing runs: which are averaged, what stays out and why, and what is written, against hand computation."""
+"""Comparisons of runs: averages, omissions with their reasons, and files, against hand computation."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ RETURNS = {0: [10.0, 30.0], 1: [40.0, 60.0], 2: [70.0, 130.0]}  # by seed: means
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Simulators stand still: two episodes per run, known by its seed. Yields the runs that were played."""
+    """Simulators stand still: two episodes per run, chosen by its seed. Yields the runs that were played."""
     names: list[str] = []
 
     def evaluation(folder: Path, config: Any, step: int, *_: Any, **__: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_runs_are_found_once_wherever_they_lie(tmp_path: Path) -> None:
         (tmp_path / name / "policies").mkdir(parents=True)
         (tmp_path / name / "config.json").touch()
     (tmp_path / "behavior").mkdir()
-    (tmp_path / "behavior" / "config.json").touch()  # of another kind of training
+    (tmp_path / "behavior" / "config.json").touch()  # another kind of training
     expected = [tmp_path / name for name in ("a/seed0", "a/seed1", "b")]
     assert find_runs([tmp_path]) == expected
     assert find_runs([tmp_path / "b", tmp_path, tmp_path / "a" / ".." / "b"]) == [expected[2], *expected[:2]]
@@ -237,7 +237,7 @@ def test_what_is_left_out_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """An unfinished run, one that failed, one damaged, and one twice: none of them in a mean, all of them said."""
+    """An unfinished run, one that failed, one damaged, and one twice: none of them in a mean, all listed."""
     edit(runs / "bc" / "seed2", steps=4000)
     shutil.copytree(runs / "bc" / "seed1", runs / "copy" / "seed1")
     (runs / "other" / "seed0" / "config.json").write_text("{")
@@ -254,8 +254,8 @@ def test_what_is_left_out_is_named(
     [row] = [row for row in rows_of(out / "summary.csv") if row["algorithm"] == "bc"]
     assert (row["runs"], row["mean"]) == ("2", "35.0")
     assert not any("seed2" in name for name in played)
-    said = " ".join(capsys.readouterr().out.split())
-    for text in (said, (out / "results.md").read_text(), (out / "report.html").read_text()):
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in (printed, (out / "results.md").read_text(), (out / "report.html").read_text()):
         assert "unfinished: its last policy is of step 20 of 4,000" in text
         assert "failed: no parity" in text
         assert re.search(r"failed: .*other/seed0/config\.json is damaged", text)

@@ -1,4 +1,4 @@
-"""Results pages: what their files may say, and the table of a real run beside one that fails."""
+"""Results pages: their files, and the table of a real run beside one that fails."""
 
 from __future__ import annotations
 

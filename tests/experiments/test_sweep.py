@@ -1,4 +1,4 @@
-"""Sweeps: which runs a file stands for, and what becomes of finished, killed and failing ones."""
+"""Sweeps: the runs of a file, and the treatment of finished, killed and failing ones."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_file_is_every_combination_of_its_entries(file: Path, tmp_path: Path) 
     assert jobs[-1].run == tmp_path / "out" / "b" / "omcda-d_tot=1.2-allocation=uniform" / "seed3"
 
 
-WRONG: list[tuple[str, str, str]] = [  # in the file, instead, what is said
+WRONG: list[tuple[str, str, str]] = [  # entry of the file, its replacement, the error
     ("seeds = [0, 3]", "seed = [0, 3]", r"unknown entry of .*sweep\.toml 'seed': did you mean 'seeds'"),
     ("seeds = [0, 3]", "", r"sweep\.toml: expected datasets, .* seeds is missing"),
     ("seeds = [0, 3]", "seeds = 5", r"sweep\.toml: seeds: expected a list such as \[0, 1, 2\], got 5"),
@@ -185,9 +185,9 @@ def test_a_failing_run_is_reported_while_others_go_on(
     jobs = jobs_of(read_sweep(file), tmp_path / "out")
     [unfinished] = [job for job in jobs if not job.finished]
     assert (unfinished.algorithm, unfinished.seed) == ("bc", 3)
-    said = capsys.readouterr().err
-    assert "1 of 20 runs failed" in said.splitlines()[-1]
-    assert f"{unfinished.run} stopped with status 1: the last line" in said.splitlines()[-1]
+    printed = capsys.readouterr().err
+    assert "1 of 20 runs failed" in printed.splitlines()[-1]
+    assert f"{unfinished.run} stopped with status 1: the last line" in printed.splitlines()[-1]
     assert unfinished.run.with_name("seed3.log").read_text() == "a line\nthe last line\n"
 
     broken = False

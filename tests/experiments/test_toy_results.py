@@ -1,4 +1,4 @@
-"""The toy table: learned policies read off exactly, and held against what is expected of them."""
+"""The toy table: exact returns of learned policies, and expectations of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.tabular import behavior_table
 
 
 def empirical(dataset: Dataset) -> list[tabular.Table]:
-    """What a perfect clone of the dataset would do: the share of each choice in each state."""
+    """Return the policies of a perfect clone of the dataset: the share of each choice in each state."""
     tables = []
     rows = dataset.transitions
     state = dataset.observations[rows].argmax(-1)
@@ -87,7 +87,7 @@ def dataset(tmp_path: Path) -> Dataset:
     return read(path)
 
 
-def test_what_was_not_expected_is_said_and_shown(tmp_path: Path, dataset: Dataset) -> None:
+def test_expectations_that_do_not_hold_are_listed(tmp_path: Path, dataset: Dataset) -> None:
     rows = (
         Row("bc", 2.05),
         Row("bcq", 2.0),

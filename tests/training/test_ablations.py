@@ -42,9 +42,9 @@ SETTINGS: dict[str, Any] = {
 
 
 def learner(**changes: Any) -> omcda.Algorithm:
-    made = make_learner("omcda", SPEC, {**SETTINGS, **changes}, steps=STEPS)
-    assert isinstance(made, omcda.Algorithm)
-    return made
+    algorithm = make_learner("omcda", SPEC, {**SETTINGS, **changes}, steps=STEPS)
+    assert isinstance(algorithm, omcda.Algorithm)
+    return algorithm
 
 
 def batches(count: int = STEPS) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""What every algorithm of the registry must do, whatever it learns."""
+"""The contract that every algorithm of the registry keeps."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_updates_count_steps_change_the_policy_and_report_finite_numbers(name: s
 def test_equal_seeds_give_equal_learners(name: str, kind: ActionKind) -> None:
     first, second = learner(name, kind), learner(name, kind)
     ours = update(first, kind)
-    torch.manual_seed(99)  # what else happens in the process must not matter
+    torch.manual_seed(99)  # the process's own generator must not matter
     theirs = [second.update(random_batch(spec_of(kind), seed=seed)) for seed in range(UPDATES)]
     assert all(differing(a, b) == set() for a, b in zip(ours, theirs, strict=True))
     assert differing(first.state_dict(), second.state_dict()) == set()

@@ -26,9 +26,9 @@ Float = NDArray[np.float64]
 
 def learner(kind: str, **settings: Any) -> bcq.Algorithm:
     spec = continuous_spec() if kind == "continuous" else discrete_spec()
-    made = make_learner("bcq", spec, {"vae_hidden": 8, **settings})
-    assert isinstance(made, bcq.Algorithm)
-    return made
+    algorithm = make_learner("bcq", spec, {"vae_hidden": 8, **settings})
+    assert isinstance(algorithm, bcq.Algorithm)
+    return algorithm
 
 
 def mlp(network: Any, *inputs: Tensor | Float) -> Float:
@@ -66,10 +66,10 @@ def test_vae_loss_is_reconstruction_and_half_the_kl_of_its_latent() -> None:
     p, q = log_normal(mean, np.exp(log_std)), log_normal(0.0, 1.0)
     kl = np.trapezoid(np.exp(p) * (p - q), x, axis=0)  # by quadrature, [4, 3, 2]
     for weight in (0.5, 2.0):
-        wanted = ((reconstruction - action) ** 2).mean() + weight * kl.mean()
+        expected = ((reconstruction - action) ** 2).mean() + weight * kl.mean()
         tensors = [torch.from_numpy(x) for x in (reconstruction, action, mean, log_std)]
         got = bcq.vae_loss(tensors[0], tensors[1], tensors[2], tensors[3], weight)
-        assert float(got) == pytest.approx(wanted, rel=1e-6)
+        assert float(got) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("latent", ["action", "team"])
@@ -112,9 +112,9 @@ def test_losses_of_a_continuous_step_are_those_of_numpy(latent: str) -> None:
         for q in (policy.q, parts.q2)
     )
 
-    own = np.tanh(mlp(policy.decoder, o, z_own))
-    own = (own + 0.3 * np.tanh(mlp(policy.perturbation, o, own))).clip(-1, 1)
-    climbed = -mlp(policy.q.mlp, o, own).mean()
+    perturbed = np.tanh(mlp(policy.decoder, o, z_own))
+    perturbed = (perturbed + 0.3 * np.tanh(mlp(policy.perturbation, o, perturbed))).clip(-1, 1)
+    climbed = -mlp(policy.q.mlp, o, perturbed).mean()
 
     metrics = algorithm.update(batch)
     assert float(metrics["loss/vae"]) == pytest.approx(vae, rel=1e-5)
@@ -152,10 +152,10 @@ def test_the_generative_policy_takes_the_candidate_that_its_own_q_values_most() 
     decoded = np.tanh(mlp(policy.decoder, o, latents))
     actions = (decoded + 0.3 * np.tanh(mlp(policy.perturbation, o, decoded))).clip(-1, 1)
     best = mlp(policy.q.mlp, o, actions)[..., 0].argmax(0)
-    wanted = np.take_along_axis(actions, best[None, ..., None], 0)[0].clip(-0.999, 0.999)
+    expected = np.take_along_axis(actions, best[None, ..., None], 0)[0].clip(-0.999, 0.999)
     with torch.no_grad():
         mean, log_std = policy(o)
-        np.testing.assert_allclose(np.tanh(mean.numpy()), wanted, atol=1e-5)
+        np.testing.assert_allclose(np.tanh(mean.numpy()), expected, atol=1e-5)
         assert float(log_std.exp().max()) < 1e-8  # noise changes nothing
         for i in range(3):
             torch.testing.assert_close(policy(o[:, i], i)[0], mean[:, i])
@@ -173,7 +173,7 @@ def test_a_saturated_choice_stays_where_float32_can_tell_it() -> None:
 
 
 def allowed_actions(behavior: Float, mask: Float, threshold: float) -> list[int]:
-    """The definition, in words of its own."""
+    """The definition, in words of its perturbed."""
     available = [a for a in range(len(mask)) if mask[a]] or [0]
     most = max(behavior[a] for a in available)
     return [a for a in available if behavior[a] / most >= threshold]
@@ -199,14 +199,14 @@ def test_loss_and_choices_of_a_discrete_step_are_those_of_numpy(threshold: float
         target = parts.q_target.values(batch.next_observation).double().numpy()  # type: ignore[operator]
         likelihood = algorithm.behavior(batch.next_observation, batch.next_mask).exp().double().numpy()
         chosen = policy(batch.next_observation, batch.next_mask).argmax(-1).numpy()
-    best, wanted = np.empty((32, 2)), np.empty((32, 2), int)
+    best, expected = np.empty((32, 2)), np.empty((32, 2), int)
     for row in range(32):
         for i in range(2):
             among = allowed_actions(likelihood[row, i], batch.next_mask[row, i].numpy(), threshold)
-            wanted[row, i] = max(among, key=lambda a: online[row, i, a])
-            best[row, i] = target[row, i, wanted[row, i]]
-    np.testing.assert_array_equal(chosen, wanted)
-    assert wanted[3, 1] == 0
+            expected[row, i] = max(among, key=lambda a: online[row, i, a])
+            best[row, i] = target[row, i, expected[row, i]]
+    np.testing.assert_array_equal(chosen, expected)
+    assert expected[3, 1] == 0
     y = batch.reward.numpy() + 0.99 * batch.not_done.numpy() * total(
         parts.mixer_target, best, batch.next_state
     )
@@ -262,10 +262,10 @@ def test_chains_are_solved_over_likely_actions_only() -> None:
     q = algorithm.policy.state_dict()["greedy.q.table"].double().numpy()
     # Constants move between agents; the sum over agents is what is learned.
     for x in np.ndindex(3, 3):
-        best = [int(solution[own].argmax()) for solution, own in zip(exact, x, strict=True)]
-        learned = sum(q[i, own, a] for i, (own, a) in enumerate(zip(x, best, strict=True)))
-        wanted = sum(solution[own].max() for solution, own in zip(exact, x, strict=True))
-        assert learned == pytest.approx(wanted, rel=0.01)
+        best = [int(solution[state].argmax()) for solution, state in zip(exact, x, strict=True)]
+        learned = sum(q[i, state, a] for i, (state, a) in enumerate(zip(x, best, strict=True)))
+        expected = sum(solution[state].max() for solution, state in zip(exact, x, strict=True))
+        assert learned == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

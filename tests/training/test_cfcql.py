@@ -78,10 +78,10 @@ def test_uniform_weights_make_it_the_joint_penalty_divided_by_the_agents() -> No
     w, bias = map(numbers, algorithm.mixer(batch.state))
     joint = []
     for b in range(len(q)):
-        own = [np.flatnonzero(batch.mask[b, i].numpy()) for i in range(q.shape[1])]
+        available = [np.flatnonzero(batch.mask[b, i].numpy()) for i in range(q.shape[1])]
         totals = [
             sum(w[b, i] * q[b, i, u] for i, u in enumerate(actions)) + bias[b]
-            for actions in itertools.product(*own)
+            for actions in itertools.product(*available)
         ]
         recorded = sum(w[b, i] * q[b, i, int(a)] for i, a in enumerate(batch.action[b])) + bias[b]
         joint.append(logsumexp(np.array(totals)) - recorded)
@@ -136,8 +136,8 @@ def test_one_discrete_step_against_numpy(sign: str, mixer: str) -> None:
         for i, u in itertools.product(range(agents), range(table.shape[-1])):
             values = recorded.copy()
             values[:, i] = table[:, i, u]
-            own = totals(algorithm.mixer, values, batch.state)
-            replaced[:, i, u] = np.where(mask[:, i, u], own, -np.inf)
+            changed = totals(algorithm.mixer, values, batch.state)
+            replaced[:, i, u] = np.where(mask[:, i, u], changed, -np.inf)
         scores.append(replaced)
     kl = np.zeros((rows, agents))
     for b, i in itertools.product(range(rows), range(agents)):
@@ -168,14 +168,14 @@ def test_one_continuous_step_against_numpy(mixer: str) -> None:
     settings = {"candidates": 4, "lambda_tau": 0.3, "alpha": 0.8, "gamma": 0.9, "mixer": mixer}
     algorithm, batch = learner("continuous", settings), random_batch(continuous_spec(), size=12)
     with torch.no_grad():
-        own = TanhGaussian(*algorithm.policy(batch.observation))
+        policy = TanhGaussian(*algorithm.policy(batch.observation))
         following = TanhGaussian(*algorithm.policy(batch.next_observation))
         behavior = TanhGaussian(*algorithm.behavior(batch.observation))
         generator = torch.Generator().manual_seed(0)  # seed 0, step 0
         next_action = following.sample(1, generator)[0]
         uniform = torch.rand((4, 12, 3, 2), generator=generator) * 2 - 1
-        drawn = [uniform, own.sample(4, generator), following.sample(4, generator)]
-    np.testing.assert_allclose(numbers(own.log_std), np.log(0.2), rtol=1e-6)
+        candidates = [uniform, policy.sample(4, generator), following.sample(4, generator)]
+    np.testing.assert_allclose(numbers(policy.log_std), np.log(0.2), rtol=1e-6)
 
     def total(network: torch.nn.Module, values: torch.Tensor, state: torch.Tensor) -> Array:
         with torch.no_grad():
@@ -189,10 +189,10 @@ def test_one_continuous_step_against_numpy(mixer: str) -> None:
 
     density = [
         np.full((4, 12, 3), np.log(0.25)),
-        log_density(drawn[1], own),
-        log_density(drawn[2], following),
+        log_density(candidates[1], policy),
+        log_density(candidates[2], following),
     ]
-    mean, mean_b, log_std_b = map(numbers, (own.mean, behavior.mean, behavior.log_std))
+    mean, mean_b, log_std_b = map(numbers, (policy.mean, behavior.mean, behavior.log_std))
     variance_b = np.exp(2 * log_std_b)
     kl = ((0.04 + (mean - mean_b) ** 2) / variance_b - 1 - np.log(0.04 / variance_b)).sum(-1) / 2
     weights = np.exp(0.3 * kl) / np.exp(0.3 * kl).sum(-1, keepdims=True)
@@ -210,7 +210,7 @@ def test_one_continuous_step_against_numpy(mixer: str) -> None:
         scores = np.empty((12, 12, 3))  # [K, B, N]
         for k, i in itertools.product(range(12), range(3)):
             replaced = torch.where(
-                torch.arange(3) == i, critic(batch.observation, torch.cat(drawn)[k]), recorded
+                torch.arange(3) == i, critic(batch.observation, torch.cat(candidates)[k]), recorded
             )
             scores[k, :, i] = total(algorithm.mixer, replaced, batch.state) - np.concatenate(density)[k, :, i]
         for b in range(12):
@@ -234,10 +234,10 @@ def test_the_policy_climbs_the_total_value_and_trains_nothing_else(
     algorithm.update(batch)
     with torch.no_grad():
         action = torch.tanh(algorithm.policy(batch.observation)[0])
-        own, recorded = (algorithm.critics[0](batch.observation, a) for a in (action, batch.action))
+        values, recorded = (algorithm.critics[0](batch.observation, a) for a in (action, batch.action))
         gains = []
         for i in range(3):
-            replaced = torch.where(torch.arange(3) == i, own, recorded)
+            replaced = torch.where(torch.arange(3) == i, values, recorded)
             gains.append(
                 total_value(algorithm.mixer, replaced, batch.state)
                 - total_value(algorithm.mixer, recorded, batch.state)

@@ -35,7 +35,7 @@ from tests.support.tabular import TabularFactory, behavior_table, exact_batch, p
 
 Array = NDArray[np.float64]
 
-# w(x), w'(x) and f(w) of baselines.md section 8, written down once more.
+# w(x), w'(x) and f(w) of docs/baselines.md#comadice, a second time.
 RATIO: dict[str, Callable[[Array], Array]] = {
     "soft_chi2": lambda x: np.where(x < 0, np.exp(np.minimum(x, 0)), x + 1),
     "chi2": lambda x: np.maximum(x + 1, 0),
@@ -130,14 +130,14 @@ def expected_losses(algorithm: Algorithm, batch: Batch) -> tuple[dict[str, float
     reward, not_done = numbers(batch.reward, batch.not_done)
     w, b = numbers(*algorithm.mixer(batch.state))
     w2, _ = numbers(*algorithm.mixer(batch.next_state))
-    own = c.initial_states == "data"
-    w0, _ = numbers(*algorithm.mixer(batch.state if own else batch.initial_state))
+    anywhere = c.initial_states == "data"
+    w0, _ = numbers(*algorithm.mixer(batch.state if anywhere else batch.initial_state))
     w_bar, _ = numbers(*algorithm.mixer_target(batch.state))
     w2_bar, b2_bar = numbers(*algorithm.mixer_target(batch.next_state))
     q, q_bar = numbers(algorithm.q(o, a), algorithm.q_target(o, a))
     v, v0, v2_bar = numbers(
         algorithm.v(o),
-        algorithm.v(o if own else batch.initial_observation),
+        algorithm.v(o if anywhere else batch.initial_observation),
         algorithm.v_target(batch.next_observation),
     )
     [log_prob] = numbers(policy_of(algorithm.policy, o, batch.mask).log_prob(a))
@@ -188,11 +188,11 @@ def test_each_loss_moves_only_what_it_is_for(monkeypatch: pytest.MonkeyPatch) ->
     }
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
-        for own in parameters.values():
-            for parameter in own:
+        for group in parameters.values():
+            for parameter in group:
                 parameter.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        moved = {key for key, own in parameters.items() if any(p.grad is not None for p in own)}
+        moved = {key for key, group in parameters.items() if any(p.grad is not None for p in group)}
         assert moved == expected[name], name
 
 
@@ -211,9 +211,9 @@ def train(
 
 @functools.cache
 def one_step() -> OneStepGame:
-    made = rational(one_step_game(0, agents=2), 10)
-    assert isinstance(made, OneStepGame)
-    return made
+    game = rational(one_step_game(0, agents=2), 10)
+    assert isinstance(game, OneStepGame)
+    return game
 
 
 @pytest.mark.parametrize("kind", F_DIVERGENCES)
@@ -223,7 +223,7 @@ def test_one_step_policies_match_the_closed_form(kind: str) -> None:
     batch = exact_batch(one_step())
     algorithm = train(one_step(), batch, config, (0.05, 200), (0.005, 60))
     metrics = algorithm.update(batch)
-    np.testing.assert_allclose(metrics["ratio/mean"].item(), 1.0, atol=1e-3)  # what lambda_e is for
+    np.testing.assert_allclose(metrics["ratio/mean"].item(), 1.0, atol=1e-3)  # lambda_e ensures it
     [learned, expected, behavior] = (
         np.stack(rows)
         for rows in (

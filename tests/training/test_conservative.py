@@ -77,12 +77,12 @@ def policies(actions: int, log_std: float = -0.7) -> tuple[TanhGaussian, TanhGau
 def test_candidates_are_uniform_then_the_policies_own() -> None:
     candidates = candidate_actions(*policies(1), 20000, torch.Generator().manual_seed(0))[..., 0]
     assert candidates.shape == (60000, 1, 2)
-    uniform, own, following = candidates.double().numpy().reshape(3, 20000, 2)
+    uniform, present, following = candidates.double().numpy().reshape(3, 20000, 2)
     np.testing.assert_allclose(
         np.quantile(uniform, [0.0, 0.25, 0.5, 0.75, 1.0], axis=0)[:, 0], [-1, -0.5, 0, 0.5, 1], atol=0.02
     )
-    np.testing.assert_allclose(np.arctanh(own).mean(0), [0.3, -0.5], atol=0.02)
-    np.testing.assert_allclose(np.arctanh(own).std(0), np.exp(-0.7), rtol=0.03)
+    np.testing.assert_allclose(np.arctanh(present).mean(0), [0.3, -0.5], atol=0.02)
+    np.testing.assert_allclose(np.arctanh(present).std(0), np.exp(-0.7), rtol=0.03)
     np.testing.assert_allclose(np.arctanh(following).mean(0), [-0.3, 0.5], atol=0.02)
     np.testing.assert_allclose(np.arctanh(following).std(0), np.exp(-0.3), rtol=0.03)
 
@@ -90,9 +90,9 @@ def test_candidates_are_uniform_then_the_policies_own() -> None:
 def test_weighed_by_density_each_kind_estimates_the_integral_over_actions() -> None:
     """integral over [-1, 1]^2 of exp(w q), q = a_1 - a_2: sinh products in closed form."""
     count, w = 100000, 0.8
-    own, following = policies(2, log_std=0.1)  # narrower ones estimate it with infinite variance
-    candidates = candidate_actions(own, following, count, torch.Generator().manual_seed(0))
-    density = candidate_log_density(candidates, own, following)
+    present, following = policies(2, log_std=0.1)  # narrower ones estimate it with infinite variance
+    candidates = candidate_actions(present, following, count, torch.Generator().manual_seed(0))
+    density = candidate_log_density(candidates, present, following)
     q = candidates[..., 0] - candidates[..., 1]
     exact = np.log((2.0 * np.sinh(w) / w) ** 2)
     for part in range(3):

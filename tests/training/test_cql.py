@@ -30,15 +30,15 @@ Float = NDArray[np.float64]
 
 
 def learner(spec: TeamSpec, **settings: Any) -> cql.Algorithm:
-    made = make_learner("cql", spec, settings)
-    assert isinstance(made, cql.Algorithm)
+    algorithm = make_learner("cql", spec, settings)
+    assert isinstance(algorithm, cql.Algorithm)
     with torch.no_grad():  # targets unlike the networks they follow, so that taking one for the other shows
-        for parameter in made.target.parameters():
+        for parameter in algorithm.target.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-        for module in made.mixer.children():
+        for module in algorithm.mixer.children():
             assert isinstance(module, nn.Linear)
             module.weight.mul_(3.0)  # weights and biases far from 1 and 0
-    return made
+    return algorithm
 
 
 def mixed(mixer: nn.Module, state: Tensor) -> tuple[Float, Float]:
@@ -151,7 +151,7 @@ def test_the_continuous_target_is_of_the_policy_at_the_next_observation() -> Non
 
 
 class BellQ(nn.Module):
-    """``Q(o, a)``: log density of one known tanh-Gaussian, plus a constant; nothing to train."""
+    """A critic ``Q(o, a)`` without parameters: the log density of a fixed tanh-Gaussian, plus a constant."""
 
     mean, std, constant = (0.4, -0.8), (0.5, 0.3), 7.0
 

@@ -41,16 +41,16 @@ def train(played: Game, steps: tuple[int, int] = (200, 100)) -> Algorithm:
 @functools.cache
 def bandit() -> ChainGame:
     """One action per episode from one of three local states: a contextual bandit."""
-    made = rational(chain_game(4, states=3, actions=3, branching=1, stop=1.0), 6)
-    assert isinstance(made, ChainGame)
-    return made
+    game = rational(chain_game(4, states=3, actions=3, branching=1, stop=1.0), 6)
+    assert isinstance(game, ChainGame)
+    return game
 
 
 @functools.cache
 def one_step(state_scales: tuple[float, ...] = (1.0,)) -> OneStepGame:
-    made = rational(one_step_game(1, agents=2, state_scales=state_scales), 10)
-    assert isinstance(made, OneStepGame)
-    return made
+    game = rational(one_step_game(1, agents=2, state_scales=state_scales), 10)
+    assert isinstance(game, OneStepGame)
+    return game
 
 
 def first_rows(tables: list[Array]) -> Array:
@@ -75,7 +75,7 @@ def test_policies_are_right_at_every_observation_though_the_softmax_is_over_the_
 
 
 def test_mixer_weights_scale_the_exponent_of_states_behind_one_observation() -> None:
-    """Then pi ∝ pi_b E_s[exp(w(s)(q - v)/T)] with v the policy's own mean of q: found here by iteration."""
+    """Then pi ∝ pi_b E_s[exp(w(s)(q - v)/T)] with v the policy's own mean of q, by iteration."""
     scales = (0.5, 2.0)
     game = one_step(scales)
     learned = first_rows(policy_table(train(game, (300, 200)).policy, game))
@@ -166,7 +166,7 @@ def expected_losses(algorithm: Algorithm, batch: Batch, released: bool) -> tuple
         q = np.take_along_axis(least, action.numpy()[..., None], -1)[..., 0]
         return q, (probability * least).sum(-1)
 
-    reward, not_done, known = numbers(batch.reward, batch.not_done, batch.next_action_known)
+    reward, not_done, has_action = numbers(batch.reward, batch.not_done, batch.next_action_known)
     w, b = numbers(*algorithm.mixer(batch.state))
     w_next, b_next = numbers(*algorithm.mixer_target(batch.next_state))
     q, v = values(algorithm.q, batch.observation, batch.action, batch.mask)
@@ -174,7 +174,7 @@ def expected_losses(algorithm: Algorithm, batch: Batch, released: bool) -> tuple
     policy = policy_of(algorithm.policy, batch.observation, batch.mask)
     [log_prob] = numbers(policy.log_prob(batch.action))
     total_next = (w_next * q_next).sum(1) + b_next
-    use = np.array([n == 0 or k == 1 for n, k in zip(not_done, known, strict=True)])
+    use = np.array([n == 0 or k == 1 for n, k in zip(not_done, has_action, strict=True)])
     decay = np.ones(len(reward))
     if released:
         rho = np.exp(total_next / 0.05 - np.max(total_next / 0.05))
@@ -187,7 +187,7 @@ def expected_losses(algorithm: Algorithm, batch: Batch, released: bool) -> tuple
             decay[j] = (0.8 * 0.99) ** index
     else:
         exponent = (w_next * (q_next - v_next)).sum(1) / 0.05
-        alive = (not_done == 1) & (known == 1)
+        alive = (not_done == 1) & (has_action == 1)
         rho = np.where(alive, np.exp(exponent - exponent[alive].max()), 0.0)
         rho = np.minimum(rho / rho[alive].mean(), 1.2)
         weights = np.exp(w * (q - v) / 0.1)
@@ -217,11 +217,11 @@ def test_batches_carry_the_next_action_and_say_where_there_is_none(tmp_path: Pat
     dataset = read(write_dataset(tmp_path / "data.hdf5", continuous_spec(), [4, 1, 3]))
     batch = TransitionSampler(dataset, 8, seed=0).gather(np.arange(8))
     assert batch.next_action_known.tolist() == [1, 1, 1, 0, 0, 1, 1, 0]
-    known = batch.next_action_known.bool()
+    has_action = batch.next_action_known.bool()
     following = np.array([1, 2, 3, 6, 7])  # transitions, in order, that follow those with a next action
-    assert torch.equal(batch.next_action[known], batch.action[following])
+    assert torch.equal(batch.next_action[has_action], batch.action[following])
     some = TransitionSampler(dataset, 8, seed=0, subset=np.array([0, 3, 5])).gather(np.arange(3))
-    assert some.next_action_known.tolist() == [1, 0, 1]  # whether or not the next row is in the subset
+    assert some.next_action_known.tolist() == [1, 0, 1]  # the next row may be outside the subset
 
 
 def test_a_nonlinear_mixer_is_refused() -> None:

@@ -29,7 +29,7 @@ def double(*values: float | list[float]) -> list[torch.Tensor]:
 
 
 def log_density(action: Array, mean: float, log_std: float) -> Array:
-    """Of tanh(u), u ~ N(mean, exp(log_std)), by change of variables."""
+    """Return the log density of tanh(u), u ~ N(mean, exp(log_std)), by change of variables."""
     quadratic = -0.5 * ((np.arctanh(action) - mean) / math.exp(log_std)) ** 2
     result: Array = quadratic - log_std - 0.5 * math.log(2 * math.pi) - np.log(1 - action**2)
     return result

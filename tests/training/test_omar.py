@@ -45,8 +45,8 @@ def numpy_search(
     """The cross-entropy method for one state and agent; ``noise`` [iterations, K, A]."""
     mean, sigma = np.zeros(noise.shape[-1]), np.full(noise.shape[-1], std)
     kept = np.empty((0, noise.shape[-1]))
-    for drawn in noise:
-        pool = np.concatenate([kept, np.clip(mean + sigma * drawn, -1.0, 1.0)])
+    for sample in noise:
+        pool = np.concatenate([kept, np.clip(mean + sigma * sample, -1.0, 1.0)])
         kept = pool[np.argsort(-values(pool), kind="stable")[:elites]]
         mean, sigma = kept.mean(0), kept.std(0, ddof=1)
     return kept[0], values(kept)[0]
@@ -82,23 +82,23 @@ def test_the_search_returns_the_best_of_all_it_drew() -> None:
 
     config = Config(iterations=6)
     action, value = search(watched, torch.zeros(SHAPE), config, torch.Generator().manual_seed(1))
-    drawn = torch.cat(pools)
-    assert drawn.shape[0] == 6 * config.search_samples
-    assert drawn.abs().max() == 1.0
-    torch.testing.assert_close(value, rugged(drawn).max(0).values)
+    samples = torch.cat(pools)
+    assert samples.shape[0] == 6 * config.search_samples
+    assert samples.abs().max() == 1.0
+    torch.testing.assert_close(value, rugged(samples).max(0).values)
     torch.testing.assert_close(rugged(action[None])[0], value)
-    # Later iterations search where earlier ones found something.
+    # Later iterations search near the best of earlier ones.
     assert pools[-1].std(0).mean() < 0.5 * pools[0].std(0).mean()
 
 
 def test_the_policy_is_never_drawn_to_a_worse_action_by_the_critic() -> None:
-    """Where the search found less than the policy's own action, a* is that action and draws nowhere."""
+    """If the search finds less than the policy's own action, a* is that action, and the loss does not move it."""
     action = torch.zeros(SHAPE, dtype=torch.float64, requires_grad=True)
-    found = torch.full(SHAPE, 0.5, dtype=torch.float64)
+    searched = torch.full(SHAPE, 0.5, dtype=torch.float64)
     value = torch.zeros(SHAPE[:2], dtype=torch.float64)
     better = torch.arange(18).reshape(SHAPE[:2]) % 3 == 0
-    found_value = torch.where(better, 1.0, -1.0).double()
-    loss = continuous_policy_loss(action, value, found, found_value, coefficient=1.0)
+    best_value = torch.where(better, 1.0, -1.0).double()
+    loss = continuous_policy_loss(action, value, searched, best_value, coefficient=1.0)
     [gradient] = torch.autograd.grad(loss, action)
     assert (gradient[~better] == 0.0).all()
     assert (gradient[better] < 0.0).all()
@@ -113,11 +113,11 @@ def test_the_search_beats_its_start_on_the_learners_own_critic() -> None:
     [action] = policy.sample(1, torch.Generator().manual_seed(0))  # type: ignore[union-attr]
     with torch.no_grad():
         start = algorithm.q(o, action)
-        found, value = search(
+        searched, value = search(
             lambda a: algorithm.q.candidates(o, a), action, Config(iterations=4), torch.Generator()
         )
-        torch.testing.assert_close(algorithm.q(o, found), value, rtol=1e-5, atol=1e-6)
-        best = torch.where((value > start).unsqueeze(-1), found, action)
+        torch.testing.assert_close(algorithm.q(o, searched), value, rtol=1e-5, atol=1e-6)
+        best = torch.where((value > start).unsqueeze(-1), searched, action)
         assert (algorithm.q(o, best) >= start - 1e-6).all()
         assert (value > start).float().mean() > 0.8
 
@@ -200,27 +200,27 @@ def continuous_losses(algorithm: Algorithm, batch: Batch) -> dict[str, float]:
     generator = torch.Generator().manual_seed(3 * 1_000_003)
     (mean, log_std), (mean2, log_std2) = (numbers(*algorithm.policy(x)) for x in (o, o2))
 
-    def drawn(count: int, mean: Array, log_std: Array) -> torch.Tensor:
+    def sample(count: int, mean: Array, log_std: Array) -> torch.Tensor:
         noise = torch.randn((count, *mean.shape), generator=generator).numpy()
         return torch.from_numpy(np.tanh(mean + np.exp(log_std) * noise)).float()
 
     def q(actions: torch.Tensor) -> Array:
         return np.stack(numbers(*(algorithm.q(o, action) for action in actions)))
 
-    next_action = drawn(1, mean2, log_std2)[0]
+    next_action = sample(1, mean2, log_std2)[0]
     uniform = 2.0 * torch.rand((10, *mean.shape), generator=generator) - 1.0
-    candidates = torch.cat((uniform, drawn(10, mean, log_std), drawn(10, mean2, log_std2)))
+    candidates = torch.cat((uniform, sample(10, mean, log_std), sample(10, mean2, log_std2)))
     [w] = numbers(algorithm.mixer(batch.state)[0])
     recorded = q(batch.action[None])[0]
     penalty = np.log(np.exp(w * q(candidates)).sum(0)) - w * recorded
-    action = drawn(1, mean, log_std)
+    action = sample(1, mean, log_std)
     [value] = q(action)
     with torch.no_grad():
-        found, _ = search(lambda a: torch.from_numpy(q(a)).float(), action[0], Config(), generator)
-    [found_value] = q(found[None])
-    assert 0 < (found_value > value).mean() < 1 or (found_value > value).all()
-    [[a], target] = numbers(action, found)
-    best = np.where((found_value > value)[..., None], target, a)
+        searched, _ = search(lambda a: torch.from_numpy(q(a)).float(), action[0], Config(), generator)
+    [best_value] = q(searched[None])
+    assert 0 < (best_value > value).mean() < 1 or (best_value > value).all()
+    [[a], target] = numbers(action, searched)
+    best = np.where((best_value > value)[..., None], target, a)
     return {
         "critic": bellman_error(algorithm, batch, recorded, numbers(algorithm.q_target(o2, next_action))[0]),
         "conservative": 2.0 * penalty.sum(1).mean(),
@@ -284,9 +284,9 @@ def test_the_policys_loss_follows_the_critics_gradient() -> None:
 
 @functools.cache
 def game() -> OneStepGame:
-    made = rational(one_step_game(1, agents=2), 10)
-    assert isinstance(made, OneStepGame)
-    return made
+    game = rational(one_step_game(1, agents=2), 10)
+    assert isinstance(game, OneStepGame)
+    return game
 
 
 @functools.cache

@@ -72,9 +72,9 @@ def value_tables(algorithm: Algorithm) -> list[torch.Tensor]:
 
 @functools.cache
 def game() -> OneStepGame:
-    made = rational(one_step_game(0), 10)
-    assert isinstance(made, OneStepGame)
-    return made
+    played = rational(one_step_game(0), 10)
+    assert isinstance(played, OneStepGame)
+    return played
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def test_2_exponents_are_normalised_over_states_behind_one_observation() -> None
 
 
 def mean_exp_z(algorithm: Algorithm, game: Game, alpha: NDArray[np.float64]) -> torch.Tensor:
-    """``E[exp z_i]`` [N] under behaviour and hidden states, from the learned tables and z's definition."""
+    """Return ``E[exp z_i]`` [N] under behaviour and hidden states, from the learned tables and z's definition."""
     q_r, v_r, q_c, v_c = (table[:, 0] for table in value_tables(algorithm))
     behavior = torch.from_numpy(np.stack([chain.behavior[0] for chain in game.chains]))
     means = [
@@ -191,9 +191,9 @@ def policy_table_rows(algorithm: Algorithm) -> NDArray[np.float64]:
 
 @functools.cache
 def chains() -> ChainGame:
-    made = rational(chain_game(2, states=3, actions=3, branching=1, stop=0.0), 6)
-    assert isinstance(made, ChainGame)
-    return made
+    played = rational(chain_game(2, states=3, actions=3, branching=1, stop=0.0), 6)
+    assert isinstance(played, ChainGame)
+    return played
 
 
 CHAIN_ALPHA = np.array([4.0, 1.5])

@@ -23,9 +23,9 @@ Array = NDArray[np.float64]
 
 @functools.cache
 def game() -> OneStepGame:
-    made = rational(one_step_game(0), 10)
-    assert isinstance(made, OneStepGame)
-    return made
+    played = rational(one_step_game(0), 10)
+    assert isinstance(played, OneStepGame)
+    return played
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Training runs: what a kill leaves, what is refused, and what a run folder holds."""
+"""Training runs: kills, refusals, and the contents of run folders."""
 
 from __future__ import annotations
 
@@ -152,10 +152,10 @@ def test_a_killed_run_resumes_as_if_it_had_never_stopped(
     assert load_state(out / "resume.pt")["step"] == 20
     assert last_step(out) == 40
     with (out / "metrics.jsonl").open("a") as metrics:
-        metrics.write('{"step": 45, "loss/pol')  # what a kill during a write leaves
+        metrics.write('{"step": 45, "loss/pol')  # a kill during a write leaves such a line
     spent = training_seconds(out)
     loop.resume(dataset, out)
-    assert training_seconds(out) > spent > 0  # of the 20 steps that count, then of all
+    assert training_seconds(out) > spent > 0  # seconds of the 20 steps that count, then of all
 
     assert differing(load_state(run / "resume.pt"), load_state(out / "resume.pt")) == set()
     assert snapshot_steps(out) == snapshot_steps(run) == [20, 40, 60]
@@ -442,7 +442,7 @@ def test_the_behavior_model_is_cloned_once_per_dataset(
 
     for name in ("omcda", "bc"):
         train(dataset, tmp_path / name, name, steps=5, observer=Counter())
-        assert calls == [10, 20]  # of the first run
+        assert calls == [10, 20]  # calls of the first run
     [cached] = (tmp_path / "cache").rglob("*.pt")
     models = [load_state(path)["model"] for path in (cached, *sorted(tmp_path.glob("*/behavior.pt")))]
     assert len(models) == 3
@@ -512,7 +512,9 @@ def test_the_time_limit_option_changes_not_done_only(dataset: Dataset) -> None:
 def test_no_transition_crosses_an_episodes_end(dataset: Dataset) -> None:
     sampler = TransitionSampler(dataset, 64, 0)
     assert len(sampler) == 240
-    episode_of = np.repeat(np.arange(8), dataset.episode_length + 1)  # of each row, final ones included
+    episode_of = np.repeat(
+        np.arange(8), dataset.episode_length + 1
+    )  # episode of each row, final ones included
     rows = {row.tobytes(): index for index, row in enumerate(dataset.observations)}
     seen = set()
     for step in range(40):
@@ -545,7 +547,7 @@ def test_batches_depend_on_seed_and_step_alone(dataset: Dataset) -> None:
 
 
 def test_a_state_of_its_own_is_kept_apart(tmp_path: Path) -> None:
-    """Where the state is not all observations joined, batches hold the recorded one."""
+    """Batches hold the recorded state if it is not all observations joined."""
     spec: TeamSpec = continuous_spec()
     recorded = read(write_dataset(tmp_path / "d.hdf5", spec, [20, 20]))
     batch = TransitionSampler(recorded, 4, 0).gather(np.array([0, 19, 20]))

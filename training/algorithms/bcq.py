@@ -212,6 +212,7 @@ class GenerativeLosses:
         self.q1_target, self.q2_target, self.mixer_target, self.perturbation_target = self.target
 
     def groups(self) -> list[Group]:
+        """Return groups of parameters with their learning rates."""
         policy, lr = self._policy, self._config.lr
         return [
             Group(parameters_of(policy.perturbation), lr),
@@ -268,6 +269,7 @@ class RestrictedLosses:
         self.q_target, self.mixer_target = self.target
 
     def groups(self) -> list[Group]:
+        """Return groups of parameters with their learning rates."""
         return [Group(parameters_of(self.online), self._config.lr)]
 
     def __call__(self, batch: Batch, noise: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

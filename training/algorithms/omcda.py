@@ -142,6 +142,7 @@ class DecoupledCritic:
         self.q_c_target, self.v_c_target, self.mixer_c_target = self.target[3:]
 
     def groups(self) -> list[Group]:
+        """Return groups of parameters with their learning rates."""
         lr, lr_c = self._config.lr, self._config.lr_divergence
         return [
             Group(parameters_of(self.q_r, self.mixer_r), lr),
@@ -216,6 +217,7 @@ class EntangledCritic:
         self.q_target, self.v_target, self.mixer_target = self.target
 
     def groups(self) -> list[Group]:
+        """Return groups of parameters with their learning rates."""
         lr = self._config.lr
         return [Group(parameters_of(self.q, self.mixer), lr), Group(parameters_of(self.v), lr)]
 
