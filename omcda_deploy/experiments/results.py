@@ -83,7 +83,7 @@ def write_page(page: Path, out: Path, jobs: int, observer: Observer | None = Non
     comparison = dataclasses.replace(
         comparison,
         left_out=[*left_out, *comparison.left_out],
-        conditions={"Data": _described(contents, read_dataset(dataset)), **comparison.conditions},
+        conditions={"Data": _description(contents, read_dataset(dataset)), **comparison.conditions},
     )
     table = page.with_suffix(".md")
     write_text(table, markdown(comparison, contents.title, f"omcda-deploy results {page}", contents.note))
@@ -141,7 +141,7 @@ def _sweeps(page: Page, dataset: Path, path: Path) -> list[Sweep]:
     return tables
 
 
-def _described(page: Page, dataset: Dataset) -> str:
+def _description(page: Page, dataset: Dataset) -> str:
     returns = dataset.episode_returns
     digits = digits_of(returns)
     return (

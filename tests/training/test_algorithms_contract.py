@@ -75,6 +75,24 @@ def test_updates_count_steps_change_the_policy_and_report_finite_numbers(name: s
         assert values is None or (values.shape == (agents,) and bool((values > 0).all()))
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_declared_columns_and_curves_are_logged_in_their_shapes(name: str) -> None:
+    module = registry.load_algorithm(name)
+    logged: set[str] = set()
+    for kind in sorted(module.ACTIONS):
+        metrics = update(learner(name, kind), kind)[0]
+        logged |= metrics.keys()
+        for column in module.COLUMNS:
+            if column.metric in metrics:
+                agents = (len(spec_of(kind).agents),) if column.per_agent else ()
+                assert metrics[column.metric].shape == agents, column
+    curves = module.CURVES.curves if hasattr(module, "CURVES") else ()
+    assert {column.metric for column in module.COLUMNS} | {curve.metric for curve in curves} <= logged
+    assert module.COLUMNS
+    if hasattr(module, "SCAN"):
+        assert {module.SCAN.setting, module.SCAN.group} <= plain_types(module.Config).keys()
+
+
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_equal_seeds_give_equal_learners(name: str, kind: ActionKind) -> None:
     first, second = learner(name, kind), learner(name, kind)
