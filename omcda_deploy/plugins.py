@@ -128,7 +128,7 @@ class ForeignFormat(Protocol):
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of an algorithm as a progress table shows it; a module lists them as ``COLUMNS``.
+    """One metric of an algorithm as a progress table shows it; :class:`WithColumns` lists them.
 
     A metric per agent becomes a column of the table, one of the whole team a number below it. With a ``unit``,
     lines in a log name the metric's sum over agents in that unit. With ``flag`` the metric is a condition rather
@@ -172,7 +172,7 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class CurveSection:
-    """The figures of training that a comparison adds for an algorithm; a module defines it as ``CURVES``."""
+    """The figures of training that a comparison adds for an algorithm; see :class:`WithCurves`."""
 
     title: str
     file: str  # the CSV file with the numbers, such as ``influence.csv``
@@ -181,7 +181,7 @@ class CurveSection:
 
 @dataclass(frozen=True)
 class Scan:
-    """The setting over which a comparison draws returns; a module defines it as ``SCAN``.
+    """The setting over which a comparison draws returns; see :class:`WithScan`.
 
     Runs that differ in ``setting`` alone make a line, named by the setting ``group``. The axis is logarithmic.
     """
@@ -201,8 +201,7 @@ class Scan:
 class AlgorithmModule(Protocol):
     """Module of an algorithm, such as ``training/algorithms/omcda.py``. It may import torch.
 
-    It may define ``COLUMNS``, a tuple of :class:`Column`, ``CURVES``, a :class:`CurveSection`, and ``SCAN``, a
-    :class:`Scan`: the numbers that training shows, and those that a comparison shows beside returns.
+    It may define :class:`WithColumns`, :class:`WithCurves` and :class:`WithScan`.
     """
 
     PAPER: str  # title and year of its source
@@ -216,6 +215,42 @@ class AlgorithmModule(Protocol):
     def make_policy(self) -> Callable[..., Any]:
         """``make_policy(config, networks)``, the torch module that is trained and exported."""
         ...
+
+
+@runtime_checkable
+class WithColumns(Protocol):
+    """Algorithm that has more to show while it trains than losses."""
+
+    COLUMNS: tuple[Column, ...]
+
+
+@runtime_checkable
+class WithCurves(Protocol):
+    """Algorithm whose training a comparison draws."""
+
+    CURVES: CurveSection
+
+
+@runtime_checkable
+class WithScan(Protocol):
+    """Algorithm over one of whose settings a comparison draws returns."""
+
+    SCAN: Scan
+
+
+def columns_of(algorithm: Any) -> tuple[Column, ...]:
+    """Columns that an algorithm's module declares; none where it declares none."""
+    return algorithm.COLUMNS if isinstance(algorithm, WithColumns) else ()
+
+
+def curves_of(algorithm: Any) -> CurveSection | None:
+    """Curves that an algorithm's module declares, if any."""
+    return algorithm.CURVES if isinstance(algorithm, WithCurves) else None
+
+
+def scan_of(algorithm: Any) -> Scan | None:
+    """Scan that an algorithm's module declares, if any."""
+    return algorithm.SCAN if isinstance(algorithm, WithScan) else None
 
 
 def member_names(protocol: type[Any]) -> list[str]:

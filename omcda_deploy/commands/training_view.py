@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omcda_deploy.commands import stderr
-from omcda_deploy.plugins import Column
+from omcda_deploy.plugins import Column, columns_of
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.observer import TrainObserver
@@ -50,7 +50,7 @@ class TrainingView(TrainObserver):
         if recipe:
             settings = " ".join(f"{name}={value}" for name, value in recipe.items())
             self._print(f"recipe of {spec.task.partition('/')[0]}: {settings}")
-        self.show(steps, spec.names, getattr(load_algorithm(algorithm), "COLUMNS", ()))
+        self.show(steps, spec.names, columns_of(load_algorithm(algorithm)))
 
     def show(self, steps: int, agents: Sequence[str], columns: Sequence[Column]) -> None:
         """Show the progress of ``steps`` steps, and of the metrics in ``columns``."""

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.plugins import curves_of, scan_of
 from omcda_deploy.registry import load_algorithm
 
 if TYPE_CHECKING:
-    from omcda_deploy.plugins import CurveSection
     from omcda_deploy.report.comparison import Comparison, LeftOut, Result, Variant
     from omcda_deploy.training.run_folder import RunConfig
 
@@ -201,7 +201,7 @@ def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> R
     except (OSError, ValueError) as error:
         raise ConfigError(f"{metrics} cannot be read ({error}): train the run again") from error
     algorithm = load_algorithm(config.algorithm)
-    section: CurveSection | None = getattr(algorithm, "CURVES", None)
+    section = curves_of(algorithm)
     curves = None if section is None else Curves.of(section, config.spec.names, lines)
     return Result(
         _variant(config),
@@ -211,7 +211,7 @@ def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> R
         config.versions,
         evaluation,
         curves,
-        getattr(algorithm, "SCAN", None),
+        scan_of(algorithm),
         training_seconds(folder),
     )
 

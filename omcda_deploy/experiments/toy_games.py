@@ -2,8 +2,8 @@
 
 Records each game's own behaviour policies, trains every algorithm that handles discrete actions with the shipped
 networks, evaluates the learned policy at every observation of the game, and computes its expected return exactly
-(:func:`omcda_deploy.envs.tabular.exact_return`). So the numbers carry no noise of evaluation, only that of recording
-the dataset and of training. One process, one thread; nothing is kept but the table.
+(:func:`omcda_deploy.envs.tabular.exact_return`). So the numbers carry no noise of evaluation, only that of
+recording the dataset and of training. One process, one thread; nothing is kept but the table.
 
 Source: docs/simulators.md#toy-games.
 """

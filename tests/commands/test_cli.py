@@ -21,7 +21,7 @@ from rich.console import Console
 from omcda_deploy import cli
 from omcda_deploy.bundle import MODEL_FILE, read_bundle
 from omcda_deploy.commands import training_view
-from omcda_deploy.plugins import Column
+from omcda_deploy.plugins import Column, columns_of
 from omcda_deploy.registry import load_algorithm, team_spec
 from tests.support.bundles import write_test_bundle
 from tests.support.synthetic import write_dataset
@@ -350,7 +350,7 @@ def test_a_terminal_shows_a_bar_and_the_numbers_that_matter(monkeypatch: pytest.
     }
     metrics |= {"alpha_at_bound/a": 0.0, "alpha_at_bound/b": 1.0, "loss/policy": 1.5, "z/mean_exp": 0.97}
     with training_view.TrainingView() as view:
-        view.show(400, ("a", "b"), load_algorithm("omcda").COLUMNS)
+        view.show(400, ("a", "b"), columns_of(load_algorithm("omcda")))
         view.cloning(500, 1000, -0.125)
         assert "cloning the behaviour policy, held-out NLL -0.125 nats" in screen.getvalue()
         view.logged(100, {**metrics, "dual_active": 0.0})
@@ -369,7 +369,7 @@ def test_elsewhere_about_twenty_lines_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with training_view.TrainingView() as view:
-        view.show(10_000, ("a", "b"), load_algorithm("omcda").COLUMNS)
+        view.show(10_000, ("a", "b"), columns_of(load_algorithm("omcda")))
         for step in range(100, 10_001, 100):
             view.logged(step, {"loss/policy": 0.5, "kl/a": 0.25, "kl/b": 0.5})
     lines = capsys.readouterr().err.splitlines()
@@ -395,6 +395,6 @@ def test_another_algorithms_columns_are_shown(monkeypatch: pytest.MonkeyPatch) -
         )
     printed = screen.getvalue()
     for text in ("regret of play", "0.2", "7.0", "a (stuck)", "entropy 0.5"):
-        assert text in shown, text
+        assert text in printed, text
     for text in ("b (stuck)", "never logged", "KL", "9.0"):
-        assert text not in shown, text
+        assert text not in printed, text

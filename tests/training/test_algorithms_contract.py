@@ -16,6 +16,7 @@ from omcda_deploy import registry
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.export.bundle import export_bundle
 from omcda_deploy.local import LocalTeam
+from omcda_deploy.plugins import columns_of, curves_of, scan_of
 from omcda_deploy.spec import ActionKind
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.loop import Algorithm
@@ -82,15 +83,16 @@ def test_declared_columns_and_curves_are_logged_in_their_shapes(name: str) -> No
     for kind in sorted(module.ACTIONS):
         metrics = update(learner(name, kind), kind)[0]
         logged |= metrics.keys()
-        for column in module.COLUMNS:
+        for column in columns_of(module):
             if column.metric in metrics:
                 agents = (len(spec_of(kind).agents),) if column.per_agent else ()
                 assert metrics[column.metric].shape == agents, column
-    curves = module.CURVES.curves if hasattr(module, "CURVES") else ()
-    assert {column.metric for column in module.COLUMNS} | {curve.metric for curve in curves} <= logged
-    assert module.COLUMNS
-    if hasattr(module, "SCAN"):
-        assert {module.SCAN.setting, module.SCAN.group} <= plain_types(module.Config).keys()
+    section, scan = curves_of(module), scan_of(module)
+    curves = section.curves if section else ()
+    assert {column.metric for column in columns_of(module)} | {curve.metric for curve in curves} <= logged
+    assert columns_of(module)
+    if scan:
+        assert {scan.setting, scan.group} <= plain_types(module.Config).keys()
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
