@@ -1,0 +1,1 @@
+"""Policy servers: models of a bundle behind gRPC, with onnxruntime and without torch."""
