@@ -47,34 +47,37 @@ def ant_is_healthy(qpos: _Array, qvel: _Array) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class BodyRules:
-    """Observation, reward and end of a body.
+    """Observation, reward and end of a body, those of Gymnasium's v5 class but for v2's last reward.
 
-    The observation is ``qpos`` without its first entries, then ``qvel``. The reward of a step is
+    The observation is ``qpos`` without its leading entries, then ``qvel``. With x the forward position, in metres,
+    and a_j the action of joint j, the reward of a control step of dt seconds is
 
-        forward velocity - control_cost * sum_j a_j^2        and 1 more where the body can fall,
+        (x' - x) / dt - control_cost * sum_j a_j^2            and 1 more if the body can fall.
 
-    Gymnasium's v5 reward with the 1 that v5 withholds on the terminating step. Defaults are HalfCheetah-v5's.
+    v5 withholds this 1 on the terminating step, and v2 does not.
     """
 
-    control_cost: float = 0.1
-    hidden_positions: int = 1  # leading entries of qpos that are not observed
+    control_cost: float
+    hidden_positions: int  # leading entries of qpos that are not observed
     velocity_limit: float | None = None  # observed velocities are clipped to [-limit, limit]
-    by_torso: bool = False  # forward velocity of the torso's xpos instead of qpos[0]
-    is_healthy: Callable[[_Array, _Array], NDArray[np.bool_]] | None = None  # None where a body cannot fall
+    # x is the torso's xpos instead of qpos[0]. MuJoCo computes xpos before the last substep, so the two differ.
+    by_torso: bool = False
+    # [R, qpos], [R, qvel] -> [R]; an episode terminates when it is False. None: only the time limit ends one.
+    is_healthy: Callable[[_Array, _Array], NDArray[np.bool_]] | None = None
 
 
 def render_frame(simulator: Any) -> NDArray[np.uint8]:
-    """Render a Gymnasium MuJoCo environment: uint8 [480, 480, 3]. Raises ConfigError without a render_mode."""
+    """Render a Gymnasium environment: uint8 [480, 480, 3]. Raises :class:`ConfigError` without a render_mode."""
     if simulator.render_mode is None:
         raise ConfigError("MuJoCo was made without render_mode: use render_mode='rgb_array'")
     return np.asarray(simulator.render(), np.uint8)
 
 
 class Bodies:
-    """The physics of E bodies. R rows of them are named by ``rows``; ``actions`` are [R, joints], unclipped.
+    """The physics of E bodies. ``rows`` are the numbers, 0 to E - 1, of the R bodies that a call concerns.
 
-    ``simulator`` is one Gymnasium environment of the body. It owns the model, and starts and renders every row:
-    its ``data`` is set to that row's first.
+    ``simulator`` is one Gymnasium environment of the body. It owns the model, and resets and renders every row,
+    after its ``data`` was set to that row's.
     """
 
     def __init__(self, simulator: Any, rules: BodyRules, count: int) -> None:
@@ -97,13 +100,13 @@ class Bodies:
         self._simulator.reset(seed=seed)
 
     def observe(self, rows: Sequence[int]) -> _Array:
-        """The raw observations [R, O]."""
+        """Return the raw observations, float64 [R, O]."""
         return self._observation(_gather(self._positions, rows), _gather(self._velocities, rows))
 
     def step(self, rows: Sequence[int], actions: _Array) -> tuple[_Array, _Array, NDArray[np.bool_]]:
-        """Apply ``actions`` for one control step -> (observations [R, O], rewards [R], terminated [R]).
+        """Apply ``actions`` [R, joints], unclipped -> (observations [R, O], rewards [R], terminated [R]).
 
-        Gymnasium's ``mj_rnePostConstraint`` is left out: it computes contact forces, which nothing here reads.
+        Gymnasium also calls ``mj_rnePostConstraint``, which computes contact forces; nothing here reads them.
         """
         rules, model, frame_skip = self._rules, self._simulator.model, self._simulator.frame_skip
         before = _gather(self._forward, rows)[:, 0]
@@ -126,7 +129,7 @@ class Bodies:
         """Render the present frame of a row; errors as in :func:`render_frame`."""
         renderer = self._simulator.mujoco_renderer
         self._simulator.data = renderer.data = self._data[row]
-        if renderer.viewer is not None:  # made at the first frame, and it holds the data of its own accord
+        if renderer.viewer is not None:  # created at the first frame, with a reference of its own to the data
             renderer.viewer.data = self._data[row]
         return render_frame(self._simulator)
 
@@ -142,8 +145,8 @@ class Bodies:
 class MujocoVector:
     """E teams of one ``mamujoco`` task in step: a :class:`~omcda_deploy.envs.vector.BatchedEnvironment`.
 
-    Everything happens in the calling process. Actions must be finite, and are not clipped. After a
-    :class:`ContractError` nothing was stepped or reset.
+    All are stepped in the calling process. Actions must be finite, and are not clipped. After a
+    :class:`ContractError` nothing was stepped or reset. ``simulator`` is closed with this object.
     """
 
     def __init__(self, spec: TeamSpec, num_envs: int, simulator: Any, rules: BodyRules) -> None:
@@ -153,7 +156,8 @@ class MujocoVector:
         agents = len(spec.agents)
         self._bodies: Bodies | None = Bodies(simulator, rules, num_envs)
         self._joints = sum(agent.action.size for agent in spec.agents)
-        # Raw vectors of all agents, rewritten by each step but for the identities and, in Ant, 84 zeros.
+        # Raw vectors of all agents. Each step writes their first entries; the rest, Ant's 84 zeros and the
+        # identities, is constant and equal in all rows.
         self._vectors = np.zeros((num_envs, agents, spec.observation_size))
         self._vectors[:, :, -agents:] = np.eye(agents)
         self._observations = np.zeros(self._vectors.shape, np.float32)  # zeros before the first reset
@@ -193,7 +197,7 @@ class MujocoVector:
         return self._answer(reward, terminated, truncated)
 
     def render(self, index: int) -> NDArray[np.uint8]:
-        """The present frame of one environment, uint8 [480, 480, 3]. Raises ConfigError without a render_mode."""
+        """Render one environment: uint8 [480, 480, 3]. Raises :class:`ConfigError` without a render_mode."""
         require_indices([index], self.num_envs)
         return self._open().render(index)
 
@@ -222,7 +226,7 @@ class MujocoVector:
         return joint.astype(np.float64)
 
     def _observe(self, rows: Sequence[int], observations: _Array) -> None:
-        vectors = self._vectors[: len(rows)]  # their constant entries are the same in every row
+        vectors = self._vectors[: len(rows)]
         vectors[:, :, : observations.shape[1]] = observations[:, None]
         self._observations[rows] = self.spec.normalizer.apply(vectors)
 
