@@ -6,8 +6,8 @@ joined (docs/simulators.md#state). Agent k of n drives the k-th of n equal group
 
 The v2 environments are rebuilt from Gymnasium's v5 ones: Ant without contact cost and with 84 zeros in place of the
 contact forces, and +1 on the step that terminates Hopper or Ant, which v5 withholds
-(docs/simulators.md#rewards-and-ends). The physics is that of the installed mujoco; of the releases compared, 3.3.7 is
-the closest to the one behind the published data (docs/simulators.md#versions).
+(docs/simulators.md#rewards-and-ends). The physics is that of the installed mujoco; of the releases compared, 3.3.7
+is the closest to the one behind the published data (docs/simulators.md#versions).
 
 :func:`make` creates one environment over Gymnasium's class, which is the definition; :func:`make_vector` creates
 many over one model, equal to it to the bit and faster.
