@@ -36,7 +36,7 @@ def convert(
 
     ``format`` is recognised by the source's contents if omitted, the task by the source's path.
     ``reward_mode="return_to_go"`` replaces each reward by the undiscounted sum of it and all that follow in its
-    episode, as OMIGA's and ComaDICE's published loaders do (docs/baselines.md#madt-episodes); the recorded returns
+    episode, as OMIGA's and ComaDICE's published loaders do (docs/baselines.md#omiga); the recorded returns
     stay those of the rewards. The file appears when it is complete; an exception, Ctrl-C included, leaves nothing
     behind. Raises :class:`DatasetError`, UnknownNameError, and ContractError for data that are not of ``task``.
     """
