@@ -56,7 +56,7 @@ def require_equal(ours: VectorStep, expected: VectorStep) -> None:
 
 
 def _single_bodies(vector: VectorEnvironment) -> list[Any]:
-    environments: dict[int, Any] = vector._shares[0]._environments
+    environments: dict[int, Any] = vector._groups[0]._environments
     return [environment._joint._env for environment in environments.values()]
 
 
