@@ -33,11 +33,11 @@ from omcda_deploy.bundle import (
     input_names,
     output_names,
     read_bundle,
-    sha256,
 )
 from omcda_deploy.errors import BundleError, ConfigError
 from omcda_deploy.export.graph import PolicyGraph
 from omcda_deploy.export.parity import check_parity, parity_samples
+from omcda_deploy.files import sha256
 from omcda_deploy.guard import DataReference
 from omcda_deploy.spec import TeamSpec
 

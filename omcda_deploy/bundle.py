@@ -31,7 +31,6 @@ The team graph has the same names, with the agents' vectors joined along the las
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from omcda_deploy.errors import BundleError, ConfigError
+from omcda_deploy.files import sha256
 from omcda_deploy.guard import DataReference
 from omcda_deploy.spec import TeamSpec
 
@@ -71,15 +71,6 @@ def input_names(spec: TeamSpec) -> tuple[str, ...]:
         if spec.action_kind == "continuous"
         else ("observation", "noise", "action_mask")
     )
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import sys
 
 import typer
 
-from omcda_deploy import __version__
 from omcda_deploy.commands import (
     behavior,
     benchmark,
@@ -29,6 +28,7 @@ from omcda_deploy.commands import (
     train,
 )
 from omcda_deploy.errors import OmcdaError
+from omcda_deploy.version import __version__
 
 app = typer.Typer(
     help="Train, export, serve and evaluate offline multi-agent policies: "

@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from omcda_deploy import __version__
 from omcda_deploy.protos import oip
 from omcda_deploy.serve.handlers import CallTracker, service_handlers
 from omcda_deploy.serve.oip_messages import (
@@ -22,6 +21,7 @@ from omcda_deploy.serve.oip_messages import (
     wire_tensors,
 )
 from omcda_deploy.serve.releases import Releases
+from omcda_deploy.version import __version__
 
 SERVICE = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 

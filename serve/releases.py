@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from uuid import uuid4
 
 import numpy as np
 
 from omcda_deploy.bundle import MANIFEST, Bundle, read_bundle
 from omcda_deploy.errors import BundleError, ConfigError, ContractError, UnknownNameError
+from omcda_deploy.files import atomic
 from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.meter import Histogram
 from omcda_deploy.serve.session import NAME_LIMIT, Models, Session
@@ -95,11 +95,9 @@ class Repository:
         """Remember both for the next start. Raises :class:`ConfigError` if the folder cannot be written."""
         if self._single:
             return
-        # Servers in containers may share the folder and have the same process id.
-        temporary = self._source / f".{CURRENT}.{uuid4().hex}"
         try:
-            temporary.write_text(f"{version}\n{previous}\n")
-            temporary.replace(self._source / CURRENT)
+            with atomic(self._source / CURRENT) as temporary:
+                temporary.write_text(f"{version}\n{previous}\n")
         except OSError as error:
             raise ConfigError(f"{self._source / CURRENT} cannot be written: {error.strerror}") from error
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.files import write_json
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.batches import Batch, TransitionSampler
@@ -40,7 +41,6 @@ from omcda_deploy.training.run_folder import (
     training_seconds,
     versions,
     write_config,
-    write_json,
 )
 from omcda_deploy.training.settings import build
 

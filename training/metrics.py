@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from omcda_deploy.errors import OmcdaError
+from omcda_deploy.files import write_text
 from omcda_deploy.plugins import Column
 
 KL = Column("kl", "KL", digits=4, unit="nats")  # KL(pi_i || pi_b^i), or the algorithm's own measure of it
@@ -71,9 +72,7 @@ class MetricsWriter:
                 except ValueError:  # a kill cut the last line short
                     break
                 lines.append(line + "\n")
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(lines))
-            temporary.replace(path)
+            write_text(path, "".join(lines))
         self._file = path.open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 

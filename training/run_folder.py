@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from omcda_deploy import __version__
 from omcda_deploy.bundle import DivergenceKind
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.files import write_json
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.checkpoint import load_state
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.settings import build
+from omcda_deploy.version import __version__
 
 CONFIG, RESUME, BEHAVIOR, POLICIES = "config.json", "resume.pt", "behavior.pt", "policies"
 TIMING = "timing.json"
@@ -96,13 +96,6 @@ def git_revision() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return revision.stdout.strip()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically write JSON."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def read_config(run: Path) -> RunConfig:

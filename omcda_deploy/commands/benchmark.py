@@ -35,7 +35,8 @@ def train(
     import torch
 
     from omcda_deploy import registry
-    from omcda_deploy.play.measurements import machine, write_json
+    from omcda_deploy.files import write_json
+    from omcda_deploy.play.measurements import machine
     from omcda_deploy.training.benchmark import step_costs
 
     torch.set_num_threads(threads)
@@ -76,7 +77,8 @@ def serve(
 ) -> None:
     """Measure a served step beside a bare gRPC echo of the same messages, as ratios within one run."""
     from omcda_deploy.commands import progress_bar
-    from omcda_deploy.play.measurements import machine, write_json
+    from omcda_deploy.files import write_json
+    from omcda_deploy.play.measurements import machine
     from omcda_deploy.serve.bench.steps import run
 
     with progress_bar("measuring") as progress:
@@ -142,7 +144,8 @@ def reload(
 ) -> None:
     """Measure reloads of a team's policies: their cost for concurrent requests, and their lasting effect."""
     from omcda_deploy.commands import progress_bar
-    from omcda_deploy.play.measurements import machine, write_json
+    from omcda_deploy.files import write_json
+    from omcda_deploy.play.measurements import machine
     from omcda_deploy.serve.bench.reload import DRIFT, P99_RATIO, run
 
     with progress_bar("measuring") as progress:

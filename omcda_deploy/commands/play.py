@@ -78,8 +78,8 @@ def evaluate(
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
 ) -> None:
     """Play live episodes of a task against served agents, or against a bundle in process."""
+    from omcda_deploy.files import write_json
     from omcda_deploy.play.evaluate import evaluate as play
-    from omcda_deploy.play.measurements import write_json
     from omcda_deploy.report.evaluation import evaluation_section, evaluation_table
     from omcda_deploy.report.html import write_report
 
@@ -142,8 +142,8 @@ def replay(
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
 ) -> None:
     """Send recorded episodes through a team: agreement, parity, latency, deadline misses. Needs no simulator."""
+    from omcda_deploy.files import write_json
     from omcda_deploy.local import LocalTeam
-    from omcda_deploy.play.measurements import write_json
     from omcda_deploy.play.replay import replay as send
     from omcda_deploy.registry import read_dataset
     from omcda_deploy.report.html import write_report

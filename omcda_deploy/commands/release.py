@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +12,7 @@ import typer
 from rich.table import Table
 
 from omcda_deploy.commands import CredentialsFile, addresses, console, credentials_of
+from omcda_deploy.formatting import UNKNOWN, percent, significant
 
 if TYPE_CHECKING:
     from omcda_deploy.client.admin import Statuses, TeamAdmin
@@ -92,11 +92,11 @@ def _agent_rows(served: ServerStatus) -> Iterator[list[str]]:
             yield [
                 agent.agent if agent.agent == model.model else f"{model.model}: {agent.agent}",
                 f"{model.answers_per_s:.1f}",
-                f"{_number(model.p50_ms)}, {_number(model.p99_ms)}",
-                f"{_number(agent.divergence)}, {_number(agent.budget)}",
-                f"{agent.guard} {_number(agent.threshold)}",
-                f"{_percent(agent.exceeded)}, {_percent(agent.replaced)}",
-                _number(model.shadow_difference),
+                f"{significant(model.p50_ms)}, {significant(model.p99_ms)}",
+                f"{significant(agent.divergence)}, {significant(agent.budget)}",
+                f"{agent.guard} {significant(agent.threshold)}",
+                f"{percent(agent.exceeded)}, {percent(agent.replaced)}",
+                significant(model.shadow_difference),
             ]
 
 
@@ -108,17 +108,15 @@ def _print_versions(statuses: Statuses | Mapping[str, ServerStatus]) -> None:
         health, up = "SERVING" if served.serving else "NOT_SERVING", timedelta(seconds=int(served.uptime_s))
         held = ", ".join(version.version for version in served.versions)
         table.add_row(
-            endpoint, health, str(up), served.current, held, served.previous or "-", served.shadow or "-"
+            endpoint,
+            health,
+            str(up),
+            served.current,
+            held,
+            served.previous or UNKNOWN,
+            served.shadow or UNKNOWN,
         )
     console.print(table)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%" if math.isfinite(value) else "-"
 
 
 @contextmanager

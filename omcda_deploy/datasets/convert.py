@@ -16,6 +16,7 @@ from omcda_deploy.datasets import Recording, Scalar
 from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES
 from omcda_deploy.datasets.writer import DatasetWriter, require_time_limit
 from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
+from omcda_deploy.files import sha256
 from omcda_deploy.spec import TeamSpec
 
 RewardMode = Literal["reward", "return_to_go"]
@@ -87,15 +88,10 @@ def return_to_go(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
 def source_digest(source: Path) -> str:
     """sha256 of a file, or of the names and contents of all files in a folder."""
     if source.is_file():
-        return _sha256(source)
+        return sha256(source)
     files = sorted(file for file in source.rglob("*") if file.is_file())
-    lines = (f"{_sha256(file)}  {file.relative_to(source).as_posix()}" for file in files)
+    lines = (f"{sha256(file)}  {file.relative_to(source).as_posix()}" for file in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _write(

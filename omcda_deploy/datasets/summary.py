@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Dataset, blocks
-from omcda_deploy.formatting import digits_of
+from omcda_deploy.formatting import digits_of, number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,4 +121,5 @@ def _distribution(values: NDArray[Any]) -> dict[str, float]:
 
 def _line(distribution: Mapping[str, float]) -> str:
     digits = digits_of(list(distribution.values()))
-    return "{mean:.{d}f} ± {std:.{d}f} (sd), {min:.{d}f} to {max:.{d}f}".format(**distribution, d=digits)
+    mean, std, low, high = (number(distribution[name], digits) for name in ("mean", "std", "min", "max"))
+    return f"{mean} ± {std} (sd), {low} to {high}"

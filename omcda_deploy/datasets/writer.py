@@ -7,8 +7,8 @@ and :func:`concatenate` joins files. A file appears under its name when it is co
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
@@ -28,6 +28,7 @@ from omcda_deploy.datasets import (
 from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES, read, read_header
 from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, RESERVED_ATTRIBUTES, import_h5py
 from omcda_deploy.errors import ContractError, DatasetError
+from omcda_deploy.files import atomic
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 StateLayout: TypeAlias = Literal["observations", "shared", "agents"]
@@ -133,7 +134,7 @@ class DatasetWriter:
         self.spec = spec
         self.digest = ""
         self._metadata = {**metadata, "task": spec.task}
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._files = ExitStack()  # the temporary file and its HDF5 handle
         self._content = ContentDigest()
         self._rows = 0  # appended
         self._rows_in_file = 0
@@ -214,7 +215,8 @@ class DatasetWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_dir():
                 raise IsADirectoryError("it is a folder")
-            self._file = h5py.File(self._partial, "w")
+            partial = self._files.enter_context(atomic(self.path))
+            self._file = self._files.enter_context(h5py.File(partial, "w"))
         except OSError as error:
             raise DatasetError(f"{self.path} cannot be written: {error}") from error
         self._create("o", (count, spec.observation_size))
@@ -228,17 +230,14 @@ class DatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._files.__exit__(kind, error, trace)
+            return
         try:
-            if kind is None:
+            with self._files:
                 self._finish()
-            self._file.close()
-            if kind is None:
-                self._partial.replace(self.path)
         except OSError as failure:
             raise DatasetError(f"{self.path} cannot be written: {failure}") from failure
-        finally:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
 
     @property
     def _action_type(self) -> str:

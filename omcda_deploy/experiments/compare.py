@@ -126,10 +126,9 @@ def evaluate_run(
     The file is used where it is of this policy (by its sha256) and of the same episodes, seed and number of
     environments. Raises :class:`OmcdaError` where the run cannot be exported or played.
     """
-    from omcda_deploy.bundle import sha256
+    from omcda_deploy.files import sha256, write_json
     from omcda_deploy.local import LocalTeam
     from omcda_deploy.play.evaluate import evaluate
-    from omcda_deploy.play.measurements import write_json
     from omcda_deploy.training.run_folder import snapshot_path
 
     run = folder.resolve()

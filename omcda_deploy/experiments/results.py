@@ -59,7 +59,7 @@ def write_page(page: Path, out: Path, jobs: int, observer: Observer | None = Non
     Datasets, runs and bundles lie in ``out``; ``jobs`` runs are trained at once (0: one per core). Raises
     :class:`ConfigError` where the page is none or nothing can be compared.
     """
-    from omcda_deploy.play.measurements import write_text
+    from omcda_deploy.files import write_text
     from omcda_deploy.registry import read_dataset
     from omcda_deploy.report.comparison import LeftOut
     from omcda_deploy.report.comparison_report import markdown

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from omcda_deploy.bundle import MANIFEST, Bundle, sha256
+from omcda_deploy.bundle import MANIFEST, Bundle
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.files import sha256, write_text
 from omcda_deploy.local import JointTeam
 from omcda_deploy.play.evaluate import evaluate
-from omcda_deploy.play.measurements import write_text
 
 if TYPE_CHECKING:
     from omcda_deploy.training.behavior.checkpoint import BehaviorModule

@@ -193,7 +193,8 @@ def write_table(
     path: Path, results: Sequence[GameResult], *, transitions: int, steps: int, seed: int
 ) -> None:
     """Write the Markdown table: a row per algorithm, with exact return and gain in a column per game."""
-    from omcda_deploy.play.measurements import machine, now, write_text
+    from omcda_deploy.files import write_text
+    from omcda_deploy.play.measurements import machine, now
     from omcda_deploy.training.run_folder import git_revision
 
     tasks = [result.task for result in results]

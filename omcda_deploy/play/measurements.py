@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,11 +35,11 @@ class Latency:
     def to_json(self) -> dict[str, Any]:
         return {
             "calls": self.seconds.size,
-            "mean_ms": number(self.seconds.mean() * 1e3) if self.seconds.size else None,
-            "p50_ms": number(self.percentile(50)),
-            "p95_ms": number(self.percentile(95)),
-            "p99_ms": number(self.percentile(99)),
-            "max_ms": number(self.percentile(100)),
+            "mean_ms": json_number(self.seconds.mean() * 1e3) if self.seconds.size else None,
+            "p50_ms": json_number(self.percentile(50)),
+            "p95_ms": json_number(self.percentile(95)),
+            "p99_ms": json_number(self.percentile(99)),
+            "max_ms": json_number(self.percentile(100)),
         }
 
 
@@ -60,10 +58,10 @@ class Divergence:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "mean": number(self.mean),
-            "p99": number(self.p99),
-            "budget": number(self.budget),
-            "by_step": [number(value) for value in self.by_step],
+            "mean": json_number(self.mean),
+            "p99": json_number(self.p99),
+            "budget": json_number(self.budget),
+            "by_step": [json_number(value) for value in self.by_step],
         }
 
 
@@ -152,7 +150,7 @@ class TeamDescription:
         return {
             "bundle_digest": self.bundle_digest,
             "divergence_kind": self.divergence_kind,
-            "budgets": {name: number(value) for name, value in self.budgets.items()},
+            "budgets": {name: json_number(value) for name, value in self.budgets.items()},
         }
 
 
@@ -227,7 +225,7 @@ def require_at_least(value: int, least: int, setting: str) -> None:
         raise ConfigError(f"{setting}: expected at least {least}, got {value}")
 
 
-def number(value: float | np.floating[Any] | None) -> float | None:
+def json_number(value: float | np.floating[Any] | None) -> float | None:
     """A plain JSON number; None for nan and infinity, which JSON does not have."""
     return float(value) if value is not None and math.isfinite(value) else None
 
@@ -260,28 +258,3 @@ def machine() -> str:
 def now() -> str:
     """The present time in UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary beside ``path`` that takes its place when the block succeeds and vanishes when it fails."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or leave what was there. Raises :class:`ConfigError` where it cannot be written."""
-    try:
-        with replacing(Path(path)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path} ({error.strerror}): choose another place") from error
-
-
-def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """As :func:`write_text`, for what ``to_json()`` of an evaluation or a replay returns."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

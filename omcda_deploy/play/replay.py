@@ -23,9 +23,9 @@ from omcda_deploy.play.measurements import (
     describe,
     divergences,
     installed_versions,
+    json_number,
     machine,
     now,
-    number,
     require_at_least,
 )
 from omcda_deploy.play.sending import Answer, Round, Sender, masks_of, observations_of
@@ -54,9 +54,9 @@ class Parity:
     def to_json(self) -> dict[str, Any]:
         return {
             "exact": self.exact,
-            "action": number(self.action),
-            "divergence": number(self.divergence),
-            "parameters": number(self.parameters),
+            "action": json_number(self.action),
+            "divergence": json_number(self.divergence),
+            "parameters": json_number(self.parameters),
             "local_digest": self.local_digest,
         }
 
@@ -116,7 +116,7 @@ class Replay:
             "steps": self.steps,
             "agreement": {
                 "measure": agreement_measure(self.spec),
-                "agents": {name: number(value) for name, value in self.agreement.items()},
+                "agents": {name: json_number(value) for name, value in self.agreement.items()},
             },
             "parity": self.parity.to_json() if self.parity else None,
             "divergence": {name: value.to_json() for name, value in self.divergence.items()},
@@ -130,9 +130,9 @@ class Replay:
                 "deadline_ms": 1e3 / self.rate,
                 "paced": self.paced,
                 "misses": self.misses,
-                "miss_share": number(self.miss_share),
+                "miss_share": json_number(self.miss_share),
             },
-            "seconds": number(self.seconds),
+            "seconds": json_number(self.seconds),
             "versions": self.versions,
             "machine": self.machine,
             "date": self.date,

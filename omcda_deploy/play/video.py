@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.envs.vector import BatchedEnvironment, VectorStep
 from omcda_deploy.errors import ConfigError, MissingExtraError, OmcdaError
-from omcda_deploy.play.measurements import replacing
+from omcda_deploy.files import atomic
 from omcda_deploy.spec import TeamSpec
 
 _MAX_FRAME_RATE = 30.0  # frames per second
@@ -107,7 +107,7 @@ def filming(environment: BatchedEnvironment, path: Path) -> Iterator[BatchedEnvi
         raise MissingExtraError("imageio with imageio-ffmpeg", "mujoco") from error
     rate = environment.spec.control_rate
     stride = math.ceil(rate / _MAX_FRAME_RATE)
-    with replacing(path) as temporary:
+    with atomic(path) as temporary:
         writer = imageio.get_writer(
             temporary, format="FFMPEG", fps=rate / stride, codec="libx264", macro_block_size=2
         )

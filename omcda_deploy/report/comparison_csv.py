@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from omcda_deploy.play.measurements import write_text
+from omcda_deploy.files import write_text
 from omcda_deploy.plugins import Scan
 from omcda_deploy.report.comparison import Comparison, Summary
 from omcda_deploy.report.statistics import Interval, Values, bootstrap_interval, interquartile_mean, std

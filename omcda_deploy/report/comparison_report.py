@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from omcda_deploy.formatting import digits_of
-from omcda_deploy.play.measurements import now, write_text
+from omcda_deploy.files import write_text
+from omcda_deploy.formatting import UNKNOWN, digits_of, number
+from omcda_deploy.play.measurements import now
 from omcda_deploy.plugins import Scan
 from omcda_deploy.report.comparison import Comparison, Overall, Summary
 from omcda_deploy.report.comparison_csv import write_tables
 from omcda_deploy.report.figures import Bar, Curve, curves_figure, grouped_bars_figure
 from omcda_deploy.report.html import Section, captioned, html_table, provenance_list, write_report
 from omcda_deploy.report.statistics import REFERENCES, Interval, std
-
-_DASH = "\u2013"
 
 
 def write_comparison(comparison: Comparison, out: Path) -> None:
@@ -51,21 +49,17 @@ def _table(comparison: Comparison, summaries: Sequence[Summary]) -> tuple[list[s
     """Make the header and the rows of a table."""
     rows = [_cells(comparison, summary) for summary in summaries]
     columns = [
-        index for index in range(len(_HEADER)) if index < _ALWAYS or any(row[index] != _DASH for row in rows)
+        index
+        for index in range(len(_HEADER))
+        if index < _ALWAYS or any(row[index] != UNKNOWN for row in rows)
     ]
     return [_HEADER[index] for index in columns], [[row[index] for index in columns] for row in rows]
-
-
-def _number(value: float, digits: int) -> str:
-    return (
-        _DASH if math.isnan(value) else f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "\u2212")
-    )
 
 
 def _interval_words(interval: Interval | None, runs: int, digits: int) -> str:
     if interval is None:
         return "one seed: none" if runs == 1 else "a dataset with one seed: none"
-    return f"{_number(interval.low, digits)} to {_number(interval.high, digits)}"
+    return f"{number(interval.low, digits)} to {number(interval.high, digits)}"
 
 
 def _cells(comparison: Comparison, summary: Summary) -> list[str]:
@@ -75,13 +69,13 @@ def _cells(comparison: Comparison, summary: Summary) -> list[str]:
         comparison.name(summary.variant),
         f"{summary.variant.steps:,}".replace(",", "\u202f"),
         ", ".join(str(result.seed) for result in summary.results),
-        f"{_number(summary.mean, digits)} ± {_number(summary.std, digits)}",
-        _number(summary.std_of_episodes, digits),
-        _DASH if won is None else f"{_number(100 * float(won.mean()), 1)} ± {_number(100 * std(won), 1)} %",
-        _number(summary.iqm, digits),
+        f"{number(summary.mean, digits)} ± {number(summary.std, digits)}",
+        number(summary.std_of_episodes, digits),
+        UNKNOWN if won is None else f"{number(100 * float(won.mean()), 1)} ± {number(100 * std(won), 1)} %",
+        number(summary.iqm, digits),
         _interval_words(summary.interval, summary.values.size, digits),
-        _DASH if scores is None else f"{_number(float(scores.mean()), 1)} ± {_number(std(scores), 1)}",
-        _DASH if seconds is None else _number(seconds / 60, 1),
+        UNKNOWN if scores is None else f"{number(float(scores.mean()), 1)} ± {number(std(scores), 1)}",
+        UNKNOWN if seconds is None else number(seconds / 60, 1),
     ]
 
 
@@ -90,7 +84,7 @@ def _overall_cells(comparison: Comparison, overall: Overall) -> list[str]:
         comparison.name(overall.summaries[0].variant),
         str(len(overall.scores)),
         str(overall.runs),
-        _number(overall.iqm, 1),
+        number(overall.iqm, 1),
         _interval_words(overall.interval, overall.runs, 1),
     ]
 

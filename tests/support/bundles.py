@@ -23,8 +23,8 @@ from omcda_deploy.bundle import (
     TEAM,
     Bundle,
     read_bundle,
-    sha256,
 )
+from omcda_deploy.files import sha256
 from omcda_deploy.guard import DataReference
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos.tensors import Tensor, input_tensors, output_tensors

@@ -22,6 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.files import atomic
 from omcda_deploy.policy import Float
 from omcda_deploy.spec import TeamSpec
 
@@ -97,10 +98,8 @@ def checkpoint_steps(checkpoint: Path) -> int:
 
 def write_checkpoint(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write named arrays to ``path``, all of them or none."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        np.savez(temporary, **arrays)
 
 
 def read_checkpoint(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
