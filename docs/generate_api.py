@@ -6,6 +6,7 @@ signature. Roles of reStructuredText, which the docstrings use for references, b
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -85,10 +86,7 @@ def class_entry(name: str, subject: type[Any]) -> Iterator[str]:
         yield from block(signature(name, subject))
     yield from (*prose(subject), "")
     if dataclasses.is_dataclass(subject):
-        yield from (
-            "Fields: " + ", ".join(f"`{field.name}`" for field in dataclasses.fields(subject)) + ".",
-            "",
-        )
+        yield from (*fields(name), "")
     for member, value in vars(subject).items():
         if member.startswith("_"):
             continue
@@ -96,25 +94,66 @@ def class_entry(name: str, subject: type[Any]) -> Iterator[str]:
             yield from (f"### {name}.{member}", "", *prose(value), "")
         elif inspect.isfunction(value) or isinstance(value, classmethod):
             function = value.__func__ if isinstance(value, classmethod) else value
-            yield from (f"### {name}.{member}", "", *block(signature(member, function)), *prose(function), "")
+            yield from (f"### {name}.{member}", "", *block(signature(member, function)))
+            yield from (*member_prose(name, member, function), "")
+
+
+class _Annotation:
+    """An annotation that is printed as it was written, without quotation marks."""
+
+    def __init__(self, text: object) -> None:
+        self._text = str(text)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def fields(name: str) -> Iterator[str]:
+    """The fields of a dataclass, with the comments that give their shapes and units."""
+    module = importlib.import_module(omcda_deploy._MODULES[name])
+    text = Path(str(module.__file__)).read_text()
+    (body,) = (n.body for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name)
+    for node in body:
+        if isinstance(node, ast.AnnAssign):
+            comment = text.splitlines()[node.end_lineno - 1].partition("  # ")[2] if node.end_lineno else ""
+            yield f"* `{ast.unparse(node.target)}: {ast.unparse(node.annotation)}`" + (
+                comment and f": {comment}"
+            )
 
 
 def signature(name: str, subject: Any) -> str:
     """``name(parameter: type = default, …) -> type``, one parameter a line where it is long."""
     written = inspect.signature(subject)
-    parameters = [p for p in written.parameters.values() if p.name not in ("self", "cls")]
-    short = str(written.replace(parameters=parameters)).replace("'", "")
-    if len(name) + len(short) <= 100:
-        return f"{name}{short}"
+    parameters = [
+        p if p.annotation is p.empty else p.replace(annotation=_Annotation(p.annotation))
+        for p in written.parameters.values()
+        if p.name not in ("self", "cls")
+    ]
+    returned = written.return_annotation
+    if returned is not written.empty:
+        returned = _Annotation(returned)
+    plain = written.replace(parameters=parameters, return_annotation=returned)
+    if len(name) + len(str(plain)) <= 100:
+        return f"{name}{plain}"
     lines, keywords = [], False
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY and not keywords:
             lines.append("    *,")
             keywords = True
-        lines.append(f"    {parameter},".replace("'", ""))
-    returned = written.return_annotation
-    arrow = "" if returned is written.empty else f" -> {returned}".replace("'", "")
+        lines.append(f"    {parameter},")
+    arrow = "" if returned is written.empty else f" -> {returned}"
     return "\n".join([f"{name}(", *lines, f"){arrow}"])
+
+
+def member_prose(class_name: str, member: str, subject: Any) -> list[str]:
+    """The docstring of a method, or a reference to the protocol whose method it implements."""
+    if subject.__doc__:
+        return prose(subject)
+    protocol = "TeamPolicy" if class_name.endswith("Team") else "Policy"
+    described = vars(getattr(omcda_deploy, protocol)).get(member)
+    if described is None or not described.__doc__:
+        raise SystemExit(f"{class_name}.{member} has no docstring: write one")
+    return [f"As `{protocol}.{member}`."]
 
 
 def block(code: str) -> list[str]:

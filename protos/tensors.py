@@ -75,7 +75,7 @@ def output_tensors(spec: TeamSpec, model: str) -> tuple[Tensor, ...]:
 
 
 def answer_tensors(spec: TeamSpec, model: str) -> tuple[Tensor, ...]:
-    """What a server answers: the graph's outputs after its guard, and how much of the policy acted."""
+    """Outputs of a server: the graph's after its guard, and the policy's weight in what acted."""
     per_agent = len(_agents(spec, model)) if model == TEAM else None
     return (*output_tensors(spec, model), Tensor("policy_weight", "FP32", per_agent))
 

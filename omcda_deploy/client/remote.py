@@ -103,6 +103,7 @@ class RemotePolicy:
         return decision
 
     def close(self) -> None:
+        """Give up what is under way and close the connection."""
         self._model.abandon()
         self._server.close()
 
@@ -270,6 +271,7 @@ class RemoteTeam:
         return outputs, missed
 
     def close(self) -> None:
+        """Give up what is under way and close all connections."""
         for model in self._models.values():
             model.abandon()
         for server in self._servers.values():

@@ -102,7 +102,7 @@ def test_a_module_without_a_place_is_reported(findings: Mapping[str, str]) -> No
 
 
 def test_all_but_training_export_and_serve_import_without_any_extra() -> None:
-    """What the linter cannot see: imports by name, and packages that import others."""
+    """Imports by name, and packages that import others, which the linter cannot see."""
     code = """if True:
         import importlib, pkgutil, sys
         class Absent:

@@ -16,7 +16,10 @@ CITATION = re.compile(r"\b((?:docs/)?[\w/.-]+\.md)(#[\w-]+)?")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Names of files that commands write, or that belong to somebody else.
 ELSEWHERE = {"results.md", "findings.md"}
-INVENTED = {Path(__file__), Path(__file__).with_name("test_packaging.py")}  # tests name pages that do not exist
+INVENTED = {
+    Path(__file__),
+    Path(__file__).with_name("test_packaging.py"),
+}  # tests name pages that do not exist
 FIRST_WORDS = ("What", "Where", "Whether", "How", "Of", "That", "Who", "Which")
 
 

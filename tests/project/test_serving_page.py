@@ -39,7 +39,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def file_name(block: str) -> str:
-    """What the first line says: ``# serve.toml``."""
+    """File name in the first line: ``# serve.toml``."""
     return block.splitlines()[0].removeprefix("# ")
 
 

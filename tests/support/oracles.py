@@ -53,7 +53,7 @@ def kl(policy: Table, behavior: Table) -> Table:
 
 
 def largest_kl(rewards: Table, behavior: Table) -> Table:
-    """What KL_i tends to as alpha_i -> 0: -log pi_b(argmax r), [N]. Budgets above it are unattainable."""
+    """Limit of KL_i as alpha_i -> 0: -log pi_b(argmax r), [N]. Budgets above it are unattainable."""
     rewards = np.where(behavior > 0, rewards, -np.inf)
     best = rewards == rewards.max(-1, keepdims=True)
     divergence: Table = -np.log((behavior * best).sum(-1))
