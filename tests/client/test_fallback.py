@@ -36,9 +36,9 @@ DEADLINE_S = 0.5  # far longer than an answer takes, far shorter than a test
 
 
 class SlowService(policy_pb2_grpc.PolicyServiceServicer):
-    """Answers a step in ``late`` (model, step id) only when the model's next step has come: too late for its own.
+    """Answer a step in ``late`` (model, step id) only after the model's next step has arrived, which is too late.
 
-    ``pause_s``: seconds that a model takes for every step.
+    ``pause_s`` is the number of seconds that a model takes for every step.
     """
 
     def __init__(self, bundle: Bundle, models: tuple[str, ...]) -> None:
@@ -146,7 +146,7 @@ def test_misses_are_counted_exactly_and_late_answers_never_taken(
         assert team.missed == {"agent_0": 0, "agent_1": 3, "agent_2": 1}
         assert team.fallback == "hold"
         assert service.answered_late == 4, "no answer came late: the test shows nothing"
-        # the episode's first step, missed or not, says so until it is answered
+        # Requests mark the episode's first step until one of them is answered.
         assert [r.step_id for r in service.requests if r.model == "agent_1" and r.reset] == [1, 6]
 
 
@@ -172,7 +172,9 @@ def test_a_first_step_that_is_missed_has_nothing_to_hold_and_is_asked_again_as_t
         assert (policy.missed, policy.latency) == (2, None)
         policy.reset()
         service.late = {("agent_0", 4)}
-        with pytest.raises(MissedAnswerError, match="to hold"):  # the last episode's action is not this one's
+        with pytest.raises(
+            MissedAnswerError, match="to hold"
+        ):  # an action of the last episode is not held in this one
             policy.act(batch)
 
 
@@ -265,7 +267,7 @@ def test_the_command_line_says_who_answered(
 def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
     kind: str, noisy: bool, request: pytest.FixtureRequest
 ) -> None:
-    """To the bit, in a batch and row by row, from the graphs of single agents and from the team's."""
+    """Actions are equal to the bit, in a batch and row by row; the team's graph agrees with itself as well."""
     bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
     spec, rows = bundle.spec, 2000
     batch = observations(spec, rows)
@@ -320,7 +322,7 @@ def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
 
 
 def test_rows_without_noise_take_the_graphs_own_behavior_action(continuous_bundle: Bundle) -> None:
-    """Zeros are no noise: a server fills them in for a request without any, so both sides must agree on it."""
+    """A server fills in zeros for a request without noise, so zeros must mean the same as none."""
     spec, rows = continuous_bundle.spec, 64
     batch, noise = observations(spec, rows), NoiseSource(spec, 4).draw(rows)
     for values in noise.values():
@@ -334,7 +336,7 @@ def test_rows_without_noise_take_the_graphs_own_behavior_action(continuous_bundl
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_agents_latency_is_its_own(continuous_bundle: Bundle, stream: bool) -> None:
-    """Answers are taken in team order: the first one being slow makes the others no slower."""
+    """Answers are read in team order, but a slow first one does not lengthen the latencies of the others."""
     spec = continuous_bundle.spec
     with (
         slow_server(continuous_bundle, *spec.names) as (endpoint, service, _),
@@ -348,14 +350,14 @@ def test_an_agents_latency_is_its_own(continuous_bundle: Bundle, stream: bool) -
 
 
 def test_a_stream_that_ended_between_two_steps_costs_no_step(continuous_bundle: Bundle) -> None:
-    """A server that was started again while nobody asked anything."""
+    """The server was started again between two steps."""
     batch = observations(continuous_bundle.spec, 1)
     with slow_server(continuous_bundle, *continuous_bundle.spec.names) as (endpoint, _, server):
         team = RemoteTeam([endpoint], stream=True, deadline_s=5, fallback="hold")
         team.act(batch)
         readers = {thread for thread in threading.enumerate() if thread.name.startswith("answers of")}
         server.stop(None).wait()
-    for thread in readers:  # those that read the old streams have seen their end
+    for thread in readers:  # the readers of the old streams have reached their end
         thread.join(5)
     port = int(endpoint.rpartition(":")[2])
     with slow_server(continuous_bundle, *continuous_bundle.spec.names, port=port), team:
@@ -367,7 +369,7 @@ def test_a_stream_that_ended_between_two_steps_costs_no_step(continuous_bundle: 
 def test_what_a_server_refuses_is_no_miss(
     continuous_bundle: Bundle, continuous_server: ServerProcess, stream: bool
 ) -> None:
-    """A fallback would hide for ever that the request is wrong."""
+    """A fallback would hide a wrong request for ever."""
     batch = observations(continuous_bundle.spec, 2)
     bad = batch | {"agent_1": np.full((2, 5), np.nan, np.float32)}
     with RemoteTeam([continuous_server.endpoint], stream=stream, deadline_s=5, fallback="hold") as team:

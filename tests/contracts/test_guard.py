@@ -73,7 +73,7 @@ def test_fallback_is_the_behaviour_policy_where_the_threshold_is_exceeded(
     behavior = np.tanh(outputs["behavior_mean"] + np.exp(outputs["behavior_log_std"]) * noise)
     np.testing.assert_allclose(result.action[above, columns], behavior[above, columns], atol=1e-6)
     np.testing.assert_array_equal(result.policy_weight[:, 1], np.where(above, 0.0, 1.0))
-    # Everything else is the policy's, bit for bit, and the graph's outputs are left as they came.
+    # All other actions are the policy's, bit for bit, and the graph's outputs are unchanged.
     np.testing.assert_array_equal(result.action[~above], outputs["action"][~above])
     others = np.ones(width, bool)
     others[columns] = False
@@ -83,7 +83,7 @@ def test_fallback_is_the_behaviour_policy_where_the_threshold_is_exceeded(
 
 
 def test_a_gaussian_blend_spends_the_threshold(generator: np.random.Generator) -> None:
-    """pi_w by natural parameters, computed here once more; its KL is the threshold, a larger w exceeds it."""
+    """Its weight w makes KL(pi_w || pi_b) the threshold; pi_w is computed here from the product of densities."""
     spec = continuous_spec()
     noise = generator.normal(size=(B, sum(agent.action.size for agent in spec.agents))).astype(np.float32)
     outputs = gaussian_outputs(spec, generator, noise)
@@ -99,7 +99,7 @@ def test_a_gaussian_blend_spends_the_threshold(generator: np.random.Generator) -
         np.exp(2.0 * outputs["log_std"][above, columns].astype(np.float64)),
         np.exp(2.0 * outputs["behavior_log_std"][above, columns].astype(np.float64)),
     )
-    # The product of densities pi_b^(1-w) pi^w, completed to a square.
+    # The product of densities pi_b^(1-w) pi^w, with the square completed.
     var_w = 1.0 / ((1 - w) / var_b + w / var)
     mean_w = var_w * ((1 - w) * mean_b / var_b + w * mean / var)
     np.testing.assert_allclose(gaussian_kl(mean_w, var_w, mean_b, var_b).sum(1), 0.4, atol=1e-6)
@@ -183,7 +183,7 @@ def test_distance_is_the_root_mean_square_of_standardised_entries(
         expected = np.sqrt((((whole - mean) / std) ** 2).mean(1))
         np.testing.assert_allclose(distance[:, index], expected[:B], rtol=1e-5)
         assert references[name].distance_p99 == pytest.approx(np.percentile(expected, 99))
-    if kind == "none":  # a whole team far away, and one agent alone
+    if kind == "none":  # agent 0 alone moves far from the data
         far = rows.copy()
         far[:, : spec.agents[0].observation_size] += 30.0
         moved = guard(spec, references).distance(far)
@@ -205,7 +205,7 @@ def test_sampled_actions_are_scaled_to_their_range(generator: np.random.Generato
 
 
 def test_without_noise_the_fallback_is_the_graphs_behavior_action(generator: np.random.Generator) -> None:
-    """To the bit: whoever reads both tensors of one answer must see one action, rounded once."""
+    """Both tensors of an answer must hold one action, equal to the bit."""
     spec = continuous_spec()
     noise = generator.normal(size=(B, sum(agent.action.size for agent in spec.agents))).astype(np.float32)
     noise[::2] = 0.0

@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-SLOW = {"smax/6h_vs_8z", "smax/corridor"}  # each compiles for seconds; smax/5m_vs_6m stands for them
+SLOW = {"smax/6h_vs_8z", "smax/corridor"}  # each compiles for seconds; smax/5m_vs_6m covers the same code
 
 
 @pytest.fixture(
@@ -44,7 +44,7 @@ def environment(request: pytest.FixtureRequest) -> Iterator[Environment]:
 
 
 def _actions(spec: TeamSpec, noise: NoiseSource, infos: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Random legal actions, as policies give them: float32 [A] in [-1, 1], or ints the mask allows."""
+    """Random legal actions in the form of policies': float32 [A] in [-1, 1], or ints that the mask allows."""
     draw = {name: values[0] for name, values in noise.draw(1).items()}
     if spec.action_kind == "continuous":
         return {name: np.tanh(values) for name, values in draw.items()}

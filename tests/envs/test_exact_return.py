@@ -15,7 +15,7 @@ from omcda_deploy.policy import NoiseSource
 
 
 def random_policies(game: tabular.Game, seed: int) -> list[tabular.Table]:
-    """Distributions over the available actions that have nothing to do with behaviour."""
+    """Random distributions over the available actions, independent of the behaviour policies."""
     rng = np.random.default_rng(seed)
     tables = []
     for chain in game.chains:
@@ -61,7 +61,7 @@ def played_returns(task: str, policies: list[tabular.Table], episodes: int) -> t
 def test_played_episodes_earn_it(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = toy.make(task).spec
     monkeypatch.setattr("omcda_deploy.registry.team_spec", lambda name, **options: spec)
-    monkeypatch.setattr("omcda_deploy.registry.make_environment", toy.make)  # no search for each of 400
+    monkeypatch.setattr("omcda_deploy.registry.make_environment", toy.make)  # skips 400 look-ups of the task
     game = tabular.game(task)
     for policies in ([chain.behavior for chain in game.chains], random_policies(game, 2)):
         returns = played_returns(task, policies, 400)
@@ -80,7 +80,7 @@ def test_start_end_and_limit_each_count() -> None:
     limit = tabular.team_spec("", game).episode_limit
     expected = 1 + 0.5 * 10 + sum(0.5**t * 100 for t in range(2, limit))
     policies = [np.ones((3, 1))]
-    assert tabular.exact_return(game, policies) == pytest.approx(expected, rel=1e-12)  # gamma plays no part
+    assert tabular.exact_return(game, policies) == pytest.approx(expected, rel=1e-12)  # gamma has no effect
     forever = replace(game, stop=0.0)
     assert tabular.exact_return(forever, policies) == pytest.approx(11 + 100 * (limit - 2))
     late = replace(forever, chains=(replace(chain, start=np.array([0.0, 0.25, 0.75])),))
@@ -101,7 +101,7 @@ def test_best_return_bounds_every_policy_and_is_nearly_reached() -> None:
         assert max(returns) <= tabular.best_return(single) + 1e-9
         best += max(returns)
     assert 0.97 * tabular.best_return(game) < best <= tabular.best_return(game) + 1e-9
-    # masks bind: with every action available there would be more to earn
+    # The masks bind: with every action available the best return would be larger.
     free = tuple(replace(chain, behavior=np.full((3, 4), 0.25)) for chain in game.chains)
     assert tabular.best_return(replace(game, chains=free)) > tabular.best_return(game) + 1
     one_step = tabular.game("toy/one-step")

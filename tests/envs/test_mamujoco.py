@@ -1,4 +1,4 @@
-"""Both MuJoCo simulators: the v2 rules and OMIGA's observations, and what the two views share."""
+"""Both MuJoCo simulators: the rules of v2, OMIGA's observations, and equal rewards under both views."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_control_rate_is_that_of_the_physics(body: str) -> None:
 
 @pytest.mark.parametrize("body", BODIES)
 def test_observations_hold_the_full_vector_and_the_identity(body: str) -> None:
-    """The one-hot tells mean and deviation, so the standardised vector can be undone."""
+    """Mean and deviation follow from the one-hot, so the standardisation can be undone."""
     environment = mamujoco.make(f"mamujoco/{body}")
     joint = mamujoco.JointBody(body)
     observations, _ = environment.reset(seed=3)
@@ -181,7 +181,7 @@ def test_time_limit_is_a_truncation(task: str) -> None:
 
 @pytest.mark.parametrize("task", [task for task in TASKS if "hopper" in task])
 def test_an_end_on_the_last_step_is_a_termination(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero actions let this Hopper fall: with the limit on that very step, it still has fallen."""
+    """Zero actions let this Hopper fall; a time limit in the same step does not make it a truncation."""
 
     def fall(environment: Environment) -> tuple[int, bool, bool]:
         environment.reset(seed=0)

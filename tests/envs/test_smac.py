@@ -51,13 +51,13 @@ def make_smac(variant: str = "StarCraft2Env", task: str = TASK) -> Smac:
 
 
 def choice(observation: NDArray[Any], mask: NDArray[Any]) -> int:
-    """One of the available actions: which one depends on the agent's whole observation."""
+    """Choose an available action as a function of the agent's whole observation."""
     available = np.flatnonzero(mask)
     return int(available[int(1e4 * np.abs(observation).astype(np.float64).sum()) % available.size])
 
 
 class Team:
-    """Acts by :func:`choice`."""
+    """Team policy that acts by :func:`choice`."""
 
     def __init__(self, spec: TeamSpec = SPEC) -> None:
         self.spec = spec
@@ -98,7 +98,7 @@ def play(environment: Smac, seed: int | None) -> list[Any]:
 
 
 def play_directly(game: Any) -> tuple[float, int, bool] | None:
-    """(return, length, won) of an episode of the stand-in in this process; None where it crashes."""
+    """Play an episode of the stand-in in this process: (return, length, won), or None where it crashes."""
     game.reset()
     total, steps, terminated = 0.0, 0, False
     info: dict[str, bool] = {}
@@ -166,7 +166,9 @@ def test_a_host_shows_what_the_simulator_shows(task: str) -> None:
     environment = make_smac(task=task)
     for episode in range(2):
         game.reset()
-        observations, infos = environment.reset(seed=2**32 - 1 if episode == 0 else 7)  # one game: one seed
+        observations, infos = environment.reset(
+            seed=2**32 - 1 if episode == 0 else 7
+        )  # one game has one seed
         terminated = False
         while not terminated:
             np.testing.assert_array_equal(np.array(list(observations.values())), game.get_obs())
@@ -219,7 +221,7 @@ def test_a_crash_ends_and_discards_the_episode(environment: Smac, caplog: pytest
     assert "StarCraft II crashed" in caplog.text
     with pytest.raises(ContractError, match="between episodes"):
         environment.step(dict.fromkeys(SPEC.names, 1))
-    again = play(environment, 10)  # A new game: in the old one the rewards would be scaled down.
+    again = play(environment, 10)  # in a new game; the old one would scale rewards down
     assert sum(step[1]["agent_0"] for step in again) == pytest.approx(20.0)
     assert "discarded" not in again[-1][4]["agent_0"]
 
@@ -366,7 +368,7 @@ def test_an_exception_after_steps_that_were_played_costs_its_episode(
 def test_an_episode_that_began_with_a_crash_is_not_played(
     environment: Smac, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It would be one of dead units."""
+    """An episode that is played on after such a crash would be one of dead units."""
     ends = [play(environment, seed)[-1][4] for seed in range(3)]
     assert [infos["agent_0"].get("won") for infos in ends] == [True, True, True]
     assert "StarCraft II crashed when an episode was to begin" in caplog.text
@@ -410,7 +412,7 @@ def test_a_host_ends_with_whom_it_serves() -> None:
 
 
 def reference(seeds: Iterator[int], episodes: int, num_envs: int) -> tuple[list[int], list[Any], int]:
-    """(seeds, results, lost) of ``Crashing`` played in rounds: one game per environment until it crashes."""
+    """Play ``Crashing`` in rounds, one game per environment until it crashes: (seeds, results, lost)."""
     games: list[Any] = [None] * num_envs
     kept_seeds: list[int] = []
     results: list[Any] = []
@@ -481,7 +483,9 @@ def test_collecting_leaves_lost_episodes_out(tmp_path: Path) -> None:
     order = [numbers[seed] for seed in data.episode_seeds.tolist()]
     assert order == sorted(set(order))
     assert order != list(range(len(order)))  # numbers of lost ones are missing
-    np.testing.assert_allclose(data.episode_returns, 20.0, rtol=1e-6)  # all whole, and of games not shared
+    np.testing.assert_allclose(
+        data.episode_returns, 20.0, rtol=1e-6
+    )  # every episode is whole, and no two share a game
 
 
 def test_losing_every_episode_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

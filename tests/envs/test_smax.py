@@ -1,4 +1,4 @@
-"""SMAX: JaxMARL's own steps, and an episode that depends on nothing but its seed and its actions.
+"""SMAX takes JaxMARL's own steps, and an episode depends on its seed and its actions alone.
 
 One map is compiled here (all batches share one program); the others are slow: each costs another compilation.
 """
@@ -65,7 +65,7 @@ def choose(masks: NDArray[np.uint8], t: int, seeds: list[int]) -> NDArray[np.int
 
 
 def episodes(task: str, seeds: list[int]) -> dict[int, list[list[Any]]]:
-    """By seed, all that each step of its episode shows, for as long as it lasts."""
+    """Play one episode per seed and record all arrays of each step until its end."""
     results: dict[int, list[list[Any]]] = {seed: [] for seed in seeds}
     with SmaxVector(task, len(seeds)) as battles:
         step = battles.reset(dict(enumerate(seeds)))
@@ -109,7 +109,7 @@ def test_specs_are_jaxmarls(task: str, agents: int, observation: int, state: int
 
 
 def test_specs_need_no_jax() -> None:
-    """Nor does listing tasks; a simulator that is not installed says which extra has it."""
+    """Listing tasks imports no jax either, and the error without it names the extra to install."""
     program = f"""
 import sys
 sys.modules["jax"] = sys.modules["jaxmarl"] = None  # an import of either fails
@@ -131,7 +131,7 @@ for make in (registry.make_environment, lambda task: vectorize(task, 2)):
 
 
 def test_steps_are_jaxmarls_own(battles: SmaxVector) -> None:
-    """Each step from our present state, by JaxMARL's unbatched environment with the keys that the seed gives."""
+    """Compare each step with JaxMARL's unbatched environment, from the same state and with the seed's keys."""
     jax, jaxmarl = import_smax()
     battle = jaxmarl.HeuristicEnemySMAX(scenario=jaxmarl.map_name_to_scenario("5m_vs_6m"))
     seeds, row = [3, 4, 2**32 - 1, 5, 6], 2
@@ -154,7 +154,7 @@ def test_steps_are_jaxmarls_own(battles: SmaxVector) -> None:
         joint[answer.terminated] = STOP
         answer = battles.step(named(battles.spec, joint), ~battles._idle)
         key, subkey = jax.random.split(key)
-        # From our state, so that a battle cannot drift away over a difference in rounding.
+        # Starts from our state, so that differences in rounding do not add up.
         actions = dict(zip(battle.agents, joint[row], strict=True))
         expected, state, rewards, dones, _ = battle.step_env(subkey, ours[1], actions)
         assert answer.reward[row] == pytest.approx(float(rewards["ally_0"]), abs=1e-6)
@@ -164,7 +164,7 @@ def test_steps_are_jaxmarls_own(battles: SmaxVector) -> None:
 
 
 def test_an_episode_is_its_seed_and_its_actions() -> None:
-    """To the last bit, for any number of environments, at any place among them, beside any others."""
+    """Equal to the last bit for any number of environments, in any row, beside any others."""
     expected = episodes(TASK, [7])[7]
     assert 10 < len(expected) < smax.EPISODE_LIMIT
     assert expected[-1][4]
@@ -197,8 +197,8 @@ def test_ends_are_told_apart(battles: SmaxVector) -> None:
     ally, enemy = 0, ALLIES
     place(battles, 0, {ally: 45.0, enemy: 3.0}, last)  # a win, in the very last step
     place(battles, 1, {ally: 3.0, enemy: 45.0})  # a defeat
-    place(battles, 2, {ally: 45.0, enemy: 45.0}, last)  # neither, when time is up
-    place(battles, 3, {ally: 3.0, enemy: 3.0})  # both fall together: JaxMARL calls it no win
+    place(battles, 2, {ally: 45.0, enemy: 45.0}, last)  # a draw at the time limit
+    place(battles, 3, {ally: 3.0, enemy: 3.0})  # mutual destruction, which JaxMARL does not count as a win
     place(battles, 4, {ally: 45.0, enemy: 45.0})
     battles._present.action_mask[:5, 0, FIRST_ATTACK] = 1  # a placed unit appears in masks after a step only
     joint = np.full((5, ALLIES), STOP)
@@ -213,9 +213,7 @@ def test_ends_are_told_apart(battles: SmaxVector) -> None:
     assert answer.reward[3] == pytest.approx(3.0 / full)
     assert 9.0 / full <= answer.reward[4] + 1e-6
     masks = masks_of(answer)
-    assert (
-        masks[1].tolist() == [[0] * STOP + [1] + [0] * ENEMIES] * ALLIES
-    )  # the dead can stop, and nothing else
+    assert masks[1].tolist() == [[0] * STOP + [1] + [0] * ENEMIES] * ALLIES  # the dead can only stop
 
     with pytest.raises(ContractError, match="environment 0 is between episodes"):
         battles.step(named(battles.spec, joint))
@@ -245,7 +243,9 @@ def test_what_the_mask_forbids_is_refused(battles: SmaxVector) -> None:
             match=rf"action of agent_2 in environment 3: .*available \[0, 1, 2, 3, 4\], got {named_as}$",
         ):
             battles.step(named(battles.spec, bad))
-    everyone_but_3 = battles.step(named(battles.spec, bad), np.arange(5) != 3)  # its action is not looked at
+    everyone_but_3 = battles.step(
+        named(battles.spec, bad), np.arange(5) != 3
+    )  # the action of row 3 is ignored
     np.testing.assert_array_equal(everyone_but_3.state[3], answer.state[3])
     with pytest.raises(ContractError, match="agent_0: expected integers, got float64"):
         battles.step(named(battles.spec, good.astype(float)))
@@ -255,7 +255,9 @@ def test_what_the_mask_forbids_is_refused(battles: SmaxVector) -> None:
         battles.reset({5: 0})
     with pytest.raises(ContractError, match=r"2\*\*64 - 1, got -1"):
         battles.reset({0: -1})
-    np.testing.assert_array_equal(battles.reset({}).state, everyone_but_3.state)  # nothing happened meanwhile
+    np.testing.assert_array_equal(
+        battles.reset({}).state, everyone_but_3.state
+    )  # a reset of no environment changes nothing
 
 
 def test_misuse_is_named(battles: SmaxVector) -> None:
@@ -302,14 +304,14 @@ def test_importing_jaxmarl_leaves_the_streams_alone(capsys: pytest.CaptureFixtur
     streams = sys.stdout, sys.stderr, sys.__stdout__
     with muted():
         print("Submoduled environments not found.")
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # as jaxmarl's import does
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # jaxmarl's import does the same
         print("Skipping import.")
     assert (sys.stdout, sys.stderr, sys.__stdout__) == streams
     assert capsys.readouterr().out == ""
 
 
 class Random:
-    """A team that draws among the available actions."""
+    """Team policy that draws among the available actions."""
 
     spec = smax.SPECS[TASK]
 
@@ -353,7 +355,7 @@ def test_it_is_evaluated_and_recorded(tmp_path: Path) -> None:
 
 
 def test_a_served_team_plays_as_the_local_one(tmp_path: Path) -> None:
-    """Real policies behind real servers: the same battles to the last digit, masks on the wire included."""
+    """Real policies behind real servers play the same battles to the last digit, with masks on the wire."""
     bundle = POLICIES / TASK / "medium"
     settings: dict[str, Any] = {"episodes": 9, "seed": 5, "num_envs": 6}
     with server_process(bundle, *read_bundle(bundle).spec.names) as server:

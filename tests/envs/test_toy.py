@@ -29,7 +29,7 @@ def test_product_of_local_optima_is_the_joint_optimum(seed: int) -> None:
     value = oracles.regularised_objective(product, reward, game.behavior, ALPHA)
     assert value == pytest.approx(float(ALPHA @ optima.log_z), abs=1e-9)  # V = sum_i alpha_i log Z_i
     rng = np.random.default_rng(seed)
-    for _ in range(50):  # correlated ones too
+    for _ in range(50):  # correlated policies, too
         other = 0.9 * product + 0.1 * rng.dirichlet(np.ones(product.size)).reshape(product.shape)
         assert oracles.regularised_objective(other, reward, game.behavior, ALPHA) < value
 
@@ -51,7 +51,7 @@ def test_value_is_reward_minus_priced_divergence() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_alphas_spend_the_budgets_or_sit_on_the_floor(seed: int) -> None:
+def test_alphas_spend_the_budgets_or_stay_at_their_minimum(seed: int) -> None:
     game = tabular.one_step_game(seed)
     limit = oracles.largest_kl(game.rewards, game.behavior)
     budgets = np.array([0.5 * limit[0], 0.2 * limit[1], 1.1 * limit[2]])
@@ -113,7 +113,7 @@ def test_chain_values_solve_the_split_bellman_equations() -> None:
         np.testing.assert_allclose(solution.v_r, (policy * solution.q_r).sum(-1), atol=1e-10)
         np.testing.assert_allclose(solution.v_c, (policy * solution.q_c).sum(-1) - solution.kl, atol=1e-10)
         np.testing.assert_allclose(solution.q_c, discount * chain.transitions @ solution.v_c, atol=1e-10)
-        # V = alpha log Z, the normalisation, and (1) of omcda.md
+        # V = alpha log Z, the normalisation, and equation (1) of docs/derivation.md#local-optimum.
         np.testing.assert_allclose(v, alpha * np.log((chain.behavior * np.exp(q / alpha)).sum(-1)), atol=1e-9)
         z = solution.exponent(alpha)
         np.testing.assert_allclose((chain.behavior * np.exp(z)).sum(-1), 1.0, atol=1e-9)
@@ -266,7 +266,7 @@ def test_masked_oracle_never_leaves_the_available_actions() -> None:
         assert not chain.available.all()
         assert (best.policy[~chain.available] == 0).all()
         np.testing.assert_allclose(best.policy.sum(-1), 1.0)
-        # the same chain with an enormous fine instead of a mask
+        # The same chain with an enormous penalty in place of the mask.
         rewards = np.where(chain.available, chain.rewards, -1e4)
         behavior = np.where(chain.available, chain.behavior, 1e-12)
         fined = oracles.solve_chain(rewards, chain.transitions, behavior, alpha, discount)
@@ -292,7 +292,7 @@ def test_masks_of_a_row_and_the_next_follow_the_states() -> None:
 def test_masks_are_drawn_as_asked() -> None:
     assert all(chain.available.all() for chain in tabular.chain_game(0).chains)
     none = tabular.chain_game(0, masked=1.0).chains
-    assert all((chain.available.sum(-1) == 1).all() for chain in none)  # one is left
+    assert all((chain.available.sum(-1) == 1).all() for chain in none)  # one action stays available
     many = [c.available for seed in range(60) for c in tabular.chain_game(seed, actions=6, masked=0.3).chains]
     kept = np.concatenate(many).mean()
     assert kept == pytest.approx(1 - 0.3 * 5 / 6, abs=5 * np.sqrt(0.25 / (len(many) * 24)))
@@ -315,7 +315,7 @@ def test_samples_follow_the_weights() -> None:
 
 
 def test_environment_plays_its_game() -> None:
-    """Every reward is the table's, and successors come with the table's probabilities."""
+    """Every reward is the table's, and successors have the table's probabilities."""
     environment = toy.make("toy/chain")
     game = environment.game
     rng = np.random.default_rng(0)

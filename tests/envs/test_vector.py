@@ -24,7 +24,7 @@ def random_actions(spec: TeamSpec, count: int, seed: int) -> dict[str, Float]:
 
 
 def trace(workers: int, count: int = 5, steps: int = 40) -> list[VectorStep]:
-    """Hoppers under random actions; those that fall are left out for one step, then reset."""
+    """Step hoppers with random actions; each that falls is left out for one step, then reset."""
     with VectorEnvironment(HOPPER, count, workers=workers) as vector:
         trace_steps = [vector.reset({i: 10 + i for i in range(count)})]
         down = np.zeros(count, np.bool_)
@@ -74,7 +74,9 @@ def test_inactive_environments_keep_what_they_show() -> None:
         assert later.reward[1] == 0
         np.testing.assert_array_equal(later.state[1], initial.state[1])
         assert not np.array_equal(later.state[0], initial.state[0])
-        np.testing.assert_array_equal(initial.state[0], initial.state[1])  # answers are not overwritten
+        np.testing.assert_array_equal(
+            initial.state[0], initial.state[1]
+        )  # later steps do not overwrite earlier results
         again = vector.reset({0: 1})
         np.testing.assert_array_equal(again.state, initial.state)
         assert not again.reward.any()
@@ -125,7 +127,7 @@ def test_a_dead_worker_and_a_refused_action_are_one_error_each() -> None:
 
 
 class Corridor:
-    """Two discrete agents of unlike sizes; environment s lasts s steps and is won when s is even."""
+    """Two discrete agents of different sizes; an episode of seed s has s steps and is won when s is even."""
 
     spec = TeamSpec(
         task="test/corridor",

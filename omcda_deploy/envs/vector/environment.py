@@ -91,8 +91,7 @@ def vectorize(task: str, num_envs: int, *, workers: int = 0, **options: Any) -> 
     if make is None:
         return VectorEnvironment(task, num_envs, workers=workers, **options)
     registry.require_options(task, make, options)
-    batched: BatchedEnvironment = make(task, num_envs, **options)
-    return batched
+    return make(task, num_envs, **options)
 
 
 class VectorEnvironment:
