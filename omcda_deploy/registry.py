@@ -147,6 +147,11 @@ def load_algorithm(name: str) -> AlgorithmModule:
     return cast(AlgorithmModule, _module(_ALGORITHMS, name))
 
 
+def load_algorithms() -> dict[str, AlgorithmModule]:
+    """Import all algorithms, by name; those of entry points that cannot be used are left out with a warning."""
+    return dict(sorted(_modules(_ALGORITHMS).by_name.items()))
+
+
 def dataset_formats() -> tuple[str, ...]:
     """Names of all dataset formats."""
     return tuple(sorted(_listed(_FORMATS)))

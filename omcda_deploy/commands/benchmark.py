@@ -42,7 +42,7 @@ def train(
     torch.set_num_threads(threads)
     spec = registry.team_spec(task)
     names = algo or [
-        n for n in registry.algorithms() if spec.action_kind in registry.load_algorithm(n).ACTIONS
+        name for name, module in registry.load_algorithms().items() if spec.action_kind in module.ACTIONS
     ]
     costs = step_costs(spec, names, batch_size=batch_size, rounds=rounds)
     table = Table(title=f"{task}, batch {batch_size}, {threads} thread(s), {machine()}", title_justify="left")

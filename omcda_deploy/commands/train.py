@@ -19,8 +19,7 @@ def algorithms() -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("algorithm", "actions", "what it does", "paper"):
         table.add_column(column)
-    for name in registry.algorithms():
-        module = registry.load_algorithm(name)
+    for name, module in registry.load_algorithms().items():
         table.add_row(name, ", ".join(sorted(module.ACTIONS)), module.SUMMARY, module.PAPER)
     console.print(table)
 

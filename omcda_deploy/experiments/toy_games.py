@@ -98,7 +98,7 @@ def play_games(
     """
     from omcda_deploy import registry
 
-    discrete = [name for name in registry.algorithms() if "discrete" in registry.load_algorithm(name).ACTIONS]
+    discrete = [name for name, module in registry.load_algorithms().items() if "discrete" in module.ACTIONS]
     names = algorithms or discrete
     for name in names:
         registry.load_algorithm(name)

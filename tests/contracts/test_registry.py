@@ -23,7 +23,7 @@ from omcda_deploy.plugins import DatasetFormat, ForeignFormat, Simulator, WithBe
 SIMULATORS: tuple[Simulator, ...] = (mamujoco, mamujoco_khop, smac, smax, toy)
 FORMATS: tuple[DatasetFormat, ...] = (omiga_hdf5,)
 FOREIGN_FORMATS: tuple[ForeignFormat, ...] = (madt_episodes, og_vault, pymarl_hdf5)
-BATCHED: WithVector = smax
+BATCHED: tuple[WithVector, ...] = (mamujoco, smax)
 RECORDABLE: WithBehavior = toy
 
 GROUPS = ("omcda_deploy.algorithms", "omcda_deploy.envs", "omcda_deploy.datasets")
@@ -107,7 +107,7 @@ def test_modules_of_the_tree_are_all_registered() -> None:
     assert formats == {*FORMATS, *FOREIGN_FORMATS}
     assert set(registry.foreign_formats().values()) == set(FOREIGN_FORMATS)
     batched = {task for task in registry.tasks() if registry.vector_factory(task) is not None}
-    assert batched == set(smax.TASKS)
+    assert batched == {*smax.TASKS, *mamujoco.TASKS}
 
 
 def test_entry_points_add_to_each_kind(install: Install) -> None:
