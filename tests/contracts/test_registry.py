@@ -211,3 +211,18 @@ def test_dataset_formats_are_told_by_file_name(tmp_path: Path) -> None:
         registry.read_dataset(tmp_path / "data.csv")
     with pytest.raises(DatasetError, match="no such file"):
         registry.read_dataset(tmp_path / "data.hdf5")
+
+
+def test_a_broken_algorithm_is_left_out_of_the_list_with_a_warning(
+    install: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    install("algorithms", "mine", ALGORITHM)
+    install("algorithms", "broken", "import no_such_package")
+    loaded = registry.load_algorithms()
+    assert {"bc", "mine", "omcda"} <= loaded.keys()
+    assert "broken" not in loaded
+    assert (
+        "outside_broken (entry point 'broken' of omcda_deploy.algorithms) cannot be imported" in caplog.text
+    )
+    with pytest.raises(PluginError, match="no_such_package"):
+        registry.load_algorithm("broken")
