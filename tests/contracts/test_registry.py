@@ -47,7 +47,7 @@ Install = Callable[..., None]
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """``install(group, name, source)`` adds a module with an entry point, as installing its package would."""
     entries = {group: list[metadata.EntryPoint]() for group in GROUPS}
-    monkeypatch.setattr(metadata, "entry_points", lambda group: metadata.EntryPoints(entries[group]))
+    monkeypatch.setattr(metadata, "entry_points", lambda group: metadata.EntryPoints(entries.get(group, ())))
     monkeypatch.syspath_prepend(tmp_path)
     modules = []
 
