@@ -20,7 +20,7 @@ SHIPPED = Path("omcda_deploy/policies")
 def train(
     task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")],
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the episodes.")] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Environment steps; the task's default if omitted.")
     ] = None,
@@ -42,7 +42,7 @@ def measure(
     run: Annotated[Path, typer.Argument(help="Folder of  omcda-deploy behavior train.")],
     first: Annotated[int, typer.Option("--from", help="First checkpoint, in steps.")] = 0,
     last: Annotated[int, typer.Option("--to", help="Last checkpoint, in steps.")] = 10**12,
-    workers: Annotated[int, typer.Option()] = 2,
+    workers: Annotated[int, typer.Option(help="Processes that play, a kept policy each.")] = 2,
 ) -> None:
     """Play each checkpoint for 20 episodes (SMAX: 200), stochastically as recording does, and note its returns."""
     from omcda_deploy.experiments.tiers import measure_run
@@ -61,7 +61,7 @@ def ship(
             "--tier", help="TIER=STEPS: ship the checkpoint of that many steps; repeat for each tier."
         ),
     ] = None,
-    workers: Annotated[int, typer.Option()] = 2,
+    workers: Annotated[int, typer.Option(help="Processes that play, a kept policy each.")] = 2,
 ) -> None:
     """Export the measured checkpoints nearest to the published mean returns as medium and expert.
 

@@ -22,11 +22,11 @@ def _group() -> None:
 def train(
     task: Annotated[str, typer.Option(help="Task whose shapes are used.")] = "mamujoco/halfcheetah-6x1",
     algo: Annotated[list[str] | None, typer.Option(help="Algorithms; all when omitted. Repeatable.")] = None,
-    batch_size: Annotated[int, typer.Option()] = 128,
+    batch_size: Annotated[int, typer.Option(help="Transitions of a batch.")] = 128,
     rounds: Annotated[
         int, typer.Option(help="Alternating rounds of steps and of their matrix products alone.")
     ] = 7,
-    threads: Annotated[int, typer.Option()] = 1,
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure milliseconds per training step beside its matrix products alone, in the same run."""

@@ -25,7 +25,9 @@ def compare(
         int, typer.Option(help="Seed of the evaluation; episode k's seed is a function of it and k.")
     ] = 0,
     num_envs: Annotated[int, typer.Option(help="Environments stepped side by side.")] = 10,
-    workers: Annotated[int, typer.Option(help="Processes that step the simulators; 0 for none.")] = 0,
+    workers: Annotated[
+        int, typer.Option(help="Processes that step simulators that have no batched form; 0 for none.")
+    ] = 0,
 ) -> None:
     """Export and play the last policy of every run, and write tables and figures over seeds."""
     from omcda_deploy.experiments.compare import compare_runs, find_runs

@@ -45,9 +45,11 @@ def collect(
         Path | None, typer.Option(help="Record this bundle's policy instead of a tier.")
     ] = None,
     transitions: Annotated[int, typer.Option(help="At least so many, in whole episodes.")] = 1_000_000,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the episodes and of the actions.")] = 0,
     num_envs: Annotated[int, typer.Option(help="Environments stepped together.")] = 32,
-    workers: Annotated[int, typer.Option(help="Processes that step them; 0 for none.")] = 2,
+    workers: Annotated[
+        int, typer.Option(help="Processes that step simulators that have no batched form; 0 for none.")
+    ] = 2,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Record mean actions.")] = False,
     simulator_python: SimulatorPython = None,
     simulator_factory: SimulatorFactory = None,

@@ -56,12 +56,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Play this bundle in process instead; beside endpoints for --on-miss behavior."),
     ] = None,
-    episodes: Annotated[int, typer.Option()] = 20,
+    episodes: Annotated[int, typer.Option(help="Episodes to play.")] = 20,
     seed: Annotated[int, typer.Option(help="Episode k starts from a seed made of this and k.")] = 0,
     num_envs: Annotated[
         int, typer.Option(help="Episodes played side by side: the batch size of requests.")
     ] = 10,
-    workers: Annotated[int, typer.Option(help="Processes that step the simulators; 0 for none.")] = 0,
+    workers: Annotated[
+        int, typer.Option(help="Processes that step simulators that have no batched form; 0 for none.")
+    ] = 0,
     stochastic: Annotated[
         bool, typer.Option("--stochastic", help="Sample actions, seeded by --seed.")
     ] = False,
@@ -121,7 +123,7 @@ def replay(
     ] = None,
     task: Annotated[str | None, typer.Option(help="Task of a dataset that does not say.")] = None,
     episodes: Annotated[int, typer.Option(help="Episodes drawn by --seed.")] = 10,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Seed that draws the episodes.")] = 0,
     batch: Annotated[int, typer.Option(help="Episodes sent side by side.")] = 1,
     rate: Annotated[
         float | None, typer.Option(help="Hz for deadlines; the task's control rate if omitted.")

@@ -32,7 +32,7 @@ def train(
     algo: Annotated[str, typer.Option(help="See  omcda-deploy algorithms.")] = "omcda",
     out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps.")] = 100_000,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and batches.")] = 0,
     d_tot: Annotated[float | None, typer.Option(help="Total divergence budget in nats (omcda).")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the algorithm, name=value; repeatable.")
