@@ -1,77 +1,140 @@
-"""The README's blocks, run as they stand but for the sizes of the run and the ports."""
+"""The README's blocks run as they stand, but for the sizes of the run, the ports and the processes of ``serve``."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
+import shlex
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from tests.support.server_process import free_ports
+from omcda_deploy import cli
+from omcda_deploy.bundle import read_bundle
+from omcda_deploy.envs import mamujoco
+from tests.support.server_process import server_process
 
 README = Path(__file__).parents[2] / "README.md"
+TEXT = README.read_text()
 SMALLER = {
-    "--transitions 200000": "--transitions 2000",
-    "--steps 20000": "--steps 100 --behavior-steps 100",
-    "--report report.html": "--episodes 2 --report report.html",
+    "--transitions 200000": "--transitions 300",
+    "--steps 20000": "--steps 20 --behavior-steps 20 --set hidden=16 --set batch_size=16",
+    "--report report.html": "--episodes 1 --report report.html",
     "--bundle bundle": "--bundle bundle --episodes 1",
 }
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
-def test_pipeline_and_python_blocks_run(tmp_path: Path) -> None:
-    """One test, because the Python block talks to the servers that the pipeline starts; real physics, ~30 s."""
-    [pipeline] = [block for block in blocks("bash") if "train data.hdf5" in block]
+def pipeline() -> list[str]:
+    """Lines of the block that leads from a simulator to a served team."""
+    [block] = [block for block in blocks("bash") if "train data.hdf5" in block]
+    return block.splitlines()
+
+
+def mentions() -> list[str]:
+    """Commands within the text, with or without all their arguments."""
+    prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+    codes = [" ".join(code.split()).removeprefix("omcda-deploy ") for code in re.findall(r"`([^`]+)`", prose)]
+    return [code for code in codes if code.split()[0] in command_line().commands]
+
+
+def arguments(line: str) -> list[str]:
+    return shlex.split(line.removeprefix("omcda-deploy ").removesuffix("&"))
+
+
+@cache
+def command_line() -> Any:
+    """The commands of ``omcda-deploy``, whose callbacks do nothing: what is left is the parsing."""
+
+    def silence(command: Any) -> None:
+        command.callback = lambda **values: None
+        for subcommand in getattr(command, "commands", {}).values():
+            silence(subcommand)
+
+    command = typer.main.get_command(cli.app)
+    silence(command)
+    return command
+
+
+def test_the_pipeline_and_the_python_block_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command in this process and real physics, in episodes of 50 steps, against one server of all agents.
+
+    ``serve`` with its process per agent runs in ``make demo`` and in tests/serve/test_supervisor.py.
+    """
+    monkeypatch.setattr(mamujoco, "EPISODE_LIMIT", 50)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
     [python] = blocks("python")
-    base = free_ports(7)
-    ports = {str(8500 + index): str(base + index) for index in range(7)}
-    for old, new in SMALLER.items():
-        assert old in pipeline
-        pipeline = pipeline.replace(old, new)
-    for old, new in ports.items():
-        pipeline, python = pipeline.replace(old, new), python.replace(old, new)
-    wait = f"""until {sys.executable} -c 'from omcda_deploy.client.remote import RemoteTeam as R; \
-R(["127.0.0.1:{base + 5}"])' 2>&1 | grep -q "agent_0"; do sleep 0.3; done"""
-    lines = pipeline.splitlines()
-    served = next(index for index, line in enumerate(lines) if line.endswith("&"))
-    lines[served + 1 : served + 1] = ["server=$!", wait]
-    (tmp_path / "loop.py").write_text(python)
-    script = "\n".join(["set -e", *lines, f"{sys.executable} loop.py", "kill -TERM $server", "wait $server"])
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMCDA_CACHE": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    process = subprocess.Popen(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
-    assert re.search(r"return -?\d+\.\d, divergence now \d+\.\d+ nats", output), output
+    text = "\n".join(pipeline())
+    for original, smaller in SMALLER.items():
+        assert original in text
+        text = text.replace(original, smaller)
+    with ExitStack() as stack:
+        endpoint = ""
+        for line in text.splitlines():
+            words = arguments(line)
+            if words[0] == "serve":
+                bundle = read_bundle(Path(words[1]))
+                endpoint = stack.enter_context(server_process(bundle, *bundle.spec.names)).endpoint
+                continue
+            words = [endpoint if word == "127.0.0.1:8500-8505" else word for word in words]
+            monkeypatch.setattr(sys, "argv", ["omcda-deploy", *words])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert ended.value.code == 0, capsys.readouterr().err
+        capsys.readouterr()
+        ports = "range(8500, 8506)"
+        assert ports in python
+        exec(python.replace(ports, f"({endpoint.rpartition(':')[2]},)"), {})
+    assert re.fullmatch(r"return -?\d+\.\d, divergence now \d+\.\d+ nats\n", capsys.readouterr().out)
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("target", ["test", "demo"])
+@pytest.mark.parametrize("line", pipeline())
+def test_every_command_of_the_pipeline_is_valid(line: str) -> None:
+    assert line.startswith("omcda-deploy ")
+    command_line().main(arguments(line), standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("serve", "Missing parameter: bundle"),
+        ("serve bundle --agnt agent_2", "No such option.*--agnt"),
+        ("trian data.hdf5", "No such command 'trian'"),
+        ("serve bundle --port many", "valid integer"),
+    ],
+)
+def test_an_invalid_command_would_be_noticed(words: str, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        command_line().main(words.split(), standalone_mode=False)
+
+
+def test_commands_and_options_in_the_text_exist() -> None:
+    codes = mentions()
+    assert {"serve", "evaluate --bundle", "results PAGE.toml", "bench reload"} <= set(codes)
+    for code in codes:
+        words = code.split()
+        command = command_line()
+        while words and (subcommands := getattr(command, "commands", None)):
+            assert words[0] in subcommands, code
+            command = subcommands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, code
+
+
+@pytest.mark.parametrize("target", ["test", "demo", "slow", "fuzz", "extras"])
 def test_make_targets_of_the_readme_exist(target: str) -> None:
-    assert any(f"make {target}" in block for block in blocks("bash"))
+    assert f"make {target}" in TEXT
     dry = subprocess.run(["make", "-n", target], cwd=README.parent, capture_output=True, text=True)
     assert dry.returncode == 0, dry.stderr
