@@ -1,4 +1,4 @@
-"""Closed forms of omcda.md sections 1-7 in plain numpy, independent of the package's own code.
+"""Closed forms of docs/derivation.md in plain numpy, independent of the package's own code.
 
 One-step games: ``rewards`` and ``behavior`` [N, K], ``alpha`` [N]. Chains: ``rewards``, ``behavior`` [X, K] and
 ``transitions`` [X, K, X] of one agent with its own alpha. All mixers are one (reward) and the identity
@@ -65,21 +65,19 @@ def alphas_for_budgets(
 ) -> Table:
     """alpha_i [N] at which KL_i = d_i; an alpha at its lower bound where the budget is unattainable."""
     budgets = np.broadcast_to(np.asarray(budgets, np.float64), rewards.shape[:1])
-
-    def alpha(i: int) -> float:
-        own = slice(i, i + 1)
-        return _bisect(
-            lambda a: float(one_step_optima(rewards[own], behavior[own], a).kl[0]), float(budgets[i]), bounds
-        )
-
-    return np.array([alpha(i) for i in range(len(rewards))])
+    return _bisect(lambda alpha: one_step_optima(rewards, behavior, alpha).kl, budgets, bounds)
 
 
 def common_alpha(
     rewards: Table, behavior: Table, total: float, bounds: tuple[float, float] = _ALPHA_RANGE
 ) -> float:
     """The ``optimal`` allocation: the one alpha at which sum_i KL_i = d_tot."""
-    return _bisect(lambda a: float(one_step_optima(rewards, behavior, a).kl.sum()), total, bounds)
+    alpha = _bisect(
+        lambda alpha: one_step_optima(rewards, behavior, alpha).kl.sum(keepdims=True),
+        np.array([total]),
+        bounds,
+    )
+    return float(alpha[0])
 
 
 def reward_under_shares(rewards: Table, behavior: Table, shares: ArrayLike, total: float) -> float:
@@ -146,7 +144,10 @@ def joint_optimum(reward: Table, behavior: Tables, alpha: ArrayLike, steps: int 
 
 @dataclass(frozen=True)
 class ChainSolution:
-    """Fixed point of the soft Bellman equations of one chain, split as BOPAH splits it (omcda.md section 1)."""
+    """Fixed point of the soft Bellman equations of one chain, split as BOPAH splits it.
+
+    Source: docs/derivation.md#value-decomposition.
+    """
 
     policy: Table  # [X, K]
     kl: Table  # [X]
@@ -158,7 +159,7 @@ class ChainSolution:
     advantage_c: Table  # [X, K], Q^c - V^c
 
     def exponent(self, alpha: float) -> Table:
-        """z [X, K] of omcda.md (1)."""
+        """z [X, K] of docs/derivation.md#local-optimum (1)."""
         return self.advantage_r / alpha + self.advantage_c
 
 
@@ -230,17 +231,20 @@ def _marginal(joint: Table, axis: int) -> Table:
     return marginal
 
 
-def _bisect(divergence: Callable[[float], float], target: float, bounds: tuple[float, float]) -> float:
-    """alpha with ``divergence(alpha) = target``, for a divergence that falls in alpha; else the nearer bound."""
-    low, high = np.log(bounds)
-    if divergence(float(np.exp(low))) <= target:
-        return bounds[0]
-    if divergence(float(np.exp(high))) >= target:
-        return bounds[1]
-    for _ in range(100):
+def _bisect(divergence: Callable[[Table], Table], targets: Table, bounds: tuple[float, float]) -> Table:
+    """alpha [M] with ``divergence(alpha) = targets``, for divergences that fall in alpha; else the nearer bound.
+
+    Halves each interval of log alpha until its ends are neighbouring numbers.
+    """
+    low, high = (np.full(targets.shape, np.log(bound)) for bound in bounds)
+    below, above = divergence(np.exp(low)) <= targets, divergence(np.exp(high)) >= targets
+    while True:
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if divergence(float(np.exp(middle))) > target else (low, middle)
-    return float(np.exp(high))
+        if ((middle <= low) | (middle >= high)).all():
+            break
+        falls = divergence(np.exp(middle)) > targets
+        low, high = np.where(falls, middle, low), np.where(falls, high, middle)
+    return np.where(below, bounds[0], np.where(above, bounds[1], np.exp(high)))
 
 
 def _log(probabilities: Table) -> Table:
