@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,9 @@ def test_frames_are_those_of_single_environments(monkeypatch: pytest.MonkeyPatch
     if ctypes.util.find_library("EGL") is None:
         pytest.skip("no EGL on this machine")
     monkeypatch.setenv("MUJOCO_GL", "egl")
+    body = mamujoco._BODIES["halfcheetah-6x1"]
+    small = replace(body, options={**body.options, "width": 96, "height": 96})  # drawn in software
+    monkeypatch.setitem(mamujoco._BODIES, "halfcheetah-6x1", small)
     options: dict[str, Any] = {"render_mode": "rgb_array"}
     with (
         mamujoco.make_vector(CHEETAH, 2, **options) as ours,
@@ -300,6 +303,7 @@ def test_frames_are_those_of_single_environments(monkeypatch: pytest.MonkeyPatch
             reference.step(actions)
             frames = [ours.render(row) for row in (1, 0, 1)]
             np.testing.assert_array_equal(frames, [reference.render(row) for row in (1, 0, 1)])
+        assert frames[0].shape == (96, 96, 3)
         assert frames[0].std() > 10
         assert not np.array_equal(frames[0], frames[1])
 
