@@ -1,13 +1,15 @@
-"""Bundles and servers that several files share; started once per session."""
+"""Bundles, servers and other processes that several files share; started once per session."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 
 import pytest
 
 from omcda_deploy.bundle import TEAM, Bundle
 from tests.support.bundles import continuous_spec, discrete_spec, write_test_bundle
+from tests.support.fork_server import fork_server
 from tests.support.server_process import ServerProcess, server_process
 
 
@@ -39,3 +41,10 @@ def joint_server(continuous_bundle: Bundle) -> Iterator[ServerProcess]:
     """The continuous bundle's joint graph alone."""
     with server_process(continuous_bundle, TEAM) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def forking() -> Iterator[ForkServerContext]:
+    """Processes that start with torch imported."""
+    with fork_server() as context:
+        yield context

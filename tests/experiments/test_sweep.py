@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -221,35 +223,50 @@ def test_results_hold_sweeps_to_the_same_rules(tmp_path: Path) -> None:
 # -- killed -----------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_command(words: list[str], environment: Mapping[str, str], log: Path) -> None:
+    """Run the command line as ``python -m omcda_deploy.cli`` does; for a process of its own."""
+    os.environ.update(environment)
+    with log.open("a") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    sys.argv = ["omcda-deploy", *words]
+    cli.main()
+
+
+def test_a_killed_run_is_taken_up_again(
+    forking: ForkServerContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A real run, SIGKILLed once it has a folder, goes on in that folder; finished, it is left alone."""
     monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
     path = write_dataset(tmp_path / "hopper.hdf5", team_spec("mamujoco/hopper-3x1"), [40, 20] * 2)
     _clone(path)
     job = Job(path, "bc", (("hidden", 8), ("batch_size", 8)), 0, 300, 300, tmp_path / "out" / "seed0")
     commands: list[list[str]] = []
-    original = subprocess.run
+    kills = True
 
-    def killed(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+    def run(
+        command: list[str], *, stdout: IO[str], env: Mapping[str, str], **options: Any
+    ) -> subprocess.CompletedProcess[bytes]:
         commands.append(command)
-        with subprocess.Popen(command, **options) as process:
-            while not job.run.exists():
-                assert process.poll() is None, (tmp_path / "out" / "seed0.log").read_text()
-                time.sleep(0.002)
+        assert command[:3] == [sys.executable, "-m", "omcda_deploy.cli"]
+        process = forking.Process(target=run_command, args=(command[3:], dict(env), Path(stdout.name)))
+        process.start()
+        while kills and not job.run.exists():
+            assert process.exitcode is None, Path(stdout.name).read_text()
+            time.sleep(0.002)
+        if kills:
             process.kill()
-            return subprocess.CompletedProcess(command, process.wait())
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode)
 
-    monkeypatch.setattr(subprocess, "run", killed)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(OmcdaError, match="seed0 stopped with status -9"):
         run_job(job)
     assert not job.finished
     begun = (job.run / "config.json").stat().st_mtime_ns
 
-    def real(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
-        commands.append(command)
-        return original(command, **options)
-
-    monkeypatch.setattr(subprocess, "run", real)
+    kills = False
     run_job(job)
     assert job.finished
     assert commands[1][3:] == ["train", "--resume", str(job.run)]

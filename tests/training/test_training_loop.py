@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -95,60 +97,48 @@ def run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # -- killed and resumed ---------------------------------------------------------------------------------------
 
-CHILD = """
-import os, sys, time
-from pathlib import Path
-from omcda_deploy.datasets.formats.omiga_hdf5 import read
-from omcda_deploy.training import checkpoint, loop
-from omcda_deploy.training.observer import TrainObserver
-from tests.training.test_training_loop import train
 
-file, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def train_until(file: Path, out: Path, moment: str, reached: Connection) -> None:
+    """Train or resume until ``moment``, say so, and wait there. Runs in a process of its own."""
 
-def stop():
-    print("now", flush=True)
-    time.sleep(60)
+    def stop() -> None:
+        reached.send(moment)
+        time.sleep(60)
 
-class Stopper(TrainObserver):
-    def logged(self, step, metrics):
-        if moment == "between checkpoints" and step == 35:
-            stop()
+    class Stopper(TrainObserver):
+        def logged(self, step: int, metrics: Mapping[str, float]) -> None:
+            if moment == "between checkpoints" and step == 35:
+                stop()
 
-if moment == "while saving":
-    # Step 60's checkpoint is written, but not yet in its place.
-    os.fsync = lambda handle: stop() if any(out.glob(".resume.pt.*")) else None
-if out.exists():
-    loop.resume(read(file), out, observer=Stopper())
-else:
-    train(read(file), out, observer=Stopper())
-"""
+    if moment == "while saving":  # step 60's checkpoint is written, but not yet in its place
+        os.fsync = lambda fd: stop() if any(out.glob(".resume.pt.*")) else None
+    if out.exists():
+        loop.resume(read(file), out, observer=Stopper())
+    else:
+        train(read(file), out, observer=Stopper())
 
 
-def kill(file: Path, out: Path, moment: str) -> None:
+def kill(forking: ForkServerContext, file: Path, out: Path, moment: str) -> None:
     """Train or resume in a process of its own, and SIGKILL it at the given moment."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(file), str(out), moment],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "now\n"
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(30) == -signal.SIGKILL
+    reached, sender = forking.Pipe(duplex=False)
+    process = forking.Process(target=train_until, args=(file, out, moment, sender))
+    process.start()
+    sender.close()
+    assert reached.recv() == moment  # EOFError when the process ends first
+    process.kill()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_killed_run_resumes_as_if_it_had_never_stopped(
-    file: Path, dataset: Dataset, run: Path, tmp_path: Path
+    forking: ForkServerContext, file: Path, dataset: Dataset, run: Path, tmp_path: Path
 ) -> None:
     """SIGKILL at step 35 of 60, again while a checkpoint is being written, then to the end: every bit is equal."""
     out = tmp_path / "killed"
-    kill(file, out, "between checkpoints")
+    kill(forking, file, out, "between checkpoints")
     assert load_state(out / "resume.pt")["step"] == 20
     assert last_step(out) == 35  # seven lines were written, three of which are beyond the checkpoint
-    kill(file, out, "while saving")
+    kill(forking, file, out, "while saving")
     assert load_state(out / "resume.pt")["step"] == 20
     assert last_step(out) == 40
     with (out / "metrics.jsonl").open("a") as metrics:
