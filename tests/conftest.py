@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 
@@ -11,6 +12,9 @@ from omcda_deploy.bundle import TEAM, Bundle
 from tests.support.bundles import continuous_spec, discrete_spec, write_test_bundle
 from tests.support.fork_server import fork_server
 from tests.support.server_process import ServerProcess, server_process
+
+# As the Makefile does, before anything imports torch: with networks of this size a second thread only waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
