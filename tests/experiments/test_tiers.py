@@ -28,6 +28,7 @@ from omcda_deploy.experiments.tiers import (
     train_policies,
     write_index,
 )
+from omcda_deploy.export import parity
 from omcda_deploy.local import JointTeam, LocalTeam
 from omcda_deploy.play.shipped import POLICIES
 from omcda_deploy.policy import NoiseSource
@@ -163,6 +164,7 @@ def test_tiers_are_the_checkpoints_nearest_to_the_published_returns(tmp_path: Pa
 
 def test_a_run_is_measured_and_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_episodes(monkeypatch, "mamujoco", 3)
+    monkeypatch.setattr(parity, "PARITY_ROWS", 50)
     checkpoints = {steps: joint_arrays(11, 3) for steps in (100, 200, 300)}
     checkpoints[200]["b_mean"] = checkpoints[200]["b_mean"] + 1.0
     run, out = make_run(tmp_path / "run", HOPPER, checkpoints), tmp_path / "policies"
