@@ -82,13 +82,13 @@ def test_a_remote_team_acts_as_the_local_one(kind: str, stream: bool, request: p
     with RemoteTeam([server.endpoint], spec=spec, stream=stream, deadline_s=5) as team:
         assert_same(team.act(observations(spec, None)), local.act(observations(spec, None)))
         for step, batch in enumerate((1, 4, 4, 33)):
-            given: dict[str, Any] = {"noise": noise.draw(batch)} if step % 2 else {}
+            options: dict[str, Any] = {"noise": noise.draw(batch)} if step % 2 else {}
             if kind == "discrete":
-                given["action_masks"] = masks(spec, batch)
+                options["action_masks"] = masks(spec, batch)
             if step == 2:
                 team.reset()
             seen = observations(spec, batch, seed=step)
-            assert_same(team.act(seen, **given), local.act(seen, **given))
+            assert_same(team.act(seen, **options), local.act(seen, **options))
         assert set(team.latencies) == set(spec.names)
         assert all(0 < seconds < 5 for seconds in team.latencies.values())
 

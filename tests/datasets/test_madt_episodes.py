@@ -170,7 +170,7 @@ def test_only_folders_of_torch_files_are_recognized(tmp_path: Path) -> None:
 def test_a_loader_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_madt(tmp_path / "5m_vs_6m", a=random_episode(1, 0, mappo=True))
     (tmp_path / "dies.py").write_text(
-        "import sys\nsys.stdin.read()\nprint('no room', file=sys.stderr)\nsys.exit(7)"
+        "import sys\nsys.stdin.read()\nprint('no space', file=sys.stderr)\nsys.exit(7)"
     )
     monkeypatch.setattr(madt_episodes, "_LOADER", tmp_path / "dies.py")
 
@@ -178,7 +178,7 @@ def test_a_loader_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
         with madt_episodes.open_recording(source, None):
             pass
 
-    with pytest.raises(DatasetError, match=r"a\.pt: the process .* ended with status 7 \(no room\)"):
+    with pytest.raises(DatasetError, match=r"a\.pt: the process .* ended with status 7 \(no space\)"):
         open_it()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"omcda-deploy\[train\]"):

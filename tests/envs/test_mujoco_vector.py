@@ -162,11 +162,11 @@ def test_a_fall_on_the_last_step_is_a_termination(monkeypatch: pytest.MonkeyPatc
             actions = {name: np.zeros((1, 1), np.float32) for name in vector.spec.names}
             vector.reset({0: 0})
             for step in range(1, 1000):
-                shown = vector.step(actions)
-                if shown.terminated[0] or shown.truncated[0]:
+                step_result = vector.step(actions)
+                if step_result.terminated[0] or step_result.truncated[0]:
                     with pytest.raises(ContractError, match="environment 0 is between episodes"):
                         vector.step(actions)
-                    return step, bool(shown.terminated[0]), bool(shown.truncated[0])
+                    return step, bool(step_result.terminated[0]), bool(step_result.truncated[0])
         raise AssertionError("it never fell")
 
     step, terminated, truncated = last_step()
@@ -184,11 +184,11 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         one.reset({0: 21})
         for _ in range(20):
             actions = random_actions(five.spec, 5, generator)
-            shown = five.step(actions)
+            of_five = five.step(actions)
             alone = one.step({name: values[3:4] for name, values in actions.items()})
-            np.testing.assert_array_equal(shown.state[3:4], alone.state)
-            np.testing.assert_array_equal(shown.reward[3:4], alone.reward)
-            assert len(np.unique(shown.reward)) == 5
+            np.testing.assert_array_equal(of_five.state[3:4], alone.state)
+            np.testing.assert_array_equal(of_five.reward[3:4], alone.reward)
+            assert len(np.unique(of_five.reward)) == 5
 
 
 def test_results_are_the_callers_own() -> None:

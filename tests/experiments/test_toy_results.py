@@ -112,9 +112,9 @@ def test_expectations_that_do_not_hold_are_listed(tmp_path: Path, dataset: Datas
 
 def test_a_run_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise ConfigError("no room\nsecond line")
+        raise ConfigError("no space\nsecond line")
 
     monkeypatch.setattr(toy_results, "learn", fail)
     result = play_game("toy/one-step", ["bc"], tmp_path / "game", transitions=10, steps=1, seed=0)
-    assert result.rows == (Row("bc", None, "ConfigError: no room"),)
-    assert result.violations() == ["toy/one-step: bc failed (ConfigError: no room)"]
+    assert result.rows == (Row("bc", None, "ConfigError: no space"),)
+    assert result.violations() == ["toy/one-step: bc failed (ConfigError: no space)"]

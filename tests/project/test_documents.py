@@ -40,7 +40,7 @@ def sources() -> list[Path]:
 @cache
 def headings(page: Path) -> frozenset[str]:
     """Anchors of a Markdown page, by GitHub's rule."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     anchors = set()
     fenced = False
     for line in page.read_text().splitlines():
@@ -50,8 +50,8 @@ def headings(page: Path) -> frozenset[str]:
             continue
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading[1])
         slug = re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-")
-        count = found.get(slug, 0)
-        found[slug] = count + 1
+        count = counts.get(slug, 0)
+        counts[slug] = count + 1
         anchors.add(f"{slug}-{count}" if count else slug)
     return frozenset(anchors)
 

@@ -117,11 +117,11 @@ class Scan(ast.NodeVisitor):
         self.visit(ast.parse(file.read_text()))
 
     def _add(self, node: ast.expr | ast.stmt, *modules: str) -> None:
-        own = {"omcda_deploy", *sys.stdlib_module_names}
+        internal = {"omcda_deploy", *sys.stdlib_module_names}
         self.imports += [
             Import(self._file, node.lineno, module, self._extra)
             for module in modules
-            if module.partition(".")[0] not in own
+            if module.partition(".")[0] not in internal
         ]
 
     def visit_Import(self, node: ast.Import) -> None:
@@ -236,7 +236,7 @@ def test_constraints_pin_what_dev_installs_as_it_is_installed() -> None:
 
 def closure() -> set[str]:
     """Return the distributions that the extra ``dev`` resolves to on this machine."""
-    found: set[tuple[str, str]] = set()
+    pairs: set[tuple[str, str]] = set()
     waiting = [Requirement(text) for text in PROJECT["dependencies"]]
     waiting += [Requirement(text) for texts in PROJECT["optional-dependencies"].values() for text in texts]
     while waiting:
@@ -245,9 +245,9 @@ def closure() -> set[str]:
         if name == PROJECT["name"]:
             continue
         for extra in ("", *requirement.extras):
-            if (name, extra) not in found:
-                found.add((name, extra))
+            if (name, extra) not in pairs:
+                pairs.add((name, extra))
                 for needed in map(Requirement, metadata.requires(name) or ()):
                     if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                         waiting.append(needed)
-    return {name for name, _ in found}
+    return {name for name, _ in pairs}

@@ -109,11 +109,11 @@ def test_the_configuration_shows_every_entry() -> None:
 
 
 def test_the_status_table_has_every_status() -> None:
-    shown = [status for status, _ in rows("Errors")]
-    assert len(set(shown)) == len(shown)
-    assert set(shown) <= {code.name for code in grpc.StatusCode}
-    told = {"UNAUTHENTICATED", "DEADLINE_EXCEEDED", "INTERNAL"}  # not of the table in status.py
-    assert set(shown) == {code.name for _, code in STATUS} | told
+    statuses = [status for status, _ in rows("Errors")]
+    assert len(set(statuses)) == len(statuses)
+    assert set(statuses) <= {code.name for code in grpc.StatusCode}
+    others = {"UNAUTHENTICATED", "DEADLINE_EXCEEDED", "INTERNAL"}  # not of the table in status.py
+    assert set(statuses) == {code.name for _, code in STATUS} | others
 
 
 def test_the_metrics_table_has_every_metric_with_its_labels(continuous_bundle: Bundle) -> None:
@@ -125,15 +125,15 @@ def test_the_metrics_table_has_every_metric_with_its_labels(continuous_bundle: B
         channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=5)  # type: ignore[arg-type]
         with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-    found: dict[str, set[str]] = {}
+    exported: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):
         if family.name.startswith(("omcda_", "grpc_")):
             name = f"{family.name}_total" if family.type == "counter" else family.name
-            found[name] = {label for sample in family.samples for label in sample.labels} - {"le"}
-    shown = {}
+            exported[name] = {label for sample in family.samples for label in sample.labels} - {"le"}
+    documented = {}
     labels: set[str] = set()
     for name, cell, _ in rows("Metrics"):
-        own = set(filter(None, cell.removeprefix("and ").split(", ")))
-        labels = labels | own if cell.startswith("and ") else own
-        shown[name] = labels
-    assert shown == found
+        cell_labels = set(filter(None, cell.removeprefix("and ").split(", ")))
+        labels = labels | cell_labels if cell.startswith("and ") else cell_labels
+        documented[name] = labels
+    assert documented == exported

@@ -14,8 +14,8 @@ from omcda_deploy.protos.tensors import Tensor, input_tensors, output_tensors
 
 
 def test_committed_code_is_what_the_generator_makes(tmp_path: Path) -> None:
-    made = generate.generate(tmp_path)
-    assert {path.name for path in made} == {
+    generated = generate.generate(tmp_path)
+    assert {path.name for path in generated} == {
         "admin_pb2.py",
         "admin_pb2.pyi",
         "admin_pb2_grpc.py",
@@ -25,8 +25,8 @@ def test_committed_code_is_what_the_generator_makes(tmp_path: Path) -> None:
         "policy_pb2.pyi",
         "policy_pb2_grpc.py",
     }
-    assert sorted(tmp_path.iterdir()) == sorted(made), "something was left beside the generated files"
-    for path in made:
+    assert sorted(tmp_path.iterdir()) == sorted(generated), "something was left beside the generated files"
+    for path in generated:
         committed = generate.FOLDER / path.name
         assert committed.read_bytes() == path.read_bytes(), (
             f"{path.name} is stale: run  python -m omcda_deploy.protos.generate"

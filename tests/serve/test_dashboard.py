@@ -42,11 +42,11 @@ def selectors(query: str) -> tuple[dict[str, set[str]], set[str]]:
         for label in listed.split(",")
     }
     text = re.sub(r"\b(?:by|on|group_left)\s*\([^)]*\)", "", text)
-    found: dict[str, set[str]] = {}
+    labels_of: dict[str, set[str]] = {}
     for name, labels in re.findall(r"([a-zA-Z_]\w*)\s*(\{[^}]*\})?", text):
         if name not in WORDS | FUNCTIONS:
-            found.setdefault(name, set()).update(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", labels))
-    return found, grouped
+            labels_of.setdefault(name, set()).update(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", labels))
+    return labels_of, grouped
 
 
 def test_selectors_are_found() -> None:
@@ -68,30 +68,32 @@ def test_the_dashboard_asks_for_what_a_server_says(continuous_bundle: Bundle) ->
             )
         with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-    known: dict[str, set[str]] = {}
+    labels_of: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            known.setdefault(sample.name, set()).update(sample.labels)
+            labels_of.setdefault(sample.name, set()).update(sample.labels)
     used: set[str] = set()
     for target in targets():
         metrics, grouped = selectors(target["expr"])
         assert metrics
         for name, labels in metrics.items():
-            assert name in known, target["expr"]
-            assert labels <= known[name], target["expr"]
-            assert grouped - FROM_PROMETHEUS <= set().union(*(known[name] for name in metrics)), target[
+            assert name in labels_of, target["expr"]
+            assert labels <= labels_of[name], target["expr"]
+            assert grouped - FROM_PROMETHEUS <= set().union(*(labels_of[name] for name in metrics)), target[
                 "expr"
             ]
-        shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
-        assert shown - FROM_PROMETHEUS <= set().union(*(known[name] for name in metrics)), target["expr"]
-        assert "sum by" not in target["expr"] or shown <= grouped, (
+        legend_labels = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+        assert legend_labels - FROM_PROMETHEUS <= set().union(*(labels_of[name] for name in metrics)), target[
+            "expr"
+        ]
+        assert "sum by" not in target["expr"] or legend_labels <= grouped, (
             "a legend names a label that is summed over"
         )
         used |= metrics.keys()
     assert used >= REQUIRED
     (query,) = (v["query"]["query"] for v in BOARD["templating"]["list"] if v["type"] == "query")
     metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", query).groups()  # type: ignore[union-attr]
-    assert label in known[metric]
+    assert label in labels_of[metric]
 
 
 def test_panels_stand_beside_each_other() -> None:

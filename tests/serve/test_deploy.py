@@ -120,9 +120,9 @@ def rendered(overlay: str) -> list[Document]:
 
 
 def of_kind(rendered: list[Document], kind: str) -> list[Document]:
-    found = [document for document in rendered if document["kind"] == kind]
-    assert found
-    return found
+    documents = [document for document in rendered if document["kind"] == kind]
+    assert documents
+    return documents
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
@@ -219,9 +219,9 @@ def test_only_policies_and_metrics_can_be_reached(rendered: list[Document]) -> N
     assert policy["spec"]["egress"] == []
     assert [rule["ports"] for rule in policy["spec"]["ingress"]] == [[{"port": 8500}], [{"port": 9600}]]
     assert all(rule["from"] for rule in policy["spec"]["ingress"])
-    wanted = policy["spec"]["podSelector"]["matchLabels"].items()
+    labels = policy["spec"]["podSelector"]["matchLabels"].items()
     for deployment in of_kind(rendered, "Deployment"):
-        assert wanted <= deployment["spec"]["template"]["metadata"]["labels"].items()
+        assert labels <= deployment["spec"]["template"]["metadata"]["labels"].items()
 
 
 # -- requirements of the manifests to the server -------------------------------------------------------------------

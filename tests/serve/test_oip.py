@@ -22,9 +22,9 @@ FLOAT = np.float32
 
 
 def tensor(name: str, values: Any) -> triton.InferInput:
-    given = triton.InferInput(name, values.shape, {"f": "FP32", "u": "UINT8"}[values.dtype.kind])
-    given.set_data_from_numpy(values)
-    return given
+    infer_input = triton.InferInput(name, values.shape, {"f": "FP32", "u": "UINT8"}[values.dtype.kind])
+    infer_input.set_data_from_numpy(values)
+    return infer_input
 
 
 def test_a_stock_client_reads_the_server(continuous_bundle: Bundle, continuous_server: ServerProcess) -> None:
@@ -94,8 +94,8 @@ def test_a_stock_client_gets_discrete_actions(
 def test_requested_outputs_alone_come_back(continuous_server: ServerProcess) -> None:
     inputs = [tensor("observation", np.zeros((2, 4), FLOAT))]
     with triton.InferenceServerClient(continuous_server.endpoint) as client:
-        wanted = [triton.InferRequestedOutput(name) for name in ("divergence", "action")]
-        answer = client.infer("agent_0", inputs, outputs=wanted).get_response()
+        requested = [triton.InferRequestedOutput(name) for name in ("divergence", "action")]
+        answer = client.infer("agent_0", inputs, outputs=requested).get_response()
     assert [output.name for output in answer.outputs] == ["divergence", "action"]
     assert [len(data) for data in answer.raw_output_contents] == [8, 8]
 
@@ -103,10 +103,14 @@ def test_requested_outputs_alone_come_back(continuous_server: ServerProcess) -> 
 def test_the_joint_graph_is_model_team(continuous_bundle: Bundle, joint_server: ServerProcess) -> None:
     spec = continuous_bundle.spec
     generator = np.random.default_rng(3)
-    own = {a.name: generator.standard_normal((2, a.observation_size)).astype(FLOAT) for a in spec.agents}
+    observations = {
+        a.name: generator.standard_normal((2, a.observation_size)).astype(FLOAT) for a in spec.agents
+    }
     with triton.InferenceServerClient(joint_server.endpoint) as client:
-        answer = client.infer("team", [tensor("observation", np.concatenate(list(own.values()), axis=1))])
-    expected = JointTeam(continuous_bundle).act(own)
+        answer = client.infer(
+            "team", [tensor("observation", np.concatenate(list(observations.values()), axis=1))]
+        )
+    expected = JointTeam(continuous_bundle).act(observations)
     np.testing.assert_array_equal(
         answer.as_numpy("action"), np.concatenate([d.action for d in expected.values()], axis=1)
     )

@@ -31,8 +31,8 @@ def stub(continuous_server: ServerProcess) -> Iterator[Any]:
 
 
 def good(**fields: Any) -> policy_pb2.ActRequest:
-    given: dict[str, Any] = {"model": "agent_0", "batch": 2, "observation": ROWS.tobytes()}
-    return policy_pb2.ActRequest(**(given | fields))
+    request_fields: dict[str, Any] = {"model": "agent_0", "batch": 2, "observation": ROWS.tobytes()}
+    return policy_pb2.ActRequest(**(request_fields | fields))
 
 
 def test_get_contract_tells_what_a_client_needs(continuous_bundle: Bundle, stub: Any) -> None:

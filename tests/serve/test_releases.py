@@ -269,19 +269,19 @@ def test_a_team_is_switched_together_or_not_at_all(folder: Path, tmp_path: Path)
                 expected = LocalTeam(folder / "2").act(ROWS)[agent].action
                 np.testing.assert_array_equal(policy.act(ROWS[agent]).action, expected)
         words = ["--admin", ",".join(team.admin)]
-        shown = CliRunner().invoke(app, ["release", "rollback", *words], catch_exceptions=False)
-        assert shown.exit_code == 0
+        result = CliRunner().invoke(app, ["release", "rollback", *words], catch_exceptions=False)
+        assert result.exit_code == 0
         assert {status.current for status in admin.status().values()} == {"10"}
-        shown = CliRunner().invoke(app, ["status", *words], catch_exceptions=False)
-        assert "agent_1" in shown.output
+        result = CliRunner().invoke(app, ["status", *words], catch_exceptions=False)
+        assert "agent_1" in result.output
         # One server is gone: the other does not switch.
         team.processes[1].kill()
         team.processes[1].wait()
         with pytest.raises(EndpointError, match=rf"failed on 1 servers: {team.admin[1]}: UNAVAILABLE"):
             admin.switch("2")
-        shown = CliRunner().invoke(app, ["status", *words], catch_exceptions=False)
-        assert shown.exit_code == 1
-        assert f"{team.admin[1]} told no status: UNAVAILABLE" in shown.output
+        result = CliRunner().invoke(app, ["status", *words], catch_exceptions=False)
+        assert result.exit_code == 1
+        assert f"{team.admin[1]} told no status: UNAVAILABLE" in result.output
         with TeamAdmin(team.admin[:1]) as rest:
             assert {status.current for status in rest.status().values()} == {"10"}
 

@@ -219,7 +219,7 @@ def test_our_client_shows_its_credentials(continuous_bundle: Bundle, tmp_path: P
     (tmp_path / "token").write_text("sesame\n")
     tls = '[tls]\ncertificate = "ours/server.pem"\nkey = "ours/server.key"\nclient_ca = "ours/ca.pem"\n'
     options = config(tmp_path, tls + '[access]\ntoken_file = "token"\n')
-    shown = tmp_path / "credentials.toml"
+    credentials_file = tmp_path / "credentials.toml"
     whole = (
         'ca = "ours/ca.pem"\ncertificate = "robot.pem"\nkey = "robot.key"\nserver_name = "localhost"\n'
         'token_file = "token"\n'
@@ -230,21 +230,25 @@ def test_our_client_shows_its_credentials(continuous_bundle: Bundle, tmp_path: P
     }
     expected = LocalTeam(continuous_bundle).act(observations)
     with server_process(continuous_bundle, options=(*options, "--admin-port", str(port))) as server:
-        shown.write_text(whole)
+        credentials_file.write_text(whole)
         for stream in (False, True):
-            with RemoteTeam([server.endpoint], stream=stream, credentials=read_credentials(shown)) as team:
+            with RemoteTeam(
+                [server.endpoint], stream=stream, credentials=read_credentials(credentials_file)
+            ) as team:
                 for name, decision in team.act(observations).items():
                     np.testing.assert_allclose(decision.action, expected[name].action, atol=1e-6)
         words = ["status", "--admin", f"127.0.0.1:{port}"]
-        said = CliRunner().invoke(app, [*words, "--credentials", str(shown)], catch_exceptions=False)
-        assert said.exit_code == 0
+        result = CliRunner().invoke(
+            app, [*words, "--credentials", str(credentials_file)], catch_exceptions=False
+        )
+        assert result.exit_code == 0
         assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 1
-        shown.write_text(whole.replace('token_file = "token"\n', ""))
+        credentials_file.write_text(whole.replace('token_file = "token"\n', ""))
         with pytest.raises(EndpointError, match="UNAUTHENTICATED: expected the metadata"):
-            RemoteTeam([server.endpoint], credentials=read_credentials(shown))
-        shown.write_text(whole.replace('certificate = "robot.pem"\nkey = "robot.key"\n', ""))
+            RemoteTeam([server.endpoint], credentials=read_credentials(credentials_file))
+        credentials_file.write_text(whole.replace('certificate = "robot.pem"\nkey = "robot.key"\n', ""))
         with pytest.raises(EndpointError, match="cannot be reached"):
-            RemoteTeam([server.endpoint], credentials=read_credentials(shown))
+            RemoteTeam([server.endpoint], credentials=read_credentials(credentials_file))
 
 
 @pytest.mark.parametrize(

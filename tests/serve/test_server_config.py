@@ -104,8 +104,8 @@ def test_the_team_and_its_agents_are_guarded_alike(bundle: Bundle) -> None:
     team = models.sessions[TEAM].run({"observation": rows})
     start = width = 0
     for index, agent in enumerate(bundle.spec.agents):
-        own = rows[:, start : start + agent.observation_size]
-        alone = models.sessions[agent.name].run({"observation": own})
+        agent_rows = rows[:, start : start + agent.observation_size]
+        alone = models.sessions[agent.name].run({"observation": agent_rows})
         np.testing.assert_array_equal(team["policy_weight"][:, index], alone["policy_weight"])
         np.testing.assert_allclose(
             team["action"][:, width : width + agent.action.size], alone["action"], atol=1e-6

@@ -78,13 +78,13 @@ def test_teams_in_process_refuse_numbers_that_servers_refuse(continuous_bundle: 
 
 def test_numbers_that_outweigh_the_mask_are_out_of_range(discrete_bundle: Bundle) -> None:
     session = Session(discrete_bundle, TEAM, {})
-    given: dict[str, NDArray[Any]] = {
+    tensors: dict[str, NDArray[Any]] = {
         "observation": np.zeros((2, 9), np.float32),
         "noise": np.zeros((2, 7), np.float32),
         "action_mask": np.ones((2, 7), np.uint8),
     }
-    given["noise"][1, 5] = 3.4e38  # agent_1's action 2
-    assert session.run(given)["action"][1, 1] == 2
-    given["action_mask"][1, 5] = 0
+    tensors["noise"][1, 5] = 3.4e38  # agent_1's action 2
+    assert session.run(tensors)["action"][1, 1] == 2
+    tensors["action_mask"][1, 5] = 0
     with pytest.raises(RangeError, match=r"agent_1: .*outweigh the mask in row 1"):
-        session.run(given)
+        session.run(tensors)

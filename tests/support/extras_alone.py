@@ -19,9 +19,9 @@ HEAVY = {"torch": {"train", "export", "behavior", "all", "dev"}, "jax": {"smax",
 
 def main() -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = sys.argv[1:] or [extra for extra in project["optional-dependencies"] if extra != "dev"]
-    failed = [extra for extra in wanted if not _fits(extra)]
-    print(f"{len(wanted) - len(failed)} of {len(wanted)} extras fit alone", *failed)
+    extras = sys.argv[1:] or [extra for extra in project["optional-dependencies"] if extra != "dev"]
+    failed = [extra for extra in extras if not _fits(extra)]
+    print(f"{len(extras) - len(failed)} of {len(extras)} extras fit alone", *failed)
     return bool(failed)
 
 
@@ -36,8 +36,10 @@ def _fits(extra: str) -> bool:
         subprocess.run([*pip, *bound, f"{ROOT}[{extra}]"], check=True)
         fits = subprocess.run([*pip, "check"], check=False).returncode == 0
         for package, homes in HEAVY.items():
-            found = subprocess.run([str(python), "-c", f"import {package}"], check=False, capture_output=True)
-            if found.returncode == 0 and extra not in homes:
+            imported = subprocess.run(
+                [str(python), "-c", f"import {package}"], check=False, capture_output=True
+            )
+            if imported.returncode == 0 and extra not in homes:
                 print(f"{extra} brings {package}")
                 fits = False
     print(f"{extra}: {'fits' if fits else 'does not fit'}", flush=True)

@@ -331,10 +331,10 @@ def test_a_dual_once_started_stays_on_after_resuming() -> None:
 @pytest.mark.parametrize("agents", [2, 3, 8])
 def test_shares_sum_to_one_above_a_floor(agents: int) -> None:
     extreme = torch.linspace(-50.0, 50.0, agents)
-    floor = MIN_SHARE / (1.0 + agents * MIN_SHARE)  # the floor holds before renormalising
+    least = MIN_SHARE / (1.0 + agents * MIN_SHARE)  # the least share holds before renormalising
     for shares in (influence_shares(extreme, 1.0), *(random_shares(agents, seed) for seed in range(20))):
         torch.testing.assert_close(shares.sum(), torch.tensor(1.0))
-        assert float(shares.min()) >= floor - 1e-7
+        assert float(shares.min()) >= least - 1e-7
     assert influence_shares(extreme, 1.0).argmax() == agents - 1
     np.testing.assert_allclose(influence_shares(extreme, 1e9).numpy(), 1 / agents, rtol=1e-4)
 

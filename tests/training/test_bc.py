@@ -48,7 +48,7 @@ def test_it_ends_at_the_frequencies_of_the_data() -> None:
         metrics = algorithm.update(batch)
     learned = np.stack([table[0] for table in policy_table(algorithm.policy, game)])
     np.testing.assert_allclose(learned, game.behavior, atol=1e-3)
-    # The loss's floor is the entropy of behaviour, and nothing is left of the divergence.
+    # The loss's lower bound is the entropy of behaviour, and nothing is left of the divergence.
     entropy = -(game.behavior * np.log(game.behavior)).sum(-1).mean()
     np.testing.assert_allclose(metrics["loss/policy"].item(), entropy, atol=1e-4)
     assert float(metrics["kl"].max()) < 1e-4

@@ -126,7 +126,7 @@ def test_3_influence_is_the_shadow_price(metric: str) -> None:
     np.testing.assert_allclose(algorithm.allocation.mean_influence.numpy(), ALPHA, rtol=0.05)
 
 
-def test_4_the_dual_meets_the_budget_or_rests_on_its_floor() -> None:
+def test_4_the_dual_meets_the_budget_or_rests_at_its_bound() -> None:
     config = dataclasses.replace(
         CONFIG, lr=0.02, lr_divergence=0.02, lr_alpha=0.02, allocation="uniform", d_tot=0.6
     )
@@ -140,7 +140,7 @@ def test_4_the_dual_meets_the_budget_or_rests_on_its_floor() -> None:
     np.testing.assert_allclose(algorithm.alpha.numpy()[inside], expected[inside], rtol=0.1)
 
 
-def test_4_an_unattainable_budget_drives_alpha_to_its_floor_and_says_so() -> None:
+def test_4_an_unattainable_budget_drives_alpha_to_its_bound_and_says_so() -> None:
     config = dataclasses.replace(CONFIG, lr_alpha=0.5, allocation="uniform", d_tot=15.0)
     algorithm = learner(game(), config)
     batch = exact_batch(game())
