@@ -64,7 +64,9 @@ def test_fallback_is_the_behaviour_policy_where_the_threshold_is_exceeded(
     width = sum(agent.action.size for agent in spec.agents)
     noise = generator.normal(size=(B, width)).astype(np.float32) * noisy
     outputs = gaussian_outputs(spec, generator, noise)
-    threshold = float(np.median(outputs["divergence"][:, 1]))
+    threshold = float(
+        np.sort(outputs["divergence"][:, 1])[B // 2]
+    )  # a row's own divergence does not exceed it
     originals = {name: values.copy() for name, values in outputs.items()}
     result = guard(spec, agent_1=GuardSetting("fallback", threshold))(noise, outputs)
     above = outputs["divergence"][:, 1] > threshold

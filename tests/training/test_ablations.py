@@ -359,6 +359,8 @@ def test_shares_wait_for_a_divergence_and_then_follow_the_influence() -> None:
     scaled = Allocation("influence", 3, 1.0, 0, temperature=1.0, decay=0.5)
     scaled.observe(1000.0 * measured, torch.ones(3))
     np.testing.assert_allclose(scaled.shares.numpy(), allocation.shares.numpy(), rtol=1e-5)
+    allocation.observe(measured.flip(0), torch.zeros(3))  # once begun, that goes on at any divergence
+    assert allocation.shares[0] < scaled.shares[0]
 
 
 def test_unknown_choices_are_refused_by_name() -> None:
