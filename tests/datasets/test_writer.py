@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from omcda_deploy.datasets import Episode
-from omcda_deploy.datasets.writer import DatasetWriter, write_dataset
+from omcda_deploy.datasets.writer import DatasetWriter, concatenate, write_dataset
 from omcda_deploy.errors import DatasetError
 from omcda_deploy.registry import read_dataset
 from omcda_deploy.spec import TeamSpec
@@ -214,3 +214,19 @@ def test_declared_behaviors_keep_their_order(tmp_path: Path) -> None:
     assert dataset.behaviors == ("first", "idle", "later")
     assert dataset.episode_behaviors is not None
     assert dataset.episode_behaviors.tolist() == [2, 0]
+
+
+def test_joined_files_keep_the_metadata_that_all_of_them_state_alike(tmp_path: Path) -> None:
+    spec = SPECS["continuous"]
+    metadata_of: dict[str, dict[str, Any]] = {
+        "one": {"rig": "A", "trial": 1, "site": "x"},
+        "two": {"rig": "A", "trial": 2},
+    }
+    for name, metadata in metadata_of.items():
+        write_dataset(tmp_path / f"{name}.hdf5", spec, [CONTINUOUS], metadata=metadata, behavior=name)
+    concatenate([tmp_path / "one.hdf5", tmp_path / "two.hdf5"], tmp_path / "both.hdf5")
+    assert read_dataset(tmp_path / "both.hdf5").metadata == {
+        "behavior": "one+two",
+        "rig": "A",
+        "task": spec.task,
+    }
