@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
@@ -15,6 +16,13 @@ from tests.support.server_process import ServerProcess, server_process
 
 # As the Makefile does, before anything imports torch: with networks of this size a second thread only waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+gc.disable()  # until all is imported: the collector would look at torch's and JAX's objects again and again
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
