@@ -28,6 +28,7 @@ from omcda_deploy.commands import (
     train,
 )
 from omcda_deploy.errors import OmcdaError
+from omcda_deploy.processes import end_with_parent
 from omcda_deploy.version import __version__
 
 app = typer.Typer(
@@ -78,6 +79,7 @@ def _options(
 
 def main() -> None:
     """Run the command line: the entry point of the ``omcda-deploy`` script."""
+    end_with_parent()
     try:
         app()
     except OmcdaError as error:

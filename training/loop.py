@@ -29,7 +29,7 @@ from omcda_deploy.training.evaluation import Evaluator
 from omcda_deploy.training.metrics import MetricsWriter, Window
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.observer import TrainObserver
-from omcda_deploy.training.request import TrainRequest, check_device, check_evaluation
+from omcda_deploy.training.request import ResolvedRun, TrainRequest, check_device, check_evaluation
 from omcda_deploy.training.run_folder import (
     BEHAVIOR,
     POLICIES,
@@ -42,6 +42,7 @@ from omcda_deploy.training.run_folder import (
     versions,
     write_config,
 )
+from omcda_deploy.training.run_lock import require_unlocked, run_lock
 from omcda_deploy.training.settings import build
 
 if TYPE_CHECKING:
@@ -99,15 +100,31 @@ def train(
     """Start a run in the new folder ``out`` and take it to its last step.
 
     ``dataset_path`` is where the run will look for its dataset when it is resumed. Raises :class:`ConfigError`
-    where ``out`` exists, and as :meth:`TrainRequest.resolved` does.
+    where ``out`` exists or another process creates it, and as :meth:`TrainRequest.resolved` does.
     """
     observer = observer or TrainObserver()
     require_new(out)
     plan = request.resolved(dataset.spec)
     torch.set_num_threads(request.threads)
     observer.started(dataset.spec, request.algorithm, request.steps, plan.recipe)
-    model, report = behavior_model(dataset, plan.behavior, device=request.device, progress=observer.cloning)
     out.parent.mkdir(parents=True, exist_ok=True)
+    with run_lock(out):
+        if out.exists():  # another process created it meanwhile
+            raise _exists(out)
+        _create(dataset, request, plan, out, dataset_path, observer)
+        _train_on(dataset, out, read_config(out), observer, request.evaluate_every)
+
+
+def _create(
+    dataset: Dataset,
+    request: TrainRequest,
+    plan: ResolvedRun,
+    out: Path,
+    dataset_path: str,
+    observer: TrainObserver,
+) -> None:
+    """Write a run folder of step 0, which appears whole."""
+    model, report = behavior_model(dataset, plan.behavior, device=request.device, progress=observer.cloning)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         run = Path(scratch) / out.name  # the scratch folder itself is private to this user
         (run / POLICIES).mkdir(parents=True)
@@ -133,7 +150,6 @@ def train(
             ),
         )
         run.rename(out)
-    _train_on(dataset, out, read_config(out), observer, request.evaluate_every)
 
 
 def resume(
@@ -145,7 +161,8 @@ def resume(
 ) -> None:
     """Take a run from its newest checkpoint (or its beginning) to its last step.
 
-    Raises :class:`ConfigError` for a folder that is no run, and for another dataset than the run began with.
+    Raises :class:`ConfigError` for a folder that is no run or that another process trains, and for another dataset
+    than the run began with.
     """
     observer = observer or TrainObserver()
     config = read_config(run)
@@ -158,15 +175,21 @@ def resume(
     check_device(config.device)
     torch.set_num_threads(config.threads)
     observer.started(config.spec, config.algorithm, config.steps, {})
-    _train_on(dataset, run, config, observer, evaluate_every)
+    with run_lock(run):
+        _train_on(dataset, run, config, observer, evaluate_every)
 
 
 def require_new(out: Path) -> None:
-    """Raise :class:`ConfigError` where ``out`` exists."""
+    """Raise :class:`ConfigError` where ``out`` exists; the message says so where a process trains it."""
     if out.exists():
-        raise ConfigError(
-            f"{out} exists already: choose another --out, or continue it with  train --resume {out}"
-        )
+        require_unlocked(out)
+        raise _exists(out)
+
+
+def _exists(out: Path) -> ConfigError:
+    return ConfigError(
+        f"{out} exists already: choose another --out, or continue it with  train --resume {out}"
+    )
 
 
 def _train_on(

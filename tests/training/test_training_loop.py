@@ -33,12 +33,13 @@ from omcda_deploy.training.batches import TransitionSampler
 from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.distributions import TanhGaussian, policy_of
-from omcda_deploy.training.evaluation import EVALUATIONS, Evaluator, SnapshotTeam
+from omcda_deploy.training.evaluation import EVALUATIONS, Evaluator
 from omcda_deploy.training.metrics import DivergedError, MetricsWriter, Window
 from omcda_deploy.training.observer import TrainObserver
 from omcda_deploy.training.request import TrainRequest
 from omcda_deploy.training.run_folder import read_config, read_snapshot, snapshot_steps, training_seconds
 from omcda_deploy.training.settings import build
+from omcda_deploy.training.snapshot_team import SnapshotTeam
 from tests.support.synthetic import continuous_spec, differing, write_dataset
 
 STEPS, EVERY = 60, 20
