@@ -1,6 +1,6 @@
-"""Results pages: a page of docs/results, from nothing.
+"""Results pages: the pages of docs/results, each from its TOML file alone.
 
-A page is a TOML file beside which its table is written, with the extension ``.md``::
+The table is written beside the file, with the extension ``.md``::
 
     title = "HalfCheetah-6x1, medium"
     note = "One paragraph or more."   # may be left out
@@ -14,63 +14,72 @@ A page is a TOML file beside which its table is written, with the extension ``.m
     seeds = [0, 1, 2]
     steps = 20000
 
-The dataset is recorded, every run is trained, exported and played, and the table is written with everything that
-its numbers depend on. Finished parts are not repeated and a killed run is resumed: run the command again to go on.
-A run that fails stands in the table as failed.
+The dataset is recorded, every run is trained, exported and played, and the table is written with everything on
+which its numbers depend. Finished parts are not repeated and a killed run is resumed: run the command again to go
+on. The table lists runs that failed, with the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.experiments.compare import compare_runs
+from omcda_deploy.experiments.engines import Engine, run_locally
 from omcda_deploy.experiments.observer import Observer
-from omcda_deploy.experiments.sweep import Job, Sweep, jobs_of, run_queue, sweep_of
+from omcda_deploy.experiments.sweep import Job, Sweep, check_jobs, jobs_of, sweep_of
 from omcda_deploy.files import read_toml
 from omcda_deploy.formatting import digits_of
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
+    from omcda_deploy.play.collect import Source
 
 
 @dataclass(frozen=True)
 class Page:
-    """The contents of a page's file."""
+    """The contents of a page's file. Numbers are checked by :func:`read_page`."""
 
     title: str
     task: str
     tier: str
     transitions: int
     runs: list[dict[str, Any]]
-    seed: int = 0  # the dataset's
+    seed: int = 0  # of the recording
     episodes: int = 20
     num_envs: int = 20  # episodes played side by side
-    note: str = ""  # Markdown, above the table, for readers of the numbers
+    note: str = ""  # Markdown above the table, for its readers
 
 
-def write_page(page: Path, out: Path, jobs: int, observer: Observer | None = None) -> Path:
+def write_page(
+    page: Path, out: Path, jobs: int, observer: Observer | None = None, engine: Engine = run_locally
+) -> Path:
     """Record, train, export and play everything of a page, and write its table; return the table's path.
 
-    Datasets, runs and bundles lie in ``out``; ``jobs`` runs are trained at once (0: one per core). Raises
-    :class:`ConfigError` where the page is none or nothing can be compared.
+    Datasets, runs and bundles lie in ``out``; ``engine`` trains ``jobs`` runs at once (0: one per core), everything
+    else happens in this process. Raises :class:`ConfigError`, before anything is made, where the page or one of its
+    runs cannot be, and later where nothing can be compared.
     """
     from omcda_deploy.files import write_text
-    from omcda_deploy.registry import read_dataset
+    from omcda_deploy.play.shipped import sources
+    from omcda_deploy.registry import read_dataset, team_spec
     from omcda_deploy.report.comparison import LeftOut
     from omcda_deploy.report.comparison_report import markdown
 
     observer = observer or Observer()
     contents = read_page(page)
     dataset = out / f"{contents.task.replace('/', '-')}-{contents.tier}.hdf5"
-    sweeps = _sweeps(contents, dataset, page)  # refuses before minutes are spent on recording
-    _record(contents, dataset, observer)
-    queue = [job for sweep in sweeps for job in jobs_of(sweep, out)]
-    failures = run_queue(queue, jobs, observer=observer)
+    queue = [job for sweep in _sweeps(contents, dataset, page) for job in jobs_of(sweep, out)]
+    if not dataset.exists():
+        policies = sources(contents.task, contents.tier)
+        check_jobs(queue, {dataset: team_spec(contents.task)})
+        _record(contents, policies, dataset, observer)
+    check_jobs(queue)
+    failures = engine(queue, jobs, observer)
     ended_early = {job.run for job, _ in failures}
     comparison = compare_runs(
         [job.run for job in queue if job.run not in ended_early],
@@ -91,7 +100,7 @@ def write_page(page: Path, out: Path, jobs: int, observer: Observer | None = Non
 
 
 def read_page(path: Path) -> Page:
-    """Read a page's file. Raises :class:`ConfigError` for a file that is missing, no TOML or no page."""
+    """Read a page's file. Raises :class:`ConfigError` where it is missing, is not TOML or has a wrong entry."""
     values = read_toml(path, "a results page")
     fields = dataclasses.fields(Page)
     for name in values:
@@ -106,28 +115,29 @@ def read_page(path: Path) -> Page:
         elif type(values[field.name]) is not kind:
             raise ConfigError(f"{path}: {field.name}: expected {kind.__name__}, got {values[field.name]!r}")
     page = Page(**values)
+    for name, least in (("transitions", 1), ("episodes", 1), ("num_envs", 1), ("seed", 0)):
+        if (number := getattr(page, name)) < least:
+            raise ConfigError(f"{path}: {name}: expected at least {least}, got {number}")
     if not page.runs or not all(isinstance(table, dict) for table in page.runs):
         raise ConfigError(f"{path}: expected one or more tables [[runs]], got {page.runs!r}")
     return page
 
 
-def _record(page: Page, dataset: Path, observer: Observer) -> None:
+def _record(page: Page, policies: Sequence[Source], dataset: Path, observer: Observer) -> None:
     from omcda_deploy.play.collect import collect_mixture
-    from omcda_deploy.play.shipped import sources
 
-    if not dataset.exists():
-        dataset.parent.mkdir(parents=True, exist_ok=True)
-        with observer.progress(f"recording {page.task}") as report:
-            collect_mixture(
-                page.task,
-                sources(page.task, page.tier),
-                dataset,
-                transitions=page.transitions,
-                seed=page.seed,
-                behavior=page.tier,
-                progress=report,
-            )
-        observer.recorded(dataset)
+    dataset.parent.mkdir(parents=True, exist_ok=True)
+    with observer.progress(f"recording {page.task}") as report:
+        collect_mixture(
+            page.task,
+            policies,
+            dataset,
+            transitions=page.transitions,
+            seed=page.seed,
+            behavior=page.tier,
+            progress=report,
+        )
+    observer.recorded(dataset)
 
 
 def _sweeps(page: Page, dataset: Path, path: Path) -> list[Sweep]:

@@ -1,4 +1,4 @@
-"""Sweeps: a resumable queue of training runs over datasets, algorithms, settings and seeds.
+"""Sweeps: resumable training runs over datasets, algorithms, settings and seeds (docs/sweeps.md).
 
 A sweep is a TOML file::
 
@@ -12,28 +12,33 @@ A sweep is a TOML file::
 
 Each run lies in ``OUT/<dataset>/<algorithm>-<settings>/seed<seed>``. A finished run is not repeated, a killed one
 is resumed from its checkpoint, and a failed one is tried again by the next call.
+:mod:`omcda_deploy.experiments.engines` runs the jobs, here or on a cluster.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.errors import ConfigError, OmcdaError, UnknownNameError
-from omcda_deploy.experiments.observer import Observer
 from omcda_deploy.files import read_toml
+from omcda_deploy.processes import child_environment
+
+if TYPE_CHECKING:
+    from omcda_deploy.spec import TeamSpec
+    from omcda_deploy.training.request import ResolvedRun, TrainRequest
+    from omcda_deploy.training.run_folder import RunConfig
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run with everything that it depends on but the dataset itself."""
+    """One training run: everything that it depends on, except the contents of the dataset."""
 
     dataset: Path
     algorithm: str
@@ -47,6 +52,23 @@ class Job:
     def finished(self) -> bool:
         """True when the last policy was written."""
         return (self.run / "policies" / f"step-{self.steps:08d}.pt").exists()
+
+    @property
+    def request(self) -> TrainRequest:
+        """The request for the run, as ``omcda-deploy train`` makes it."""
+        from omcda_deploy.training.request import TrainRequest
+
+        return TrainRequest(
+            self.algorithm,
+            self.steps,
+            self.seed,
+            settings=dict(self.settings),
+            snapshot_every=self.snapshot_every,
+        )
+
+    def absolute(self) -> Job:
+        """Return the job with absolute paths, for a process in another working directory."""
+        return replace(self, dataset=self.dataset.absolute(), run=self.run.absolute())
 
 
 @dataclass(frozen=True)
@@ -124,24 +146,16 @@ def sweep_of(values: Mapping[str, Any], where: str) -> Sweep:
 def jobs_of(sweep: Sweep, out: Path) -> list[Job]:
     """List all runs of a sweep, seeds outermost, so that every algorithm has its first seed early.
 
-    Raises :class:`UnknownNameError` and :class:`ConfigError` for algorithms, settings and datasets that cannot be
-    trained, and where two runs would share a folder.
+    Raises :class:`ConfigError` where two runs would share a folder. :func:`check_jobs` checks everything else.
     """
-    from omcda_deploy.registry import load_algorithm
-    from omcda_deploy.training.settings import parse
-
     jobs = []
     for seed, dataset, algorithm in itertools.product(sweep.seeds, sweep.datasets, sweep.algorithms):
         grid: Mapping[str, Sequence[Any]] = sweep.grid.get(algorithm, {})
         for values in itertools.product(*grid.values()):
             settings = tuple(zip(grid, values, strict=True))
-            parse(load_algorithm(algorithm).Config, dict(settings))
             name = "-".join((algorithm, *(f"{key}={value}" for key, value in settings)))
             run = out / Path(dataset).stem / name / f"seed{seed}"
             jobs.append(Job(Path(dataset), algorithm, settings, seed, sweep.steps, sweep.snapshot_every, run))
-    for dataset in sweep.datasets:
-        if not Path(dataset).is_file():
-            raise ConfigError(f"{dataset} does not exist: record it with  omcda-deploy collect")
     runs: dict[Path, Job] = {}
     for job in jobs:
         if (other := runs.setdefault(job.run, job)) is not job:
@@ -152,20 +166,98 @@ def jobs_of(sweep: Sweep, out: Path) -> list[Job]:
     return jobs
 
 
-def run_job(job: Job) -> None:
-    """Start, resume or skip one job, so that it is finished. Another execution engine replaces this function alone.
+def check_jobs(jobs: Sequence[Job], unrecorded: Mapping[Path, TeamSpec] | None = None) -> None:
+    """Check everything that can stop a job before its training begins; create nothing.
 
-    Raises :class:`OmcdaError` when training fails; its output is in ``<run>.log``.
+    ``unrecorded`` holds the teams of datasets that do not exist yet. Raises :class:`ConfigError`, which names the
+    run folder, for the first job whose algorithm, settings, dataset or team do not fit, or whose run folder belongs
+    to another request.
+    """
+    from omcda_deploy.registry import read_dataset
+    from omcda_deploy.training.run_folder import read_config
+
+    unrecorded = unrecorded or {}
+    for job in jobs:
+        with _naming(job):
+            job.request.check()
+            if job.dataset not in unrecorded and not job.dataset.is_file():
+                raise ConfigError(f"{job.dataset} does not exist: record it with  omcda-deploy collect")
+    for path, group in _by_dataset(jobs).items():
+        spec, digest = unrecorded.get(path), None
+        for job in group:
+            with _naming(job):
+                if spec is None:
+                    dataset = read_dataset(path)
+                    spec, digest = dataset.spec, dataset.digest
+                    del dataset  # large
+                plan = job.request.resolved(spec)
+                if job.run.exists():
+                    _require_same_request(job, read_config(job.run), plan, digest)
+
+
+def _by_dataset(jobs: Iterable[Job]) -> dict[Path, list[Job]]:
+    groups: dict[Path, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.dataset, []).append(job)
+    return groups
+
+
+@contextmanager
+def _naming(job: Job) -> Iterator[None]:
+    """Put the run folder before the message of an error."""
+    try:
+        yield
+    except OmcdaError as error:
+        raise ConfigError(f"{job.run}: {error}") from error
+
+
+def _require_same_request(
+    job: Job, config: RunConfig, plan: ResolvedRun | None = None, digest: str | None = None
+) -> None:
+    """Raise :class:`ConfigError` where ``config`` is that of another run than the job's; None: not compared."""
+    for name, begun, expected in _compared(job, config, plan, digest):
+        if begun != expected:
+            value = f"{begun} steps" if name == "steps" else f"{name} {begun}"
+            raise ConfigError(
+                f"the folder is a run of {value}, expected {expected}: sweep into another --out, or remove it"
+            )
+
+
+def _compared(
+    job: Job, config: RunConfig, plan: ResolvedRun | None, digest: str | None
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what a run's results depend on: its name, the run's value and the job's."""
+    from omcda_deploy.registry import load_algorithm
+    from omcda_deploy.training.settings import build
+
+    yield "algorithm", config.algorithm, job.algorithm
+    yield "steps", config.steps, job.steps
+    yield "seed", config.seed, job.seed
+    if digest is not None:
+        yield "dataset digest", f"{config.dataset_digest[:12]}…", f"{digest[:12]}…"
+    if plan is not None:
+        request = plan.request
+        yield "snapshot_every", config.snapshot_every, request.kept_every
+        yield "time_limit_is_terminal", config.time_limit_is_terminal, request.time_limit_is_terminal
+        # Runs of an older version have the default of a setting that was added since.
+        settings = asdict(build(load_algorithm(job.algorithm).Config, config.settings))
+        for name, expected in asdict(plan.config).items():
+            yield name, settings[name], expected
+
+
+def run_job(job: Job) -> None:
+    """Start, resume or skip one job, so that it is finished. Every engine calls this function, on some machine.
+
+    Training runs in a process of its own, which ends when this one does. Raises :class:`OmcdaError` when training
+    fails; its output is in ``<run>.log``.
     """
     from omcda_deploy.training.run_folder import read_config
 
     if job.finished:
         return
     if (job.run / "config.json").exists():
-        if (steps := read_config(job.run).steps) != job.steps:
-            raise ConfigError(
-                f"{job.run} is a run of {steps} steps, expected {job.steps}: sweep into another --out, or remove it"
-            )
+        with _naming(job):
+            _require_same_request(job, read_config(job.run))
         arguments: list[object] = ["train", "--resume", job.run]
     else:
         settings = [part for key, value in job.settings for part in ("--set", f"{key}={value}")]
@@ -176,33 +268,10 @@ def run_job(job: Job) -> None:
     job.run.parent.mkdir(parents=True, exist_ok=True)
     log = job.run.with_name(job.run.name + ".log")
     command = [sys.executable, "-m", "omcda_deploy.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as output:
-        process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, env=child_environment(OMP_NUM_THREADS="1")
+        )
     if process.returncode:
         last = (log.read_text().splitlines() or ["no output"])[-1]
         raise OmcdaError(f"{job.run} stopped with status {process.returncode}: {last} (all of it in {log})")
-
-
-def run_queue(
-    jobs: Iterable[Job],
-    at_once: int,
-    run: Callable[[Job], None] = run_job,
-    observer: Observer | None = None,
-) -> list[tuple[Job, str]]:
-    """Run all jobs, ``at_once`` (0: one per core) together; return those that failed, with the reason."""
-    observer = observer or Observer()
-    failures: list[tuple[Job, str]] = []
-
-    def attempt(job: Job) -> None:
-        failure = None
-        try:
-            run(job)
-        except OmcdaError as error:
-            failure = error
-            failures.append((job, str(error)))
-        observer.ended(job.run, failure)
-
-    with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:
-        list(pool.map(attempt, jobs))
-    return failures

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from omcda_deploy.cli import app
 from omcda_deploy.errors import ConfigError, OmcdaError
-from omcda_deploy.experiments import results
+from omcda_deploy.experiments import engines
 from omcda_deploy.experiments import train as training
 from omcda_deploy.experiments.results import read_page, write_page
 from omcda_deploy.experiments.sweep import Job
@@ -58,7 +58,7 @@ def train(jobs: Iterable[Job], at_once: int, observer: object = None) -> list[tu
 
 def test_a_page_shows_runs_and_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(results, "run_queue", train)
+    monkeypatch.setattr(engines, "run_locally", train)
     page = tmp_path / "toy.toml"
     page.write_text(PAGE)
     words = ["results", str(page), "--out", str(tmp_path / "results")]
@@ -83,6 +83,7 @@ def test_a_page_shows_runs_and_failures(tmp_path: Path, monkeypatch: pytest.Monk
         (('title = "Toy"', ""), "title"),
         (("transitions = 1200", 'transitions = "many"'), "transitions: expected int, got 'many'"),
         (("episodes = 3", "epsiodes = 3"), "did you mean 'episodes'"),
+        (("episodes = 3", "episodes = 0"), r"page\.toml: episodes: expected at least 1, got 0"),
         (("[[runs]]", "[runs]"), "TOML"),
     ],
 )
@@ -97,5 +98,29 @@ def test_a_page_records_its_own_dataset(tmp_path: Path) -> None:
     page = tmp_path / "page.toml"
     page.write_text(PAGE.replace("steps = 10", 'steps = 10\ndatasets = ["a.hdf5"]'))
     with pytest.raises(ConfigError, match=r"runs\[1\]: datasets"):
+        write_page(page, tmp_path / "results", 1)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("[runs.grid.bc]\nhidden", "[runs.grid.bc]\nhiden"),
+            r"bc-hiden=8.seed0: unknown setting .*'hidden'",
+        ),
+        (('["cql"]', '["cqll"]'), r"cqll.seed0: unknown algorithm 'cqll': did you mean 'cql'"),
+        (("seeds = [0, 1]", "seeds = [0, -1]"), r"seed-1: seed: expected 0 to"),
+        (('tier = "behavior"', 'tier = "expert"'), "unknown tier of toy/masked 'expert'"),
+        (('"toy/masked"', '"toy/maskd"'), "unknown task 'toy/maskd': did you mean 'toy/masked'"),
+    ],
+)
+def test_a_page_is_checked_whole_before_anything_is_recorded(
+    tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    page = tmp_path / "page.toml"
+    assert change[0] in PAGE
+    page.write_text(PAGE.replace(*change))
+    with pytest.raises(OmcdaError, match=message):
         write_page(page, tmp_path / "results", 1)
     assert not (tmp_path / "results").exists()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO, Any
@@ -18,11 +19,12 @@ import pytest
 from omcda_deploy import cli
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, OmcdaError
-from omcda_deploy.experiments.sweep import Job, Sweep, jobs_of, read_sweep, run_job, run_queue
-from omcda_deploy.files import cache_folder
+from omcda_deploy.experiments.engines import run_locally
+from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.experiments.sweep import Job, Sweep, check_jobs, jobs_of, read_sweep, run_job
 from omcda_deploy.registry import team_spec
-from omcda_deploy.training.behavior_model import BehaviorConfig, fit
-from omcda_deploy.training.checkpoint import save_state
+from omcda_deploy.training.run_folder import RunConfig, read_config, write_config
+from tests.support.behavior_cache import cache_behavior
 from tests.support.synthetic import write_dataset
 
 FILE = """
@@ -39,17 +41,40 @@ allocation = ["influence", "uniform"]
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A sweep file with its datasets, which are only looked for and never read."""
-    for name in ("a.hdf5", "b.hdf5"):
-        (tmp_path / name).touch()
+    """A sweep file with its datasets."""
+    for seed, name in enumerate(("a.hdf5", "b.hdf5")):
+        write_dataset(tmp_path / name, team_spec("mamujoco/hopper-3x1"), [40, 20], seed=seed)
     path = tmp_path / "sweep.toml"
     path.write_text(FILE.format(data=tmp_path))
     return path
 
 
 def finish(job: Job) -> None:
+    """Write the files of a finished run at which a sweep looks."""
+    dataset = read(job.dataset)
+    plan = job.request.resolved(dataset.spec)
     (job.run / "policies").mkdir(parents=True)
     (job.run / "policies" / f"step-{job.steps:08d}.pt").touch()
+    write_config(
+        job.run,
+        RunConfig(
+            algorithm=job.algorithm,
+            settings=asdict(plan.config),
+            steps=job.steps,
+            seed=job.seed,
+            device="cpu",
+            threads=1,
+            time_limit_is_terminal=False,
+            log_every=100,
+            checkpoint_every=1000,
+            snapshot_every=job.snapshot_every,
+            dataset=str(job.dataset),
+            dataset_digest=dataset.digest,
+            behavior={},
+            team=dataset.spec.to_json(),
+            versions={},
+        ),
+    )
 
 
 # -- what a file stands for -----------------------------------------------------------------------------------
@@ -110,9 +135,79 @@ def test_a_wrong_file_is_refused(file: Path, tmp_path: Path, right: str, wrong: 
     assert right in text
     file.write_text(text.replace(right, wrong))
     with pytest.raises(OmcdaError, match=message) as raised:
-        jobs_of(read_sweep(file), tmp_path / "out")
+        check_jobs(jobs_of(read_sweep(file), tmp_path / "out"))
     assert "\n" not in str(raised.value).replace(text, "")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_that_an_algorithm_cannot_take_is_refused(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from omcda_deploy.training.algorithms import omcda
+
+    jobs = jobs_of(read_sweep(file), tmp_path / "out")
+    monkeypatch.setattr(omcda, "ACTIONS", frozenset({"discrete"}))
+    first = next(job for job in jobs if job.algorithm == "omcda")
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(first.run))}: omcda handles discrete actions, "):
+        check_jobs(jobs)
+    (tmp_path / "b.hdf5").write_bytes(b"no HDF5")
+    with pytest.raises(ConfigError, match=r"out/b/bc/seed0: .*b\.hdf5"):
+        check_jobs([job for job in jobs if job.algorithm == "bc"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "bcq"}, "a run of algorithm bcq, expected omcda"),
+        ({"steps": 30}, "a run of 30 steps, expected 20"),
+        ({"seed": 7}, "a run of seed 7, expected 0"),
+        ({"snapshot_every": 300}, "a run of snapshot_every 300, expected 5000"),
+        ({"time_limit_is_terminal": True}, "a run of time_limit_is_terminal True, expected False"),
+        ({"dataset_digest": "0" * 64}, "a run of dataset digest 000000000000…, expected [0-9a-f]{12}…"),
+        ({"settings": {"d_tot": 0.7}}, r"a run of d_tot 0\.7, expected 0\.3"),
+    ],
+)
+def test_a_folder_of_another_request_is_refused(
+    file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Finished or not; a run is not compared in what its results do not depend on."""
+    jobs = jobs_of(read_sweep(file), tmp_path / "out")
+    job = next(job for job in jobs if job.algorithm == "omcda")
+    finish(job)
+    config = read_config(job.run)
+    write_config(job.run, replace(config, log_every=50, checkpoint_every=50, dataset="elsewhere.hdf5"))
+    check_jobs(jobs)
+    settings = {**config.settings, **changes.pop("settings", {})}
+    write_config(job.run, replace(config, **changes, settings=settings))
+    expected = rf"^{re.escape(str(job.run))}: the folder is {message}: sweep into another --out, or remove it"
+    with pytest.raises(ConfigError, match=expected):
+        check_jobs(jobs)
+
+
+def test_a_run_that_is_older_than_a_setting_has_its_default(file: Path, tmp_path: Path) -> None:
+    job = jobs_of(read_sweep(file), tmp_path / "out")[1]
+    finish(job)
+    config = read_config(job.run)
+    fewer = {name: value for name, value in config.settings.items() if name != "alpha0"}
+    assert len(fewer) == len(config.settings) - 1
+    write_config(job.run, replace(config, settings=fewer))
+    check_jobs([job])
+
+
+def test_a_folder_that_is_no_run_is_refused(file: Path, tmp_path: Path) -> None:
+    job = jobs_of(read_sweep(file), tmp_path / "out")[0]
+    job.run.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"seed0: .*seed0 is not a run folder: it has no config\.json"):
+        check_jobs([job])
+
+
+def test_datasets_that_are_yet_to_be_recorded_are_checked_with_their_team(tmp_path: Path) -> None:
+    sweep = Sweep([str(tmp_path / "new.hdf5")], ["omar"], [0], 10, grid={"omar": {"elites": [30]}})
+    jobs = jobs_of(sweep, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"new\.hdf5 does not exist: record it"):
+        check_jobs(jobs)
+    with pytest.raises(ConfigError, match=r"omar-elites=30/seed0: omar\.elites: expected 2 to 20, got 30"):
+        check_jobs(jobs, {tmp_path / "new.hdf5": team_spec("mamujoco/hopper-3x1")})
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -141,7 +236,7 @@ def test_every_job_runs_once_and_no_more_together_than_asked(file: Path, tmp_pat
             running -= 1
             ended.append(job)
 
-    assert run_queue(jobs, 2, run) == []
+    assert run_locally(jobs, 2, Observer(), run) == []
     assert most == 2
     assert len(ended) == len(set(ended)) == 20
 
@@ -168,12 +263,13 @@ def test_a_failing_run_is_reported_while_others_go_on(
 ) -> None:
     """The command ends with status 2, runs only what is left when called again, and then ends with 0."""
     broken = True
+    jobs = jobs_of(read_sweep(file), tmp_path / "out")
 
     def train(command: list[str]) -> int:
         out = Path(command[command.index("--out") + 1])
         if broken and out.name == "seed3" and "bc" in command and "/a/" in str(out):
             return 1
-        finish(Job(Path(), "", (), 0, 20, 0, out))
+        finish(next(job for job in jobs if job.run == out))
         return 0
 
     commands = answered(monkeypatch, train)
@@ -184,7 +280,6 @@ def test_a_failing_run_is_reported_while_others_go_on(
         cli.main()
     assert ended.value.code == 2
     assert len(commands) == 20
-    jobs = jobs_of(read_sweep(file), tmp_path / "out")
     [unfinished] = [job for job in jobs if not job.finished]
     assert (unfinished.algorithm, unfinished.seed) == ("bc", 3)
     printed = capsys.readouterr().err
@@ -226,6 +321,7 @@ def test_results_hold_sweeps_to_the_same_rules(tmp_path: Path) -> None:
 def run_command(words: list[str], environment: Mapping[str, str], log: Path) -> None:
     """Run the command line as ``python -m omcda_deploy.cli`` does; for a process of its own."""
     os.environ.update(environment)
+    os.environ["OMCDA_PARENT"] = str(os.getppid())  # the fork server, not the process that asked it
     with log.open("a") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
@@ -239,7 +335,7 @@ def test_a_killed_run_is_taken_up_again(
     """A real run, SIGKILLed once it has a folder, goes on in that folder; finished, it is left alone."""
     monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
     path = write_dataset(tmp_path / "hopper.hdf5", team_spec("mamujoco/hopper-3x1"), [40, 20] * 2)
-    _clone(path)
+    cache_behavior(path)
     job = Job(path, "bc", (("hidden", 8), ("batch_size", 8)), 0, 300, 300, tmp_path / "out" / "seed0")
     commands: list[list[str]] = []
     kills = True
@@ -278,12 +374,3 @@ def test_a_killed_run_is_taken_up_again(
     with pytest.raises(ConfigError, match="is a run of 300 steps, expected 400: sweep into another --out"):
         run_job(replace(job, steps=400))
     assert len(commands) == 2
-
-
-def _clone(path: Path) -> None:
-    """Put a behaviour model of one step where training will look for that of its 10,000."""
-    dataset = read(path)
-    model, report = fit(dataset, BehaviorConfig(steps=1, hidden=8))
-    place = cache_folder() / "behavior" / f"{BehaviorConfig(hidden=8).key(dataset)}.pt"
-    place.parent.mkdir(parents=True)
-    save_state(place, {"model": model.state_dict(), "report": report})
