@@ -21,7 +21,7 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/pytest
 
-slow: $(READY)  ## tests that CI leaves out: every other map of SMAX is compiled
+slow: $(READY)  ## tests that CI leaves out: other maps of SMAX are compiled, Ray and SLURM jobs are killed
 	$(BIN)/pytest -m slow
 
 extras: $(READY)  ## each extra alone in an environment of its own, and whether its packages fit together

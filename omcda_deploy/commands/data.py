@@ -1,4 +1,4 @@
-"""Commands ``tasks``, ``collect`` and ``inspect``: list tasks, record datasets, and print files."""
+"""Commands ``tasks``, ``collect``, ``merge`` and ``inspect``: list tasks, record and join datasets, print files."""
 
 from __future__ import annotations
 
@@ -81,6 +81,35 @@ def collect(
             options=simulator_options(simulator_python, simulator_factory),
         )
     console.print_json(json.dumps(summary))
+
+
+def merge(
+    files: Annotated[
+        list[Path], typer.Argument(help="Datasets of one task, recorded with other --seed each.")
+    ],
+    out: Annotated[Path, typer.Option(help="HDF5 file to write.")],
+    behavior: Annotated[
+        str | None,
+        typer.Option(help="Label of the behaviour; those of the files, joined by +, when omitted."),
+    ] = None,
+) -> None:
+    """Join datasets of one task, recorded on several machines for instance; the files must fit together."""
+    from omcda_deploy.datasets.summary import summarize
+    from omcda_deploy.datasets.writer import concatenate
+    from omcda_deploy.registry import read_dataset
+
+    if out.exists():
+        raise DatasetError(f"{out} exists already: choose another --out, or remove it first")
+    digests: dict[str, Path] = {}
+    for file in files:
+        digest = read_dataset(file).digest
+        if digest in digests:
+            raise DatasetError(
+                f"{digests[digest]} and {file} hold the same episodes: record each with a --seed of its own"
+            )
+        digests[digest] = file
+    concatenate(files, out, behavior)
+    console.print_json(json.dumps(summarize(read_dataset(out))))
 
 
 @inspect_app.command("dataset")

@@ -22,6 +22,7 @@ import typer
 
 from omcda_deploy.commands import console, progress_bar
 from omcda_deploy.errors import ConfigError, EndpointError
+from omcda_deploy.processes import child_environment
 
 if TYPE_CHECKING:
     from omcda_deploy.client.remote import RemoteTeam
@@ -122,7 +123,9 @@ def _command(*words: object) -> None:
     """Print an omcda-deploy command and run it as a user would."""
     arguments = [str(word) for word in words]
     console.print(f"[bold]$ omcda-deploy {shlex.join(arguments)}[/bold]", highlight=False)
-    status = subprocess.run([sys.executable, "-m", "omcda_deploy.cli", *arguments]).returncode
+    status = subprocess.run(
+        [sys.executable, "-m", "omcda_deploy.cli", *arguments], env=child_environment()
+    ).returncode
     if status:
         raise SystemExit(status)  # the command has printed its error
 
@@ -138,7 +141,10 @@ def _served(bundle: Path) -> Iterator[RemoteTeam]:
     words = ["serve", str(bundle), "--base-port", str(base)]
     console.print(f"[bold]$ omcda-deploy {shlex.join(words)}[/bold]", highlight=False)
     server = subprocess.Popen(
-        [sys.executable, "-m", "omcda_deploy.cli", *words], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "omcda_deploy.cli", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=child_environment(),
     )
     try:
         assert server.stdout is not None

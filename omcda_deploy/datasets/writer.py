@@ -75,8 +75,8 @@ def require_time_limit(episode: Episode, spec: TeamSpec, label: str) -> None:
 def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | None = None) -> str:
     """Write the closed episodes of several files of one task into one; returns its digest.
 
-    Holds one input at a time in memory. ``behavior`` labels the result (default: the inputs' labels joined by +);
-    episodes keep the labels of the policies that acted, or else the name of the file they came from. Metadata are
+    Holds one input at a time in memory. ``behavior`` labels the result (default: the inputs' labels, each once,
+    joined by +); episodes keep the labels of the policies that acted, or else the name of the file they came from. Metadata are
     kept where all inputs agree. Raises :class:`DatasetError`, also when the inputs do not fit together.
     """
     if not paths:
@@ -99,7 +99,7 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
     labels = [
         str(header.metadata.get("behavior", path.stem)) for header, path in zip(headers, files, strict=True)
     ]
-    metadata = {**shared_metadata, "behavior": behavior or "+".join(labels)}
+    metadata = {**shared_metadata, "behavior": behavior or "+".join(dict.fromkeys(labels))}
     with DatasetWriter(out, headers[0].spec, metadata) as writer:
         for path, label in zip(files, labels, strict=True):
             dataset = read(path)

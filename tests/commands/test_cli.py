@@ -195,6 +195,12 @@ CASES: list[Case] = [
     ("train --out new", "expected a dataset and --out for a new run, or --resume RUN"),
     (f"collect {HOPPER} --transitions 0 --out new.hdf5", "transitions of at least 1"),
     (f"collect {HOPPER} --seed -1 --out new.hdf5", "seed of at least 0"),
+    (
+        "merge data.hdf5 data.hdf5 --out new.hdf5",
+        "hold the same episodes: record each with a --seed of its own",
+    ),
+    ("merge data.hdf5 none.hdf5 --out new.hdf5", r"none\.hdf5: no such file"),
+    ("merge data.hdf5 --out data.hdf5", "exists already"),
     (f"collect {HOPPER} --workers 0 --num-envs 0 --out new.hdf5", "at least 1"),
     (f"evaluate {HOPPER} --bundle bundle --episodes 0", "episodes: expected at least 1, got 0"),
     ("replay data.hdf5 --bundle bundle --batch 0", "batch: expected at least 1, got 0"),

@@ -260,6 +260,7 @@ def test_failing_jobs_are_told_while_others_go_on(name: str, words: Sequence[str
 
 
 @needs_ray
+@pytest.mark.slow  # starts a cluster of its own: ten seconds
 def test_a_running_cluster_is_used_and_left_running(folder: Path) -> None:
     """The command connects to it and ends; at another address there is none."""
     jobs = sweep("out", 100, 1)
@@ -305,6 +306,7 @@ def parent_of(pid: int) -> int:
 
 
 @needs_ray
+@pytest.mark.slow  # starts Ray and waits for a retry: twenty seconds
 def test_ray_resumes_the_run_of_a_killed_worker(folder: Path) -> None:
     """SIGKILL of a worker: its training ends, and the task goes on elsewhere from the run's checkpoint."""
     reference, jobs = sweep("reference", 4000, 1), sweep("out", 4000, 1)
@@ -319,6 +321,7 @@ def test_ray_resumes_the_run_of_a_killed_worker(folder: Path) -> None:
     require_same_runs(reference, jobs)
 
 
+@pytest.mark.slow  # starts Ray, kills its driver and waits for its processes: twenty seconds each
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
 @needs_ray
 def test_ray_leaves_nothing_behind_a_killed_driver(number: signal.Signals, folder: Path) -> None:
@@ -337,6 +340,7 @@ def test_ray_leaves_nothing_behind_a_killed_driver(number: signal.Signals, folde
 
 
 @needs_submitit
+@pytest.mark.slow  # waits for trainings that outlive their driver
 def test_jobs_of_slurm_outlive_the_driver_and_end_with_their_own_process(folder: Path) -> None:
     """A second sweep meanwhile is refused run by run; killed workers leave no training and resume later."""
     jobs = sweep("out", ENDLESS)
