@@ -76,7 +76,7 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
     """Write the closed episodes of several files of one task into one; returns its digest.
 
     Holds one input at a time in memory. ``behavior`` labels the result (default: the inputs' labels, each once,
-    joined by +); episodes keep the labels of the policies that acted, or else the name of the file they came from.
+    joined by +); episodes keep the labels of the policies that acted, or else the name of their file.
     Metadata are kept where all inputs agree. Raises :class:`DatasetError`, also when the inputs do not fit together.
     """
     if not paths:
