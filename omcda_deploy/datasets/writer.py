@@ -77,7 +77,7 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
 
     Holds one input at a time in memory. ``behavior`` labels the result (default: the inputs' labels, each once,
     joined by +); episodes keep the labels of the policies that acted, or else the name of their file.
-    Metadata are kept where all inputs agree. Raises :class:`DatasetError`, also when the inputs do not fit together.
+    Metadata are kept where all inputs agree. Raises :class:`DatasetError`, also where the inputs do not fit.
     """
     if not paths:
         raise DatasetError("expected at least one dataset to concatenate, got none")
