@@ -201,7 +201,7 @@ class Scan:
 class AlgorithmModule(Protocol):
     """Module of an algorithm, such as ``training/algorithms/omcda.py``. It may import torch.
 
-    It may define :class:`WithColumns`, :class:`WithCurves` and :class:`WithScan`.
+    It may define :class:`WithColumns`, :class:`WithCurves`, :class:`WithScan` and :class:`WithPerRun`.
     """
 
     PAPER: str  # title and year of its source
@@ -209,7 +209,7 @@ class AlgorithmModule(Protocol):
     ACTIONS: frozenset[ActionKind]  # kinds of actions that it handles
     DIVERGENCE: Mapping[ActionKind, DivergenceKind]  # divergence_kind of its exported policies
     Config: type[Any]  # frozen dataclass of its settings, with at least `hidden` and `batch_size`
-    Algorithm: type[Any]  # class of its learners, an omcda_deploy.training.loop.Algorithm
+    Algorithm: type[Any]  # class of its learners, an omcda_deploy.training.algorithm.Algorithm
 
     @property
     def make_policy(self) -> Callable[..., Any]:
@@ -236,6 +236,13 @@ class WithScan(Protocol):
     """Algorithm over one of whose settings a comparison draws returns."""
 
     SCAN: Scan
+
+
+@runtime_checkable
+class WithPerRun(Protocol):
+    """Algorithm with settings that may differ between runs that are trained side by side."""
+
+    PER_RUN: tuple[str, ...]  # names of settings that change no shape and no call, beside the seed
 
 
 def columns_of(algorithm: Any) -> tuple[Column, ...]:
@@ -286,3 +293,8 @@ def require_protocol(module: Any, protocol: type[Any], label: str) -> None:
         f"{label}: expected {', '.join(required)}, as omcda_deploy.plugins.{protocol.__name__} says, missing is "
         f"{', '.join(hints)}: define it"
     )
+
+
+def per_run_settings(algorithm: Any) -> tuple[str, ...]:
+    """Settings of an algorithm that may differ between runs side by side; none where it declares none."""
+    return algorithm.PER_RUN if isinstance(algorithm, WithPerRun) else ()

@@ -1,18 +1,20 @@
-"""Minibatches of transitions and the noise of steps, drawn repeatably by (seed, step).
+"""Minibatches of transitions, drawn uniformly with replacement and repeatably by (seed, step).
 
-Source: docs/baselines.md#datasets-and-batches.
-"""
+Source: docs/baselines.md#datasets-and-batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omcda_deploy.errors import DatasetError
+from omcda_deploy.training.distributions import Categorical, Distribution, TanhGaussian, policy_of
+from omcda_deploy.training.losses import atanh_action, gaussian_log_prob
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,55 +22,114 @@ if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
 
 _BLOCK = 256  # steps whose indices are drawn at once: one generator per block, not per step
+_CHUNK = 4096  # rows of a dataset that the behaviour model sees at once
 
 
-@dataclass(frozen=True)
 class Batch:
-    """B transitions. ``not_done`` is 0 where the next state's value must not be counted."""
+    """B transitions for each of R runs. ``not_done`` is 0 where the next state's value must not be counted.
 
-    observation: Tensor  # [B, N, O]
-    action: Tensor  # [B, N, A], or int64 [B, N]
-    reward: Tensor  # [B]
-    not_done: Tensor  # [B]
-    state: Tensor  # [B, S]
-    next_observation: Tensor  # [B, N, O]
-    next_state: Tensor  # [B, S]
-    next_action: Tensor  # the next row's, shaped like action
-    next_action_known: Tensor  # [B], 0 where the next row is its episode's last, which has no action
-    mask: Tensor | None = None  # uint8 [B, N, A], discrete tasks
-    next_mask: Tensor | None = None
-    # First rows of B episodes, each equally likely; None: every row counts as a first row.
-    initial_observation: Tensor | None = None  # [B, N, O]
-    initial_state: Tensor | None = None  # [B, S]
+    A field may be given as a tensor or as a function that gathers it; such a function is called when the field is
+    first read, so that an algorithm pays for what it reads alone. Fields that are left out are None.
+    """
+
+    observation: Tensor  # [R, B, N, O]
+    action: Tensor  # [R, B, N, A], or int64 [R, B, N]
+    reward: Tensor  # [R, B]
+    not_done: Tensor  # [R, B]
+    state: Tensor  # [R, B, S]
+    next_observation: Tensor  # [R, B, N, O]
+    next_state: Tensor  # [R, B, S]
+    next_action: Tensor  # as action: the recorded action of the next row
+    next_action_known: Tensor  # [R, B], 0 where the next row is its episode's last, in which nobody acted
+    mask: Tensor | None  # uint8 [R, B, N, A], discrete tasks
+    next_mask: Tensor | None
+    # First rows of B episodes, each as likely as another; None: every row counts as one.
+    initial_observation: Tensor | None  # [R, B, N, O]
+    initial_state: Tensor | None  # [R, B, S]
+    behavior: Distribution  # pi_b at the observation
+    next_behavior: Distribution  # pi_b at the next observation
+    u: Tensor | None  # continuous: atanh of the action [R, B, N, A]
+    log_jacobian: Tensor | None  # continuous: log|da/du| [R, B, N]
+
+    def __init__(self, **fields: Any) -> None:
+        self._fields = fields
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in Batch.__annotations__:
+            raise AttributeError(name)
+        field = self._fields.get(name)
+        value = field() if callable(field) else field
+        setattr(self, name, value)
+        return value
+
+    def log_prob(self, policy: Distribution) -> Tensor:
+        """``log pi_i(a_i|o_i)`` [R, B, N] of the recorded actions."""
+        if isinstance(policy, Categorical):
+            return policy.log_prob(self.action)
+        if self.u is None or self.log_jacobian is None:
+            self.u, self.log_jacobian = atanh_action(self.action)
+        return gaussian_log_prob(self.u, policy.mean, policy.log_std) - self.log_jacobian
+
+
+class BehaviorTable:
+    """The parameters of pi_b at every row of a dataset: it is frozen, so they are computed once for all steps."""
+
+    def __init__(self, behavior: nn.Module, observations: Tensor, masks: Tensor | None) -> None:
+        with torch.no_grad():
+            parts = [
+                policy_of(behavior, observations[rows], None if masks is None else masks[rows])
+                for rows in torch.split(torch.arange(len(observations)), _CHUNK)
+            ]
+        self._whole: Distribution
+        if masks is None:
+            gaussians = [part for part in parts if isinstance(part, TanhGaussian)]
+            self._whole = TanhGaussian(
+                torch.cat([part.mean for part in gaussians]), torch.cat([part.log_std for part in gaussians])
+            )
+        else:
+            self._whole = Categorical(
+                torch.cat([part.log_probs for part in parts if isinstance(part, Categorical)])
+            )
+
+    def at(self, rows: Tensor) -> Distribution:
+        """pi_b at ``rows`` [R, B]."""
+        if isinstance(self._whole, TanhGaussian):
+            return TanhGaussian(self._whole.mean[rows], self._whole.log_std[rows])
+        return Categorical(self._whole.log_probs[rows])
 
 
 class TransitionSampler:
     """Batches of a :class:`Dataset`, gathered from one copy of its arrays on ``device``.
 
-    Transitions are drawn uniformly with replacement. Indices depend on (seed, step) alone, so a resumed run draws
-    the same batches as an uninterrupted one.
+    Row r of a batch depends on (seeds[r], step) alone, so a resumed run draws what an uninterrupted one would have
+    drawn, whoever is trained beside it.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         batch_size: int,
-        seed: int,
+        seeds: Sequence[int],
         *,
         time_limit_is_terminal: bool = False,
         device: str = "cpu",
         subset: NDArray[np.int64] | None = None,
+        behavior: nn.Module | None = None,
     ) -> None:
-        """Draw from the positions ``subset`` of ``dataset.transitions``; from all when None."""
+        """``subset``: positions in ``dataset.transitions`` to draw from; all when None.
+
+        ``behavior``: the frozen pi_b, for batches that hold its distributions.
+        """
         rows = np.asarray(dataset.transitions, np.int64)
         done = dataset.done(time_limit_is_terminal)
-        followed = np.append(rows[1:] == rows[:-1] + 1, False)  # the next row is a transition, too
+        followed = np.append(rows[1:] == rows[:-1] + 1, False)  # the next row is a transition's too
         if subset is not None:
             rows, done, followed = rows[subset], done[subset], followed[subset]
         if len(rows) < 1:
             raise DatasetError("the dataset holds no transition: expected at least one episode of two rows")
-        self._rows, self._seed, self._batch_size = rows, seed, batch_size
-        self._done = torch.from_numpy(done.astype(np.float32)).to(device)
+        self._seeds, self._batch_size = tuple(seeds), batch_size
+        self._rows = torch.from_numpy(rows).to(device)
+        self._not_done = 1.0 - torch.from_numpy(done.astype(np.float32)).to(device)
         self._followed = torch.from_numpy(followed.astype(np.float32)).to(device)
         self._observations = torch.from_numpy(dataset.observations).to(device)
         shared = np.shares_memory(dataset.states, dataset.observations)
@@ -82,45 +143,59 @@ class TransitionSampler:
         masks = dataset.action_masks
         self._masks = None if masks is None else torch.from_numpy(masks).to(device)
         starts = dataset.episode_start if len(dataset.episode_start) else rows[:1]
-        self._starts = np.asarray(starts, np.int64)
+        self._starts = torch.from_numpy(np.asarray(starts, np.int64)).to(device)
+        self._table = None if behavior is None else BehaviorTable(behavior, self._observations, self._masks)
         self._device = device
-        self._block: tuple[int, NDArray[np.int64]] = (-1, np.empty((0, 0), np.int64))
+        self._block: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    @cached_property
+    def _atanh(self) -> tuple[Tensor, Tensor]:
+        """The variable under the tanh and the log-Jacobian of every recorded action, once for all steps."""
+        return atanh_action(self._actions)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def sample(self, step: int) -> Batch:
-        """Draw the batch of one step."""
+        """The batch of a step."""
         block, offset = divmod(step, _BLOCK)
         if self._block[0] != block:
-            generator = np.random.default_rng([self._seed, block])
-            self._block = (block, generator.integers(len(self._rows), size=(_BLOCK, self._batch_size)))
+            size = (_BLOCK, self._batch_size)
+            draws = [
+                np.random.default_rng([seed, block]).integers(len(self), size=size) for seed in self._seeds
+            ]
+            self._block = (block, torch.from_numpy(np.stack(draws, axis=1)).to(self._device))
         return self.gather(self._block[1][offset])
 
-    def gather(self, positions: NDArray[np.int64]) -> Batch:
-        """Collect the transitions at the given positions."""
-        rows = torch.from_numpy(self._rows[positions]).to(self._device)
+    def gather(self, positions: Tensor) -> Batch:
+        """The transitions at ``positions`` int64 [R, B]."""
+        rows = self._rows[positions]
         following = rows + 1
-        index = torch.from_numpy(positions).to(self._device)
-        # The remainder of a uniform position is uniform; a separate draw would shift all others.
-        initial = torch.from_numpy(self._starts[positions % len(self._starts)]).to(self._device)
+
+        def take(values: Tensor | None, at: Tensor) -> Callable[[], Tensor | None]:
+            return lambda: None if values is None else values[at]
+
+        def first(values: Tensor) -> Callable[[], Tensor]:
+            # The remainder of a uniform position is uniform: no draw of its own that would shift the others.
+            return lambda: values[self._starts[positions % len(self._starts)]]
+
+        table = self._table
         return Batch(
-            observation=self._observations[rows],
-            action=self._actions[rows],
-            reward=self._rewards[rows],
-            not_done=1.0 - self._done[index],
-            state=self._states[rows],
-            next_observation=self._observations[following],
-            next_state=self._states[following],
-            next_action=self._actions[following],
-            next_action_known=self._followed[index],
-            mask=None if self._masks is None else self._masks[rows],
-            next_mask=None if self._masks is None else self._masks[following],
-            initial_observation=self._observations[initial],
-            initial_state=self._states[initial],
+            observation=take(self._observations, rows),
+            action=take(self._actions, rows),
+            reward=take(self._rewards, rows),
+            not_done=take(self._not_done, positions),
+            state=take(self._states, rows),
+            next_observation=take(self._observations, following),
+            next_state=take(self._states, following),
+            next_action=take(self._actions, following),
+            next_action_known=take(self._followed, positions),
+            mask=take(self._masks, rows),
+            next_mask=take(self._masks, following),
+            initial_observation=first(self._observations),
+            initial_state=first(self._states),
+            behavior=None if table is None else lambda: table.at(rows),
+            next_behavior=None if table is None else lambda: table.at(following),
+            u=lambda: None if self._masks is not None else self._atanh[0][rows],
+            log_jacobian=lambda: None if self._masks is not None else self._atanh[1][rows],
         )
-
-
-def noise_at(seed: int, step: int, device: str = "cpu") -> torch.Generator:
-    """Make the generator of one training step's noise, which depends on (seed, step) alone."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)

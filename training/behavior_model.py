@@ -8,7 +8,6 @@ Source: docs/baselines.md#behaviour-model.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -26,6 +25,7 @@ from omcda_deploy.files import cache_folder
 from omcda_deploy.training.batches import TransitionSampler
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.distributions import policy_of
+from omcda_deploy.training.fleet import mean_per_run, run_state
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, parameters_of
 from omcda_deploy.training.settings import Count, Range, check
@@ -94,37 +94,37 @@ def fit(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Clone the behaviour policy; return the model with the best held-out likelihood, and a report."""
     train, held_out = _split(dataset, config)
-    torch.manual_seed(config.seed)
-    model = NetworkFactory(dataset.spec, config.hidden).actor().to(device)
+    seeds = (config.seed,)
+    model = NetworkFactory(dataset.spec, config.hidden, seeds).actor().to(device)  # a fleet of one
     optimizer = JointOptimizer([Group(parameters_of(model), config.lr)], grad_clip=1.0, modules={})
-    sampler = TransitionSampler(dataset, config.batch_size, config.seed, device=device, subset=train)
-    unseen = TransitionSampler(dataset, 1, config.seed, device=device, subset=held_out)
-    probe = unseen.gather(
-        np.random.default_rng(config.seed).choice(len(unseen), min(4096, len(unseen)), replace=False)
-    )
+    sampler = TransitionSampler(dataset, config.batch_size, seeds, device=device, subset=train)
+    unseen = TransitionSampler(dataset, 1, seeds, device=device, subset=held_out)
+    positions = np.random.default_rng(config.seed).choice(len(unseen), min(4096, len(unseen)), replace=False)
+    probe = unseen.gather(torch.from_numpy(positions).to(device).unsqueeze(0))
 
     def held_out_loss() -> float:
         with torch.no_grad():
-            return -float(policy_of(model, probe.observation, probe.mask).log_prob(probe.action).mean())
+            return -float(probe.log_prob(policy_of(model, probe.observation, probe.mask)).mean())
 
-    best, best_state, best_step, misses = held_out_loss(), copy.deepcopy(model.state_dict()), 0, 0
+    best, best_state, best_step, misses = held_out_loss(), run_state(model, 0), 0, 0
     step = 0
     while step < config.steps and misses < config.patience:
         batch = sampler.sample(step)
-        loss = -policy_of(model, batch.observation, batch.mask).log_prob(batch.action).mean()
-        optimizer.descend({"policy": loss})
+        policy = policy_of(model, batch.observation, batch.mask)
+        optimizer.descend({"policy": -mean_per_run(batch.log_prob(policy))})
         step += 1
         if step % config.check_every == 0 or step == config.steps:
             current = held_out_loss()
             misses += 1
             if current < best:
-                best, best_state, best_step, misses = current, copy.deepcopy(model.state_dict()), step, 0
+                best, best_state, best_step, misses = current, run_state(model, 0), step, 0
             if progress:
                 progress(step, config.steps, current)
-    model.load_state_dict(best_state)
+    clone = NetworkFactory(dataset.spec, config.hidden).actor().to(device)
+    clone.load_state_dict(best_state)
     report = {"held_out_nll": best, "best_step": best_step, "last_step": step, **dataclasses.asdict(config)}
     log.info("behaviour model: held-out NLL %.3f nats at step %d of %d", best, best_step, step)
-    return model, report
+    return clone, report
 
 
 def _split(dataset: Dataset, config: BehaviorConfig) -> tuple[Any, Any]:

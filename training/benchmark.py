@@ -1,8 +1,9 @@
 """Time of a training step beside its lower bound: the same matrix products alone, timed in the same run.
 
-The products of one step are recorded as they are dispatched (shapes and memory layouts), then replayed on
-preallocated tensors. Steps and replays alternate, so that a machine that drifts drifts for both; the ratio of
-their medians is the figure to quote.
+A step trains one or more runs side by side; figures are per run, and of CPU time, since machines are shared. The
+products of one step are recorded as they are dispatched (shapes and memory layouts), then replayed on preallocated
+tensors. Steps and replays alternate, so that a machine that drifts drifts for both; the ratio of their medians is
+the figure to quote.
 """
 
 from __future__ import annotations
@@ -10,35 +11,51 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
+from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.batches import Batch
-from omcda_deploy.training.loop import Algorithm, create_algorithm
+from omcda_deploy.training.distributions import policy_of
 from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.settings import build
 
-_PRODUCTS = {
-    torch.ops.aten.mm.default: 0,
-    torch.ops.aten.bmm.default: 0,
-    torch.ops.aten.addmm.default: 1,  # position of the first factor
-    torch.ops.aten.baddbmm.default: 1,
+LOG_EVERY = 100  # steps, as a run by default
+_aten = torch.ops.aten
+_PRODUCTS = {  # position of the first factor
+    **dict.fromkeys((_aten.mm.default, _aten.mm.out, _aten.bmm.default, _aten.bmm.out), 0),
+    **dict.fromkeys((_aten.addmm.default, _aten.addmm.out, _aten.addmm_.default), 1),
+    **dict.fromkeys((_aten.baddbmm.default, _aten.baddbmm.out, _aten.baddbmm_.default), 1),
 }
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """Medians over rounds, in milliseconds."""
+class Contender:
+    """Algorithm with settings, as so many runs side by side, that is timed."""
 
     algorithm: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    runs: int = 1
+
+    def __str__(self) -> str:
+        return ", ".join((self.algorithm, *(f"{name}={value}" for name, value in self.settings.items())))
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Medians over rounds, in milliseconds of CPU per run and step."""
+
+    contender: Contender
     step_ms: float
     products_ms: float  # the lower bound
-    gflop: float  # matrix products of one step
+    gflop: float  # matrix products of one run's step
 
     @property
     def ratio(self) -> float:
@@ -66,92 +83,120 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _like(self, tensor: torch.Tensor, side: str) -> torch.Tensor:
         key = (side, tuple(tensor.shape), tensor.stride())
         if key not in self._operands:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            self._operands[key] = empty.normal_()
+            # An expanded axis is made once and expanded again: torch refuses to fill memory that is shared.
+            axes = zip(tensor.shape, tensor.stride(), strict=True)
+            shape = [1 if stride == 0 else size for size, stride in axes]
+            empty = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype)
+            self._operands[key] = empty.normal_().expand(tensor.shape)
         return self._operands[key]
 
 
 def step_costs(
-    spec: TeamSpec, algorithms: Sequence[str], *, batch_size: int = 128, rounds: int = 7, repeats: int = 20
+    spec: TeamSpec,
+    contenders: Sequence[Contender],
+    *,
+    batch_size: int = 128,
+    rounds: int = 5,
+    repeats: int = 10,
 ) -> list[StepCost]:
-    """Time one step of each algorithm on random batches of ``spec``, on the present number of torch threads.
+    """Time one step of each contender on random batches of ``spec``, on the present number of torch threads.
 
-    Steps that do more than others, such as OMCDA's measurements of influence, count as often as in training.
+    Runs side by side share the time of their step. Steps that do more than others, such as OMCDA's measurements of
+    influence, count as often as in training: every tenth step begins one, so ``repeats`` is a multiple of ten.
     """
-    contenders: list[tuple[str, functools.partial[None], functools.partial[None], float]] = []
-    for name in algorithms:
-        settings = {"batch_size": batch_size}
-        hidden = load_algorithm(name).Config().hidden
-        behavior = NetworkFactory(spec, hidden).actor()
-        algorithm = create_algorithm(name, spec, behavior, settings=settings, steps=10**9, seed=0)
-        batches = [random_batch(spec, batch_size, seed) for seed in range(8)]
-
-        step = functools.partial(_step, algorithm, batches)
-        for _ in range(repeats - 1):  # warm-up; the recorded round then covers whole measuring intervals
-            step()
-        with _Products() as products:
-            for _ in range(repeats):
-                step()
-        outs: dict[Any, torch.Tensor] = {}
-        results = [outs.setdefault((a.shape[0], *b.shape), torch.matmul(a, b)) for a, b in products.factors]
-
-        replay = functools.partial(_replay, products.factors, results)
-        flop = sum(2 * a.numel() * b.shape[-1] for a, b in products.factors) / repeats
-        contenders.append((name, step, replay, flop / 1e9))
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name, *_ in contenders}
+    prepared = [_prepare(spec, contender, batch_size, repeats) for contender in contenders]
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in contenders]
     with torch.no_grad():
-        for _, _, replay, _ in contenders:
+        for _, replay, _ in prepared:
             replay()
     for _ in range(rounds):
-        for name, step, replay, _ in contenders:
-            start = time.perf_counter()
+        for contender, (step, replay, _), (steps, products) in zip(contenders, prepared, times, strict=True):
+            each = 1e3 / repeats / contender.runs
+            start = time.process_time()
             for _ in range(repeats):
                 step()
-            middle = time.perf_counter()
+            middle = time.process_time()
             with torch.no_grad():
                 replay()
-            times[name][0].append((middle - start) / repeats * 1e3)
-            times[name][1].append((time.perf_counter() - middle) / repeats * 1e3)
+            steps.append((middle - start) * each)
+            products.append((time.process_time() - middle) * each)
     return [
-        StepCost(name, statistics.median(times[name][0]), statistics.median(times[name][1]), gflop)
-        for name, _, _, gflop in contenders
+        StepCost(contender, statistics.median(steps), statistics.median(products), gflop)
+        for contender, (_, _, gflop), (steps, products) in zip(contenders, prepared, times, strict=True)
     ]
 
 
+def _prepare(
+    spec: TeamSpec, contender: Contender, batch_size: int, repeats: int
+) -> tuple[Callable[[], None], Callable[[], None], float]:
+    """Return a step, the replay of the products of ``repeats`` steps, and the GFLOP of one run's step."""
+    settings = {**contender.settings, "batch_size": batch_size}
+    config = build(load_algorithm(contender.algorithm).Config, settings)
+    behavior = NetworkFactory(spec, config.hidden).actor().requires_grad_(False)
+    algorithm = create_algorithm(
+        contender.algorithm,
+        spec,
+        behavior,
+        settings=[settings] * contender.runs,
+        steps=10**9,
+        seeds=range(contender.runs),
+    )
+    batches = [random_batch(spec, behavior, contender.runs, batch_size, seed) for seed in range(8)]
+    step = functools.partial(_step, algorithm, batches)
+    for _ in range(repeats - 1):  # warm-up; the recorded round then covers whole measuring intervals
+        step()
+    with _Products() as products:
+        for _ in range(repeats):
+            step()
+    outs: dict[Any, torch.Tensor] = {}
+    results = [
+        outs.setdefault((*a.shape[:-1], b.shape[-1]), a.new_empty((*a.shape[:-1], b.shape[-1])))
+        for a, b in products.factors
+    ]
+    flop = sum(2 * a.numel() * b.shape[-1] for a, b in products.factors) / repeats / contender.runs
+    return step, functools.partial(_replay, products.factors, results), flop / 1e9
+
+
 def _step(algorithm: Algorithm, batches: list[Batch]) -> None:
-    algorithm.update(batches[algorithm.step % len(batches)])
+    algorithm.update(batches[algorithm.step % len(batches)], algorithm.step % LOG_EVERY == 0)
 
 
 def _replay(factors: list[tuple[torch.Tensor, torch.Tensor]], results: list[torch.Tensor]) -> None:
     for (a, b), out in zip(factors, results, strict=True):
-        torch.matmul(a, b, out=out)
+        (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out=out)
 
 
-def random_batch(spec: TeamSpec, batch_size: int, seed: int) -> Batch:
-    """Make a batch of the team's shapes with standard normal observations and rewards."""
+def random_batch(spec: TeamSpec, behavior: nn.Module, runs: int, batch_size: int, seed: int) -> Batch:
+    """Make a batch of the team's shapes with standard normal observations and rewards.
+
+    As in training, ``behavior`` is not evaluated in the steps: its distributions are part of the batch.
+    """
     generator = torch.Generator().manual_seed(seed)
     n, o, a = len(spec.agents), spec.observation_size, spec.action_size
     discrete = spec.action_kind == "discrete"
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(runs, batch_size, *shape, generator=generator)
 
     def actions() -> torch.Tensor:
         if discrete:
-            return torch.randint(a, (batch_size, n), generator=generator)
-        return torch.tanh(normal(batch_size, n, a))
+            return torch.randint(a, (runs, batch_size, n), generator=generator)
+        return torch.tanh(normal(n, a))
 
-    mask = torch.ones(batch_size, n, a, dtype=torch.uint8) if discrete else None
+    mask = torch.ones(runs, batch_size, n, a, dtype=torch.uint8) if discrete else None
+    observation, next_observation = normal(n, o), normal(n, o)
     return Batch(
-        observation=normal(batch_size, n, o),
+        observation=observation,
         action=actions(),
-        reward=normal(batch_size),
-        not_done=torch.ones(batch_size),
-        state=normal(batch_size, spec.state_size),
-        next_observation=normal(batch_size, n, o),
-        next_state=normal(batch_size, spec.state_size),
+        reward=normal(),
+        not_done=torch.ones(runs, batch_size),
+        state=normal(spec.state_size),
+        next_observation=next_observation,
+        next_state=normal(spec.state_size),
         next_action=actions(),
-        next_action_known=torch.ones(batch_size),
+        next_action_known=torch.ones(runs, batch_size),
         mask=mask,
         next_mask=mask,
+        behavior=policy_of(behavior, observation, mask),
+        next_behavior=policy_of(behavior, next_observation, mask),
     )

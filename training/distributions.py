@@ -11,43 +11,43 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from omcda_deploy.training.fleet import Noise
 from omcda_deploy.training.losses import categorical_kl, gaussian_kl, tanh_gaussian_log_prob
 
 
 @dataclass(frozen=True)
 class TanhGaussian:
-    """``a = tanh(u)``, ``u ~ N(mean, exp(log_std))``; both [B, N, A]."""
+    """``a = tanh(u)``, ``u ~ N(mean, exp(log_std))``; both [..., B, N, A]."""
 
     mean: Tensor
     log_std: Tensor
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """Return log-densities [B, N] of actions [B, N, A] in [-1, 1]."""
+        """Return log-densities [..., B, N] of actions [..., B, N, A] in [-1, 1]."""
         return tanh_gaussian_log_prob(action, self.mean, self.log_std)
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw reparameterised actions [K, B, N, A], ``count`` per state."""
-        shape = (count, *self.mean.shape)
-        noise = torch.randn(shape, generator=generator, device=self.mean.device)
-        return torch.tanh(self.mean + self.log_std.exp() * noise)
+    def sample(self, count: int, noise: Noise) -> Tensor:
+        """Draw reparameterised actions [R, K, B, N, A], ``count`` per state."""
+        normal = noise.normal(count, *self.mean.shape[1:])
+        return torch.tanh(self.mean.unsqueeze(1) + self.log_std.exp().unsqueeze(1) * normal)
 
     def kl(self, other: TanhGaussian) -> Tensor:
-        """Return ``KL(self || other)`` [B, N], nats, in closed form."""
+        """Return ``KL(self || other)`` [..., B, N], nats, in closed form."""
         return gaussian_kl(self.mean, self.log_std, other.mean, other.log_std)
 
 
 @dataclass(frozen=True)
 class Categorical:
-    """Normalised log-probabilities [B, N, A]; unavailable actions hold the lowest float."""
+    """Normalised log-probabilities [..., B, N, A]; unavailable actions hold the lowest float."""
 
     log_probs: Tensor
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """Return log-probabilities [B, N] of actions int64 [B, N]."""
+        """Return log-probabilities [..., B, N] of actions int64 [..., B, N]."""
         return self.log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
     def kl(self, other: Categorical) -> Tensor:
-        """Return ``KL(self || other)`` [B, N], nats, over the available actions."""
+        """Return ``KL(self || other)`` [..., B, N], nats, over the available actions."""
         return categorical_kl(self.log_probs, other.log_probs)
 
 
@@ -55,14 +55,14 @@ Distribution: TypeAlias = TanhGaussian | Categorical
 
 
 def policy_of(actor: nn.Module, observation: Tensor, mask: Tensor | None) -> Distribution:
-    """Return the actor's distributions at ``observation`` [B, N, O]; a mask [B, N, A] makes them categorical."""
+    """Return an actor's distributions at ``observation`` [..., B, N, O]; categorical with a mask [..., B, N, A]."""
     if mask is None:
         return TanhGaussian(*actor(observation))
     return Categorical(actor(observation, mask))
 
 
 def divergence(policy: Distribution, behavior: Distribution) -> Tensor:
-    """Return ``KL(pi_i || pi_b^i)`` [B, N], nats; both are of one family."""
+    """Return ``KL(pi_i || pi_b^i)`` [..., B, N], nats; both are of one family."""
     if isinstance(policy, TanhGaussian):
         assert isinstance(behavior, TanhGaussian)
         return policy.kl(behavior)

@@ -1,20 +1,23 @@
 """Each agent's influence on the team's reward: ``m_i = dV^r_tot/dKL_i`` (the paper's definition).
 
-Both gradients are taken with respect to the parameters theta_i of agent i's action distribution, and the inverse
-of dKL_i/dtheta_i is its pseudo-inverse; m_i is a ratio of batch means. Source: docs/derivation.md#influence.
+Both gradients are taken with respect to the parameters theta_i of agent i's action distribution, and the inverse of
+dKL_i/dtheta_i is its pseudo-inverse; m_i is a ratio of batch means (docs/derivation.md#influence).
+
+Shapes: R runs, B batch, N agents, A action, K sampled actions per state.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from omcda_deploy.plugins import CurveSection, Estimate, TrainingCurve
-from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import Categorical, Distribution, TanhGaussian
+from omcda_deploy.training.fleet import Noise
 
 _EPS = 1e-12
 
@@ -44,85 +47,89 @@ INFLUENCE_CURVES = CurveSection(
     ),
 )
 
+Gradient: TypeAlias = tuple[Tensor, ...]  # [R, B, N, A] per group of distribution parameters
+ValuesOf: TypeAlias = Callable[[Tensor | None], Tensor]
 
-def weighted_values(q: Any, weights: Tensor, batch: Batch, action: Tensor | None) -> Tensor:
-    """Return ``w_i Q_i``.
 
-    With ``action`` [K·B, N, A] the batch is repeated K times: [K·B, N]. None stands for all actions: [B, N, A].
+def weighted_values(q: Any, weights: Tensor, observation: Tensor, action: Tensor | None) -> Tensor:
+    """Return ``w_i Q_i`` [R, K, B, N] at ``action`` [R, K, B, N, A]; without, of all discrete actions [R, B, N, A].
+
+    ``weights`` [R, B, N], ``observation`` [R, B, N, O].
     """
     if action is None:
-        values: Tensor = q.values(batch.observation)
+        values: Tensor = q.values(observation)
         return weights.unsqueeze(-1) * values
-    repeats = len(action) // len(batch.observation)
-    product: Tensor = weights.repeat(repeats, 1) * q(batch.observation.repeat(repeats, 1, 1), action)
-    return product
+    candidates: Tensor = q.candidates(observation, action)
+    return weights.unsqueeze(1) * candidates
 
 
-def value_gradient(
-    values: Callable[[Tensor | None], Tensor],
-    policy: Distribution,
-    samples: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, ...]:
-    """Return ``d/dtheta_i E_{a~pi_i}[values]`` per state: [B, N, A] for (mean, log_std), or for probabilities.
+def value_gradients(policy: Distribution, samples: int, noise: Noise, *values: ValuesOf) -> list[Gradient]:
+    """Return ``d/dtheta_i E_{a~pi_i}[values]`` per state, for each of ``values``.
 
-    ``values`` is :func:`weighted_values` of a critic. Continuous: ``samples`` reparameterised actions per state;
-    Q is evaluated outside the data here, for a measurement and never for a target. Discrete: exact.
+    Each is :func:`weighted_values` of some critic. Continuous, theta_i = (mean, log_std): by ``samples``
+    reparameterised actions per state, the same for all ``values``. They lie off the data, so Q is read there to
+    measure, and never for a target. Discrete, theta_i = the probabilities: exact.
     """
     if isinstance(policy, Categorical):
         with torch.no_grad():
-            return (values(None),)
-    mean = policy.mean.detach().requires_grad_()
-    log_std = policy.log_std.detach().requires_grad_()
-    shape = (samples * mean.shape[0], *mean.shape[1:])
-    noise = torch.randn(shape, generator=generator, device=mean.device)
-    action = torch.tanh(mean.repeat(samples, 1, 1) + log_std.exp().repeat(samples, 1, 1) * noise)
-    return torch.autograd.grad(values(action).sum() / samples, (mean, log_std))
+            return [(value(None),) for value in values]
+    spread = policy.log_std.exp().unsqueeze(1) * noise.normal(samples, *policy.mean.shape[1:])
+    action = torch.tanh(policy.mean.unsqueeze(1) + spread).detach().requires_grad_()  # [R, K, B, N, A]
+    gradients: list[Gradient] = []
+    for value in values:
+        with torch.enable_grad():
+            (of_action,) = torch.autograd.grad(value(action).sum(), action)
+        of_mean = of_action * (1.0 - action.detach().square()) / samples  # through the tanh
+        # Sample by sample: a sum over an axis may be taken in another order when the number of runs changes.
+        gradients.append((_sum(of_mean), _sum(of_mean * spread)))
+    return gradients
 
 
-def influence(
-    policy: Distribution, behavior: Distribution, value_gradients: tuple[Tensor, ...], metric: str
-) -> Tensor:
-    """Return ``m_i = E<g_V, g_K> / E<g_K, g_K>`` [N] over the parameters of the action distribution.
+def influence(policy: Distribution, behavior: Distribution, value_gradient: Gradient, metric: str) -> Tensor:
+    """Return ``m_i = E<g_V, g_K> / E<g_K, g_K>`` [R, N] over the parameters of the action distribution.
 
     Continuous: theta = (mean, log_std); discrete: probabilities, both gradients projected on the simplex of
-    available actions. ``fisher`` weighs with the inverse Fisher matrix: for discrete policies that is
-    ``E[Cov_pi(w Q, log pi/pi_b)] / E[Var_pi(log pi/pi_b)]``, a ratio of batch means and not the mean of ratios.
+    available actions. ``fisher`` weighs with the inverse Fisher matrix: for discrete policies that is the ratio of
+    the batch means of ``Cov_pi(w Q, log pi/pi_b)`` and ``Var_pi(log pi/pi_b)``.
     """
     if isinstance(policy, TanhGaussian):
         assert isinstance(behavior, TanhGaussian)
         variance, variance_b = torch.exp(2 * policy.log_std), torch.exp(2 * behavior.log_std)
         kl_gradients = ((policy.mean - behavior.mean) / variance_b, variance / variance_b - 1.0)
         inverse_fisher = (variance, torch.full_like(variance, 0.5)) if metric == "fisher" else None
-        return _ratio(value_gradients, kl_gradients, inverse_fisher)
+        return _ratio(value_gradient, kl_gradients, inverse_fisher)
     assert isinstance(behavior, Categorical)
     probability = policy.log_probs.exp()
     available = policy.log_probs > torch.finfo(policy.log_probs.dtype).min / 2
-    ratio = torch.where(available, policy.log_probs - behavior.log_probs, 0.0)
+    log_ratio = torch.where(available, policy.log_probs - behavior.log_probs, 0.0)
     weight = probability if metric == "fisher" else available.float()
     mean_weight = weight / weight.sum(-1, keepdim=True)
 
     def tangent(gradient: Tensor) -> Tensor:
         return gradient - (mean_weight * gradient).sum(-1, keepdim=True)
 
-    return _ratio((tangent(value_gradients[0]),), (tangent(ratio),), (weight,))
+    return _ratio((tangent(value_gradient[0]),), (tangent(log_ratio),), (weight,))
 
 
-def _ratio(
-    gradient_value: tuple[Tensor, ...],
-    gradient_divergence: tuple[Tensor, ...],
-    metric: tuple[Tensor, ...] | None = None,
-) -> Tensor:
-    """Return ``m_i = E<g_V, g_K> / E<g_K, g_K>``, a ratio of batch means [N].
+def _ratio(value: Gradient, divergence: Gradient, metric: Gradient | None = None) -> Tensor:
+    """Return ``E<g_V, g_K> / E<g_K, g_K>`` [R, N]: a ratio of batch means.
 
-    Each tuple holds one gradient [B, N, A] per group of distribution parameters; ``metric`` the inverse Fisher
-    matrix's diagonal beside them (Euclidean when None). Single-state ratios explode where KL is near zero.
+    ``metric``: diagonal of the inverse Fisher matrix (Euclidean when None). Single-state ratios explode where KL is
+    near zero.
     """
-    weights = metric if metric is not None else tuple(torch.ones_like(g) for g in gradient_value)
-    product = sum(
-        (w * v * k).sum(-1) for w, v, k in zip(weights, gradient_value, gradient_divergence, strict=True)
-    )
-    square = sum((w * k * k).sum(-1) for w, k in zip(weights, gradient_divergence, strict=True))
+    weights = metric if metric is not None else tuple(torch.ones_like(g) for g in value)
+    product = sum((w * v * k).sum(-1) for w, v, k in zip(weights, value, divergence, strict=True))
+    square = sum((w * k * k).sum(-1) for w, k in zip(weights, divergence, strict=True))
     assert isinstance(product, Tensor)  # the tuples are never empty
     assert isinstance(square, Tensor)
-    return product.mean(0) / (square.mean(0) + _EPS)
+    return _batch_mean(product) / (_batch_mean(square) + _EPS)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """``[R, K, ...] -> [R, ...]``, in the order of K."""
+    return functools.reduce(torch.add, values.unbind(1))
+
+
+def _batch_mean(values: Tensor) -> Tensor:
+    """``[R, B, N] -> [R, N]``, over contiguous rows, whose sums do not depend on R."""
+    return values.mT.contiguous().mean(-1)

@@ -1,49 +1,48 @@
-"""Training runs: a dataset and an algorithm become a run folder, resumable after any kill.
+"""Training runs: a dataset and an algorithm become run folders, resumable after any kill.
 
 A step depends on the run's configuration and the step's number alone (batches and measurement noise are drawn by
 step), and a run uses a fixed number of threads; so a resumed run continues bit for bit as if it had never stopped.
+Runs of equal shapes are trained side by side as a fleet (:mod:`omcda_deploy.training.fleet`); each has a folder,
+metrics and checkpoints of its own, and the same bits as alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.files import write_json
+from omcda_deploy.plugins import per_run_settings
 from omcda_deploy.registry import load_algorithm
-from omcda_deploy.spec import TeamSpec
-from omcda_deploy.training.batches import Batch, TransitionSampler
+from omcda_deploy.training.algorithm import Algorithm, create_algorithm
+from omcda_deploy.training.batches import TransitionSampler
 from omcda_deploy.training.behavior_model import behavior_model
 from omcda_deploy.training.checkpoint import load_state, save_state
-from omcda_deploy.training.evaluation import Evaluator
-from omcda_deploy.training.metrics import MetricsWriter, Window
+from omcda_deploy.training.member import Member
+from omcda_deploy.training.metrics import DivergedError, Window
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.observer import TrainObserver
 from omcda_deploy.training.request import ResolvedRun, TrainRequest, check_device, check_evaluation
 from omcda_deploy.training.run_folder import (
     BEHAVIOR,
     POLICIES,
-    RESUME,
-    TIMING,
     RunConfig,
     read_config,
-    snapshot_path,
-    training_seconds,
     versions,
     write_config,
 )
 from omcda_deploy.training.run_lock import require_unlocked, run_lock
-from omcda_deploy.training.settings import build
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -51,42 +50,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARITY_ROWS = 1000
-
-
-class Algorithm(Protocol):
-    """The class ``Algorithm`` of a file of ``training/algorithms``.
-
-    The file also defines ``Config`` (a frozen dataclass with at least ``hidden`` and ``batch_size``), ``PAPER``,
-    ``SUMMARY``, ``ACTIONS`` (the action kinds it handles), ``DIVERGENCE`` (per action kind, the exported
-    ``divergence_kind``), ``COLUMNS`` (the metrics that training shows), ``make_policy(config, networks)`` and,
-    where a comparison shows more of it than returns, ``CURVES`` and ``SCAN`` (:mod:`omcda_deploy.plugins`).
-    """
-
-    step: int  # gradient steps taken
-    policy: nn.Module  # evaluated and exported
-    behavior: nn.Module
-
-    @property
-    def budgets(self) -> Tensor | None:
-        """Budgets d_i [N] in nats; None for algorithms without them."""
-        ...
-
-    @property
-    def alpha(self) -> Tensor | None:
-        """Prices alpha_i [N]; None for algorithms without them."""
-        ...
-
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """Take one gradient step; return metrics, scalars or one number per agent [N]."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that a later step depends on: tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to the step at which ``state`` was taken."""
-        ...
 
 
 def train(
@@ -100,55 +63,64 @@ def train(
     """Start a run in the new folder ``out`` and take it to its last step.
 
     ``dataset_path`` is where the run will look for its dataset when it is resumed. Raises :class:`ConfigError`
-    where ``out`` exists or another process creates it, and as :meth:`TrainRequest.resolved` does.
+    where ``out`` exists or another process creates it, :class:`DivergedError`, and as
+    :meth:`TrainRequest.resolved` does.
+    """
+    train_fleet(dataset, [(request, out)], dataset_path=dataset_path, observer=observer)
+
+
+def train_fleet(
+    dataset: Dataset,
+    runs: Sequence[tuple[TrainRequest, Path]],
+    *,
+    dataset_path: str = "",
+    observer: TrainObserver | None = None,
+) -> None:
+    """Start runs of equal shapes in new folders and take them to their last step, side by side.
+
+    Raises :class:`ConfigError` where a folder exists, another process creates it, or the runs cannot share their
+    steps, and :class:`DivergedError` after the last step for runs that diverged; the others are finished.
     """
     observer = observer or TrainObserver()
-    require_new(out)
-    plan = request.resolved(dataset.spec)
+    for _, out in runs:
+        require_new(out)
+    plans = [request.resolved(dataset.spec) for request, _ in runs]
+    request, plan = runs[0][0], plans[0]
+    configs = [_run_config(dataset, plan, dataset_path, dataclasses.asdict(plan.behavior)) for plan in plans]
+    require_one_fleet(configs, [out for _, out in runs])
     torch.set_num_threads(request.threads)
     observer.started(dataset.spec, request.algorithm, request.steps, plan.recipe)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with run_lock(out):
-        if out.exists():  # another process created it meanwhile
-            raise _exists(out)
-        _create(dataset, request, plan, out, dataset_path, observer)
-        _train_on(dataset, out, read_config(out), observer, request.evaluate_every)
+    folders = [out for _, out in runs]
+    for out in folders:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with _locks(folders):
+        for out in folders:
+            if out.exists():  # another process created it meanwhile
+                raise _exists(out)
+        model, report = behavior_model(
+            dataset, plan.behavior, device=request.device, progress=observer.cloning
+        )
+        for plan, out in zip(plans, folders, strict=True):
+            _create(dataset, model, _run_config(dataset, plan, dataset_path, report), out)
+        _train_on(dataset, folders, observer, request.evaluate_every)
 
 
-def _create(
-    dataset: Dataset,
-    request: TrainRequest,
-    plan: ResolvedRun,
-    out: Path,
-    dataset_path: str,
-    observer: TrainObserver,
-) -> None:
+@contextmanager
+def _locks(runs: Sequence[Path]) -> Iterator[None]:
+    """Hold the locks of all runs."""
+    with ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(run_lock(run))
+        yield
+
+
+def _create(dataset: Dataset, model: nn.Module, config: RunConfig, out: Path) -> None:
     """Write a run folder of step 0, which appears whole."""
-    model, report = behavior_model(dataset, plan.behavior, device=request.device, progress=observer.cloning)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         run = Path(scratch) / out.name  # the scratch folder itself is private to this user
         (run / POLICIES).mkdir(parents=True)
         save_state(run / BEHAVIOR, {"model": model.state_dict(), **_parity_rows(dataset)})
-        write_config(
-            run,
-            RunConfig(
-                algorithm=request.algorithm,
-                settings=dataclasses.asdict(plan.config),
-                steps=request.steps,
-                seed=request.seed,
-                device=request.device,
-                threads=request.threads,
-                time_limit_is_terminal=request.time_limit_is_terminal,
-                log_every=request.log_every,
-                checkpoint_every=request.checkpoint_every,
-                snapshot_every=request.kept_every,
-                dataset=dataset_path,
-                dataset_digest=dataset.digest,
-                behavior=report,
-                team=dataset.spec.to_json(),
-                versions=versions(),
-            ),
-        )
+        write_config(run, config)
         run.rename(out)
 
 
@@ -164,19 +136,36 @@ def resume(
     Raises :class:`ConfigError` for a folder that is no run or that another process trains, and for another dataset
     than the run began with.
     """
+    resume_fleet(dataset, [run], evaluate_every=evaluate_every, observer=observer)
+
+
+def resume_fleet(
+    dataset: Dataset,
+    runs: Sequence[Path],
+    *,
+    evaluate_every: int | None = None,
+    observer: TrainObserver | None = None,
+) -> None:
+    """Take runs of equal shapes to their last step, side by side where they stand at the same one.
+
+    They need not have been trained together before. Raises as :func:`resume` and :func:`train_fleet` do.
+    """
     observer = observer or TrainObserver()
-    config = read_config(run)
-    check_evaluation(evaluate_every, config.snapshot_every)
-    if dataset.digest != config.dataset_digest:
-        raise ConfigError(
-            f"{run} was trained on a dataset of digest {config.dataset_digest[:12]}…, got {dataset.digest[:12]}…: "
-            "resume with the dataset it began with"
-        )
+    configs = [read_config(run) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        check_evaluation(evaluate_every, config.snapshot_every)
+        if dataset.digest != config.dataset_digest:
+            raise ConfigError(
+                f"{run} was trained on a dataset of digest {config.dataset_digest[:12]}…, got "
+                f"{dataset.digest[:12]}…: resume with the dataset it began with"
+            )
+    require_one_fleet(configs, runs)
+    config = configs[0]
     check_device(config.device)
     torch.set_num_threads(config.threads)
     observer.started(config.spec, config.algorithm, config.steps, {})
-    with run_lock(run):
-        _train_on(dataset, run, config, observer, evaluate_every)
+    with _locks(runs):
+        _train_on(dataset, runs, observer, evaluate_every)
 
 
 def require_new(out: Path) -> None:
@@ -192,81 +181,131 @@ def _exists(out: Path) -> ConfigError:
     )
 
 
+def fleet_key(config: RunConfig) -> str:
+    """Return what runs of one fleet have in common: everything but the seed and the settings per run."""
+    per_run = per_run_settings(load_algorithm(config.algorithm))
+    shared = {name: value for name, value in config.settings.items() if name not in per_run}
+    fields = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("seed", "settings", "versions", "dataset")
+    }
+    return json.dumps([shared, fields], sort_keys=True)
+
+
+def require_one_fleet(configs: Sequence[RunConfig], runs: Sequence[Path]) -> None:
+    """Raise :class:`ConfigError` unless all runs can be trained side by side."""
+    first = fleet_key(configs[0])
+    for config, run in zip(configs, runs, strict=True):
+        if fleet_key(config) != first:
+            raise ConfigError(
+                f"{run} and {runs[0]} cannot be trained side by side: expected runs that differ in their seed and "
+                "the algorithm's PER_RUN settings alone; train them one after the other"
+            )
+
+
+def _run_config(dataset: Dataset, plan: ResolvedRun, dataset_path: str, report: dict[str, Any]) -> RunConfig:
+    request = plan.request
+    return RunConfig(
+        algorithm=request.algorithm,
+        settings=dataclasses.asdict(plan.config),
+        steps=request.steps,
+        seed=request.seed,
+        device=request.device,
+        threads=request.threads,
+        time_limit_is_terminal=request.time_limit_is_terminal,
+        log_every=request.log_every,
+        checkpoint_every=request.checkpoint_every,
+        snapshot_every=request.kept_every,
+        dataset=dataset_path,
+        dataset_digest=dataset.digest,
+        behavior=report,
+        team=dataset.spec.to_json(),
+        versions=versions(),
+    )
+
+
 def _train_on(
-    dataset: Dataset, run: Path, config: RunConfig, observer: TrainObserver, evaluate_every: int | None
+    dataset: Dataset, runs: Sequence[Path], observer: TrainObserver, evaluate_every: int | None
 ) -> None:
-    """Train from the newest checkpoint to the last step."""
-    algorithm = make_algorithm(config, _behavior(run, config))
-    if (run / RESUME).is_file():
-        algorithm.load_state_dict(load_state(run / RESUME))
-        log.info("%s: resumed at step %d", run, algorithm.step)
+    """Train from the newest checkpoints to the last step, those at one step side by side."""
+    members = [Member(run, evaluate_every) for run in runs]
+    by_step: dict[int, list[Member]] = {}
+    for member in members:
+        by_step.setdefault(member.step, []).append(member)
+    for step, group in sorted(by_step.items()):
+        if step < group[0].config.steps:
+            _train_together(dataset, group, observer)
+    for member in members:
+        member.wait()
+    failures = [f"{member.run}: {member.failure}" for member in members if member.failure]
+    if len(failures) == len(members) == 1:
+        raise DivergedError(str(members[0].failure))
+    if failures:
+        raise DivergedError(f"{len(failures)} of {len(members)} runs failed: {'; '.join(failures)}")
+
+
+def _train_together(dataset: Dataset, members: Sequence[Member], observer: TrainObserver) -> None:
+    """Train runs that stand at one step to their last."""
+    config = members[0].config
+    behavior = _behavior(members[0].run, config)
+    algorithm = make_algorithm([member.config for member in members], behavior)
+    if states := [member.state for member in members if member.state is not None]:
+        algorithm.load_state_dicts(states)
     sampler = TransitionSampler(
         dataset,
         config.settings["batch_size"],
-        config.seed,
+        [member.config.seed for member in members],
         time_limit_is_terminal=config.time_limit_is_terminal,
         device=config.device,
+        behavior=behavior,
     )
-    agents = config.spec.names
-    evaluator = Evaluator(run, evaluate_every) if evaluate_every else None
-    window = Window(agents)
-    writer = MetricsWriter(run, algorithm.step)
-    started = perf_counter() - training_seconds(run)
+    window = Window(config.spec.names)
+    started = perf_counter()
+    for member in members:
+        member.open()
     try:
-        while algorithm.step < config.steps:
-            window.add(algorithm.update(sampler.sample(algorithm.step)))
+        while algorithm.step < config.steps and not all(member.failure for member in members):
+            watched = algorithm.step % config.log_every == 0
+            window.add(algorithm.update(sampler.sample(algorithm.step), watched))
             step = algorithm.step
             last = step == config.steps
             if step % config.log_every == 0 or last:
-                means = window.close(step)
-                writer.write(step, means)
-                observer.logged(step, means)
-            if step % config.snapshot_every == 0 or last:
-                _save_snapshot(run, algorithm, agents)
-                if evaluator:
-                    evaluator.start(step)
-            if step % config.checkpoint_every == 0 or last:
-                save_state(run / RESUME, algorithm.state_dict())
-                write_json(run / TIMING, {"step": step, "seconds": perf_counter() - started})
+                lines = window.close()
+                for member, means in zip(members, lines, strict=True):
+                    if not member.failure:
+                        member.log(step, means)
+                living = [means for member, means in zip(members, lines, strict=True) if not member.failure]
+                if living:
+                    observer.logged(step, {k: sum(m[k] for m in living) / len(living) for k in living[0]})
+            for index, member in enumerate(members):
+                if member.failure:
+                    continue
+                if step % config.snapshot_every == 0 or last:
+                    member.keep_policy(algorithm, index)
+                if step % config.checkpoint_every == 0 or last:
+                    member.save(algorithm, index, (perf_counter() - started) / len(members))
     finally:
-        writer.close()
-    if evaluator:
-        evaluator.wait()
+        for member in members:
+            member.close()
 
 
-def make_algorithm(config: RunConfig, behavior: nn.Module) -> Algorithm:
-    """Make the algorithm of a run at step 0."""
+def make_algorithm(configs: Sequence[RunConfig], behavior: nn.Module) -> Algorithm:
+    """Make the algorithm of runs at step 0."""
+    config = configs[0]
     return create_algorithm(
         config.algorithm,
         config.spec,
         behavior,
-        settings=config.settings,
+        settings=[config.settings for config in configs],
         steps=config.steps,
-        seed=config.seed,
+        seeds=[config.seed for config in configs],
         device=config.device,
     )
 
 
-def create_algorithm(
-    name: str,
-    spec: TeamSpec,
-    behavior: nn.Module,
-    *,
-    settings: Mapping[str, Any],
-    steps: int,
-    seed: int,
-    device: str = "cpu",
-) -> Algorithm:
-    """Make an algorithm at step 0; its initial weights depend on ``seed`` alone."""
-    module = load_algorithm(name)
-    config = build(module.Config, settings)
-    torch.manual_seed(seed)
-    networks = NetworkFactory(spec, config.hidden)
-    algorithm: Algorithm = module.Algorithm(config, networks, behavior, steps=steps, seed=seed, device=device)
-    return algorithm
-
-
 def _behavior(run: Path, config: RunConfig) -> nn.Module:
+    """Read the frozen behaviour model of a run."""
     model = NetworkFactory(config.spec, config.behavior["hidden"]).actor()
     model.load_state_dict(load_state(run / BEHAVIOR)["model"])
     return model.to(config.device)
@@ -280,17 +319,3 @@ def _parity_rows(dataset: Dataset) -> dict[str, Tensor | None]:
         "observations": torch.from_numpy(dataset.observations[rows]),
         "action_masks": None if masks is None else torch.from_numpy(masks[rows]),
     }
-
-
-def _save_snapshot(run: Path, algorithm: Algorithm, agents: tuple[str, ...]) -> None:
-    def per_agent(values: Tensor | None) -> dict[str, float] | None:
-        return None if values is None else dict(zip(agents, values.tolist(), strict=True))
-
-    save_state(
-        snapshot_path(run, algorithm.step),
-        {
-            "policy": algorithm.policy.state_dict(),
-            "budgets": per_agent(algorithm.budgets),
-            "alphas": per_agent(algorithm.alpha),
-        },
-    )

@@ -1,6 +1,9 @@
 """Densities and divergences of the two policy families, and formulas that several algorithms share.
 
 Shapes as in :mod:`omcda_deploy.training.networks`. Source: docs/baselines.md#densities-and-divergences.
+
+atanh, softplus and ELU are written with elementary functions: torch's own round the last numbers of a tensor
+differently from the others, and which numbers are the last depends on the number of runs.
 """
 
 from __future__ import annotations
@@ -8,7 +11,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ACTION_LIMIT = 1.0 - 1e-6  # float32 actions nearer to +-1 have atanh values that are all rounding
@@ -17,13 +19,20 @@ _HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
 
 def atanh_action(action: Tensor) -> tuple[Tensor, Tensor]:
     """Map ``a -> (u, log|da/du|)``: the Gaussian variable under the tanh, and the summed log-Jacobian [...]."""
-    u = torch.atanh(action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
+    inside = action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+    u = 0.5 * (torch.log1p(inside) - torch.log1p(-inside))  # atanh
     return u, tanh_log_jacobian(u)
 
 
 def tanh_log_jacobian(u: Tensor) -> Tensor:
     """Return ``log|d tanh(u)/du|`` summed over the last axis."""
-    return (2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))).sum(-1)
+    size = u.abs()  # in which it is even, so that its gradient at 0 is exactly 0
+    return (2.0 * (math.log(2.0) - size - torch.log1p(torch.exp(-2.0 * size)))).sum(-1)
+
+
+def elu(x: Tensor) -> Tensor:
+    """Return x above 0, exp(x) - 1 below."""
+    return torch.relu(x) + torch.expm1(x.clamp_max(0.0))  # relu's gradient at 0 is 0: the sum's is 1
 
 
 def gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -63,10 +72,10 @@ def exp_linear(z: Tensor, z_max: float) -> Tensor:
 
 
 def mix(weights: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Return ``sum_i w_i v_i + b``: [B, N], [B, N], [B] -> [B]."""
+    """Return ``sum_i w_i v_i + b``: [..., N], [..., N], [...] -> [...]."""
     return (weights * values).sum(-1) + bias
 
 
 def mix_divergence(weights: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Return ``sum_j w^{c,k}_j v_j + b^{c,k}``: [B, N(k), N(j)], [B, N(j)], [B, N(k)] -> [B, N(k)]."""
-    return torch.einsum("bkj,bj->bk", weights, values) + bias
+    """Return ``sum_j w^{c,k}_j v_j + b^{c,k}``: [..., N(k), N(j)], [..., N(j)], [..., N(k)] -> [..., N(k)]."""
+    return torch.matmul(weights, values.unsqueeze(-1)).squeeze(-1) + bias

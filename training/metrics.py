@@ -21,7 +21,10 @@ class DivergedError(OmcdaError):
 
 
 class Window:
-    """Means of metrics over the steps since the last :meth:`close`; tensors per agent become one entry each."""
+    """Means of metrics of R runs over the steps since the last :meth:`close`.
+
+    Tensors per agent become one entry each.
+    """
 
     def __init__(self, agents: Sequence[str]) -> None:
         self._agents = agents
@@ -29,31 +32,34 @@ class Window:
         self._counts: dict[str, int] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add one step's metrics, scalars or one number per agent [N]."""
+        """Add one step's metrics: one number per run [R], or per run and agent [R, N]."""
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def close(self, step: int) -> dict[str, float]:
-        """Return the means and empty the window.
-
-        Raises :class:`DivergedError` naming the first mean that is not finite.
-        """
-        means: dict[str, float] = {}
+    def close(self) -> list[dict[str, float]]:
+        """Return the means of each run and empty the window."""
+        runs: list[dict[str, float]] = [{} for _ in range(len(next(iter(self._sums.values()), ())))]
         for name, total in self._sums.items():
-            mean = (total / self._counts[name]).tolist()
-            if isinstance(mean, list):
-                means |= {f"{name}/{agent}": value for agent, value in zip(self._agents, mean, strict=True)}
-            else:
-                means[name] = mean
+            for means, mean in zip(runs, (total / self._counts[name]).tolist(), strict=True):
+                if isinstance(mean, list):
+                    means |= {
+                        f"{name}/{agent}": value for agent, value in zip(self._agents, mean, strict=True)
+                    }
+                else:
+                    means[name] = mean
         self._sums, self._counts = {}, {}
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise DivergedError(
-                    f"training diverged before step {step}: {name} is {value}. "
-                    "Lower the learning rate or the budget, or check the dataset's rewards and actions"
-                )
-        return means
+        return runs
+
+
+def require_finite(means: Mapping[str, float], step: int) -> None:
+    """Raise :class:`DivergedError` naming the first mean that is not finite."""
+    for name, value in means.items():
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"training diverged before step {step}: {name} is {value}. "
+                "Lower the learning rate or the budget, or check the dataset's rewards and actions"
+            )
 
 
 class MetricsWriter:

@@ -1,66 +1,30 @@
 """Networks of the OMIGA family: one MLP per role, shared by all agents, and state-conditioned mixers.
 
-Shapes: B batch, N agents, O observation, A action, S flattened state. Every network maps ``[B, N, ...]``.
+Shapes: R runs, B batch, N agents, O observation, A action, S flattened state. Networks of one run, as they are
+exported, map ``[B, N, ...]``; those of R runs, as they are trained, ``[R, B, N, ...]``.
 Sources: docs/baselines.md#networks-and-mixers (layers, sizes), docs/derivation.md#value-decomposition (divergence
 mixer).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omcda_deploy.spec import TeamSpec
-from omcda_deploy.training.losses import mix
+from omcda_deploy.training.fleet import stack
+from omcda_deploy.training.losses import elu, mix
+from omcda_deploy.training.mlp import AgentMLP, Linear
+
+M = TypeVar("M", bound=nn.Module)
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 MEAN_LIMIT = 9.0
 TIE = 1e-5  # relative: values of float32 networks nearer than this may change order in another runtime
-
-
-class AgentMLP(nn.Module):
-    """A ReLU MLP ``[B, N, I] -> [B, N, outputs]`` with one set of weights for all agents and an identity of each.
-
-    Its input is the vector of agent i joined with the one-hot identity e_i. Since e_i enters the first layer
-    only, it is added as one learned row per agent instead; layer and initialisation are those of ``nn.Linear(I +
-    N, hidden)``. With ``agent``, all shapes here and in the actors lack N: the rows are those of this agent
-    alone.
-    """
-
-    def __init__(self, inputs: int, outputs: int, agents: int, hidden: int = 256) -> None:
-        super().__init__()
-        self.first = nn.Linear(inputs, hidden)
-        self.identity = nn.Parameter(torch.empty(agents, hidden))
-        bound = 1.0 / math.sqrt(inputs + agents)
-        for parameter in (self.first.weight, self.first.bias, self.identity):
-            nn.init.uniform_(parameter, -bound, bound)
-        self.second = nn.Linear(hidden, hidden)
-        self.last = nn.Linear(hidden, outputs)
-
-    def forward(self, x: Tensor, agent: int | None = None) -> Tensor:
-        """Map ``[B, (N,) I] -> [B, (N,) outputs]``."""
-        # In place where autograd allows it: these layers are bound by memory traffic, not by arithmetic.
-        if agent is None:
-            hidden = self.first(x).add_(self.identity).relu_()
-        else:
-            hidden = F.linear(x, self.first.weight, self.first.bias + self.identity[agent]).relu_()
-        output: Tensor = self.last(self.second(hidden).relu_())
-        return output
-
-    def branch(self, x: Tensor, branches: Tensor, width: int, agent: int | None = None) -> Tensor:
-        """Evaluate on x joined with each of many branches; x's part of the (linear) first layer is computed once.
-
-        ``x`` [B, (N,) I - width], ``branches`` [K, B, (N,) width] or broadcastable -> [K, B, (N,) outputs].
-        """
-        identity = self.identity if agent is None else self.identity[agent]
-        split = self.first.in_features - width
-        trunk = F.linear(x, self.first.weight[:, :split], self.first.bias) + identity
-        hidden = (F.linear(branches, self.first.weight[:, split:]) + trunk).relu_()
-        output: Tensor = self.last(self.second(hidden).relu_())
-        return output
 
 
 class GaussianActor(nn.Module):
@@ -106,8 +70,8 @@ class ContinuousQ(nn.Module):
         return values.squeeze(-1)
 
     def candidates(self, observation: Tensor, actions: Tensor, agent: int | None = None) -> Tensor:
-        """Map ``[B, (N,) O]`` and K actions per state [K, B, (N,) A] -> [K, B, (N)]."""
-        return self.mlp.branch(observation, actions, self.action, agent).squeeze(-1)
+        """Evaluate K actions per state, in the shapes of :meth:`AgentMLP.branch` without the outputs' axis."""
+        return self.mlp.branch(observation, actions, agent).squeeze(-1)
 
 
 class DiscreteQ(nn.Module):
@@ -146,13 +110,13 @@ class LinearMixer(nn.Module):
     def __init__(self, state: int, agents: int, hidden: int = 64) -> None:
         super().__init__()
         self.agents = agents
-        self.trunk = nn.Linear(state, hidden)
-        self.heads = nn.Linear(hidden, agents + 1)
+        self.trunk = Linear(state, hidden)
+        self.heads = Linear(hidden, agents + 1)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``state`` [B, S] -> (w [B, N], b [B])."""
+        """Map ``state`` [R, B, S] -> (w [R, B, N], b [R, B])."""
         heads = self.heads(F.relu(self.trunk(state)))
-        return heads[:, : self.agents].abs(), heads[:, self.agents]
+        return heads[..., : self.agents].abs(), heads[..., self.agents]
 
 
 class VdnMixer(nn.Module):
@@ -163,8 +127,8 @@ class VdnMixer(nn.Module):
         self.agents = agents
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``state`` [B, S] -> (ones [B, N], zeros [B])."""
-        return state.new_ones(len(state), self.agents), state.new_zeros(len(state))
+        """Map ``state`` [R, B, S] -> (ones [R, B, N], zeros [R, B])."""
+        return state.new_ones(*state.shape[:-1], self.agents), state.new_zeros(state.shape[:-1])
 
 
 class QmixMixer(nn.Module):
@@ -176,21 +140,21 @@ class QmixMixer(nn.Module):
     def __init__(self, state: int, agents: int, hidden: int = 64, embed: int = 32) -> None:
         super().__init__()
         self.agents, self.embed = agents, embed
-        self.w1 = nn.Sequential(nn.Linear(state, hidden), nn.ReLU(), nn.Linear(hidden, agents * embed))
-        self.b1 = nn.Linear(state, embed)
-        self.w2 = nn.Sequential(nn.Linear(state, hidden), nn.ReLU(), nn.Linear(hidden, embed))
-        self.b2 = nn.Sequential(nn.Linear(state, embed), nn.ReLU(), nn.Linear(embed, 1))
+        self.w1 = nn.Sequential(Linear(state, hidden), nn.ReLU(), Linear(hidden, agents * embed))
+        self.b1 = Linear(state, embed)
+        self.w2 = nn.Sequential(Linear(state, hidden), nn.ReLU(), Linear(hidden, embed))
+        self.b2 = nn.Sequential(Linear(state, embed), nn.ReLU(), Linear(embed, 1))
 
     def total(self, values: Tensor, state: Tensor) -> Tensor:
-        """Map ``values`` [B, N], ``state`` [B, S] -> Q_tot [B]."""
-        w1 = self.w1(state).abs().view(-1, self.agents, self.embed)
-        hidden = F.elu(torch.einsum("bn,bne->be", values, w1) + self.b1(state))
+        """Map ``values`` [R, B, N], ``state`` [R, B, S] -> Q_tot [R, B]."""
+        w1 = self.w1(state).abs().unflatten(-1, (self.agents, self.embed))
+        hidden = elu((values.unsqueeze(-1) * w1).sum(-2) + self.b1(state))
         total: Tensor = (hidden * self.w2(state).abs()).sum(-1) + self.b2(state).squeeze(-1)
         return total
 
 
 def total_value(mixer: nn.Module, values: Tensor, state: Tensor) -> Tensor:
-    """Return ``Q_tot`` [B] of agent values [B, N] under any mixer."""
+    """Return ``Q_tot`` [R, B] of agent values [R, B, N] under any mixer."""
     if isinstance(mixer, QmixMixer):
         return mixer.total(values, state)
     weights, bias = mixer(state)
@@ -232,17 +196,17 @@ class DivergenceMixer(nn.Module):
     def __init__(self, state: int, agents: int, hidden: int = 64) -> None:
         super().__init__()
         self.agents = agents
-        self.trunk = nn.Linear(state, hidden)
-        self.heads = nn.Linear(hidden, agents * agents + agents)
+        self.trunk = Linear(state, hidden)
+        self.heads = Linear(hidden, agents * agents + agents)
         self.eye: Tensor
         self.register_buffer("eye", torch.eye(agents), persistent=False)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``state`` [B, S] -> (w [B, N(k), N(j)], b [B, N(k)])."""
+        """Map ``state`` [R, B, S] -> (w [R, B, N(k), N(j)], b [R, B, N(k)])."""
         n = self.agents
         heads = self.heads(F.relu(self.trunk(state)))
-        free = heads[:, : n * n].abs().view(-1, n, n)
-        return free * (1.0 - self.eye) + self.eye, heads[:, n * n :]
+        free = heads[..., : n * n].abs().unflatten(-1, (n, n))
+        return free * (1.0 - self.eye) + self.eye, heads[..., n * n :]
 
 
 class IdentityDivergenceMixer(nn.Module):
@@ -254,20 +218,36 @@ class IdentityDivergenceMixer(nn.Module):
         self.register_buffer("eye", torch.eye(agents), persistent=False)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``state`` [B, S] -> (w [B, N(k), N(j)], b [B, N(k)])."""
-        batch, n = state.shape[0], self.eye.shape[0]
-        return self.eye.expand(batch, n, n), state.new_zeros(batch, n)
+        """Map ``state`` [R, B, S] -> (w [R, B, N, N], b [R, B, N])."""
+        n = len(self.eye)
+        return self.eye.expand(*state.shape[:-1], n, n), state.new_zeros(*state.shape[:-1], n)
 
 
 class NetworkFactory:
     """Factory of the networks of one team. The oracles of the tests replace it by a tabular one.
 
-    The order of calls decides which random numbers a network starts from: an algorithm must make the networks that
-    its variants share first.
+    Without ``seeds`` its networks are those of one run, as a policy is exported. With them they are those of R
+    runs, stacked: run r starts from the random numbers of ``seeds[r]``, whatever its company. The order of calls
+    decides which of them a network starts from: an algorithm must make the networks that its variants share
+    first.
     """
 
-    def __init__(self, spec: TeamSpec, hidden: int = 256) -> None:
+    def __init__(self, spec: TeamSpec, hidden: int = 256, seeds: Sequence[int] | None = None) -> None:
         self.spec, self.hidden = spec, hidden
+        self.seeds = None if seeds is None else tuple(seeds)
+        self._random_states = [torch.Generator().manual_seed(seed).get_state() for seed in seeds or ()]
+
+    def make(self, build: Callable[[], M]) -> M:
+        """Call ``build``, once for each run, with its random numbers, and stack the modules."""
+        if self.seeds is None:
+            return build()
+        modules = []
+        with torch.random.fork_rng(devices=[]):
+            for run, state in enumerate(self._random_states):
+                torch.set_rng_state(state)
+                modules.append(build())
+                self._random_states[run] = torch.get_rng_state()
+        return stack(modules)
 
     def _sizes(self) -> tuple[int, int, int, int]:
         spec = self.spec
@@ -276,31 +256,33 @@ class NetworkFactory:
     def actor(self) -> nn.Module:
         """Make a policy for the team's kind of actions."""
         kind = GaussianActor if self.spec.action_kind == "continuous" else CategoricalActor
-        return kind(*self._sizes())
+        return self.make(lambda: kind(*self._sizes()))
 
     def q(self) -> nn.Module:
         """Make critics Q_i for the team's kind of actions."""
         kind = ContinuousQ if self.spec.action_kind == "continuous" else DiscreteQ
-        return kind(*self._sizes())
+        return self.make(lambda: kind(*self._sizes()))
 
     def v(self) -> nn.Module:
         """Make state values V_i."""
-        return StateValue(self.spec.observation_size, len(self.spec.agents), self.hidden)
+        spec = self.spec
+        return self.make(lambda: StateValue(spec.observation_size, len(spec.agents), self.hidden))
 
     def mixer(self, hidden: int, kind: str = "linear") -> nn.Module:
         """Make a mixer: ``linear``, ``vdn`` or ``qmix``."""
-        agents = len(self.spec.agents)
+        agents, state = len(self.spec.agents), self.spec.state_size
         if kind == "vdn":
             return VdnMixer(agents)
         if kind == "qmix":
-            return QmixMixer(self.spec.state_size, agents, hidden)
-        return LinearMixer(self.spec.state_size, agents, hidden)
+            return self.make(lambda: QmixMixer(state, agents, hidden))
+        return self.make(lambda: LinearMixer(state, agents, hidden))
 
     def divergence_mixer(self, kind: str, hidden: int) -> nn.Module:
         """Make a divergence mixer: ``learned`` or ``identity``."""
+        agents, state = len(self.spec.agents), self.spec.state_size
         if kind == "identity":
-            return IdentityDivergenceMixer(len(self.spec.agents))
-        return DivergenceMixer(self.spec.state_size, len(self.spec.agents), hidden)
+            return IdentityDivergenceMixer(agents)
+        return self.make(lambda: DivergenceMixer(state, agents, hidden))
 
 
 def masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:

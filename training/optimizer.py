@@ -1,8 +1,8 @@
-"""One gradient step on several losses at once, and the averages that follow it.
+"""One gradient step on many losses of R runs at once, and the averages that follow it.
 
-The losses of these algorithms share no parameters (targets and weights are detached), so one backward pass of
-their sum and one optimiser over parameter groups do what an optimiser per network would, in a fraction of the
-calls.
+The losses of different groups send no gradient into each other (targets and weights are detached), so one backward
+pass of their sum and one Adam over parameter groups do what an optimiser per network and run would, in a fraction
+of the calls.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omcda_deploy.training.distributions import polyak
+from omcda_deploy.training.fleet import load_run_states, run_state
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ALIGNMENT = 64  # numbers
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are clipped together and share a learning rate."""
+    """Parameters [R, ...] that are clipped together, run by run, and share a learning rate."""
 
     parameters: list[nn.Parameter]
     lr: float
@@ -35,7 +39,7 @@ def parameters_of(*modules: nn.Module) -> list[nn.Parameter]:
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Freeze the modules' parameters inside the block; gradients still flow to their inputs.
 
-    A policy's loss that climbs a critic must not train the critic.
+    For a policy's loss that climbs a critic it must not train.
     """
     parameters = [p for p in parameters_of(*modules) if p.requires_grad]
     for parameter in parameters:
@@ -53,9 +57,11 @@ def loss_metrics(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class JointOptimizer:
-    """Adam over groups, gradient norms clipped per group, then Polyak averages ``(average, source)``.
+    """Adam over groups, gradient norms clipped per group and run, then Polyak averages ``(average, source)``.
 
-    It owns the training state of ``modules`` (by the name of their entry in a checkpoint) beside its own.
+    The parameters of a group become views of one matrix [R, P], so that a step costs a few calls per group however
+    many runs and networks there are. It owns the training state of ``modules`` (by the name of their entry in a
+    checkpoint) beside its own.
     """
 
     def __init__(
@@ -68,34 +74,118 @@ class JointOptimizer:
         tau: float = 0.005,
     ) -> None:
         # A module without parameters (the identity mixer, a tabular stand-in) makes an empty group.
-        self._groups = [group.parameters for group in groups if group.parameters]
+        self._groups = [group for group in groups if group.parameters]
         self._grad_clip, self._tau = grad_clip, tau
         self._modules = dict(modules)
-        self.adam = torch.optim.Adam(
-            [{"params": group.parameters, "lr": group.lr} for group in groups if group.parameters],
+        self._matrices = [_matrix(group.parameters) for group in self._groups]
+        self._gradients = [
+            _views(matrix.grad, group.parameters)
+            for matrix, group in zip(self._matrices, self._groups, strict=True)
+        ]
+        self._adam = torch.optim.Adam(
+            [
+                {"params": [matrix], "lr": group.lr}
+                for matrix, group in zip(self._matrices, self._groups, strict=True)
+            ],
             fused=True,
         )
         self._averages: list[Tensor] = [p for average, _ in averages for p in average.parameters()]
         self._sources: list[Tensor] = [p for _, source in averages for p in source.parameters()]
 
     def descend(self, losses: Mapping[str, Tensor]) -> None:
-        """Take one gradient step on the sum of the losses, then update the averages."""
-        self.adam.zero_grad(set_to_none=True)
-        torch.stack(tuple(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        """Take one step on the sum of ``losses``, each [R]."""
         for group in self._groups:
-            nn.utils.clip_grad_norm_(group, self._grad_clip, foreach=True)
-        self.adam.step()
+            for parameter in group.parameters:
+                parameter.grad = None
+        torch.stack(tuple(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        for matrix, group, views in zip(self._matrices, self._groups, self._gradients, strict=True):
+            torch._foreach_copy_(
+                views,
+                [torch.zeros_like(p) if p.grad is None else p.grad for p in group.parameters],
+            )
+            gradient = matrix.grad
+            assert gradient is not None
+            norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+            gradient.mul_((self._grad_clip / (norm + 1e-6)).clamp_max(1.0))
+        self._adam.step()
         if self._averages:
-            polyak(self._averages, self._sources, self._tau)
+            with torch.no_grad():
+                torch._foreach_lerp_(self._averages, self._sources, self._tau)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of the modules by name, and Adam's as ``learner``."""
-        return {name: module.state_dict() for name, module in self._modules.items()} | {
-            "learner": self.adam.state_dict()
-        }
+    def state_dict(self, run: int) -> dict[str, Any]:
+        """Return one run's states of the modules by name, and Adam's as ``learner``.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; other entries of ``state`` are left alone."""
+        Adam's has the form of ``torch.optim.Adam`` over that run's own parameters.
+        """
+        state: dict[int, dict[str, Tensor]] = {}
+        param_groups = []
+        first = 0
+        for group, matrix in zip(self._groups, self._matrices, strict=True):
+            count = len(group.parameters)
+            param_groups.append({"params": list(range(first, first + count)), "lr": group.lr})
+            if moments := self._adam.state.get(matrix):
+                rows = {name: _pieces(moments[name][run], group.parameters) for name in _MOMENTS}
+                for index in range(count):
+                    state[first + index] = {
+                        "step": moments["step"].clone(),
+                        **{name: rows[name][index] for name in _MOMENTS},
+                    }
+            first += count
+        modules = {name: run_state(module, run) for name, module in self._modules.items()}
+        return modules | {"learner": {"state": state, "param_groups": param_groups}}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Load the states of all runs, in their order; other entries of the states are left alone."""
         for name, module in self._modules.items():
-            module.load_state_dict(state[name])
-        self.adam.load_state_dict(state["learner"])
+            load_run_states(module, [state[name] for state in states])
+        moments = [state["learner"]["state"] for state in states]
+        first = 0
+        for group, matrix in zip(self._groups, self._matrices, strict=True):
+            indices = range(first, first + len(group.parameters))
+            first += len(group.parameters)
+            if not moments[0]:
+                continue
+            self._adam.state[matrix] = {
+                "step": moments[0][indices[0]]["step"].clone().to(matrix.device),
+                **{name: self._rows(matrix, moments, indices, name) for name in _MOMENTS},
+            }
+
+    @staticmethod
+    def _rows(matrix: Tensor, moments: Sequence[Any], indices: Sequence[int], name: str) -> Tensor:
+        """Join each run's ``moments`` of the parameters at ``indices`` to a row of the matrix's length."""
+        rows = torch.stack(
+            [torch.cat([run[index][name].reshape(-1) for index in indices]) for run in moments]
+        )
+        return F.pad(rows, (0, matrix.shape[1] - rows.shape[1])).to(matrix.device)
+
+
+def _matrix(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """[R, P]: the parameters of each run one after another, then zeros; they become views of it."""
+    rows = torch.cat([p.detach().reshape(len(p), -1) for p in parameters], dim=1)
+    # Whole vectors of the processor: its arithmetic on the rest of a row rounds differently, and where that rest
+    # lies would depend on the number of runs.
+    matrix = nn.Parameter(F.pad(rows, (0, -rows.shape[1] % _ALIGNMENT)))
+    matrix.grad = torch.zeros_like(matrix)
+    for parameter, view in zip(parameters, _views(matrix.data, parameters), strict=True):
+        parameter.data = view
+    return matrix
+
+
+def _views(matrix: Tensor | None, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Parts of ``matrix`` [R, P] in the shapes of the parameters."""
+    assert matrix is not None
+    views, first = [], 0
+    for parameter in parameters:
+        width = parameter[0].numel()
+        views.append(matrix[:, first : first + width].view(parameter.shape))
+        first += width
+    return views
+
+
+def _pieces(row: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Split one run's row [P] of a matrix into values of the parameters' own shapes."""
+    widths = [parameter[0].numel() for parameter in parameters]
+    return [
+        piece.reshape(parameter.shape[1:]).clone()
+        for piece, parameter in zip(torch.split(row[: sum(widths)], widths), parameters, strict=True)
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -22,44 +22,118 @@ def _group() -> None:
 def train(
     task: Annotated[str, typer.Option(help="Task whose shapes are used.")] = "mamujoco/halfcheetah-6x1",
     algo: Annotated[list[str] | None, typer.Option(help="Algorithms; all when omitted. Repeatable.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Transitions of a batch.")] = 128,
+    hidden: Annotated[
+        list[int] | None, typer.Option(help="Hidden units; 64, 128 and 256 when omitted.")
+    ] = None,
+    runs: Annotated[
+        list[int] | None, typer.Option(min=1, help="Runs side by side; 1 and 5 when omitted.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Transitions of a batch.")] = 128,
     rounds: Annotated[
-        int, typer.Option(help="Alternating rounds of steps and of their matrix products alone.")
-    ] = 7,
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
+        int, typer.Option(min=1, help="Alternating rounds of steps and of their matrix products alone.")
+    ] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Measure milliseconds per training step beside its matrix products alone, in the same run."""
-    import dataclasses
-
+    """Measure CPU milliseconds per run and training step beside its matrix products alone, in the same run."""
     import torch
 
     from omcda_deploy import registry
     from omcda_deploy.files import write_json
     from omcda_deploy.play.measurements import machine
-    from omcda_deploy.training.benchmark import step_costs
+    from omcda_deploy.training.benchmark import Contender, step_costs
 
     torch.set_num_threads(threads)
     spec = registry.team_spec(task)
-    names = algo or [
-        name for name, module in registry.load_algorithms().items() if spec.action_kind in module.ACTIONS
-    ]
-    costs = step_costs(spec, names, batch_size=batch_size, rounds=rounds)
     table = Table(title=f"{task}, batch {batch_size}, {threads} thread(s), {machine()}", title_justify="left")
-    for column in ("algorithm", "ms per step", "products alone, ms", "ratio", "GFLOP"):
+    for column in (
+        "algorithm",
+        "hidden",
+        "runs",
+        "ms",
+        "products alone, ms",
+        "ratio",
+        "GFLOP",
+    ):
         table.add_column(column, justify="left" if column == "algorithm" else "right")
-    for cost in costs:
-        table.add_row(
-            cost.algorithm,
-            f"{cost.step_ms:.2f}",
-            f"{cost.products_ms:.2f}",
-            f"{cost.ratio:.2f}",
-            f"{cost.gflop:.2f}",
-        )
+    rows = []
+    for width in hidden or (64, 128, 256):
+        for name in algo or _algorithms(spec.action_kind):
+            contenders = [Contender(name, {"hidden": width}, count) for count in runs or (1, 5)]
+            for cost in step_costs(spec, contenders, batch_size=batch_size, rounds=rounds):
+                count = cost.contender.runs
+                figures = (cost.step_ms, cost.products_ms, cost.ratio, cost.gflop)
+                table.add_row(name, str(width), str(count), *(f"{figure:.2f}" for figure in figures))
+                names = ("step_ms", "products_ms", "ratio", "gflop")
+                rows.append(
+                    {
+                        "algorithm": name,
+                        "hidden": width,
+                        "runs": count,
+                        **dict(zip(names, figures, strict=True)),
+                    }
+                )
     console.print(table)
     if json_file:
-        rows = [{**dataclasses.asdict(cost), "ratio": cost.ratio} for cost in costs]
         write_json(json_file, {"task": task, "batch_size": batch_size, "threads": threads, "rows": rows})
+
+
+def _algorithms(kind: str) -> list[str]:
+    """List the algorithms that handle a kind of actions."""
+    from omcda_deploy import registry
+
+    return [name for name, module in registry.load_algorithms().items() if kind in module.ACTIONS]
+
+
+@app.command("comparison")
+def comparison(
+    hidden: Annotated[int, typer.Option(help="Hidden units.")] = 128,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Tasks; three of MuJoCo when omitted. Repeatable.")
+    ] = None,
+    datasets: Annotated[int, typer.Option(min=1, help="Datasets of each task.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each algorithm on each dataset.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps of each run.")] = 20_000,
+    runs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of measurement.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
+) -> None:
+    """Estimate what a comparison of all algorithms and OMCDA's three ablations costs to train on this machine."""
+    import torch
+
+    from omcda_deploy import registry
+    from omcda_deploy.files import write_json
+    from omcda_deploy.play.measurements import machine
+    from omcda_deploy.training.benchmark import Contender, step_costs
+
+    torch.set_num_threads(1)
+    tasks = task or ["mamujoco/hopper-3x1", "mamujoco/ant-2x4", "mamujoco/halfcheetah-6x1"]
+    hours: dict[str, list[float]] = {}
+    for name in tasks:
+        spec = registry.team_spec(name)
+        variants: list[tuple[str, dict[str, Any]]] = [(algo, {}) for algo in _algorithms(spec.action_kind)]
+        variants += [
+            ("omcda", {"allocation": "uniform"}),
+            ("omcda", {"allocation": "random"}),
+            ("omcda", {"decoupled": False}),
+        ]
+        for algo, settings in variants:
+            [cost] = step_costs(spec, [Contender(algo, {**settings, "hidden": hidden}, runs)], rounds=rounds)
+            label = str(Contender(algo, settings))
+            hours.setdefault(label, []).append(cost.step_ms * steps * seeds * datasets / 3.6e6)
+    size = f"{datasets} datasets of each task, {seeds} seeds, {steps} steps, hidden {hidden}"
+    table = Table(title=f"CPU-hours: {size}, {machine()}", title_justify="left")
+    table.add_column("algorithm")
+    for name in (*tasks, "together"):
+        table.add_column(name, justify="right")
+    for label, each in hours.items():
+        table.add_row(label, *(f"{value:.1f}" for value in (*each, sum(each))))
+    columns = [sum(column) for column in zip(*hours.values(), strict=True)]
+    total = sum(columns)
+    table.add_row("together", *(f"{value:.1f}" for value in (*columns, total)))
+    console.print(table)
+    if json_file:
+        write_json(json_file, {"tasks": tasks, "hidden": hidden, "hours": hours, "total_hours": total})
 
 
 @app.command("serve")

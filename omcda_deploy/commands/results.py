@@ -14,7 +14,10 @@ from omcda_deploy.commands.sweep import Address, EngineName, EngineOptions, engi
 def results(
     page: Annotated[Path, typer.Argument(help="A page's TOML file; the table is written beside it as .md.")],
     out: Annotated[Path, typer.Option(help="Folder for datasets, runs and bundles.")] = Path("results"),
-    jobs: Annotated[int, typer.Option(help="Runs at the same time; 0: one per core.")] = 0,
+    jobs: Annotated[
+        int,
+        typer.Option(help="Training processes at a time, up to five runs each; 0: one per core."),
+    ] = 0,
     engine: EngineName = "local",
     engine_option: EngineOptions = None,
     address: Address = None,

@@ -38,7 +38,10 @@ def engine_options(pairs: list[str] | None, address: str | None) -> dict[str, st
 def sweep(
     file: Annotated[Path, typer.Argument(help="A sweep file (TOML).")],
     out: Annotated[Path, typer.Option(help="Folder for the runs; runs already in it are continued.")],
-    jobs: Annotated[int, typer.Option(help="Runs at the same time, one thread each; 0: one per core.")] = 0,
+    jobs: Annotated[
+        int,
+        typer.Option(help="Training processes at a time, up to five runs each; 0: one per core."),
+    ] = 0,
     engine: EngineName = "local",
     engine_option: EngineOptions = None,
     address: Address = None,

@@ -33,6 +33,10 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of the weights and batches.")] = 0,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Several, as 0,1,2: trained side by side into OUT/seed0, OUT/seed1, …"),
+    ] = None,
     d_tot: Annotated[float | None, typer.Option(help="Total divergence budget in nats (omcda).")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the algorithm, name=value; repeatable.")
@@ -65,17 +69,20 @@ def train(
 
     with TrainingView() as view:
         if resume is not None:
-            _require_only(context, "resume", "dataset", "evaluate_every")
-            run = training.resume(resume, dataset, evaluate_every=evaluate_every, observer=view)
+            _require_only(context, "resume", "dataset", "evaluate_every", "seeds")
+            chosen = None if seeds is None else _numbers(seeds)
+            run = training.resume(resume, dataset, seeds=chosen, evaluate_every=evaluate_every, observer=view)
         elif dataset is None or out is None:
             raise ConfigError("expected a dataset and --out for a new run, or --resume RUN to continue one")
+        elif seeds is not None and seed:
+            raise ConfigError("expected --seed or --seeds, got both: leave one of them out")
         else:
             run = training.train(
                 dataset,
                 algo,
                 out,
                 steps=steps,
-                seed=seed,
+                seed=seed if seeds is None else _numbers(seeds),
                 settings=_settings(settings or [], d_tot),
                 task=task,
                 behavior={"steps": behavior_steps},
@@ -87,7 +94,20 @@ def train(
                 evaluate_every=evaluate_every,
                 observer=view,
             )
-    console.print(f"trained {run}: export it with  omcda-deploy export {run} --out BUNDLE", highlight=False)
+    which = (
+        f"it with  omcda-deploy export {run}"
+        if seeds is None
+        else f"one with  omcda-deploy export {run}/seed…"
+    )
+    console.print(f"trained {run}: export {which} --out BUNDLE", highlight=False)
+
+
+def _numbers(seeds: str) -> list[int]:
+    """Read the numbers of ``--seeds``."""
+    try:
+        return [int(number) for number in seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {seeds!r}") from None
 
 
 def _settings(pairs: list[str], d_tot: float | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Engines that run the jobs of a sweep: in processes of this machine, as a SLURM job array, or as Ray tasks.
 
-All of them call :func:`omcda_deploy.experiments.sweep.run_job`, so a job's results are the same to the last bit
+All of them call :func:`omcda_deploy.experiments.sweep.run_fleet`, so a job's results are the same to the last bit
 whichever engine runs it. Paths must mean the same on every machine. docs/sweeps.md says how each engine is used and
 what remains after a kill.
 """
@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias
 
 from omcda_deploy.errors import ConfigError, MissingExtraError, OmcdaError, UnknownNameError
 from omcda_deploy.experiments.observer import Observer
-from omcda_deploy.experiments.sweep import Job, run_job
+from omcda_deploy.experiments.sweep import Job, fleets_of, run_fleet
 
 Failure: TypeAlias = tuple[Job, str]  # and the reason
 
@@ -47,7 +47,7 @@ class Engine(Protocol):
     """Runs jobs."""
 
     def __call__(self, jobs: Sequence[Job], at_once: int, observer: Observer) -> list[Failure]:
-        """Run all jobs, ``at_once`` (0: as many as there are cores) together; return those that failed.
+        """Run all jobs in ``at_once`` processes (0: as many as there are cores); return those that failed.
 
         ``observer`` is told of each job that ends. Raises :class:`ConfigError` where the engine cannot be reached.
         """
@@ -99,43 +99,30 @@ def run_locally(
     jobs: Sequence[Job],
     at_once: int,
     observer: Observer,
-    run: Callable[[Job], None] = run_job,
+    run: Callable[[Sequence[Job]], list[str | None]] = run_fleet,
 ) -> list[Failure]:
     """Run jobs in processes of this machine, which end when this process does."""
+    at_once = at_once or os.cpu_count() or 1
     failures: list[Failure] = []
+    _report_finished(jobs, failures, observer)
 
-    def attempt(job: Job) -> None:
-        failure = None
-        try:
-            run(job)
-        except OmcdaError as error:
-            failure = error
-            failures.append((job, str(error)))
-        observer.ended(job.run, failure)
+    def attempt(fleet: Sequence[Job]) -> None:
+        _report(fleet, run(fleet), failures, observer)
 
-    with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:
-        list(pool.map(attempt, jobs))
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(attempt, fleets_of(jobs, at_once)))
     return failures
 
 
-def attempt_job(job: Job) -> str | None:
-    """Run a job on another machine; return the reason of a failure as text, which every machine can read."""
-    try:
-        run_job(job)
-    except OmcdaError as error:
-        return str(error)
-    return None
-
-
 class ResumableAttempt:
-    """:func:`attempt_job` as submitit calls it: stopped at its time limit, the job is queued again and resumes."""
+    """:func:`run_fleet` as submitit calls it: stopped at its time limit, the jobs are queued again and resume."""
 
-    def __call__(self, job: Job) -> str | None:
-        return attempt_job(job)
+    def __call__(self, jobs: Sequence[Job]) -> list[str | None]:
+        return run_fleet(jobs)
 
-    def checkpoint(self, job: Job) -> Any:
+    def checkpoint(self, jobs: Sequence[Job]) -> Any:
         """Return the submission that is queued again."""
-        return _import_submitit().helpers.DelayedSubmission(self, job)
+        return _import_submitit().helpers.DelayedSubmission(self, jobs)
 
 
 @dataclass(frozen=True)
@@ -150,30 +137,24 @@ class SlurmEngine:
         """Submit the unfinished jobs and wait for them; ``at_once`` 0 leaves their number to SLURM."""
         submitit = _import_submitit()
         failures: list[Failure] = []
-        waiting = []
-        for job in jobs:
-            if job.finished:
-                _report(job, None, failures, observer)
-            else:
-                waiting.append(job)
+        _report_finished(jobs, failures, observer)
+        waiting = fleets_of(jobs, at_once or 1)
         if not waiting:
             return failures
         executor = submitit.AutoExecutor(
             folder=self.folder / "%j", cluster=self.cluster, slurm_max_num_timeout=REQUEUES
         )
         executor.update_parameters(**self.parameters(at_once))
-        submissions = executor.map_array(ResumableAttempt(), [job.absolute() for job in waiting])
-        job_of = {submission.job_id: job for submission, job in zip(submissions, waiting, strict=True)}
+        submissions = executor.map_array(ResumableAttempt(), [_absolute(fleet) for fleet in waiting])
+        fleet_of = {submission.job_id: fleet for submission, fleet in zip(submissions, waiting, strict=True)}
         for submission in submitit.helpers.as_completed(submissions, poll_frequency=1):
-            job = job_of[submission.job_id]
+            fleet = fleet_of[submission.job_id]
             try:
-                reason = submission.result()
+                reasons = submission.result()
             except submitit.core.utils.UncompletedJobError as error:
-                reason = (
-                    f"{job.run}: job {submission.job_id} ended without a result: {_first_line(error)} "
-                    f"(all of it in {self.folder})"
-                )
-            _report(job, reason, failures, observer)
+                end = f"job {submission.job_id} ended without a result: {_first_line(error)}"
+                reasons = _lost(fleet, f"{end} (all of it in {self.folder})")
+            _report(fleet, reasons, failures, observer)
         return failures
 
     def parameters(self, at_once: int) -> dict[str, Any]:
@@ -200,21 +181,22 @@ class RayEngine:
     def __call__(self, jobs: Sequence[Job], at_once: int, observer: Observer) -> list[Failure]:
         """Run all jobs; one whose worker or machine dies is tried again, elsewhere if need be, and resumes."""
         failures: list[Failure] = []
-        waiting, running = deque(jobs), dict[Any, Job]()
+        _report_finished(jobs, failures, observer)
+        waiting, running = deque(fleets_of(jobs, at_once or 1)), dict[Any, list[Job]]()
         with _ray_cluster(self.address, at_once) as ray:
             # An error of training is a result like any other: only what Ray itself lost is tried again.
-            task = ray.remote(num_cpus=1, max_retries=RETRIES)(attempt_job)
+            task = ray.remote(num_cpus=1, max_retries=RETRIES)(run_fleet)
             while waiting or running:
                 while waiting and not (at_once and len(running) >= at_once):
-                    job = waiting.popleft()
-                    running[task.options(name=str(job.run)).remote(job.absolute())] = job
+                    fleet = waiting.popleft()
+                    running[task.options(name=str(fleet[0].run)).remote(_absolute(fleet))] = fleet
                 (ended, *_), _ = ray.wait(list(running), num_returns=1)
-                job = running.pop(ended)
+                fleet = running.pop(ended)
                 try:
-                    reason = ray.get(ended)
+                    reasons = ray.get(ended)
                 except ray.exceptions.RayError as error:
-                    reason = f"{job.run}: Ray lost the task: {_first_line(error)}"
-                _report(job, reason, failures, observer)
+                    reasons = _lost(fleet, f"Ray lost the task: {_first_line(error)}")
+                _report(fleet, reasons, failures, observer)
         return failures
 
 
@@ -243,10 +225,27 @@ def _ray_cluster(address: str | None, at_once: int) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _report(job: Job, reason: str | None, failures: list[Failure], observer: Observer) -> None:
-    if reason is not None:
-        failures.append((job, reason))
-    observer.ended(job.run, None if reason is None else OmcdaError(reason))
+def _absolute(jobs: Sequence[Job]) -> list[Job]:
+    return [job.absolute() for job in jobs]
+
+
+def _lost(jobs: Sequence[Job], end: str) -> list[str | None]:
+    """Return the reasons of jobs whose process ended without telling any."""
+    return [None if job.finished else f"{job.run}: {end}" for job in jobs]
+
+
+def _report_finished(jobs: Sequence[Job], failures: list[Failure], observer: Observer) -> None:
+    finished = [job for job in jobs if job.finished]
+    _report(finished, [None] * len(finished), failures, observer)
+
+
+def _report(
+    jobs: Sequence[Job], reasons: Sequence[str | None], failures: list[Failure], observer: Observer
+) -> None:
+    for job, reason in zip(jobs, reasons, strict=True):
+        if reason is not None:
+            failures.append((job, reason))
+        observer.ended(job.run, None if reason is None else OmcdaError(reason))
 
 
 def _first_line(error: Exception) -> str:

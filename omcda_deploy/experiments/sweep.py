@@ -10,7 +10,8 @@ A sweep is a TOML file::
     [grid.omcda]                 # every combination of these, for this algorithm
     d_tot = [0.3, 1.2, 3.0]
 
-Each run lies in ``OUT/<dataset>/<algorithm>-<settings>/seed<seed>``. A finished run is not repeated, a killed one
+Each run lies in ``OUT/<dataset>/<algorithm>-<settings>/seed<seed>``; the seeds of a row are trained side by side,
+several to a process, with the bits that they would have alone. A finished run is not repeated, a killed one
 is resumed from its checkpoint, and a failed one is tried again by the next call.
 :mod:`omcda_deploy.experiments.engines` runs the jobs, here or on a cluster.
 """
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from omcda_deploy.spec import TeamSpec
     from omcda_deploy.training.request import ResolvedRun, TrainRequest
     from omcda_deploy.training.run_folder import RunConfig
+
+
+FLEET = 5  # most runs to a process: more gain little, and their metrics come late
 
 
 @dataclass(frozen=True)
@@ -245,33 +249,74 @@ def _compared(
             yield name, settings[name], expected
 
 
-def run_job(job: Job) -> None:
-    """Start, resume or skip one job, so that it is finished. Every engine calls this function, on some machine.
+def fleets_of(jobs: Sequence[Job], at_once: int) -> list[list[Job]]:
+    """Group the unfinished jobs whose runs can be trained side by side: the seeds of one row of the sweep.
 
-    Training runs in a process of its own, which ends when this one does. Raises :class:`OmcdaError` when training
-    fails; its output is in ``<run>.log``.
+    A group is for one process. It has at most five jobs, and fewer where ``at_once`` processes would be left idle.
+    """
+    rows: dict[Job, list[Job]] = {}
+    for job in jobs:
+        if not job.finished:
+            rows.setdefault(replace(job, seed=0, run=job.run.parent), []).append(job)
+    size = min(FLEET, -(-sum(map(len, rows.values())) // at_once))
+    return [row[first : first + size] for row in rows.values() for first in range(0, len(row), size)]
+
+
+def run_fleet(jobs: Sequence[Job]) -> list[str | None]:
+    """Start, resume or skip a group of :func:`fleets_of`; return per job the reason of its failure, None without.
+
+    Every engine calls this function, on some machine. Training runs in a process of its own, which ends when this
+    one does; its output is in ``seed<seeds>.log`` beside the run folders.
     """
     from omcda_deploy.training.run_folder import read_config
 
-    if job.finished:
-        return
-    if (job.run / "config.json").exists():
-        with _naming(job):
-            _require_same_request(job, read_config(job.run))
-        arguments: list[object] = ["train", "--resume", job.run]
-    else:
+    reasons: dict[Job, str] = {}
+    begun, new = [], []
+    for job in jobs:
+        if job.finished:
+            continue
+        if not (job.run / "config.json").exists():
+            new.append(job)
+            continue
+        try:
+            with _naming(job):
+                _require_same_request(job, read_config(job.run))
+        except OmcdaError as error:
+            reasons[job] = str(error)
+        else:
+            begun.append(job)
+    if begun:
+        reasons |= _train(begun, ["--resume", begun[0].run.parent])
+    if new:
+        job = new[0]
         settings = [part for key, value in job.settings for part in ("--set", f"{key}={value}")]
-        arguments = [
-            *("train", job.dataset, "--algo", job.algorithm, "--seed", job.seed, "--steps", job.steps),
-            *("--snapshot-every", job.snapshot_every, "--out", job.run, *settings),
-        ]
-    job.run.parent.mkdir(parents=True, exist_ok=True)
-    log = job.run.with_name(job.run.name + ".log")
-    command = [sys.executable, "-m", "omcda_deploy.cli", *map(str, arguments)]
+        words = (job.dataset, "--algo", job.algorithm, "--steps", job.steps)
+        every = ("--snapshot-every", job.snapshot_every)
+        reasons |= _train(new, [*words, *every, "--out", job.run.parent, *settings])
+    return [reasons.get(job) for job in jobs]
+
+
+def _train(jobs: Sequence[Job], words: Sequence[object]) -> dict[Job, str]:
+    """Call ``train`` with ``words`` for the seeds of ``jobs``; return the reasons of those that failed."""
+    seeds = [str(job.seed) for job in jobs]
+    folder = jobs[0].run.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"seed{'-'.join(seeds)}.log"
+    command = [
+        sys.executable,
+        "-m",
+        "omcda_deploy.cli",
+        "train",
+        *map(str, words),
+        "--seeds",
+        ",".join(seeds),
+    ]
     with log.open("a") as output:
         process = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env=child_environment(OMP_NUM_THREADS="1")
         )
-    if process.returncode:
-        last = (log.read_text().splitlines() or ["no output"])[-1]
-        raise OmcdaError(f"{job.run} stopped with status {process.returncode}: {last} (all of it in {log})")
+    if not process.returncode:
+        return {}
+    last = (log.read_text().splitlines() or ["no output"])[-1]
+    end = f"stopped with status {process.returncode}: {last} (all of it in {log})"
+    return {job: f"{job.run} {end}" for job in jobs if not job.finished}

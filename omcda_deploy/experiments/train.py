@@ -1,8 +1,9 @@
-"""Training of one run, as a function for notebooks and for the command."""
+"""Training of a run, or of a run per seed, as functions for notebooks and for the command."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ def train(
     out: str | Path,
     *,
     steps: int,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     settings: Mapping[str, Any] | None = None,
     task: str | None = None,
     behavior: Mapping[str, Any] | None = None,
@@ -35,11 +36,13 @@ def train(
 ) -> Path:
     """Train ``algorithm`` on ``dataset`` for ``steps`` gradient steps; return the run folder ``out``.
 
-    ``settings`` are those of the algorithm and override the recipe of the dataset's task; ``task`` names it where
-    a dataset file does not. ``behavior`` are settings of cloning, such as ``{"steps": 2000}``. ``device`` is cpu,
-    cuda or cuda:N. With ``time_limit_is_terminal`` time limits count as ends, as in published code. Metrics are
-    logged, states saved, policies kept and kept policies evaluated every so many steps; by default policies are
-    kept as often as they are evaluated, else every 5000 steps, and never evaluated.
+    Several seeds are trained side by side, each into a run folder ``out/seed<seed>`` with the bits that it would
+    have alone, at a fraction of the cost (docs/training-speed.md). ``settings`` are those of the algorithm and
+    override the recipe of the dataset's task; ``task`` names it where a dataset file does not. ``behavior`` are
+    settings of cloning, such as ``{"steps": 2000}``. ``device`` is cpu, cuda or cuda:N. With
+    ``time_limit_is_terminal`` time limits count as ends, as in published code. Metrics are logged, states saved,
+    policies kept and kept policies evaluated every so many steps; by default policies are kept as often as they
+    are evaluated, else every 5000 steps, and never evaluated.
 
     Raises :class:`UnknownNameError` and :class:`ConfigError`, before the dataset is read, for names and numbers and
     where ``out`` exists; :class:`DatasetError` for the dataset; :class:`ContractError` where the algorithm does not
@@ -48,10 +51,11 @@ def train(
     from omcda_deploy.training import loop
     from omcda_deploy.training.request import TrainRequest
 
+    seeds = [seed] if isinstance(seed, int) else _distinct(seed)
     request = TrainRequest(
         algorithm=algorithm,
         steps=steps,
-        seed=seed,
+        seed=seeds[0],
         settings=settings or {},
         behavior=behavior or {},
         device=device,
@@ -62,39 +66,68 @@ def train(
         snapshot_every=snapshot_every,
         evaluate_every=evaluate_every,
     )
-    request.check()
-    run = Path(out)
-    loop.require_new(run)
+    out = Path(out)
+    requests = [replace(request, seed=number) for number in seeds]
+    runs = [out] if isinstance(seed, int) else [_run_of(out, number) for number in seeds]
+    for request, run in zip(requests, runs, strict=True):
+        request.check()
+        loop.require_new(run)
     path = "" if isinstance(dataset, Dataset) else str(dataset)
-    loop.train(_dataset(dataset, task), request, run, dataset_path=path, observer=observer)
-    return run
+    plans = list(zip(requests, runs, strict=True))
+    loop.train_fleet(_dataset(dataset, task), plans, dataset_path=path, observer=observer)
+    return out
 
 
 def resume(
     run: str | Path,
     dataset: Dataset | str | Path | None = None,
     *,
+    seeds: Sequence[int] | None = None,
     evaluate_every: int | None = None,
     observer: TrainObserver | None = None,
 ) -> Path:
-    """Take a run that was stopped or killed to its last step; return its folder.
+    """Take a run that was stopped or killed, or a folder of runs per seed, to the last step; return the folder.
 
-    ``dataset`` is needed only where the file has moved or the run began with a :class:`Dataset`. Raises
-    :class:`ConfigError` for a folder that is no run, and for another dataset.
+    ``seeds`` choose runs ``run/seed<seed>`` of such a folder, all by default. ``dataset`` is needed only where the
+    file has moved or the run began with a :class:`Dataset`. Raises :class:`ConfigError` for a folder that is no
+    run, and for another dataset.
     """
     from omcda_deploy.training import loop
     from omcda_deploy.training.request import check_evaluation
     from omcda_deploy.training.run_folder import read_config
 
     run = Path(run)
-    config = read_config(run)
-    check_evaluation(evaluate_every, config.snapshot_every)
+    runs = _runs_in(run, seeds)
+    configs = [read_config(member) for member in runs]
+    for config in configs:
+        check_evaluation(evaluate_every, config.snapshot_every)
+    loop.require_one_fleet(configs, runs)
+    config = configs[0]
     if dataset is None:
         if not config.dataset:
-            raise ConfigError(f"{run} did not begin with a dataset file: expected its dataset, got none")
+            raise ConfigError(f"{runs[0]} did not begin with a dataset file: expected its dataset, got none")
         dataset = config.dataset
-    loop.resume(_dataset(dataset, config.spec.task), run, evaluate_every=evaluate_every, observer=observer)
+    data = _dataset(dataset, config.spec.task)
+    loop.resume_fleet(data, runs, evaluate_every=evaluate_every, observer=observer)
     return run
+
+
+def _run_of(out: Path, seed: int) -> Path:
+    return out / f"seed{seed}"
+
+
+def _runs_in(folder: Path, seeds: Sequence[int] | None) -> list[Path]:
+    """List the folder itself where it is a run, else those of ``seeds``, or all of its runs per seed."""
+    if seeds is not None:
+        return [_run_of(folder, seed) for seed in _distinct(seeds)]
+    runs = sorted(path.parent for path in folder.glob("seed*/config.json"))
+    return runs if runs and not (folder / "config.json").exists() else [folder]
+
+
+def _distinct(seeds: Sequence[int]) -> Sequence[int]:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"seeds: expected one or more numbers, each once, got {list(seeds)}")
+    return seeds
 
 
 def _dataset(dataset: Dataset | str | Path, task: str | None) -> Dataset:

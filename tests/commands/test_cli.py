@@ -194,6 +194,13 @@ CASES: list[Case] = [
     ("train data.hdf5", "expected a dataset and --out for a new run, or --resume RUN"),
     ("train --out new", "expected a dataset and --out for a new run, or --resume RUN"),
     (f"collect {HOPPER} --transitions 0 --out new.hdf5", "transitions of at least 1"),
+    ("train data.hdf5 --seeds 0,x --out new", "--seeds: expected numbers such as 0,1,2, got '0,x'"),
+    (
+        "train data.hdf5 --seeds 0,0 --out new",
+        r"seeds: expected one or more numbers, each once, got \[0, 0\]",
+    ),
+    ("train data.hdf5 --seeds 0,1 --seed 2 --out new", "expected --seed or --seeds, got both"),
+    ("train data.hdf5 --seeds 0,-1 --out new", "seed: expected 0 to 4294967295, got -1"),
     (f"collect {HOPPER} --seed -1 --out new.hdf5", "seed of at least 0"),
     (
         "merge data.hdf5 data.hdf5 --out new.hdf5",
@@ -340,6 +347,11 @@ def test_train_export_and_resume_where_the_data_moved(
     assert run(monkeypatch, "train", "--resume", "run") == 2
     assert run(monkeypatch, "train", "moved.hdf5", "--resume", "run") == 0
     assert run(monkeypatch, "export", "run", "--out", "bundle") == 0
+    assert run(monkeypatch, "train", "moved.hdf5", *TINY, "--seeds", "0,3", "--out", "runs") == 0
+    assert "export one with  omcda-deploy export runs/seed" in capsys.readouterr().out
+    assert Path("runs/seed0/metrics.jsonl").read_text() == Path("run/metrics.jsonl").read_text()
+    assert run(monkeypatch, "train", "moved.hdf5", "--resume", "runs", "--seeds", "3") == 0
+    assert run(monkeypatch, "train", "moved.hdf5", "--resume", "runs", "--seeds", "4") == 2
     bundle = read_bundle("bundle")
     assert bundle.manifest["training"]["algorithm"] == "omcda"
     assert bundle.manifest["training"]["step"] == 10

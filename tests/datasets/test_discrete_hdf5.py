@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
@@ -278,16 +279,15 @@ def test_a_recorded_game_is_its_behaviour(recorded: Path) -> None:
 
 def test_batches_carry_the_masks_of_both_rows(recorded: Path) -> None:
     dataset = read(recorded)
-    sampler = TransitionSampler(dataset, 64, seed=0)
-    positions = np.arange(len(sampler))
-    batch = sampler.gather(positions)
+    sampler = TransitionSampler(dataset, 64, seeds=[0])
+    batch = sampler.gather(torch.arange(len(sampler)).unsqueeze(0))  # of one run
     masks, t = dataset.action_masks, dataset.transitions
     assert masks is not None
     assert batch.mask is not None
     assert batch.next_mask is not None
-    np.testing.assert_array_equal(batch.mask.numpy(), masks[t])
-    np.testing.assert_array_equal(batch.next_mask.numpy(), masks[t + 1])
-    np.testing.assert_array_equal(batch.action.numpy(), dataset.actions[t])
+    np.testing.assert_array_equal(batch.mask[0].numpy(), masks[t])
+    np.testing.assert_array_equal(batch.next_mask[0].numpy(), masks[t + 1])
+    np.testing.assert_array_equal(batch.action[0].numpy(), dataset.actions[t])
     assert (batch.next_mask.sum(-1) > 0).all()  # behind the last transition of an episode too
 
 

@@ -97,7 +97,7 @@ def table(jobs: Sequence[Job]) -> str:
     lines = markdown(comparison, "Title", "command", "").splitlines()
     rows = [line.rsplit("|", 2)[0] for line in lines if line.startswith("|")]
     assert len(rows) == 3
-    assert "| 200 | 0, 1 |" in rows[2]
+    assert "| 200 | 0, 1, 2 |" in rows[2]
     return "\n".join(rows)
 
 
@@ -195,19 +195,19 @@ def test_the_array_asks_slurm_for_what_the_options_say(folder: Path, monkeypatch
     submitit: Any = engines._import_submitit()
     answers = {"7_0": None, "7_1": "diverged", "7_2": None, "7_3": None}
 
-    def result(submission: Any) -> str | None:
+    def result(submission: Any) -> list[str | None]:
         if submission.job_id == "7_3":
             raise submitit.core.utils.UncompletedJobError("Job 7_3 (task: 0) died\nwith much output")
-        return answers[submission.job_id]
+        return [answers[submission.job_id]]
 
     monkeypatch.setattr(submitit.slurm.slurm.SlurmJob, "done", lambda *_: True)
     monkeypatch.setattr(submitit.slurm.slurm.SlurmJob, "result", result)
     witness = Witness()
-    failures = engine(jobs, 3, witness)
+    failures = engine(jobs, 4, witness)  # so that each has a process
     lines = (folder / "script.sh").read_text().splitlines()
     for wanted in (
         *("--job-name=omcda-deploy", "--time=90", "--mem=2560MB", "--partition=cpu", "--account=lab"),
-        *("--constraint=avx2", "--cpus-per-task=1", "--ntasks-per-node=1", "--array=0-3%3"),
+        *("--constraint=avx2", "--cpus-per-task=1", "--ntasks-per-node=1", "--array=0-3%4"),
     ):
         assert f"#SBATCH {wanted}" in lines
     assert failures[0] == (jobs[1], "diverged")
@@ -221,7 +221,7 @@ def test_the_array_asks_slurm_for_what_the_options_say(folder: Path, monkeypatch
     assert len(pickles) == 4
     submission = submitit.core.utils.DelayedSubmission.load(pickles[0])
     (again,) = submission.args
-    assert again == jobs[0].absolute()
+    assert again == [jobs[0].absolute()]
     assert submission.function.checkpoint(again).args == (again,)  # what a time limit queues again
 
 
@@ -232,7 +232,7 @@ def test_the_array_asks_slurm_for_what_the_options_say(folder: Path, monkeypatch
 @needs_ray
 def test_all_engines_give_the_same_table(folder: Path) -> None:
     """Metrics, policies and training states are equal to the last bit, and so is the table of played bundles."""
-    jobs = {name: sweep(name, 200) for name in ("local", "slurm", "ray")}
+    jobs = {name: sweep(name, 200, 3) for name in ("local", "slurm", "ray")}  # two side by side, and one
     options = {"slurm": {"cluster": "local"}}
     for name, queue in jobs.items():
         check_jobs(queue)

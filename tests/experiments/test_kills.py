@@ -56,11 +56,11 @@ def test_a_killed_sweep_leaves_no_training(tmp_path: Path, number: signal.Signal
     cache_behavior(dataset)
     file = tmp_path / "sweep.toml"
     file.write_text(
-        f'datasets = ["{dataset}"]\nalgorithms = ["bc"]\nseeds = [0, 1]\nsteps = 1000000000\n'
+        f'datasets = ["{dataset}"]\nalgorithms = ["bc"]\nseeds = [0, 1, 2]\nsteps = 1000000000\n'
         "[grid.bc]\nhidden = [8]\nbatch_size = [8]\n"
     )
     words = ("sweep", file, "--out", tmp_path / "out", "--jobs", 2)
-    runs = [tmp_path / "out" / "a" / "bc-hidden=8-batch_size=8" / f"seed{seed}" for seed in (0, 1)]
+    runs = [tmp_path / "out" / "a" / "bc-hidden=8-batch_size=8" / f"seed{seed}" for seed in (0, 1, 2)]
 
     def trainings() -> int:
         return len(running(tmp_path, " train "))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -21,7 +21,7 @@ from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.engines import run_locally
 from omcda_deploy.experiments.observer import Observer
-from omcda_deploy.experiments.sweep import Job, Sweep, check_jobs, jobs_of, read_sweep, run_job
+from omcda_deploy.experiments.sweep import Job, Sweep, check_jobs, fleets_of, jobs_of, read_sweep, run_fleet
 from omcda_deploy.registry import team_spec
 from omcda_deploy.training.run_folder import RunConfig, read_config, write_config
 from tests.support.behavior_cache import cache_behavior
@@ -226,7 +226,7 @@ def test_every_job_runs_once_and_no_more_together_than_asked(file: Path, tmp_pat
     lock, running, most = threading.Lock(), 0, 0
     ended: list[Job] = []
 
-    def run(job: Job) -> None:
+    def run(fleet: Sequence[Job]) -> list[str | None]:
         nonlocal running, most
         with lock:
             running += 1
@@ -234,11 +234,30 @@ def test_every_job_runs_once_and_no_more_together_than_asked(file: Path, tmp_pat
         time.sleep(0.01)
         with lock:
             running -= 1
-            ended.append(job)
+            ended.extend(fleet)
+        return [None] * len(fleet)
 
     assert run_locally(jobs, 2, Observer(), run) == []
     assert most == 2
     assert len(ended) == len(set(ended)) == 20
+
+
+def test_seeds_of_a_row_share_a_process_and_no_process_is_idle(tmp_path: Path) -> None:
+    file = write_dataset(tmp_path / "a.hdf5", team_spec("mamujoco/hopper-3x1"), [40, 20])
+    sweep = Sweep([str(file)], ["bc", "omcda"], list(range(7)), 20, grid={"omcda": {"d_tot": [0.3, 1.2]}})
+    jobs = jobs_of(sweep, tmp_path)
+
+    def sizes(at_once: int) -> list[int]:
+        return sorted(map(len, fleets_of(jobs, at_once)), reverse=True)
+
+    assert sizes(1) == [5, 5, 5, 2, 2, 2]
+    assert sizes(7) == [3, 3, 3, 3, 3, 3, 1, 1, 1]
+    assert sizes(100) == [1] * 21
+    for fleet in fleets_of(jobs, 1):
+        assert len({(job.algorithm, job.settings, job.run.parent) for job in fleet}) == 1
+    assert sorted(job.run for fleet in fleets_of(jobs, 1) for job in fleet) == sorted(job.run for job in jobs)
+    finish(jobs[0])
+    assert jobs[0] not in [job for fleet in fleets_of(jobs, 1) for job in fleet]
 
 
 Answer = Callable[[list[str]], int]
@@ -267,10 +286,15 @@ def test_a_failing_run_is_reported_while_others_go_on(
 
     def train(command: list[str]) -> int:
         out = Path(command[command.index("--out") + 1])
-        if broken and out.name == "seed3" and "bc" in command and "/a/" in str(out):
-            return 1
-        finish(next(job for job in jobs if job.run == out))
-        return 0
+        seeds = command[command.index("--seeds") + 1].split(",")
+        status = 0
+        for job in jobs:
+            if job.run.parent == out and str(job.seed) in seeds:
+                if broken and job.seed == 3 and "bc" in command and "/a/" in str(out):
+                    status = 1
+                else:
+                    finish(job)
+        return status
 
     commands = answered(monkeypatch, train)
     monkeypatch.setattr(
@@ -279,13 +303,13 @@ def test_a_failing_run_is_reported_while_others_go_on(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert len(commands) == 20
+    assert len(commands) == 10  # two seeds each
     [unfinished] = [job for job in jobs if not job.finished]
     assert (unfinished.algorithm, unfinished.seed) == ("bc", 3)
     printed = capsys.readouterr().err
     assert "1 of 20 runs failed" in printed.splitlines()[-1]
     assert f"{unfinished.run} stopped with status 1: the last line" in printed.splitlines()[-1]
-    assert unfinished.run.with_name("seed3.log").read_text() == "a line\nthe last line\n"
+    assert unfinished.run.with_name("seed0-3.log").read_text() == "a line\nthe last line\n"
 
     broken = False
     commands.clear()
@@ -300,13 +324,13 @@ def test_a_run_is_trained_with_what_its_job_says(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = answered(monkeypatch, lambda command: 0)
-    job = jobs_of(read_sweep(file), tmp_path / "out")[-1]
-    run_job(job)
+    jobs = [jobs_of(read_sweep(file), tmp_path / "out")[k] for k in (9, 19)]
+    assert run_fleet(jobs) == [None, None]
     [command] = commands
     assert command[:3] == [sys.executable, "-m", "omcda_deploy.cli"]
     assert " ".join(command[3:]) == (
-        f"train {tmp_path}/b.hdf5 --algo omcda --seed 3 --steps 20 --snapshot-every 5000 --out {job.run} "
-        "--set d_tot=1.2 --set allocation=uniform"
+        f"train {tmp_path}/b.hdf5 --algo omcda --steps 20 --snapshot-every 5000 --out {jobs[0].run.parent} "
+        "--set d_tot=1.2 --set allocation=uniform --seeds 0,3"
     )
 
 
@@ -357,20 +381,23 @@ def test_a_killed_run_is_taken_up_again(
         return subprocess.CompletedProcess(command, process.exitcode)
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(OmcdaError, match="seed0 stopped with status -9"):
-        run_job(job)
+    [reason] = run_fleet([job])
+    assert re.search("seed0 stopped with status -9", str(reason))
     assert not job.finished
     begun = (job.run / "config.json").stat().st_mtime_ns
 
     kills = False
-    run_job(job)
+    assert run_fleet([job]) == [None]
     assert job.finished
-    assert commands[1][3:] == ["train", "--resume", str(job.run)]
+    assert commands[1][3:] == ["train", "--resume", str(job.run.parent), "--seeds", "0"]
     assert (job.run / "config.json").stat().st_mtime_ns == begun
 
-    run_job(job)
+    assert run_fleet([job]) == [None]
     assert len(commands) == 2
 
-    with pytest.raises(ConfigError, match="is a run of 300 steps, expected 400: sweep into another --out"):
-        run_job(replace(job, steps=400))
-    assert len(commands) == 2
+    other = replace(job, seed=1, run=job.run.with_name("seed1"))
+    reasons = run_fleet([replace(job, steps=400), other])  # its neighbour is trained
+    assert re.search("is a run of 300 steps, expected 400: sweep into another --out", str(reasons[0]))
+    assert reasons[1] is None
+    assert other.finished
+    assert len(commands) == 3

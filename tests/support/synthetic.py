@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from omcda_deploy.datasets import Episode
 from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.spec import ActionKind, ActionSpec, AgentSpec, TeamSpec
+from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.batches import Batch
-from omcda_deploy.training.loop import Algorithm, create_algorithm
+from omcda_deploy.training.distributions import Categorical, TanhGaussian, policy_of
+from omcda_deploy.training.losses import atanh_action
 from omcda_deploy.training.networks import NetworkFactory
 
 HIDDEN = 16
@@ -44,9 +48,9 @@ def spec_of(kind: ActionKind) -> TeamSpec:
 
 
 def random_batch(spec: TeamSpec, size: int = 32, seed: int = 0) -> Batch:
-    """Standard normal numbers; a fifth of the transitions are terminal, a tenth have no next action.
+    """Standard normal numbers for one run; a fifth of the transitions are terminal, a tenth have no next action.
 
-    Recorded choices are available ones.
+    Recorded choices are available ones; the behaviour policy is :func:`behavior_actor`.
     """
     generator = torch.Generator().manual_seed(seed)
     n, o, a = len(spec.agents), spec.observation_size, spec.action_size
@@ -68,7 +72,8 @@ def random_batch(spec: TeamSpec, size: int = 32, seed: int = 0) -> Batch:
         return scores.masked_fill(available == 0, -torch.inf).argmax(-1)
 
     action = actions(mask)
-    return Batch(
+    return with_behavior(
+        behavior_actor(spec),
         observation=normal(size, n, o),
         action=action,
         reward=normal(size),
@@ -83,6 +88,41 @@ def random_batch(spec: TeamSpec, size: int = 32, seed: int = 0) -> Batch:
     )
 
 
+def with_behavior(actor: nn.Module, **tensors: torch.Tensor | None) -> Batch:
+    """A batch of one run from fields without the axis of runs, with the behaviour policy's distributions."""
+    batch = Batch(**{k: None if values is None else values.unsqueeze(0) for k, values in tensors.items()})
+    with torch.no_grad():
+        batch.behavior = policy_of(actor, batch.observation, batch.mask)
+        batch.next_behavior = policy_of(actor, batch.next_observation, batch.next_mask)
+    if batch.mask is None:
+        batch.u, batch.log_jacobian = atanh_action(
+            batch.action
+        )  # as a sampler's, from a table of the dataset
+    return batch
+
+
+def stacked(*batches: Batch) -> Batch:
+    """Batches of single runs as the batch of a fleet."""
+
+    def join(name: str) -> Any:
+        values = [getattr(batch, name) for batch in batches]
+        if any(value is None for value in values):  # what a batch has not got, or not worked out yet
+            return None
+        if isinstance(values[0], (TanhGaussian, Categorical)):
+            kind = type(values[0])
+            return kind(*(torch.cat([getattr(v, f.name) for v in values]) for f in fields(kind)))
+        return torch.cat(values)
+
+    return Batch(**{name: join(name) for name in Batch.__annotations__})
+
+
+def behavior_actor(spec: TeamSpec, hidden: int = HIDDEN) -> nn.Module:
+    """A cloned policy as training gets it: of one run, frozen, the same for equal arguments."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234)
+        return NetworkFactory(spec, hidden).actor().requires_grad_(False)
+
+
 def make_learner(
     name: str,
     spec: TeamSpec,
@@ -91,13 +131,23 @@ def make_learner(
     seed: int = 0,
     steps: int = 1000,
 ) -> Algorithm:
-    """A learner with small networks; equal arguments give equal learners."""
+    """A learner of one run with small networks; equal arguments give equal learners."""
+    return make_fleet(name, spec, [settings or {}], seeds=[seed], steps=steps)
+
+
+def make_fleet(
+    name: str,
+    spec: TeamSpec,
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    seeds: Sequence[int],
+    steps: int = 1000,
+) -> Algorithm:
+    """As :func:`make_learner`, of one run per seed."""
     torch.set_num_threads(1)
-    torch.manual_seed(1234)
-    behavior = NetworkFactory(spec, HIDDEN).actor()
-    return create_algorithm(
-        name, spec, behavior, settings={"hidden": HIDDEN, **(settings or {})}, steps=steps, seed=seed
-    )
+    every: list[Mapping[str, Any]] = [{"hidden": HIDDEN, **values} for values in settings]
+    behavior = behavior_actor(spec, every[0]["hidden"])
+    return create_algorithm(name, spec, behavior, settings=every, steps=steps, seeds=seeds)
 
 
 def write_dataset(

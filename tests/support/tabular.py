@@ -17,6 +17,7 @@ from omcda_deploy.envs.tabular import Chain, ChainGame, Game, OneStepGame, team_
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.networks import IdentityDivergenceMixer, NetworkFactory, masked_log_softmax
+from tests.support.synthetic import with_behavior
 
 
 def quantised(behavior: NDArray[np.float64], parts: int) -> NDArray[np.float64]:
@@ -60,7 +61,8 @@ def exact_batch(game: Game) -> Batch:
         ],
         axis=1,
     )
-    return Batch(
+    return with_behavior(
+        behavior_table(game),
         observation=torch.from_numpy(rows.observations),
         action=torch.from_numpy(rows.actions),
         reward=torch.from_numpy(rows.rewards),
@@ -82,7 +84,7 @@ class ActorTable(nn.Module):
 
     def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
         assert agent is None  # tables are never exported
-        return masked_log_softmax(torch.einsum("bnx,nxk->bnk", observation, self.logits), mask)
+        return masked_log_softmax(torch.einsum("...bnx,...nxk->...bnk", observation, self.logits), mask)
 
 
 class QTable(nn.Module):
@@ -92,7 +94,7 @@ class QTable(nn.Module):
 
     def values(self, observation: Tensor, agent: int | None = None) -> Tensor:
         assert agent is None  # tables are never exported
-        return torch.einsum("bnx,nxk->bnk", observation, self.table)
+        return torch.einsum("...bnx,...nxk->...bnk", observation, self.table)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         return self.values(observation).gather(-1, action.unsqueeze(-1)).squeeze(-1)
@@ -104,7 +106,7 @@ class VTable(nn.Module):
         self.table = nn.Parameter(torch.zeros(agents, states))
 
     def forward(self, observation: Tensor) -> Tensor:
-        return torch.einsum("bnx,nx->bn", observation, self.table)
+        return torch.einsum("...bnx,...nx->...bn", observation, self.table)
 
 
 class KnownMixer(nn.Module):
@@ -117,26 +119,26 @@ class KnownMixer(nn.Module):
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         hidden = len(self._scales)
-        weight = state[:, -hidden:] @ self._scales if hidden > 1 else state.new_ones(len(state))
-        return weight.unsqueeze(-1).expand(-1, self._agents), state.new_zeros(len(state))
+        weight = state[..., -hidden:] @ self._scales if hidden > 1 else state.new_ones(state.shape[:-1])
+        return weight.unsqueeze(-1).expand(*weight.shape, self._agents), torch.zeros_like(weight)
 
 
 class TabularFactory(NetworkFactory):
     """Tables for a game; the divergence mixer is the identity."""
 
-    def __init__(self, game: Game) -> None:
-        super().__init__(team_spec("toy/test", game))
+    def __init__(self, game: Game, seeds: Sequence[int] = (0,)) -> None:
+        super().__init__(team_spec("toy/test", game), seeds=seeds)
         self._scales = game.state_scales
         self._shape = (len(self.spec.agents), self.spec.observation_size, self.spec.action_size)
 
     def actor(self) -> ActorTable:
-        return ActorTable(*self._shape)
+        return self.make(lambda: ActorTable(*self._shape))
 
     def q(self) -> QTable:
-        return QTable(*self._shape)
+        return self.make(lambda: QTable(*self._shape))
 
     def v(self) -> VTable:
-        return VTable(*self._shape[:2])
+        return self.make(lambda: VTable(*self._shape[:2]))
 
     def mixer(self, hidden: int, kind: str = "linear") -> KnownMixer:
         return KnownMixer(self._shape[0], list(self._scales))
@@ -160,7 +162,7 @@ def behavior_table(game: Game) -> ActorTable:
 
 
 def policy_table(actor: nn.Module, game: Game) -> list[NDArray[np.float64]]:
-    """The actor's probabilities, one [X, K] per agent."""
+    """The probabilities of an actor of one run, one [X, K] per agent."""
     spec = team_spec("toy/test", game)
     n, x, k = len(spec.agents), spec.observation_size, spec.action_size
     observation = torch.eye(x)[:, None, :].expand(x, n, x)
@@ -169,5 +171,5 @@ def policy_table(actor: nn.Module, game: Game) -> list[NDArray[np.float64]]:
         states, actions = chain.available.shape
         mask[:states, i, :actions] = torch.from_numpy(chain.available)
     with torch.no_grad():
-        probabilities = actor(observation, mask).exp().double().numpy()
+        probabilities = actor(observation.unsqueeze(0), mask.unsqueeze(0))[0].exp().double().numpy()
     return [probabilities[: c.rewards.shape[0], i, : c.rewards.shape[1]] for i, c in enumerate(game.chains)]

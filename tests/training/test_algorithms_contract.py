@@ -18,11 +18,19 @@ from omcda_deploy.export.bundle import export_bundle
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.plugins import columns_of, curves_of, scan_of
 from omcda_deploy.spec import ActionKind
+from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.checkpoint import load_state, save_state
-from omcda_deploy.training.loop import Algorithm
+from omcda_deploy.training.fleet import run_state
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.settings import build, plain_types
-from tests.support.synthetic import HIDDEN, differing, make_learner, random_batch, spec_of
+from tests.support.synthetic import (
+    HIDDEN,
+    behavior_actor,
+    differing,
+    make_learner,
+    random_batch,
+    spec_of,
+)
 
 ALGORITHMS = registry.algorithms()
 KINDS: tuple[ActionKind, ...] = ("continuous", "discrete")
@@ -54,6 +62,7 @@ def test_a_module_says_what_it_is(name: str) -> None:
     config = module.Config()
     assert config.hidden > 0
     assert config.batch_size > 0
+    assert set(getattr(module, "PER_RUN", ())) <= plain_types(module.Config).keys()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.hidden = 1
 
@@ -62,18 +71,18 @@ def test_a_module_says_what_it_is(name: str) -> None:
 def test_updates_count_steps_change_the_policy_and_report_finite_numbers(name: str, kind: ActionKind) -> None:
     algorithm = learner(name, kind)
     agents = len(spec_of(kind).agents)
-    before = {key: value.clone() for key, value in algorithm.state_dict()["policy"].items()}
+    before = algorithm.state_dict(0)["policy"]
     history = update(algorithm, kind)
     assert algorithm.step == UPDATES
-    assert differing(before, algorithm.state_dict()["policy"])
+    assert differing(before, algorithm.state_dict(0)["policy"])
     for metrics in history:
         assert any(key.startswith("loss/") for key in metrics)
         for key, value in metrics.items():
-            assert value.shape in ((), (agents,)), key
+            assert value.shape in ((1,), (1, agents)), key
             assert bool(torch.isfinite(value).all()), key
             assert not value.requires_grad, f"{key} keeps the whole graph of its step in memory"
     for values in (algorithm.budgets, algorithm.alpha):
-        assert values is None or (values.shape == (agents,) and bool((values > 0).all()))
+        assert values is None or (values.shape == (1, agents) and bool((values > 0).all()))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -86,7 +95,7 @@ def test_declared_columns_and_curves_are_logged_in_their_shapes(name: str) -> No
         for column in columns_of(module):
             if column.metric in metrics:
                 agents = (len(spec_of(kind).agents),) if column.per_agent else ()
-                assert metrics[column.metric].shape == agents, column
+                assert metrics[column.metric].shape == (1, *agents), column
     section, scan = curves_of(module), scan_of(module)
     curves = section.curves if section else ()
     assert {column.metric for column in columns_of(module)} | {curve.metric for curve in curves} <= logged
@@ -102,35 +111,44 @@ def test_equal_seeds_give_equal_learners(name: str, kind: ActionKind) -> None:
     torch.manual_seed(99)  # the process's own generator must not matter
     theirs = [second.update(random_batch(spec_of(kind), seed=seed)) for seed in range(UPDATES)]
     assert all(differing(a, b) == set() for a, b in zip(ours, theirs, strict=True))
-    assert differing(first.state_dict(), second.state_dict()) == set()
+    assert differing(first.state_dict(0), second.state_dict(0)) == set()
     other = learner(name, kind, seed=1)
     update(other, kind)
-    assert differing(first.state_dict(), other.state_dict())
+    assert differing(first.state_dict(0), other.state_dict(0))
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_saved_learner_goes_on_as_if_never_stopped(name: str, kind: ActionKind, tmp_path: Path) -> None:
     algorithm = learner(name, kind)
     update(algorithm, kind)
-    save_state(tmp_path / "resume.pt", algorithm.state_dict())
+    save_state(tmp_path / "resume.pt", algorithm.state_dict(0))
     ahead = update(algorithm, kind, first=UPDATES, count=12)
     resumed = learner(name, kind)
     update(resumed, kind, first=50, count=3)  # nothing of which may survive
-    resumed.load_state_dict(load_state(tmp_path / "resume.pt"))
+    resumed.load_state_dicts([load_state(tmp_path / "resume.pt")])
     assert resumed.step == UPDATES
     again = update(resumed, kind, first=UPDATES, count=12)
     for a, b in zip(ahead, again, strict=True):
         assert differing(a, b) == set()
-    assert differing(algorithm.state_dict(), resumed.state_dict()) == set()
+    assert differing(algorithm.state_dict(0), resumed.state_dict(0)) == set()
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_training_leaves_the_behavior_model_alone(name: str, kind: ActionKind) -> None:
-    algorithm = learner(name, kind)
-    before = {key: value.clone() for key, value in algorithm.behavior.state_dict().items()}
-    update(algorithm, kind)
-    assert differing(before, algorithm.behavior.state_dict()) == set()
-    assert not any(parameter.requires_grad for parameter in algorithm.behavior.parameters())
+    """Neither the model that a learner is given, nor its distributions in the batches."""
+    spec, behavior = spec_of(kind), behavior_actor(spec_of(kind))
+    before = {key: value.clone() for key, value in behavior.state_dict().items()}
+    algorithm = create_algorithm(name, spec, behavior, settings=[{"hidden": HIDDEN}], steps=1000, seeds=[0])
+    batch, untouched = random_batch(spec), random_batch(spec)
+    for _ in range(UPDATES):
+        algorithm.update(batch)
+    assert differing(before, behavior.state_dict()) == set()
+    assert not any(parameter.requires_grad for parameter in behavior.parameters())
+    for ours, theirs in (
+        (batch.behavior, untouched.behavior),
+        (batch.next_behavior, untouched.next_behavior),
+    ):
+        assert differing(vars(ours), vars(theirs)) == set()
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -141,15 +159,15 @@ def test_its_policy_is_exported_with_parity_and_acts(name: str, kind: ActionKind
     # The module that a snapshot is read back into takes the learner's weights.
     config = build(module.Config, {"hidden": HIDDEN})
     policy = module.make_policy(config, NetworkFactory(spec, HIDDEN))
-    policy.load_state_dict(algorithm.policy.state_dict())
+    policy.load_state_dict(run_state(algorithm.policy, 0))
     batch = random_batch(spec, size=1000)
     bundle = export_bundle(
         tmp_path / "bundle",
         spec,
         policy,
-        algorithm.behavior,
-        observations=batch.observation.numpy(),
-        action_masks=None if batch.mask is None else batch.mask.numpy(),
+        behavior_actor(spec),
+        observations=batch.observation[0].numpy(),
+        action_masks=None if batch.mask is None else batch.mask[0].numpy(),
         divergence_kind=module.DIVERGENCE[kind],
         budgets=dict.fromkeys(spec.names),
         alphas=dict.fromkeys(spec.names),
@@ -157,12 +175,12 @@ def test_its_policy_is_exported_with_parity_and_acts(name: str, kind: ActionKind
     )
     team = LocalTeam(bundle)
     observations = {
-        agent.name: batch.observation[:8, i, : agent.observation_size].numpy()
+        agent.name: batch.observation[0, :8, i, : agent.observation_size].numpy()
         for i, agent in enumerate(spec.agents)
     }
     masks = None
     if batch.mask is not None:
-        masks = {a.name: batch.mask[:8, i, : a.action.size].numpy() for i, a in enumerate(spec.agents)}
+        masks = {a.name: batch.mask[0, :8, i, : a.action.size].numpy() for i, a in enumerate(spec.agents)}
     for agent in spec.agents:
         decision = team.act(observations, action_masks=masks)[agent.name]
         assert np.isfinite(decision.divergence).all()
@@ -223,10 +241,10 @@ def test_every_variant_of_omcda_trains_and_resumes(
 ) -> None:
     algorithm = learner("omcda", kind, settings=settings)
     update(algorithm, kind)
-    save_state(tmp_path / "resume.pt", algorithm.state_dict())
+    save_state(tmp_path / "resume.pt", algorithm.state_dict(0))
     ahead = update(algorithm, kind, first=UPDATES)
     resumed = learner("omcda", kind, settings=settings)
-    resumed.load_state_dict(load_state(tmp_path / "resume.pt"))
+    resumed.load_state_dicts([load_state(tmp_path / "resume.pt")])
     again = update(resumed, kind, first=UPDATES)
     assert all(differing(a, b) == set() for a, b in zip(ahead, again, strict=True))
     assert all(bool(torch.isfinite(v).all()) for metrics in ahead for v in metrics.values())

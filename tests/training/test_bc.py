@@ -16,11 +16,11 @@ def test_the_continuous_loss_is_the_negative_log_likelihood_of_a_tanh_gaussian()
     spec = continuous_spec()
     learner, batch = make_learner("bc", spec), random_batch(spec)
     with torch.no_grad():
-        mean, log_std = (x.double().numpy() for x in learner.policy(batch.observation))
+        mean, log_std = (x.double().numpy() for x in learner.policy(batch.observation))  # [R = 1, B, N, A]
     action = batch.action.double().numpy()
     u, std = np.arctanh(action), np.exp(log_std)
     normal = -0.5 * ((u - mean) / std) ** 2 - np.log(std * np.sqrt(2 * np.pi))
-    log_prob = (normal - np.log(1 - action**2)).sum(-1)  # [B, N]
+    log_prob = (normal - np.log(1 - action**2)).sum(-1)  # [R = 1, B, N]
     np.testing.assert_allclose(learner.update(batch)["loss/policy"].item(), -log_prob.mean(), rtol=1e-5)
 
 
@@ -41,7 +41,7 @@ def test_it_ends_at_the_frequencies_of_the_data() -> None:
     game = rational(one_step_game(3), 10)
     assert isinstance(game, OneStepGame)
     algorithm = Algorithm(
-        Config(lr=0.05, grad_clip=1e9), TabularFactory(game), behavior_table(game), steps=1, seed=0
+        [Config(lr=0.05, grad_clip=1e9)], TabularFactory(game), behavior_table(game), steps=1
     )
     batch = exact_batch(game)
     for _ in range(250):

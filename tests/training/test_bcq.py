@@ -15,10 +15,20 @@ from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, 
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.export.graph import PolicyGraph
 from omcda_deploy.export.parity import settle_ties
+from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.algorithms import bcq
 from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.distributions import policy_of
+from omcda_deploy.training.fleet import Noise, run_state
 from omcda_deploy.training.networks import NetworkFactory
-from tests.support.synthetic import HIDDEN, continuous_spec, discrete_spec, make_learner, random_batch
+from tests.support.synthetic import (
+    HIDDEN,
+    behavior_actor,
+    continuous_spec,
+    discrete_spec,
+    make_learner,
+    random_batch,
+)
 from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 Float = NDArray[np.float64]
@@ -31,9 +41,16 @@ def learner(kind: str, **settings: Any) -> bcq.Algorithm:
     return algorithm
 
 
+def exported(algorithm: bcq.Algorithm, spec: TeamSpec) -> Any:
+    """The first run's policy, as it is exported."""
+    policy = bcq.make_policy(algorithm.config, NetworkFactory(spec, HIDDEN))
+    policy.load_state_dict(run_state(algorithm.policy, 0))
+    return policy
+
+
 def mlp(network: Any, *inputs: Tensor | Float) -> Float:
-    """An AgentMLP in numpy, on ``[inputs…, e_i]`` with the identity concatenated; [..., N, outputs]."""
-    weights = {key: value.double().numpy() for key, value in network.state_dict().items()}
+    """The first run's AgentMLP in numpy, on ``[inputs…, e_i]`` identity concatenated; [..., N, outputs]."""
+    weights = {key: value.double().numpy() for key, value in run_state(network, 0).items()}
     rows = [np.asarray(x, np.float64) for x in inputs]
     shape = np.broadcast_shapes(*(x.shape[:-1] for x in rows))
     agents = weights["identity"].shape[0]
@@ -49,7 +66,7 @@ def mlp(network: Any, *inputs: Tensor | Float) -> Float:
 
 def total(mixer: nn.Module, values: Float, state: Tensor) -> Float:
     with torch.no_grad():
-        w, b = (part.double().numpy() for part in mixer(state))
+        w, b = (part[0].double().numpy() for part in mixer(state))
     mixed: Float = (w * values).sum(-1) + b
     return mixed
 
@@ -67,8 +84,8 @@ def test_vae_loss_is_reconstruction_and_half_the_kl_of_its_latent() -> None:
     kl = np.trapezoid(np.exp(p) * (p - q), x, axis=0)  # by quadrature, [4, 3, 2]
     for weight in (0.5, 2.0):
         expected = ((reconstruction - action) ** 2).mean() + weight * kl.mean()
-        tensors = [torch.from_numpy(x) for x in (reconstruction, action, mean, log_std)]
-        got = bcq.vae_loss(tensors[0], tensors[1], tensors[2], tensors[3], weight)
+        tensors = [torch.from_numpy(x)[None] for x in (reconstruction, action, mean, log_std)]
+        got = bcq.vae_loss(tensors[0], tensors[1], tensors[2], tensors[3], torch.tensor([weight]))
         assert float(got) == pytest.approx(expected, rel=1e-6)
 
 
@@ -84,7 +101,7 @@ def test_losses_of_a_continuous_step_are_those_of_numpy(latent: str) -> None:
     with torch.no_grad():
         for parameter in parts.target.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    o, o2, a = batch.observation, batch.next_observation, batch.action.double().numpy()
+    o, o2, a = batch.observation[0], batch.next_observation[0], batch.action[0].double().numpy()
     noise = torch.Generator().manual_seed(0)
     epsilon = torch.randn((32, n, size), generator=noise).double().numpy()
     z_target = torch.randn((10, 32, n, size), generator=noise).double().numpy().clip(-0.5, 0.5)
@@ -104,7 +121,7 @@ def test_losses_of_a_continuous_step_are_those_of_numpy(latent: str) -> None:
         for i in range(n):
             pairs = list(zip(q1[:, row, i], q2[:, row, i], strict=True))
             best[row, i] = max(0.75 * min(pair) + 0.25 * max(pair) for pair in pairs)
-    y = batch.reward.numpy() + 0.99 * batch.not_done.numpy() * total(
+    y = batch.reward[0].numpy() + 0.99 * batch.not_done[0].numpy() * total(
         parts.mixer_target, best, batch.next_state
     )
     critic = sum(
@@ -130,7 +147,7 @@ def test_each_loss_trains_its_own_networks_alone(loss: str, trained: set[str]) -
     algorithm = learner("continuous")
     policy, parts = algorithm.policy, algorithm._losses
     assert isinstance(parts, bcq.GenerativeLosses)
-    losses, _ = parts(random_batch(continuous_spec()), torch.Generator().manual_seed(0))
+    losses, _ = parts(random_batch(continuous_spec()), Noise([0]).at(0))
     losses[loss].backward()  # type: ignore[no-untyped-call]
     networks = {
         **{name: getattr(policy, name) for name in ("q", "decoder", "perturbation")},
@@ -145,7 +162,7 @@ def test_the_generative_policy_takes_the_candidate_that_its_own_q_values_most() 
     batch = random_batch(continuous_spec())
     for _ in range(20):
         algorithm.update(batch)
-    policy, o = algorithm.policy, batch.observation
+    policy, o = algorithm.policy, batch.observation[0]
     assert isinstance(policy, bcq.GenerativeActor)
     latents = policy.latents.double().numpy()[:, None, None]
     assert np.abs(latents).max() == 0.5
@@ -153,12 +170,15 @@ def test_the_generative_policy_takes_the_candidate_that_its_own_q_values_most() 
     actions = (decoded + 0.3 * np.tanh(mlp(policy.perturbation, o, decoded))).clip(-1, 1)
     best = mlp(policy.q.mlp, o, actions)[..., 0].argmax(0)
     expected = np.take_along_axis(actions, best[None, ..., None], 0)[0].clip(-0.999, 0.999)
+    alone = exported(algorithm, continuous_spec())
     with torch.no_grad():
-        mean, log_std = policy(o)
+        mean, log_std = alone(o)
         np.testing.assert_allclose(np.tanh(mean.numpy()), expected, atol=1e-5)
         assert float(log_std.exp().max()) < 1e-8  # noise changes nothing
         for i in range(3):
-            torch.testing.assert_close(policy(o[:, i], i)[0], mean[:, i])
+            torch.testing.assert_close(alone(o[:, i], i)[0], mean[:, i])
+        in_fleet, _ = policy(batch.observation)
+        np.testing.assert_allclose(np.tanh(in_fleet[0].numpy()), expected, atol=1e-5)
     torch.manual_seed(77)  # the latents are the same in every process
     fresh = bcq.make_policy(algorithm.config, NetworkFactory(continuous_spec(), HIDDEN))
     assert torch.equal(fresh.state_dict()["latents"], policy.latents)
@@ -185,29 +205,32 @@ def test_loss_and_choices_of_a_discrete_step_are_those_of_numpy(threshold: float
     batch = random_batch(discrete_spec())
     assert batch.mask is not None
     assert batch.next_mask is not None
-    batch.next_mask[3, 1] = 0  # no action at all: action 0
+    batch.next_mask[0, 3, 1] = 0  # no action at all: action 0
     policy, parts = algorithm.policy, algorithm._losses
     assert isinstance(policy, bcq.RestrictedActor)
     assert isinstance(parts, bcq.RestrictedLosses)
+    cloned: Any = behavior_actor(discrete_spec())
     with torch.no_grad():
-        for behavior in (policy.behavior, algorithm.behavior):
-            behavior.mlp.last.weight.mul_(8.0)  # type: ignore[union-attr, operator]  # sharper than at birth
+        for behavior in (policy.behavior, cloned):
+            behavior.mlp.last.weight.mul_(8.0)  # sharper than at birth
+        batch.behavior = policy_of(cloned, batch.observation, batch.mask)
+        batch.next_behavior = policy_of(cloned, batch.next_observation, batch.next_mask)
         for parameter in parts.target.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-        q = policy.greedy.q(batch.observation, batch.action).double().numpy()
-        online = policy.greedy.q.values(batch.next_observation).double().numpy()
-        target = parts.q_target.values(batch.next_observation).double().numpy()  # type: ignore[operator]
-        likelihood = algorithm.behavior(batch.next_observation, batch.next_mask).exp().double().numpy()
-        chosen = policy(batch.next_observation, batch.next_mask).argmax(-1).numpy()
+        q = policy.greedy.q(batch.observation, batch.action)[0].double().numpy()
+        online = policy.greedy.q.values(batch.next_observation)[0].double().numpy()
+        target = parts.q_target.values(batch.next_observation)[0].double().numpy()
+        likelihood = cloned(batch.next_observation, batch.next_mask)[0].exp().double().numpy()
+        chosen = policy(batch.next_observation, batch.next_mask)[0].argmax(-1).numpy()
     best, expected = np.empty((32, 2)), np.empty((32, 2), int)
     for row in range(32):
         for i in range(2):
-            among = allowed_actions(likelihood[row, i], batch.next_mask[row, i].numpy(), threshold)
+            among = allowed_actions(likelihood[row, i], batch.next_mask[0, row, i].numpy(), threshold)
             expected[row, i] = max(among, key=lambda a: online[row, i, a])
             best[row, i] = target[row, i, expected[row, i]]
     np.testing.assert_array_equal(chosen, expected)
     assert expected[3, 1] == 0
-    y = batch.reward.numpy() + 0.99 * batch.not_done.numpy() * total(
+    y = batch.reward[0].numpy() + 0.99 * batch.not_done[0].numpy() * total(
         parts.mixer_target, best, batch.next_state
     )
     loss = ((total(parts.mixer, q, batch.state) - y) ** 2).mean()
@@ -216,7 +239,7 @@ def test_loss_and_choices_of_a_discrete_step_are_those_of_numpy(threshold: float
 
 def train(game: Game, threshold: float, steps: int) -> bcq.Algorithm:
     config = bcq.Config(threshold=threshold, lr=0.1, tau=0.2, gamma=0.9, grad_clip=1e9)
-    algorithm = bcq.Algorithm(config, TabularFactory(game), behavior_table(game), steps=10**6, seed=0)
+    algorithm = bcq.Algorithm([config], TabularFactory(game), behavior_table(game), steps=10**6)
     batch = exact_batch(game)
     torch.set_num_threads(1)
     for _ in range(steps):
@@ -259,7 +282,7 @@ def test_chains_are_solved_over_likely_actions_only() -> None:
     for solution, table in zip(exact, tables, strict=True):
         np.testing.assert_array_equal(table.argmax(-1), solution.argmax(-1))
     assert any((a.argmax(-1) != b.argmax(-1)).any() for a, b in zip(exact, free, strict=True))
-    q = algorithm.policy.state_dict()["greedy.q.table"].double().numpy()
+    q = algorithm.policy.state_dict()["greedy.q.table"][0].double().numpy()
     # Constants move between agents; the sum over agents is what is learned.
     for x in np.ndindex(3, 3):
         best = [int(solution[state].argmax()) for solution, state in zip(exact, x, strict=True)]
@@ -280,13 +303,13 @@ def test_the_greedy_team_beats_the_behavior_on_a_one_step_game(seed: int) -> Non
 def test_candidates_of_equal_value_may_be_exchanged_and_nothing_else() -> None:
     spec = continuous_spec()
     algorithm = learner("continuous", phi=0.3, candidates=20)
-    policy, batch = algorithm.policy, random_batch(spec)
+    policy, first = exported(algorithm, spec), random_batch(spec).observation[0]
     assert isinstance(policy, bcq.GenerativeActor)
     with torch.no_grad():
         policy.q.mlp.last.weight.zero_()  # all candidates are worth the same
-        actions, _ = policy.candidates(batch.observation[:, 0], 0)
-    graph = PolicyGraph(spec, policy, algorithm.behavior, "neg_log_behavior", 0)
-    observation, noise = batch.observation[:, 0], torch.zeros(32, spec.action_size)
+        actions, _ = policy.candidates(first[:, 0], 0)
+    graph = PolicyGraph(spec, policy, behavior_actor(spec), "neg_log_behavior", 0)
+    observation, noise = first[:, 0], torch.zeros(32, spec.action_size)
     feed = {"observation": observation.numpy(), "noise": noise.numpy()}
     names = (
         "action",
@@ -310,12 +333,12 @@ def test_candidates_of_equal_value_may_be_exchanged_and_nothing_else() -> None:
         np.testing.assert_array_equal(settled[key][1:], want[key][1:])
     with torch.no_grad():
         policy.q.mlp.last.weight.normal_()  # now they differ in worth
-        assert int(policy.as_good(batch.observation[:, 0], actions[7], 0).sum()) < 8
+        assert int(policy.as_good(observation, actions[7], 0).sum()) < 8
 
 
 def test_choices_on_the_threshold_or_of_equal_value_may_fall_either_way() -> None:
     spec = discrete_spec()
-    policy = learner("discrete", threshold=0.5).policy
+    policy = exported(learner("discrete", threshold=0.5), spec)
     assert isinstance(policy, bcq.RestrictedActor)
     observation = torch.zeros(1, spec.observation_size)
     mask = torch.tensor([[1, 1, 1, 0]], dtype=torch.uint8)

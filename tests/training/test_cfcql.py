@@ -20,7 +20,8 @@ from omcda_deploy.training.algorithms.cfcql import (
     counterfactual_change,
 )
 from omcda_deploy.training.batches import Batch
-from omcda_deploy.training.distributions import TanhGaussian
+from omcda_deploy.training.distributions import Categorical, TanhGaussian
+from omcda_deploy.training.fleet import Noise
 from omcda_deploy.training.networks import GaussianActor, LinearMixer, QmixMixer, VdnMixer, total_value
 from omcda_deploy.training.settings import build
 from tests.support import oracles
@@ -32,7 +33,8 @@ KINDS: tuple[ActionKind, ...] = ("continuous", "discrete")
 
 
 def numbers(tensor: torch.Tensor) -> Array:
-    array: Array = tensor.detach().double().numpy()
+    """Numbers of the one run."""
+    array: Array = tensor[0].detach().double().numpy()
     return array
 
 
@@ -48,7 +50,7 @@ def learner(kind: ActionKind, settings: dict[str, Any]) -> Algorithm:
     with torch.no_grad():
         for critic in algorithm.critics:
             critic.mlp.last.weight.mul_(30.0)
-            critic.mlp.last.bias[:1].sub_(6.0)  # action 0, always available, must not always be best
+            critic.mlp.last.bias[:, :1].sub_(6.0)  # action 0, always available, must not always be best
         for parameter in algorithm.target.parameters():
             parameter.mul_(1.0 + 0.5 * torch.randn(parameter.shape, generator=generator))
     return algorithm
@@ -61,7 +63,7 @@ def test_the_counterfactual_change_is_the_mixers_own(mixer: torch.nn.Module) -> 
     values, recorded = torch.randn(4, 5, 3, generator=generator), torch.randn(5, 3, generator=generator)
     state = torch.randn(5, 6, generator=generator)
     with torch.no_grad():
-        change = counterfactual_change(mixer, values, recorded, state)
+        [change] = counterfactual_change(mixer, values[None], recorded[None], state[None])
         for k, i in itertools.product(range(4), range(3)):
             replaced = recorded.clone()
             replaced[:, i] = values[k, :, i]
@@ -78,23 +80,24 @@ def test_uniform_weights_make_it_the_joint_penalty_divided_by_the_agents() -> No
     w, bias = map(numbers, algorithm.mixer(batch.state))
     joint = []
     for b in range(len(q)):
-        available = [np.flatnonzero(batch.mask[b, i].numpy()) for i in range(q.shape[1])]
+        available = [np.flatnonzero(batch.mask[0, b, i].numpy()) for i in range(q.shape[1])]
         totals = [
             sum(w[b, i] * q[b, i, u] for i, u in enumerate(actions)) + bias[b]
             for actions in itertools.product(*available)
         ]
-        recorded = sum(w[b, i] * q[b, i, int(a)] for i, a in enumerate(batch.action[b])) + bias[b]
+        recorded = sum(w[b, i] * q[b, i, int(a)] for i, a in enumerate(batch.action[0, b])) + bias[b]
         joint.append(logsumexp(np.array(totals)) - recorded)
     metrics = algorithm.update(batch)
     np.testing.assert_allclose(metrics["loss/conservative"].item(), 3.0 * np.mean(joint) / 2, rtol=1e-5)
-    assert metrics["lambda"].tolist() == [0.5, 0.5]
+    assert metrics["lambda"].tolist() == [[0.5, 0.5]]
 
 
 @pytest.mark.parametrize("sign", ["positive", "negative"])
 def test_the_weights_of_agents(sign: str) -> None:
     kl = torch.rand(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 9.0
     scores = np.exp((0.7 if sign == "positive" else -0.7) * kl.numpy())
-    weights = agent_weights(kl, 0.7, sign).numpy()
+    strength = torch.full((1, 1, 1), 0.7, dtype=torch.float64)
+    weights = agent_weights(kl[None], strength, sign)[0].numpy()
     np.testing.assert_allclose(weights, scores / scores.sum(-1, keepdims=True), rtol=1e-12)
     most = kl.argmax(-1) if sign == "positive" else kl.argmin(-1)
     assert (weights.argmax(-1) == most.numpy()).all()
@@ -107,19 +110,20 @@ def test_one_discrete_step_against_numpy(sign: str, mixer: str) -> None:
     algorithm, batch = learner("discrete", settings), random_batch(discrete_spec())
     assert batch.mask is not None
     assert batch.next_mask is not None
-    mask, next_mask = batch.mask.numpy().astype(bool), batch.next_mask.numpy().astype(bool)
+    mask, next_mask = batch.mask[0].numpy().astype(bool), batch.next_mask[0].numpy().astype(bool)
     q, next_q = (
         [numbers(critic.values(o)) for critic in algorithm.critics]
         for o in (batch.observation, batch.next_observation)
     )
     next_q_bar = [numbers(critic.values(batch.next_observation)) for critic in algorithm.critics_target]
-    log_b = numbers(algorithm.behavior(batch.observation, batch.mask))
-    rows, agents = batch.action.shape
-    action = batch.action.numpy()
+    assert isinstance(batch.behavior, Categorical)
+    log_b = numbers(batch.behavior.log_probs)
+    _, rows, agents = batch.action.shape
+    action = batch.action[0].numpy()
 
     def totals(network: torch.nn.Module, values: Array, states: torch.Tensor) -> Array:
         with torch.no_grad():
-            return numbers(total_value(network, torch.from_numpy(values).float(), states))
+            return numbers(total_value(network, torch.from_numpy(values)[None].float(), states))
 
     def taken(table: Array, choice: NDArray[np.int64]) -> Array:
         return np.take_along_axis(table, choice[..., None], -1)[..., 0]
@@ -156,11 +160,11 @@ def test_one_discrete_step_against_numpy(sign: str, mixer: str) -> None:
     metrics = algorithm.update(batch)
     np.testing.assert_allclose(metrics["loss/critic"].item(), critic_loss, rtol=1e-4)
     np.testing.assert_allclose(metrics["loss/conservative"].item(), conservative, rtol=1e-4)
-    np.testing.assert_allclose(metrics["lambda"].numpy(), weights.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(metrics["lambda"][0].numpy(), weights.mean(0), rtol=1e-4)
     assert weights.std(0).max() > 0.05
     greedy = np.where(mask, q[0], -np.inf).argmax(-1)
     assert (greedy != q[0].argmax(-1)).any()
-    np.testing.assert_allclose(metrics["kl"].numpy(), -taken(log_b, greedy).mean(0), rtol=1e-4)
+    np.testing.assert_allclose(metrics["kl"][0].numpy(), -taken(log_b, greedy).mean(0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", ["linear", "qmix"])
@@ -170,11 +174,14 @@ def test_one_continuous_step_against_numpy(mixer: str) -> None:
     with torch.no_grad():
         policy = TanhGaussian(*algorithm.policy(batch.observation))
         following = TanhGaussian(*algorithm.policy(batch.next_observation))
-        behavior = TanhGaussian(*algorithm.behavior(batch.observation))
+        behavior = batch.behavior
+        assert isinstance(behavior, TanhGaussian)
         generator = torch.Generator().manual_seed(0)  # seed 0, step 0
-        next_action = following.sample(1, generator)[0]
-        uniform = torch.rand((4, 12, 3, 2), generator=generator) * 2 - 1
-        candidates = [uniform, policy.sample(4, generator), following.sample(4, generator)]
+        noise = Noise((0,))
+        noise._generators = [generator]
+        next_action = following.sample(1, noise).squeeze(1)
+        uniform = torch.rand((1, 4, 12, 3, 2), generator=generator) * 2 - 1
+        candidates = [uniform, policy.sample(4, noise), following.sample(4, noise)]
     np.testing.assert_allclose(numbers(policy.log_std), np.log(0.2), rtol=1e-6)
 
     def total(network: torch.nn.Module, values: torch.Tensor, state: torch.Tensor) -> Array:
@@ -210,7 +217,7 @@ def test_one_continuous_step_against_numpy(mixer: str) -> None:
         scores = np.empty((12, 12, 3))  # [K, B, N]
         for k, i in itertools.product(range(12), range(3)):
             replaced = torch.where(
-                torch.arange(3) == i, critic(batch.observation, torch.cat(candidates)[k]), recorded
+                torch.arange(3) == i, critic(batch.observation, torch.cat(candidates, 1)[:, k]), recorded
             )
             scores[k, :, i] = total(algorithm.mixer, replaced, batch.state) - np.concatenate(density)[k, :, i]
         for b in range(12):
@@ -219,8 +226,8 @@ def test_one_continuous_step_against_numpy(mixer: str) -> None:
     metrics = algorithm.update(batch)
     np.testing.assert_allclose(metrics["loss/critic"].item(), critic_loss, rtol=1e-4)
     np.testing.assert_allclose(metrics["loss/conservative"].item(), conservative, rtol=2e-3)
-    np.testing.assert_allclose(metrics["kl"].numpy(), kl.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(metrics["lambda"].numpy(), weights.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(metrics["kl"][0].numpy(), kl.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(metrics["lambda"][0].numpy(), weights.mean(0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", ["linear", "qmix"])
@@ -266,7 +273,7 @@ def test_the_target_is_the_smaller_of_two_critics() -> None:
                 with torch.no_grad():
                     algorithm.critics_target[lowered].mlp.last.bias.sub_(1e3)
             targets.append(algorithm.update(batch)["value/target"].item())
-        fall = 0.5 * 1e3 * float(batch.not_done.mean()) * len(batch.action[0])
+        fall = 0.5 * 1e3 * float(batch.not_done.mean()) * batch.action.shape[2]
         for lowered_target in targets[1:]:
             np.testing.assert_allclose(targets[0] - lowered_target, fall, rtol=0.02)
 
@@ -282,7 +289,7 @@ def test_the_deviation_is_fixed_but_the_mean_is_the_actors() -> None:
 def fit(game: Game, batch: Batch, settings: dict[str, Any], steps: int) -> Algorithm:
     torch.set_num_threads(1)
     config = build(Config, {"lr": 0.05, "tau": 0.1, "gamma": 0.9, "grad_clip": 1e9, **settings})
-    algorithm = Algorithm(config, TabularFactory(game), behavior_table(game), steps=1, seed=0)
+    algorithm = Algorithm([config], TabularFactory(game), behavior_table(game), steps=1)
     for _ in range(steps):
         algorithm.update(batch)
     return algorithm

@@ -6,7 +6,6 @@ knows nothing of critics, targets or agents.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,14 @@ from omcda_deploy.training.algorithms.comadice import (
 )
 from omcda_deploy.training.batches import Batch, TransitionSampler
 from omcda_deploy.training.distributions import policy_of
-from tests.support.synthetic import continuous_spec, make_learner, random_batch, spec_of, write_dataset
+from tests.support.synthetic import (
+    continuous_spec,
+    differing,
+    make_learner,
+    random_batch,
+    spec_of,
+    write_dataset,
+)
 from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 Array = NDArray[np.float64]
@@ -67,13 +73,16 @@ def test_the_ratio_maximises_its_dual(kind: str) -> None:
 @pytest.mark.parametrize("kind", F_DIVERGENCES)
 def test_gradients_of_the_dual(kind: str, paper_code: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    e = (6.0 * torch.randn(16, 3, generator=generator, dtype=torch.float64)).requires_grad_()
-    lagrange, alpha = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), 2.5
-    loss = dual_loss(e, lagrange, alpha, kind, paper_code)
+    e = (6.0 * torch.randn(1, 16, 3, generator=generator, dtype=torch.float64)).requires_grad_()
+    lagrange, alpha = torch.full((1,), 0.7, dtype=torch.float64, requires_grad=True), 2.5
+    prices = torch.full((1, 1, 1), alpha, dtype=torch.float64)
+    loss, ratio = dual_loss(e, lagrange, prices, kind, paper_code)
     by_e, by_lagrange = torch.autograd.grad(loss, (e, lagrange))
     numbers = e.detach().numpy()
     x = (numbers - 0.7) / alpha
     w, slope = RATIO[kind](x), SLOPE[kind](x)
+    np.testing.assert_allclose(ratio.numpy(), w)
+    assert not ratio.requires_grad
     np.testing.assert_allclose(loss.item(), np.mean(w * alpha * x - alpha * F_OF_RATIO[kind](x)) + 0.7)
     if paper_code:
         np.testing.assert_allclose(by_e.numpy() * e.numel(), x * slope, rtol=1e-9, atol=1e-12)
@@ -105,9 +114,8 @@ def test_one_step_of_losses_against_numpy(kind: ActionKind, settings: dict[str, 
         algorithm.lambdas["v"].fill_(0.03)
         algorithm.lambdas["e"].fill_(-0.02)
     first = random_batch(spec, seed=8)
-    batch = dataclasses.replace(
-        random_batch(spec), initial_observation=first.observation, initial_state=first.state
-    )
+    batch = random_batch(spec)
+    batch.initial_observation, batch.initial_state = first.observation, first.state
     losses, free = expected_losses(algorithm, batch)
     assert 0.02 < np.mean(free > 1.5) < 0.98
     metrics = algorithm.update(batch)
@@ -121,7 +129,7 @@ def test_one_step_of_losses_against_numpy(kind: ActionKind, settings: dict[str, 
 
 def expected_losses(algorithm: Algorithm, batch: Batch) -> tuple[dict[str, float], Array]:
     def numbers(*tensors: torch.Tensor) -> list[Array]:
-        return [tensor.detach().double().numpy() for tensor in tensors]
+        return [tensor[0].detach().double().numpy() for tensor in tensors]
 
     c = algorithm.config
     assert batch.initial_observation is not None
@@ -177,8 +185,7 @@ def test_each_loss_moves_only_what_it_is_for(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(algorithm._optimizer, "descend", losses.update)
     algorithm.update(random_batch(continuous_spec()))
     parameters = {
-        name: list(getattr(algorithm, name).parameters())
-        for name in ("policy", "q", "v", "mixer", "target", "behavior")
+        name: list(getattr(algorithm, name).parameters()) for name in ("policy", "q", "v", "mixer", "target")
     } | {f"lambda_{name}": [value] for name, value in algorithm.lambdas.items()}
     expected = {
         "policy": {"policy"},
@@ -200,9 +207,9 @@ def train(
     game: OneStepGame | ChainGame, batch: Batch, config: Config, *stages: tuple[float, int]
 ) -> Algorithm:
     torch.set_num_threads(1)
-    algorithm = Algorithm(config, TabularFactory(game), behavior_table(game), steps=1, seed=0)
+    algorithm = Algorithm([config], TabularFactory(game), behavior_table(game), steps=1)
     for rate, steps in stages:
-        for group in algorithm._optimizer.adam.param_groups:
+        for group in algorithm._optimizer._adam.param_groups:
             group["lr"] = rate
         for _ in range(steps):
             algorithm.update(batch)
@@ -257,7 +264,7 @@ def test_chains_match_the_optimal_regularised_occupancy(initial_states: str) -> 
     batch = exact_batch(game)
     start = torch.zeros_like(batch.observation)
     start[..., 0] = 1.0
-    batch = dataclasses.replace(batch, initial_observation=start, initial_state=batch.state)
+    batch.initial_observation, batch.initial_state = start, batch.state
     config = Config(alpha=2.0, tau=0.2, gamma=0.9, grad_clip=1e9, initial_states=initial_states)
     begin = np.eye(3)[0] if initial_states == "first" else np.full(3, 1 / 3)
     algorithm = train(game, batch, config, (0.1, 300), (0.02, 300), (0.004, 100))
@@ -308,14 +315,26 @@ def optimal_ratio(chain: Chain, start: Array, discount: float, alpha: float) -> 
 def test_batches_carry_first_rows_of_episodes_drawn_evenly(tmp_path: Path) -> None:
     spec = continuous_spec()
     dataset = read(write_dataset(tmp_path / "data.hdf5", spec, [7, 3, 6, 4]))
-    batch = TransitionSampler(dataset, 8, seed=0).gather(np.arange(20))
+    batch = TransitionSampler(dataset, 8, [0]).gather(torch.arange(20)[None])
     assert batch.initial_observation is not None
     assert batch.initial_state is not None
     firsts = torch.from_numpy(dataset.observations[dataset.episode_start])
-    matches = (batch.initial_observation[:, None] == firsts[None]).all(-1).all(-1)  # [20, 4]
+    matches = (batch.initial_observation[0, :, None] == firsts[None]).all(-1).all(-1)  # [20, 4]
     assert matches.sum(0).tolist() == [5, 5, 5, 5]
     states = torch.from_numpy(dataset.states[dataset.episode_start])
-    assert torch.equal(batch.initial_state, states[matches.int().argmax(-1)])
+    assert torch.equal(batch.initial_state[0], states[matches.int().argmax(-1)])
+
+
+def test_a_run_s_lambdas_are_numbers_in_its_state() -> None:
+    algorithm = make_learner("comadice", continuous_spec())
+    algorithm.update(random_batch(continuous_spec()))
+    state = algorithm.state_dict(0)
+    assert {value.shape for value in state["lambdas"].values()} == {()}
+    *_, v, e = state["learner"]["state"].values()
+    assert {value.shape for moments in (v, e) for value in moments.values()} == {()}
+    resumed = make_learner("comadice", continuous_spec(), seed=1)
+    resumed.load_state_dicts([state])
+    assert differing(state, resumed.state_dict(0)) == set()
 
 
 def test_a_nonlinear_mixer_is_refused() -> None:

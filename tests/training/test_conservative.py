@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pytest
 import torch
-from torch import nn
 
 from omcda_deploy.training.conservative import (
     candidate_actions,
@@ -16,7 +14,7 @@ from omcda_deploy.training.conservative import (
     sampled_penalty,
 )
 from omcda_deploy.training.distributions import TanhGaussian
-from omcda_deploy.training.networks import ContinuousQ
+from omcda_deploy.training.fleet import Noise
 
 AGENTS, ACTIONS = 3, 4
 
@@ -37,12 +35,13 @@ def test_the_discrete_penalties_sum_to_that_of_the_joint_action() -> None:
     recorded = sum(w[i] * q[i, a] for i, a in enumerate(action)) + b
     expected = np.log(np.sum(np.exp(totals))) - recorded
     penalty = discrete_penalty(
-        torch.from_numpy(w)[None],
-        torch.from_numpy(q)[None],
-        torch.from_numpy(action)[None],
-        torch.from_numpy(mask)[None],
+        torch.from_numpy(w)[None, None],
+        torch.from_numpy(q)[None, None],
+        torch.from_numpy(action)[None, None],
+        torch.from_numpy(mask)[None, None],
     )
-    assert penalty.shape == (1, AGENTS)
+    assert penalty.shape == (1, 1, AGENTS)
+    [penalty] = penalty
     np.testing.assert_allclose(penalty.sum().item(), expected, rtol=1e-12)
     for i in range(AGENTS):  # the counterfactual one: agent i alone deviates
         alone = [recorded + w[i] * (q[i, a] - q[i, action[i]]) for a in range(ACTIONS) if mask[i, a]]
@@ -51,7 +50,10 @@ def test_the_discrete_penalties_sum_to_that_of_the_joint_action() -> None:
 
 def test_a_row_without_an_available_action_has_action_zero_alone() -> None:
     penalty = discrete_penalty(
-        torch.ones(1, 1), torch.randn(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 4)
+        torch.ones(1, 1, 1),
+        torch.randn(1, 1, 1, 4),
+        torch.zeros(1, 1, 1, dtype=torch.int64),
+        torch.zeros(1, 1, 1, 4),
     )
     assert penalty.item() == 0.0
 
@@ -64,19 +66,19 @@ def test_the_sampled_penalty_is_a_soft_maximum_over_candidates() -> None:
         generator.normal(size=(2, 3)),
     )
     expected = np.log(np.exp(w * q).sum(0)) - w * recorded
-    penalty = sampled_penalty(torch.from_numpy(w), torch.from_numpy(q), torch.from_numpy(recorded))
-    np.testing.assert_allclose(penalty.numpy(), expected, rtol=1e-12)
+    penalty = sampled_penalty(*(torch.from_numpy(values)[None] for values in (w, q, recorded)))
+    np.testing.assert_allclose(penalty[0].numpy(), expected, rtol=1e-12)
 
 
 def policies(actions: int, log_std: float = -0.7) -> tuple[TanhGaussian, TanhGaussian]:
-    mean = torch.tensor([[[0.3], [-0.5]]], dtype=torch.float64).expand(1, 2, actions)
+    mean = torch.tensor([[[[0.3], [-0.5]]]], dtype=torch.float64).expand(1, 1, 2, actions)
     width = torch.full_like(mean, log_std)
     return TanhGaussian(mean, width), TanhGaussian(-mean, width + 0.4)
 
 
 def test_candidates_are_uniform_then_the_policies_own() -> None:
-    candidates = candidate_actions(*policies(1), 20000, torch.Generator().manual_seed(0))[..., 0]
-    assert candidates.shape == (60000, 1, 2)
+    candidates = candidate_actions(*policies(1), 20000, Noise((0,)).at(0))[..., 0]
+    assert candidates.shape == (1, 60000, 1, 2)
     uniform, present, following = candidates.double().numpy().reshape(3, 20000, 2)
     np.testing.assert_allclose(
         np.quantile(uniform, [0.0, 0.25, 0.5, 0.75, 1.0], axis=0)[:, 0], [-1, -0.5, 0, 0.5, 1], atol=0.02
@@ -91,29 +93,20 @@ def test_weighed_by_density_each_kind_estimates_the_integral_over_actions() -> N
     """integral over [-1, 1]^2 of exp(w q), q = a_1 - a_2: sinh products in closed form."""
     count, w = 100000, 0.8
     present, following = policies(2, log_std=0.1)  # narrower ones estimate it with infinite variance
-    candidates = candidate_actions(present, following, count, torch.Generator().manual_seed(0))
+    candidates = candidate_actions(present, following, count, Noise((0,)).at(0))
     density = candidate_log_density(candidates, present, following)
     q = candidates[..., 0] - candidates[..., 1]
     exact = np.log((2.0 * np.sinh(w) / w) ** 2)
     for part in range(3):
         chosen = slice(part * count, (part + 1) * count)
-        penalty = sampled_penalty(torch.full((1, 2), w), q[chosen], torch.zeros(1, 2), density[chosen])
+        penalty = sampled_penalty(
+            torch.full((1, 1, 2), w), q[:, chosen], torch.zeros(1, 1, 2), density[:, chosen]
+        )
         np.testing.assert_allclose(penalty.numpy() - np.log(count), exact, atol=0.03, err_msg=str(part))
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-def test_many_candidates_are_valued_as_one_by_one(gradient: bool) -> None:
-    torch.manual_seed(0)
-    q = ContinuousQ(5, 2, AGENTS, 16)
-    observation, actions = torch.randn(7, AGENTS, 5), torch.randn(4, 7, AGENTS, 2)
-    together = q.candidates(observation, actions)
-    apart = torch.stack([q(observation, action) for action in actions])
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
-    if gradient:
-        ours, theirs = (gradients(q, values) for values in (together, apart))
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def gradients(network: nn.Module, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(values.square().sum(), list(network.parameters()))
+def test_the_recorded_action_comes_before_the_candidates() -> None:
+    recorded = torch.rand(1, 1, 2, 1, dtype=torch.float64)
+    together = candidate_actions(*policies(1), 4, Noise((0,)).at(0), recorded)
+    assert torch.equal(together[:, 0], recorded)
+    assert torch.equal(together[:, 1:], candidate_actions(*policies(1), 4, Noise((0,)).at(0)))

@@ -32,9 +32,10 @@ Float = NDArray[np.float64]
 def learner(spec: TeamSpec, **settings: Any) -> cql.Algorithm:
     algorithm = make_learner("cql", spec, settings)
     assert isinstance(algorithm, cql.Algorithm)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # targets unlike the networks they follow, so that taking one for the other shows
         for parameter in algorithm.target.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         for module in algorithm.mixer.children():
             assert isinstance(module, nn.Linear)
             module.weight.mul_(3.0)  # weights and biases far from 1 and 0
@@ -44,7 +45,7 @@ def learner(spec: TeamSpec, **settings: Any) -> cql.Algorithm:
 def mixed(mixer: nn.Module, state: Tensor) -> tuple[Float, Float]:
     with torch.no_grad():
         w, b = mixer(state)
-    return w.double().numpy(), b.double().numpy()
+    return w[0].double().numpy(), b[0].double().numpy()
 
 
 def available(mask: NDArray[np.uint8]) -> list[int]:
@@ -57,10 +58,10 @@ def test_a_discrete_step_is_that_of_the_enumerated_joint_action_space(bias_per_a
     batch = random_batch(discrete_spec())
     assert batch.mask is not None
     assert batch.next_mask is not None
-    batch.next_mask[3, 1] = 0  # no action at all: action 0
+    batch.next_mask[0, 3, 1] = 0  # no action at all: action 0
     with torch.no_grad():
         q, online, target = (
-            values.double().numpy()
+            values[0].double().numpy()
             for values in (
                 algorithm.q.values(batch.observation),
                 algorithm.q.values(batch.next_observation),
@@ -78,15 +79,16 @@ def test_a_discrete_step_is_that_of_the_enumerated_joint_action_space(bias_per_a
         def total(joint: tuple[int, ...], row: int = row) -> float:
             return float(sum(w[row, i] * q[row, i, a] for i, a in enumerate(joint)) + b[row])
 
-        joints = itertools.product(*(available(batch.mask[row, i].numpy()) for i in range(2)))
+        joints = itertools.product(*(available(batch.mask[0, row, i].numpy()) for i in range(2)))
         soft_maximum = np.log(sum(np.exp(total(joint)) for joint in joints))
-        data = total(tuple(batch.action[row].tolist()))
+        data = total(tuple(batch.action[0, row].tolist()))
         penalty[row] = soft_maximum - data + (b[row] if bias_per_agent else 0.0)
         greedy = [
-            max(available(batch.next_mask[row, i].numpy()), key=lambda a: online[row, i, a]) for i in range(2)
+            max(available(batch.next_mask[0, row, i].numpy()), key=lambda a: online[row, i, a])
+            for i in range(2)
         ]
         following = sum(w2[row, i] * target[row, i, a] for i, a in enumerate(greedy)) + b2[row]
-        y = float(batch.reward[row]) + 0.99 * float(batch.not_done[row]) * following
+        y = float(batch.reward[0, row]) + 0.99 * float(batch.not_done[0, row]) * following
         errors[row] = data - y
     metrics = algorithm.update(batch)
     assert float(metrics["loss/conservative"]) == pytest.approx(2.5 * penalty.mean(), rel=1e-5)
@@ -106,8 +108,9 @@ def test_the_corrected_soft_maximum_is_the_integral_over_actions() -> None:
     batch = random_batch(spec, size=8)
     grid = torch.linspace(-1.0, 1.0, 401)
     with torch.no_grad():
-        curves = algorithm.q.candidates(batch.observation, grid[:, None, None, None].expand(401, 8, 3, 1))
-        recorded = algorithm.q(batch.observation, batch.action)
+        actions = grid[:, None, None, None].expand(1, 401, 8, 3, 1)
+        [curves] = algorithm.q.candidates(batch.observation, actions)
+        [recorded] = algorithm.q(batch.observation, batch.action)
     (w, _), x = mixed(algorithm.mixer, batch.state), grid.double().numpy()
     integral = np.trapezoid(np.exp(w * curves.double().numpy()), x, axis=0)  # [8, 3]
     exact = (np.log(integral) - w * recorded.double().numpy()).sum(-1).mean()
@@ -124,11 +127,11 @@ def test_without_correction_actions_of_three_kinds_count_as_they_come() -> None:
     draws = [rng.uniform(-1, 1, (2000, 8, 3, 2))]
     with torch.no_grad():
         for observation in (batch.observation, batch.next_observation):
-            mean, log_std = (x.double().numpy() for x in algorithm.policy(observation))
+            mean, log_std = (x[0].double().numpy() for x in algorithm.policy(observation))
             draws.append(np.tanh(mean + np.exp(log_std) * rng.normal(size=(2000, 8, 3, 2))))
         actions = torch.from_numpy(np.concatenate(draws)).float()
-        values = algorithm.q.candidates(batch.observation, actions).double().numpy()
-        recorded = algorithm.q(batch.observation, batch.action).double().numpy()
+        values = algorithm.q.candidates(batch.observation, actions[None])[0].double().numpy()
+        recorded = algorithm.q(batch.observation, batch.action)[0].double().numpy()
     w, _ = mixed(algorithm.mixer, batch.state)
     penalty = (np.log(np.exp(w * values).sum(0)) - w * recorded).sum(-1).mean()
     assert float(algorithm.update(batch)["loss/conservative"]) == pytest.approx(penalty, abs=0.02)
@@ -139,13 +142,13 @@ def test_the_continuous_target_is_of_the_policy_at_the_next_observation() -> Non
     batch = random_batch(continuous_spec())
     with torch.no_grad():
         algorithm.policy.mlp.last.weight.mul_(10.0)  # type: ignore[union-attr, operator]
-        algorithm.policy.mlp.last.bias[2:] = -50.0  # type: ignore[union-attr, operator]  # std e^-5
-        algorithm.target[0].mlp.first.weight[:, -2:].mul_(10.0)  # type: ignore[union-attr, index]
+        algorithm.policy.mlp.last.bias[:, 2:] = -50.0  # type: ignore[union-attr, operator]  # std e^-5
+        algorithm.target[0].mlp.first.weight[..., -2:].mul_(10.0)  # type: ignore[union-attr, index]
         mean, _ = algorithm.policy(batch.next_observation)
-        following = algorithm.target[0](batch.next_observation, torch.tanh(mean)).double().numpy()
-        q = algorithm.q(batch.observation, batch.action).double().numpy()
+        following = algorithm.target[0](batch.next_observation, torch.tanh(mean))[0].double().numpy()
+        q = algorithm.q(batch.observation, batch.action)[0].double().numpy()
     (w, b), (w2, b2) = mixed(algorithm.mixer, batch.state), mixed(algorithm.mixer_target, batch.next_state)
-    y = batch.reward.numpy() + 0.99 * batch.not_done.numpy() * ((w2 * following).sum(-1) + b2)
+    y = batch.reward[0].numpy() + 0.99 * batch.not_done[0].numpy() * ((w2 * following).sum(-1) + b2)
     loss = (((w * q).sum(-1) + b - y) ** 2).mean()
     assert float(algorithm.update(batch)["loss/critic"]) == pytest.approx(loss, rel=2e-3)
 
@@ -176,25 +179,25 @@ def test_the_soft_policy_goes_to_the_exponential_of_q() -> None:
     torch.manual_seed(0)
     behavior = NetworkFactory(spec, HIDDEN).actor()
     config = cql.Config(mixer="vdn", hidden=HIDDEN, samples=1, lr=0.03)
-    algorithm = cql.Algorithm(config, BellFactory(spec, HIDDEN), behavior, steps=1000, seed=0)
+    algorithm = cql.Algorithm([config], BellFactory(spec, HIDDEN, (0,)), behavior, steps=1000)
     batch = random_batch(spec, size=64)
     for step in range(400):
         if step == 300:
-            algorithm._optimizer.adam.param_groups[0]["lr"] = 0.002
+            algorithm._optimizer._adam.param_groups[0]["lr"] = 0.002
         algorithm.update(batch)
     with torch.no_grad():
         mean, log_std = algorithm.policy(batch.observation)
-    np.testing.assert_allclose(mean.mean((0, 1)).numpy(), BellQ.mean, atol=0.03)
-    np.testing.assert_allclose(log_std.exp().mean((0, 1)).numpy(), BellQ.std, atol=0.03)
+    np.testing.assert_allclose(mean.mean((0, 1, 2)).numpy(), BellQ.mean, atol=0.03)
+    np.testing.assert_allclose(log_std.exp().mean((0, 1, 2)).numpy(), BellQ.std, atol=0.03)
 
 
 def test_the_published_policy_loss_is_raw_values_times_log_likelihood() -> None:
     algorithm = learner(continuous_spec(), improvement="q_weighted_cloning")
     batch = random_batch(continuous_spec())
     with torch.no_grad():
-        mean, log_std = (x.double().numpy() for x in algorithm.policy(batch.observation))
-        q = algorithm.q(batch.observation, batch.action).double().numpy()
-    a = batch.action.double().numpy()
+        mean, log_std = (x[0].double().numpy() for x in algorithm.policy(batch.observation))
+        q = algorithm.q(batch.observation, batch.action)[0].double().numpy()
+    a = batch.action[0].double().numpy()
     normal = -0.5 * ((np.arctanh(a) - mean) / np.exp(log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
     log_prob = (normal - np.log(1 - a**2)).sum(-1)
     assert (q < 0).any()
@@ -214,7 +217,7 @@ def test_the_policy_loss_trains_the_policy_alone() -> None:
 
 def train(game: OneStepGame, alpha: float, steps: int, lr: float = 0.05) -> cql.Algorithm:
     config = cql.Config(alpha=alpha, lr=lr, tau=0.2, gamma=0.9, grad_clip=1e9)
-    algorithm = cql.Algorithm(config, TabularFactory(game), behavior_table(game), steps=10**6, seed=0)
+    algorithm = cql.Algorithm([config], TabularFactory(game), behavior_table(game), steps=10**6)
     batch = exact_batch(game)
     torch.set_num_threads(1)
     for _ in range(steps):
@@ -233,7 +236,7 @@ def test_a_one_step_game_converges_to_the_stationary_point_of_the_objective(alph
     """0 = 2 b_i(a) E[Q_tot - r | a_i = a] + alpha (softmax_i(a) - b_i(a)) for every agent and action."""
     game = toy(0)
     algorithm = train(game, alpha, 600)
-    q, b = algorithm.q.table[:, 0].detach().double().numpy(), game.behavior
+    q, b = algorithm.q.table[0, :, 0].detach().double().numpy(), game.behavior
     gap = q - game.rewards  # the rest of the team is independent of a_i under behaviour
     mean = (b * gap).sum(-1, keepdims=True)
     error = gap + mean.sum() - mean

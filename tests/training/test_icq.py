@@ -28,10 +28,10 @@ Array = NDArray[np.float64]
 def train(played: Game, steps: tuple[int, int] = (200, 100)) -> Algorithm:
     torch.set_num_threads(1)
     config = Config(policy_temperature=TEMPERATURE, lr=0.05, tau=0.05, gamma=0.9, grad_clip=1e9)
-    algorithm = Algorithm(config, TabularFactory(played), behavior_table(played), steps=1, seed=0)
+    algorithm = Algorithm([config], TabularFactory(played), behavior_table(played), steps=1)
     batch = exact_batch(played)
     for rate, count in zip((0.05, 0.005), steps, strict=True):
-        for group in algorithm._optimizer.adam.param_groups:
+        for group in algorithm._optimizer._adam.param_groups:
             group["lr"] = rate
         for _ in range(count):
             algorithm.update(batch)
@@ -90,33 +90,46 @@ def test_mixer_weights_scale_the_exponent_of_states_behind_one_observation() -> 
     assert np.abs(raw - policy).max() > 0.02  # without the baseline it would be another policy
 
 
+def weights_of(scores: Array, valid: Array | None = None) -> Array:
+    """:func:`batch_weights` of one run."""
+    rows = None if valid is None else torch.from_numpy(valid)[None]
+    weights: Array = batch_weights(torch.from_numpy(scores)[None], rows)[0].numpy()
+    return weights
+
+
 @pytest.mark.parametrize("scale", [0.1, 1e4])
 def test_weights_average_to_one_over_the_rows_that_count(scale: float) -> None:
     generator = np.random.default_rng(0)
     scores = generator.normal(size=(64, 3)) * scale
-    weights = batch_weights(torch.from_numpy(scores)).numpy()
+    weights = weights_of(scores)
     exponentials = np.exp(scores - scores.max(0))
     np.testing.assert_allclose(weights, exponentials / exponentials.mean(0), rtol=1e-10)
     np.testing.assert_allclose(weights.mean(0), 1.0, rtol=1e-12)
     counted = (generator.random(64) > 0.5).astype(np.float64)
-    some = batch_weights(torch.from_numpy(scores[:, 0]), torch.from_numpy(counted)).numpy()
+    some = weights_of(scores[:, 0], counted)
     np.testing.assert_allclose(some[counted == 1].mean(), 1.0, rtol=1e-12)
     assert (some[counted == 0] == 0.0).all()
     np.testing.assert_allclose(
-        some[counted == 1],
-        batch_weights(torch.from_numpy(scores[counted == 1, 0])).numpy(),
-        rtol=1e-10,
-        atol=1e-300,
+        some[counted == 1], weights_of(scores[counted == 1, 0]), rtol=1e-10, atol=1e-300
     )
 
 
+def test_weights_of_a_run_know_nothing_of_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, valid = torch.randn(4, 32, generator=generator), torch.rand(4, 32, generator=generator).round()
+    together = batch_weights(scores, valid)
+    assert len(set(valid.sum(1).tolist())) > 1
+    for run in range(4):
+        assert torch.equal(together[run], batch_weights(scores[run : run + 1], valid[run : run + 1])[0])
+
+
 def test_a_batch_in_which_nothing_counts_has_no_weight() -> None:
-    assert batch_weights(torch.randn(5), torch.zeros(5)).tolist() == [0.0] * 5
+    assert batch_weights(torch.randn(1, 5), torch.zeros(1, 5)).tolist() == [[0.0] * 5]
 
 
 def test_effective_share_of_even_and_of_single_weights() -> None:
     weights = torch.tensor([[1.0, 4.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    assert effective_share(weights).tolist() == [1.0, 0.25]
+    assert effective_share(weights.unsqueeze(0)).tolist() == [[1.0, 0.25]]
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -148,7 +161,7 @@ def test_one_step_of_losses_against_numpy(kind: Any, released: bool) -> None:
 
 def expected_losses(algorithm: Algorithm, batch: Batch, released: bool) -> tuple[dict[str, float], Array]:
     def numbers(*tensors: torch.Tensor) -> list[Array]:
-        return [tensor.detach().double().numpy() for tensor in tensors]
+        return [tensor[0].detach().double().numpy() for tensor in tensors]
 
     def values(
         critic: Any, observation: torch.Tensor, action: torch.Tensor, mask: torch.Tensor | None
@@ -161,9 +174,9 @@ def expected_losses(algorithm: Algorithm, batch: Batch, released: bool) -> tuple
             v = np.min(numbers(*(one(observation, mode) for one in both)), axis=0)
             return q, v
         [probability] = numbers(algorithm.policy(observation, mask).exp())
-        assert (probability[mask.numpy() == 0] == 0).all()
+        assert (probability[mask[0].numpy() == 0] == 0).all()
         least = np.min(numbers(critic.first.values(observation), critic.second.values(observation)), axis=0)
-        q = np.take_along_axis(least, action.numpy()[..., None], -1)[..., 0]
+        q = np.take_along_axis(least, action[0].numpy()[..., None], -1)[..., 0]
         return q, (probability * least).sum(-1)
 
     reward, not_done, has_action = numbers(batch.reward, batch.not_done, batch.next_action_known)
@@ -205,23 +218,23 @@ def test_each_loss_moves_only_what_it_is_for(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(algorithm._optimizer, "descend", losses.update)
     algorithm.update(random_batch(continuous_spec()))
     for name, loss in losses.items():
-        networks = (algorithm.policy, algorithm.online, algorithm.target, algorithm.behavior)
+        networks = (algorithm.policy, algorithm.online, algorithm.target)
         for network in networks:
             network.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         moved = [any(p.grad is not None for p in network.parameters()) for network in networks]
-        assert moved == [name == "policy", name == "critic", False, False]
+        assert moved == [name == "policy", name == "critic", False]
 
 
 def test_batches_carry_the_next_action_and_say_where_there_is_none(tmp_path: Path) -> None:
     dataset = read(write_dataset(tmp_path / "data.hdf5", continuous_spec(), [4, 1, 3]))
-    batch = TransitionSampler(dataset, 8, seed=0).gather(np.arange(8))
-    assert batch.next_action_known.tolist() == [1, 1, 1, 0, 0, 1, 1, 0]
+    batch = TransitionSampler(dataset, 8, [0]).gather(torch.arange(8)[None])
+    assert batch.next_action_known.tolist() == [[1, 1, 1, 0, 0, 1, 1, 0]]
     has_action = batch.next_action_known.bool()
     following = np.array([1, 2, 3, 6, 7])  # transitions, in order, that follow those with a next action
-    assert torch.equal(batch.next_action[has_action], batch.action[following])
-    some = TransitionSampler(dataset, 8, seed=0, subset=np.array([0, 3, 5])).gather(np.arange(3))
-    assert some.next_action_known.tolist() == [1, 0, 1]  # the next row may be outside the subset
+    assert torch.equal(batch.next_action[has_action], batch.action[0, following])
+    some = TransitionSampler(dataset, 8, [0], subset=np.array([0, 3, 5])).gather(torch.arange(3)[None])
+    assert some.next_action_known.tolist() == [[1, 0, 1]]  # the next row may be outside the subset
 
 
 def test_a_nonlinear_mixer_is_refused() -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, one_step_game
 from omcda_deploy.training.algorithms.omcda import Algorithm, Config, DecoupledCritic
-from omcda_deploy.training.allocation import Allocation
+from omcda_deploy.training.allocation import STRATEGIES, Allocation
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import policy_of
 from tests.support import oracles
@@ -38,7 +38,7 @@ ALPHA = np.array([2.0, 1.0, 0.15])
 
 
 def learner(game: Game, config: Config, alpha: NDArray[np.float64] | None = None) -> Algorithm:
-    algorithm = Algorithm(config, TabularFactory(game), behavior_table(game), steps=10**9, seed=0)
+    algorithm = Algorithm([config], TabularFactory(game), behavior_table(game), steps=10**9)
     if alpha is not None:
         with torch.no_grad():
             algorithm.dual.log_alpha.copy_(torch.from_numpy(np.log(alpha)))
@@ -48,10 +48,11 @@ def learner(game: Game, config: Config, alpha: NDArray[np.float64] | None = None
 def fit(algorithm: Algorithm, batch: Batch, *stages: int) -> Algorithm:
     """Train for the given numbers of steps, with a tenth of the learning rates from each stage to the next."""
     torch.set_num_threads(1)
-    optimizers = (algorithm._optimizer.adam, algorithm.dual._optimizer)
     for stage, steps in enumerate(stages):
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups if stage):
-            group["lr"] *= 0.1
+        if stage:
+            algorithm.dual._lr *= 0.1
+            for group in algorithm._optimizer._adam.param_groups:
+                group["lr"] *= 0.1
         for _ in range(steps):
             algorithm.update(batch)
     return algorithm
@@ -67,7 +68,7 @@ def value_tables(algorithm: Algorithm) -> list[torch.Tensor]:
     critic = algorithm.critic
     assert isinstance(critic, DecoupledCritic)
     networks = (critic.q_r, critic.v_r, critic.q_c, critic.v_c)
-    return [next(network.parameters()).detach().double() for network in networks]
+    return [next(network.parameters())[0].detach().double() for network in networks]
 
 
 @functools.cache
@@ -123,7 +124,7 @@ def test_3_influence_is_the_shadow_price(metric: str) -> None:
         exact_batch(game()),
         200,
     )
-    np.testing.assert_allclose(algorithm.allocation.mean_influence.numpy(), ALPHA, rtol=0.05)
+    np.testing.assert_allclose(algorithm.allocation.mean_influence[0].numpy(), ALPHA, rtol=0.05)
 
 
 def test_4_the_dual_meets_the_budget_or_rests_at_its_bound() -> None:
@@ -134,10 +135,10 @@ def test_4_the_dual_meets_the_budget_or_rests_at_its_bound() -> None:
     divergence = oracles.kl(first_rows(policy_table(algorithm.policy, game())), game().behavior)
     attainable = oracles.largest_kl(game().rewards, game().behavior) > 0.2
     expected = oracles.alphas_for_budgets(game().rewards, game().behavior, 0.2)
-    inside = attainable & (expected > algorithm.dual.low) & (expected < algorithm.dual.high)
+    inside = attainable & (expected > algorithm.dual.low.item()) & (expected < algorithm.dual.high.item())
     assert inside.sum() >= 2
     np.testing.assert_allclose(divergence[inside], 0.2, rtol=0.05)
-    np.testing.assert_allclose(algorithm.alpha.numpy()[inside], expected[inside], rtol=0.1)
+    np.testing.assert_allclose(algorithm.alpha[0].numpy()[inside], expected[inside], rtol=0.1)
 
 
 def test_4_an_unattainable_budget_drives_alpha_to_its_bound_and_says_so() -> None:
@@ -146,8 +147,8 @@ def test_4_an_unattainable_budget_drives_alpha_to_its_bound_and_says_so() -> Non
     batch = exact_batch(game())
     metrics = [algorithm.update(batch) for _ in range(100)][-1]
     assert (oracles.largest_kl(game().rewards, game().behavior) < 5.0).all()
-    np.testing.assert_allclose(algorithm.alpha.numpy(), algorithm.dual.low, rtol=1e-4)
-    assert metrics["alpha_at_bound"].tolist() == [1.0, 1.0, 1.0]
+    np.testing.assert_allclose(algorithm.alpha[0].numpy(), algorithm.dual.low.item(), rtol=1e-4)
+    assert metrics["alpha_at_bound"].tolist() == [[1.0, 1.0, 1.0]]
 
 
 def settled_reward(strategy: str, game: OneStepGame, total: float, temperature: float, seed: int) -> float:
@@ -155,16 +156,24 @@ def settled_reward(strategy: str, game: OneStepGame, total: float, temperature: 
 
     Oracle 3 shows that the influence a learner measures at its optimum is alpha_i, so alpha_i is fed back.
     """
-    allocation = Allocation(strategy, 3, total, seed, temperature=temperature, decay=0.3)
-    if allocation.strategy.single_price:
+    allocation = Allocation(
+        [strategy],
+        3,
+        torch.tensor([[total]]),
+        [seed],
+        temperature=torch.tensor([[temperature]]),
+        decay=0.3,
+    )
+    if STRATEGIES[strategy].single_price:
         alpha = oracles.common_alpha(game.rewards, game.behavior, total)
         return oracles.one_step_optima(game.rewards, game.behavior, alpha).team_reward
-    for _ in range(15 if allocation.strategy.follows_influence else 1):
-        budgets = allocation.budgets.double().numpy()
+    for _ in range(15 if STRATEGIES[strategy].follows_influence else 1):
+        budgets = allocation.budgets[0].double().numpy()
         prices = oracles.alphas_for_budgets(game.rewards, game.behavior, budgets)
         divergence = oracles.one_step_optima(game.rewards, game.behavior, prices).kl
-        allocation.observe(torch.from_numpy(prices).float(), torch.from_numpy(divergence).float())
-    return oracles.reward_under_shares(game.rewards, game.behavior, allocation.shares.double().numpy(), total)
+        allocation.observe(torch.from_numpy(prices[None]).float(), torch.from_numpy(divergence[None]).float())
+    shares = allocation.shares[0].double().numpy()
+    return oracles.reward_under_shares(game.rewards, game.behavior, shares, total)
 
 
 def test_5_influence_lies_between_uniform_and_optimal_and_beats_random() -> None:
@@ -262,9 +271,9 @@ def test_7_influence_with_divergence_is_the_price_over_many_steps() -> None:
     metrics: dict[str, torch.Tensor] = {}
     while "influence_with_divergence" not in metrics:
         metrics = algorithm.update(batch)
-    np.testing.assert_allclose(metrics["influence_with_divergence"].numpy(), CHAIN_ALPHA, rtol=0.05)
+    np.testing.assert_allclose(metrics["influence_with_divergence"][0].numpy(), CHAIN_ALPHA, rtol=0.05)
     # The paper's m_i leaves the divergence out and differs: this is what is logged, never required.
-    assert np.abs(algorithm.allocation.mean_influence.numpy() / CHAIN_ALPHA - 1.0).max() > 0.05
+    assert np.abs(algorithm.allocation.mean_influence[0].numpy() / CHAIN_ALPHA - 1.0).max() > 0.05
 
 
 def test_8_scaling_rewards_and_prices_leaves_policies_unchanged() -> None:
@@ -284,8 +293,8 @@ def test_8_permuting_agents_permutes_everything() -> None:
         first_rows(policy_table(algorithm.policy, permuted)), policy_table_rows(trained())[order], atol=1e-4
     )
     np.testing.assert_allclose(
-        algorithm.allocation.mean_influence.numpy(),
-        trained().allocation.mean_influence.numpy()[order],
+        algorithm.allocation.mean_influence[0].numpy(),
+        trained().allocation.mean_influence[0].numpy()[order],
         rtol=0.01,
     )
 

@@ -29,10 +29,10 @@ from omcda_deploy.registry import team_spec
 from omcda_deploy.spec import ActionSpec, TeamSpec
 from omcda_deploy.training import behavior_model as behavior_model_file
 from omcda_deploy.training import evaluation, loop
-from omcda_deploy.training.batches import TransitionSampler
+from omcda_deploy.training.batches import Batch, TransitionSampler
 from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model
 from omcda_deploy.training.checkpoint import load_state, save_state
-from omcda_deploy.training.distributions import TanhGaussian, policy_of
+from omcda_deploy.training.distributions import Categorical, TanhGaussian, policy_of
 from omcda_deploy.training.evaluation import EVALUATIONS, Evaluator
 from omcda_deploy.training.metrics import DivergedError, MetricsWriter, Window
 from omcda_deploy.training.observer import TrainObserver
@@ -40,7 +40,7 @@ from omcda_deploy.training.request import TrainRequest
 from omcda_deploy.training.run_folder import read_config, read_snapshot, snapshot_steps, training_seconds
 from omcda_deploy.training.settings import build
 from omcda_deploy.training.snapshot_team import SnapshotTeam
-from tests.support.synthetic import continuous_spec, differing, write_dataset
+from tests.support.synthetic import continuous_spec, differing, stacked, write_dataset
 
 STEPS, EVERY = 60, 20
 SETTINGS = {"hidden": 8, "mixer_hidden": 4, "batch_size": 8, "reallocate_every": 5, "d_tot": 0.01, "tau": 0.2}
@@ -222,10 +222,14 @@ def test_metrics_are_lines_of_finite_json(run: Path) -> None:
 
 def test_windows_hold_means_per_agent_and_of_what_was_measured() -> None:
     window = Window(("a", "b"))
-    window.add({"x": torch.tensor(1.0), "kl": torch.tensor([1.0, 2.0])})
-    window.add({"x": torch.tensor(4.0), "kl": torch.tensor([3.0, 2.0]), "rare": torch.tensor(7.0)})
-    assert window.close(2) == {"x": 2.5, "kl/a": 2.0, "kl/b": 2.0, "rare": 7.0}
-    assert window.close(3) == {}
+    kl = torch.tensor([[1.0, 2.0], [0.0, 8.0]])  # [R, N]
+    window.add({"x": torch.tensor([1.0, 0.5]), "kl": kl})
+    window.add({"x": torch.tensor([4.0, 0.5]), "kl": 3.0 * kl, "rare": torch.tensor([7.0, 9.0])})
+    assert window.close() == [
+        {"x": 2.5, "kl/a": 2.0, "kl/b": 4.0, "rare": 7.0},
+        {"x": 0.5, "kl/a": 0.0, "kl/b": 16.0, "rare": 9.0},
+    ]
+    assert window.close() == []
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
@@ -490,10 +494,10 @@ def test_cloning_keeps_the_best_held_out_model_and_stops(dataset: Dataset) -> No
 
 
 def test_the_time_limit_option_changes_not_done_only(dataset: Dataset) -> None:
-    every = np.arange(len(dataset.transitions))
-    ours = TransitionSampler(dataset, 4, 0).gather(every)
-    published = TransitionSampler(dataset, 4, 0, time_limit_is_terminal=True).gather(every)
-    assert differing(vars(ours), vars(published)) == {"not_done"}
+    every = torch.arange(len(dataset.transitions)).unsqueeze(0)
+    ours = TransitionSampler(dataset, 4, [0]).gather(every)
+    published = TransitionSampler(dataset, 4, [0], time_limit_is_terminal=True).gather(every)
+    assert differing(fields_of(ours), fields_of(published)) == {"not_done"}
     assert np.flatnonzero(ours.not_done == 0).tolist() == np.flatnonzero(dataset.terminal).tolist()
     ends = dataset.terminal | dataset.timeout
     assert np.flatnonzero(published.not_done == 0).tolist() == np.flatnonzero(ends).tolist()
@@ -501,7 +505,7 @@ def test_the_time_limit_option_changes_not_done_only(dataset: Dataset) -> None:
 
 
 def test_no_transition_crosses_an_episodes_end(dataset: Dataset) -> None:
-    sampler = TransitionSampler(dataset, 64, 0)
+    sampler = TransitionSampler(dataset, 64, [0])
     assert len(sampler) == 240
     episode_of = np.repeat(
         np.arange(8), dataset.episode_length + 1
@@ -511,10 +515,10 @@ def test_no_transition_crosses_an_episodes_end(dataset: Dataset) -> None:
     for step in range(40):
         batch = sampler.sample(step)
         for o, o2, a, r in zip(
-            batch.observation.numpy(),
-            batch.next_observation.numpy(),
-            batch.action.numpy(),
-            batch.reward.numpy(),
+            batch.observation[0].numpy(),
+            batch.next_observation[0].numpy(),
+            batch.action[0].numpy(),
+            batch.reward[0].numpy(),
             strict=True,
         ):
             row, following = rows[o.tobytes()], rows[o2.tobytes()]
@@ -523,27 +527,61 @@ def test_no_transition_crosses_an_episodes_end(dataset: Dataset) -> None:
             assert np.array_equal(a, dataset.actions[row])
             assert r == dataset.rewards[row]
             seen.add(row)
-        assert np.array_equal(batch.state.numpy(), batch.observation.numpy().reshape(64, -1))
+        assert np.array_equal(batch.state[0].numpy(), batch.observation[0].numpy().reshape(64, -1))
     assert len(seen) == 240  # every transition is drawn
 
 
 def test_batches_depend_on_seed_and_step_alone(dataset: Dataset) -> None:
-    sampler = TransitionSampler(dataset, 8, 3)
-    forward = {step: sampler.sample(step) for step in (0, 1, 255, 256, 1000)}
-    other = TransitionSampler(dataset, 8, 3)
+    sampler = TransitionSampler(dataset, 8, [3])
+    forward = {step: fields_of(sampler.sample(step)) for step in (0, 1, 255, 256, 1000)}
+    other = TransitionSampler(dataset, 8, [3])
     for step in (1000, 0, 256, 255, 1):
-        assert differing(vars(forward[step]), vars(other.sample(step))) == set()
-    assert differing(vars(forward[0]), vars(forward[1]))
-    assert differing(vars(forward[0]), vars(TransitionSampler(dataset, 8, 4).sample(0)))
+        assert differing(forward[step], fields_of(other.sample(step))) == set()
+    assert differing(forward[0], forward[1])
+    assert differing(forward[0], fields_of(TransitionSampler(dataset, 8, [4]).sample(0)))
+
+
+def test_a_fleets_batch_is_its_runs_batches_side_by_side(dataset: Dataset) -> None:
+    behavior, _ = behavior_model(dataset, BEHAVIOR)
+    seeds = (7, 3, 3, 0)
+    fleet = TransitionSampler(dataset, 8, seeds, behavior=behavior)
+    alone = [TransitionSampler(dataset, 8, [seed], behavior=behavior) for seed in seeds]
+    for step in (0, 1, 300):
+        expected = stacked(*(sampler.sample(step) for sampler in alone))
+        assert differing(fields_of(fleet.sample(step)), fields_of(expected)) == set()
+
+
+def test_batches_hold_the_behavior_policy_at_their_rows(dataset: Dataset) -> None:
+    """A table of the whole dataset gives what the model gives for each batch."""
+    behavior, _ = behavior_model(dataset, BEHAVIOR)
+    batch = TransitionSampler(dataset, 64, [5, 6], behavior=behavior).sample(0)
+    with torch.no_grad():
+        for ours, observation in (
+            (batch.behavior, batch.observation),
+            (batch.next_behavior, batch.next_observation),
+        ):
+            expected = policy_of(behavior, observation, None)
+            assert isinstance(ours, TanhGaussian)
+            assert isinstance(expected, TanhGaussian)
+            torch.testing.assert_close(ours.mean, expected.mean)
+            torch.testing.assert_close(ours.log_std, expected.log_std)
+            # The recorded actions' part of a density is a table too.
+            assert torch.equal(batch.log_prob(expected), expected.log_prob(batch.action))
+
+
+def fields_of(batch: Batch) -> dict[str, Any]:
+    """All fields of a batch, gathered."""
+    values = {name: getattr(batch, name) for name in Batch.__annotations__}
+    return {k: vars(v) if isinstance(v, (TanhGaussian, Categorical)) else v for k, v in values.items()}
 
 
 def test_a_state_of_its_own_is_kept_apart(tmp_path: Path) -> None:
     """Batches hold the recorded state if it is not all observations joined."""
     spec: TeamSpec = continuous_spec()
     recorded = read(write_dataset(tmp_path / "d.hdf5", spec, [20, 20]))
-    batch = TransitionSampler(recorded, 4, 0).gather(np.array([0, 19, 20]))
-    assert np.array_equal(batch.state.numpy(), recorded.states[[0, 19, 21]])
-    assert np.array_equal(batch.next_state.numpy(), recorded.states[[1, 20, 22]])
+    batch = TransitionSampler(recorded, 4, [0, 1]).gather(torch.tensor([[0, 19, 20], [1, 2, 3]]))
+    assert np.array_equal(batch.state.numpy(), recorded.states[[[0, 19, 21], [1, 2, 3]]])
+    assert np.array_equal(batch.next_state.numpy(), recorded.states[[[1, 20, 22], [2, 3, 4]]])
 
 
 # -- evaluation beside training -------------------------------------------------------------------------------

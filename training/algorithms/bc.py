@@ -9,6 +9,7 @@ Source: docs/baselines.md#bc.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import divergence, policy_of
+from omcda_deploy.training.fleet import mean_per_run
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
@@ -48,40 +50,37 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """Train by BC: one :meth:`update` is one gradient step on a batch."""
+    """Train R runs by BC: one :meth:`update` is one gradient step of each on its batch."""
 
     budgets = alpha = None
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         networks: NetworkFactory,
         behavior: nn.Module,
         *,
         steps: int,
-        seed: int,
         device: str = "cpu",
     ) -> None:
-        self.config = config
+        config = self.config = configs[0]
         self.policy = make_policy(config, networks).to(device)
-        self.behavior = behavior.to(device).requires_grad_(False)
         self._optimizer = JointOptimizer(
             [Group(parameters_of(self.policy), config.lr)], config.grad_clip, modules={"policy": self.policy}
         )
         self.step = 0
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
         policy = policy_of(self.policy, batch.observation, batch.mask)
-        losses = {"policy": -policy.log_prob(batch.action).mean()}  # L_pi
+        losses = {"policy": -mean_per_run(batch.log_prob(policy))}  # L_pi
         self._optimizer.descend(losses)
         self.step += 1
         with torch.no_grad():
-            behavior = policy_of(self.behavior, batch.observation, batch.mask)
-            return {**loss_metrics(losses), "kl": divergence(policy, behavior).mean(0)}
+            return {**loss_metrics(losses), "kl": divergence(policy, batch.behavior).mean(1)}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._optimizer.state_dict(), "step": self.step}
+    def state_dict(self, run: int) -> dict[str, Any]:
+        return {**self._optimizer.state_dict(run), "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-        self.step = state["step"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.load_state_dicts(states)
+        self.step = states[0]["step"]

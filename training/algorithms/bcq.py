@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -41,9 +42,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omcda_deploy.training.batches import Batch, noise_at
+from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.candidates import candidate_values
+from omcda_deploy.training.distributions import Categorical, Distribution
+from omcda_deploy.training.fleet import Noise, column, mean_per_run, repeat
 from omcda_deploy.training.metrics import KL
-from omcda_deploy.training.networks import TIE, AgentMLP, GreedyActor, NetworkFactory, total_value
+from omcda_deploy.training.mlp import AgentMLP
+from omcda_deploy.training.networks import TIE, GreedyActor, NetworkFactory, total_value
 from omcda_deploy.training.optimizer import Group, JointOptimizer, frozen, loss_metrics, parameters_of
 from omcda_deploy.training.settings import (
     Choice,
@@ -64,6 +69,7 @@ SUMMARY = "maximises Q over actions that the data make likely"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "neg_log_behavior", "discrete": "neg_log_behavior"}
 COLUMNS = (KL,)
+PER_RUN = ("threshold", "phi", "pessimism", "kl_weight")
 
 LATENT_LIMIT = 0.5  # beyond it the decoder gives actions that the data hardly hold
 LATENT_SEED = 0
@@ -101,18 +107,21 @@ class Config:
 
 
 class GenerativeActor(nn.Module):
-    """Choose by ``q`` among perturbed samples of the decoder, whose latents never change."""
+    """Choose by ``q`` among perturbed samples of the decoder, whose latents never change.
 
-    latents: Tensor  # [candidates, L]
+    All shapes begin with R where its networks are those of R runs.
+    """
+
+    latents: Tensor  # [candidates, L], the same for all runs
 
     def __init__(self, config: Config, networks: NetworkFactory) -> None:
         super().__init__()
         spec = networks.spec
         o, a, n = spec.observation_size, spec.action_size, len(spec.agents)
         self.action, self.latent = a, 2 * (a if config.latent == "action" else n)
-        self.phi = config.phi
-        self.decoder = AgentMLP(o + self.latent, a, n, config.vae_hidden)
-        self.perturbation = AgentMLP(o + a, a, n, networks.hidden)
+        self.phi: float | Tensor = config.phi  # or [R, 1, 1, 1, 1]
+        self.decoder = networks.make(lambda: AgentMLP(o + self.latent, a, n, config.vae_hidden))
+        self.perturbation = networks.make(lambda: AgentMLP(o + a, a, n, networks.hidden))
         self.q: Any = networks.q()
         generator = torch.Generator().manual_seed(LATENT_SEED)
         latents = torch.randn((config.candidates, self.latent), generator=generator)
@@ -120,16 +129,19 @@ class GenerativeActor(nn.Module):
 
     def decode(self, observation: Tensor, latents: Tensor, agent: int | None = None) -> Tensor:
         """Decode ``[B, (N,) O]``, latents [K, B, (N,) L] or broadcastable -> actions [K, B, (N,) A]."""
-        return torch.tanh(self.decoder.branch(observation, latents, self.latent, agent))
+        return torch.tanh(self.decoder.branch(observation, latents, agent))
 
     def perturb(self, xi: Any, observation: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
         """Return ``clip(a + phi tanh xi(o, a), -1, 1)``: ``[B, (N,) O], [K, B, (N,) A] -> [K, B, (N,) A]``."""
-        move = torch.tanh(xi.branch(observation, action, self.action, agent))
+        move = torch.tanh(xi.branch(observation, action, agent))
         return (action + self.phi * move).clamp(-1.0, 1.0)
 
     def candidates(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
         """Make candidates: ``[B, (N,) O] -> (actions [K, B, (N,) A], their values [K, B, (N)])``."""
         latents = self.latents[:, None, None] if agent is None else self.latents[:, None]
+        if observation.ndim == 4:
+            runs, batch, agents, _ = observation.shape
+            latents = latents.expand(runs, -1, batch, agents, -1)
         decoded = self.decode(observation, latents, agent)
         actions = self.perturb(self.perturbation, observation, decoded, agent)
         return actions.clamp(-DEPLOYED_LIMIT, DEPLOYED_LIMIT), self.q.candidates(observation, actions, agent)
@@ -137,13 +149,17 @@ class GenerativeActor(nn.Module):
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
         """Map ``[B, (N,) O] -> (atanh of the action [B, (N,) A], log_std [B, (N,) A] of no width)``."""
         actions, values = self.candidates(observation, agent)
-        best = values.argmax(0)[None, ..., None]  # [1, B, (N,) 1]
-        action = actions.gather(0, best.expand(*[-1] * observation.dim(), self.action)).squeeze(0)
+        axis = 1 if observation.ndim == 4 else 0  # of the candidates
+        best = values.argmax(axis)[(*[slice(None)] * axis, None, ..., None)]  # [1, B, (N,) 1]
+        action = actions.gather(axis, best.expand(*[-1] * observation.dim(), self.action)).squeeze(axis)
         mean = 0.5 * (torch.log(1.0 + action) - torch.log(1.0 - action))  # atanh, which ONNX opset 17 lacks
         return mean, torch.full_like(mean, NO_WIDTH)
 
     def as_good(self, observation: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
-        """Test if ``action`` [B, (N,) A] is a best candidate up to rounding, bool [B, (N)]."""
+        """Test if ``action`` [B, (N,) A] is a best candidate up to rounding, bool [B, (N)].
+
+        For policies of one run.
+        """
         actions, values = self.candidates(observation, agent)
         best = values.amax(0)
         near = values >= best - TIE * (1.0 + best.abs())
@@ -152,46 +168,57 @@ class GenerativeActor(nn.Module):
 
 
 class RestrictedActor(nn.Module):
-    """Take ``argmax q`` over the available actions that ``behavior`` makes likely, as a degenerate categorical."""
+    """Take ``argmax q`` over the available actions that ``behavior`` makes likely, as a degenerate categorical.
+
+    All shapes begin with R where its networks are those of R runs.
+    """
 
     def __init__(self, config: Config, networks: NetworkFactory) -> None:
         super().__init__()
         self.threshold = config.threshold
+        self.least: float | Tensor = least_ratio(config.threshold)  # or [R, 1, 1, 1]
         q: Any = networks.q()
         self.greedy = GreedyActor(q)
         self.behavior: Any = networks.actor().requires_grad_(False)
 
     def forward(self, observation: Tensor, mask: Tensor, agent: int | None = None) -> Tensor:
         """Map ``[B, (N,) O]``, mask [B, (N,) A] -> log-probabilities, 0 at the choice, else the lowest float."""
-        likely = allowed(self.behavior(observation, mask, agent), mask, self.threshold)
+        likely = allowed(self.behavior(observation, mask, agent), mask, self.least)
         log_probs: Tensor = self.greedy(observation, likely, agent)
         return log_probs
 
     def as_good(self, observation: Tensor, mask: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
         """Test as :meth:`GreedyActor.as_good`; an action on the threshold up to rounding may be allowed or not."""
         log_g = self.behavior(observation, mask, agent)
-        possible = allowed(log_g, mask, self.threshold, slack=-TIE)
-        certain = allowed(log_g, mask, self.threshold, slack=TIE)
+        possible = allowed(log_g, mask, least_ratio(self.threshold, slack=-TIE))
+        certain = allowed(log_g, mask, least_ratio(self.threshold, slack=TIE))
         among = certain | (F.one_hot(action, mask.shape[-1]).bool() & possible)
         as_good: Tensor = self.greedy.as_good(observation, among, action, agent)
         return as_good
 
 
-def allowed(log_g: Tensor, mask: Tensor, threshold: float, slack: float = 0.0) -> Tensor:
-    """Mark available a with ``G(a) >= threshold max G``: log G and mask [..., A] -> bool; ``slack`` is in nats."""
-    least = min(math.log(threshold) + slack, 0.0) if threshold > 0.0 else -math.inf
+def least_ratio(threshold: float, slack: float = 0.0) -> float:
+    """Return the least ``log G - max log G`` of an allowed action; ``slack`` is in nats."""
+    return min(math.log(threshold) + slack, 0.0) if threshold > 0.0 else -math.inf
+
+
+def allowed(log_g: Tensor, mask: Tensor, least: float | Tensor) -> Tensor:
+    """Mark available a with ``log G(a) - max log G >= least``: log G and mask [..., A] -> bool."""
     return (log_g - log_g.amax(-1, keepdim=True) >= least) & mask.bool()
 
 
-def vae_loss(decoded: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, kl_weight: float) -> Tensor:
-    """Return L_vae: ``mean (a^ - a)^2 + kl_weight mean KL(N(mean, std) || N(0, 1))``, means over all entries."""
+def vae_loss(decoded: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, kl_weight: Tensor) -> Tensor:
+    """Return L_vae: ``mean (a^ - a)^2 + kl_weight mean KL(N(mean, std) || N(0, 1))``, means over all entries.
+
+    Four times [R, B, N, ...], ``kl_weight`` [R] -> [R].
+    """
     kl = 0.5 * (mean.square() + torch.exp(2.0 * log_std) - 1.0) - log_std
-    return (decoded - action).square().mean() + kl_weight * kl.mean()
+    return mean_per_run((decoded - action).square()) + kl_weight * mean_per_run(kl)
 
 
-def pessimistic_maximum(q1: Tensor, q2: Tensor, pessimism: float) -> Tensor:
-    """Return ``max_k [p min(q1, q2) + (1 - p) max(q1, q2)]``: [K, B, N] -> [B, N]."""
-    return (pessimism * torch.minimum(q1, q2) + (1.0 - pessimism) * torch.maximum(q1, q2)).amax(0)
+def pessimistic_maximum(q1: Tensor, q2: Tensor, pessimism: Tensor) -> Tensor:
+    """Return ``max_k [p min(q1, q2) + (1 - p) max(q1, q2)]``: [R, K, B, N] -> [R, B, N]; p is [R, 1, 1, 1]."""
+    return (pessimism * torch.minimum(q1, q2) + (1.0 - pessimism) * torch.maximum(q1, q2)).amax(1)
 
 
 class GenerativeLosses:
@@ -200,13 +227,17 @@ class GenerativeLosses:
     q1_target: Any
     q2_target: Any
 
-    def __init__(self, config: Config, networks: NetworkFactory, policy: GenerativeActor) -> None:
+    def __init__(self, configs: Sequence[Config], networks: NetworkFactory, policy: GenerativeActor) -> None:
+        config, device = configs[0], str(policy.latents.device)
         self._config, self._policy = config, policy
+        policy.phi = column(configs, "phi", device)[..., None, None, None]
+        self._pessimism = column(configs, "pessimism", device)[..., None, None]
+        self._kl_weight = column(configs, "kl_weight", device)[:, 0]
         spec = networks.spec
         sizes = (spec.observation_size + spec.action_size, 2 * policy.latent, len(spec.agents))
-        self.encoder = AgentMLP(*sizes, config.vae_hidden)
+        self.encoder = networks.make(lambda: AgentMLP(*sizes, config.vae_hidden))
         self.q2, self.mixer = networks.q(), networks.mixer(config.mixer_hidden, config.mixer)
-        self.beside_policy = nn.ModuleList((self.encoder, self.q2, self.mixer)).to(policy.latents.device)
+        self.beside_policy = nn.ModuleList((self.encoder, self.q2, self.mixer)).to(device)
         self.online = nn.ModuleList((policy.q, self.q2, self.mixer, policy.perturbation))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q1_target, self.q2_target, self.mixer_target, self.perturbation_target = self.target
@@ -220,50 +251,55 @@ class GenerativeLosses:
             Group(parameters_of(self.encoder, policy.decoder), lr),
         ]
 
-    def __call__(self, batch: Batch, noise: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(self, batch: Batch, noise: Noise) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return losses and metrics."""
-        c, policy = self._config, self._policy
+        policy = self._policy
         o, a = batch.observation, batch.action
         mean, log_std = self.encoder(torch.cat((o, a), -1)).chunk(2, -1)
         log_std = log_std.clamp(*ENCODER_LOG_STD)
-        z = mean + log_std.exp() * torch.randn(mean.shape, generator=noise, device=mean.device)
+        z = mean + log_std.exp() * noise.normal(*mean.shape[1:])
         with torch.no_grad():
             y = self._bellman(batch, noise)
-            decoded = policy.decode(o, self._latents(o, 1, noise))  # [1, B, N, A]
+            decoded = policy.decode(o, self._latents(o, 1, noise))  # [R, 1, B, N, A]
         q1, q2 = (total_value(self.mixer, q(o, a), batch.state) for q in (policy.q, self.q2))
         with frozen(policy.q):
             perturbed = policy.perturb(policy.perturbation, o, decoded)
             value = policy.q.candidates(o, perturbed)
+        reconstructed = policy.decode(o, z.unsqueeze(1)).squeeze(1)
         losses = {
-            "policy": -value.mean(),  # L_xi
-            "critic": (q1 - y).square().mean() + (q2 - y).square().mean(),  # L_Q
-            "vae": vae_loss(policy.decode(o, z[None])[0], a, mean, log_std, c.kl_weight),  # L_vae
+            "policy": -mean_per_run(value),  # L_xi
+            "critic": mean_per_run((q1 - y).square()) + mean_per_run((q2 - y).square()),  # L_Q
+            "vae": vae_loss(reconstructed, a, mean, log_std, self._kl_weight),  # L_vae
         }
-        distance = (perturbed - decoded).abs().mean()
-        return losses, {"value/reward_total": q1.detach().mean(), "perturbation": distance.detach()}
+        distance = mean_per_run((perturbed.detach() - decoded).abs())
+        return losses, {"value/reward_total": q1.detach().mean(1), "perturbation": distance}
 
-    def _bellman(self, batch: Batch, noise: torch.Generator) -> Tensor:
+    def _bellman(self, batch: Batch, noise: Noise) -> Tensor:
         c, o2 = self._config, batch.next_observation
         decoded = self._policy.decode(o2, self._latents(o2, c.target_samples, noise))
         actions = self._policy.perturb(self.perturbation_target, o2, decoded)
-        q1, q2 = (q.candidates(o2, actions) for q in (self.q1_target, self.q2_target))
-        best = pessimistic_maximum(q1, q2, c.pessimism)
+        q1, q2 = (candidate_values(q, o2, actions) for q in (self.q1_target, self.q2_target))
+        best = pessimistic_maximum(q1, q2, self._pessimism)
         next_q_tot = total_value(self.mixer_target, best, batch.next_state)
         return batch.reward + c.gamma * batch.not_done * next_q_tot
 
-    def _latents(self, observation: Tensor, count: int, noise: torch.Generator) -> Tensor:
-        shape = (count, *observation.shape[:2], self._policy.latent)
-        latents = torch.randn(shape, generator=noise, device=observation.device)
+    def _latents(self, observation: Tensor, count: int, noise: Noise) -> Tensor:
+        latents = noise.normal(count, *observation.shape[1:3], self._policy.latent)
         return latents.clamp_(-LATENT_LIMIT, LATENT_LIMIT)
 
 
 class RestrictedLosses:
     """The loss of one critic whose targets use the policy's own choice, for discrete actions."""
 
-    def __init__(self, config: Config, networks: NetworkFactory, policy: RestrictedActor) -> None:
+    q_target: Any
+
+    def __init__(self, configs: Sequence[Config], networks: NetworkFactory, policy: RestrictedActor) -> None:
+        config, device = configs[0], next(policy.parameters()).device
         self._config, self._policy = config, policy
+        self._least = torch.tensor([least_ratio(c.threshold) for c in configs], device=device)
+        self._least = policy.least = self._least[:, None, None, None]
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
-        self.beside_policy = nn.ModuleList((self.mixer,)).to(next(policy.behavior.parameters()).device)
+        self.beside_policy = nn.ModuleList((self.mixer,)).to(device)
         self.online = nn.ModuleList((policy.greedy.q, self.mixer))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.mixer_target = self.target
@@ -272,29 +308,36 @@ class RestrictedLosses:
         """Return groups of parameters with their learning rates."""
         return [Group(parameters_of(self.online), self._config.lr)]
 
-    def __call__(self, batch: Batch, noise: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(self, batch: Batch, noise: Noise) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return losses and metrics."""
-        c, policy = self._config, self._policy
-        assert batch.mask is not None  # the sampler gives every discrete batch its masks
-        assert batch.next_mask is not None
+        c, q = self._config, self._policy.greedy.q
         with torch.no_grad():
-            choice = policy(batch.next_observation, batch.next_mask).argmax(-1)
-            best = self.q_target(batch.next_observation, choice)
+            likely = self._likely(batch.next_behavior, batch.next_mask)
+            best = self.q_target(batch.next_observation, choice(q.values(batch.next_observation), likely))
             next_q_tot = total_value(self.mixer_target, best, batch.next_state)
             y = batch.reward + c.gamma * batch.not_done * next_q_tot
-            log_g = policy.behavior(batch.observation, batch.mask)
-        scores = policy.greedy.q.values(batch.observation)
+        scores = q.values(batch.observation)
         data_values = scores.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
-        q = total_value(self.mixer, data_values, batch.state)
+        q_tot = total_value(self.mixer, data_values, batch.state)
         with torch.no_grad():
-            likely = allowed(log_g, batch.mask, c.threshold)
-            policy_action = scores.masked_fill(~likely, -math.inf).argmax(-1, keepdim=True)
+            likely = self._likely(batch.behavior, batch.mask)
             metrics = {
-                "value/reward_total": q.mean(),
-                "kl": -log_g.gather(-1, policy_action).squeeze(-1).mean(0),
-                "allowed": likely.sum(-1).float().mean(0),
+                "value/reward_total": q_tot.mean(1),
+                "kl": -batch.behavior.log_prob(choice(scores, likely)).mean(1),
+                "allowed": likely.sum(-1).float().mean(1),
             }
-        return {"critic": (q - y).square().mean()}, metrics  # L_Q
+        return {"critic": mean_per_run((q_tot - y).square())}, metrics  # L_Q
+
+    def _likely(self, behavior: Distribution, mask: Tensor | None) -> Tensor:
+        """Mark the actions that the policy chooses among, bool [R, B, N, A]."""
+        assert isinstance(behavior, Categorical)
+        assert mask is not None  # the sampler gives every discrete batch its masks
+        return allowed(behavior.log_probs, mask, self._least)
+
+
+def choice(values: Tensor, likely: Tensor) -> Tensor:
+    """Return :class:`RestrictedActor`'s choice int64 [R, B, N] by values and marks [R, B, N, A]."""
+    return values.masked_fill(~likely, -math.inf).argmax(-1)
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
@@ -304,31 +347,30 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """Train by BCQ: one :meth:`update` is one gradient step on a batch."""
+    """Train R runs by BCQ: one :meth:`update` is one gradient step of each on its batch."""
 
     budgets = alpha = None
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         networks: NetworkFactory,
         behavior: nn.Module,
         *,
         steps: int,
-        seed: int,
         device: str = "cpu",
     ) -> None:
-        """Use ``behavior``, the cloned pi_b, to allow discrete actions and to measure divergence."""
-        self.config, self._seed, self._device = config, seed, device
+        """Build ``behavior``, the cloned pi_b, into discrete policies, whose actions it allows."""
+        config = self.config = configs[0]
         self.policy = make_policy(config, networks).to(device)
-        self.behavior = behavior.to(device).requires_grad_(False)
         self._losses: GenerativeLosses | RestrictedLosses
         if isinstance(self.policy, RestrictedActor):
-            self.policy.behavior.load_state_dict(behavior.state_dict())
-            self._losses = RestrictedLosses(config, networks, self.policy)
+            self.policy.behavior = repeat(behavior, len(configs)).to(device).requires_grad_(False)
+            self._losses = RestrictedLosses(configs, networks, self.policy)
         else:
             assert isinstance(self.policy, GenerativeActor)
-            self._losses = GenerativeLosses(config, networks, self.policy)
+            self._losses = GenerativeLosses(configs, networks, self.policy)
+        self._noise = Noise(networks.seeds or (), device)
         self._optimizer = JointOptimizer(
             self._losses.groups(),
             config.grad_clip,
@@ -342,15 +384,15 @@ class Algorithm:
         )
         self.step = 0
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        losses, metrics = self._losses(batch, noise_at(self._seed, self.step, self._device))
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        losses, metrics = self._losses(batch, self._noise.at(self.step))
         self._optimizer.descend(losses)
         self.step += 1
         return {**loss_metrics(losses), **metrics}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._optimizer.state_dict(), "step": self.step}
+    def state_dict(self, run: int) -> dict[str, Any]:
+        return {**self._optimizer.state_dict(run), "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-        self.step = state["step"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.load_state_dicts(states)
+        self.step = states[0]["step"]

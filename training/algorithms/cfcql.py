@@ -41,22 +41,26 @@ Source: docs/baselines.md#cfcql.
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omcda_deploy.training.batches import Batch, noise_at
+from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.candidates import candidate_values
 from omcda_deploy.training.conservative import (
     candidate_actions,
     candidate_log_density,
     discrete_penalty,
     sampled_penalty,
 )
-from omcda_deploy.training.distributions import Categorical, TanhGaussian, policy_of
+from omcda_deploy.training.distributions import Categorical, TanhGaussian
+from omcda_deploy.training.fleet import Noise, column, mean_per_run
+from omcda_deploy.training.losses import elu
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import (
     GreedyActor,
@@ -83,6 +87,7 @@ PAPER = "Counterfactual Conservative Q Learning for Offline Multi-agent Reinforc
 SUMMARY = "conservative Q-learning in which one agent at a time deviates from the data"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "neg_log_behavior"}
+PER_RUN = ("alpha", "lambda_tau", "action_penalty")
 COLUMNS = (KL,)
 
 
@@ -126,25 +131,26 @@ class FixedDeviationActor(nn.Module):
 
 
 def counterfactual_change(mixer: nn.Module, values: Tensor, data_values: Tensor, state: Tensor) -> Tensor:
-    """Return ``Q^i(s, u) - Q_tot(s, a)`` [K, B, N]: the gain in Q_tot when agent i alone does each of K actions u.
+    """Return ``Q^i(s, u) - Q_tot(s, a)`` [R, K, B, N]: the gain when agent i alone does each of K actions u.
 
-    ``values`` q_i(o_i, u^k) [K, B, N], ``data_values`` q_i(o_i, a_i) [B, N], ``state`` [B, S].
+    ``values`` q_i(o_i, u^k) [R, K, B, N], ``data_values`` q_i(o_i, a_i) [R, B, N], ``state`` [R, B, S].
     """
-    change = values - data_values  # [K, B, N]
+    change = values - data_values.unsqueeze(1)  # [R, K, B, N]
     if not isinstance(mixer, QmixMixer):
         weights, _ = mixer(state)
-        product: Tensor = weights * change
+        product: Tensor = weights.unsqueeze(1) * change
         return product
-    w1 = mixer.w1(state).abs().view(-1, mixer.agents, mixer.embed)  # [B, N, E]
-    hidden = torch.einsum("bn,bne->be", data_values, w1) + mixer.b1(state)
-    hidden = hidden.unsqueeze(1)  # [B, 1, E]
-    gain = F.elu(hidden + change.unsqueeze(-1) * w1) - F.elu(hidden)  # [K, B, N, E]
-    total: Tensor = (gain * mixer.w2(state).abs().unsqueeze(1)).sum(-1)
+    w1 = mixer.w1(state).abs().unflatten(-1, (mixer.agents, mixer.embed))  # [R, B, N, E]
+    hidden = (data_values.unsqueeze(-1) * w1).sum(-2) + mixer.b1(state)
+    hidden = hidden.unsqueeze(-2)  # [R, B, 1, E]
+    moved = hidden.unsqueeze(1) + change.unsqueeze(-1) * w1.unsqueeze(1)  # [R, K, B, N, E]
+    gain = elu(moved) - elu(hidden).unsqueeze(1)
+    total: Tensor = (gain * mixer.w2(state).abs()[:, None, :, None]).sum(-1)
     return total
 
 
-def agent_weights(kl: Tensor, tau: float, sign: str) -> Tensor:
-    """Return ``lambda_i = softmax_i( +-tau KL_i )``: [B, N] -> [B, N], without gradient."""
+def agent_weights(kl: Tensor, tau: Tensor, sign: str) -> Tensor:
+    """Return ``lambda_i = softmax_i( +-tau KL_i )``, tau [R, 1, 1]: [R, B, N] -> [R, B, N], without gradient."""
     return torch.softmax((tau if sign == "positive" else -tau) * kl.detach(), -1)
 
 
@@ -157,29 +163,30 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """Train by CFCQL: one :meth:`update` is one gradient step on a batch."""
+    """Train R runs by CFCQL: one :meth:`update` is one gradient step of each on its batch."""
 
     budgets = alpha = None
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         networks: NetworkFactory,
         behavior: nn.Module,
         *,
         steps: int,
-        seed: int,
         device: str = "cpu",
     ) -> None:
-        """Measure lambda_i and the exported divergence against ``behavior``, the cloned pi_b."""
-        self.config = config
-        self._seed, self._device = seed, device
+        config = self.config = configs[0]
+        self._alpha, self._action_penalty = (
+            column(configs, name, device).squeeze(-1) for name in ("alpha", "action_penalty")
+        )  # [R] each
+        self._lambda_tau = column(configs, "lambda_tau", device).unsqueeze(-1)  # [R, 1, 1]
+        self._noise = Noise(networks.seeds or (), device)
         self.policy = make_policy(config, networks).to(device)
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
         # A greedy policy is its critic: the two share their parameters.
         first = self.policy.q if isinstance(self.policy, GreedyActor) else networks.q()
         self.critics: list[Any] = [first, networks.q()] if config.twin else [first]
-        self.behavior = behavior.to(device).requires_grad_(False)
         self.online = nn.ModuleList((self.mixer, *self.critics)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.critics_target: list[Any]
@@ -196,9 +203,8 @@ class Algorithm:
         )
         self.step = 0
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        with torch.no_grad():
-            behavior = policy_of(self.behavior, batch.observation, batch.mask)
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        behavior = batch.behavior
         if isinstance(behavior, Categorical):
             losses, metrics = self._discrete(batch, behavior)
         else:
@@ -211,75 +217,80 @@ class Algorithm:
         c = self.config
         assert batch.mask is not None  # since behaviour is categorical
         assert batch.next_mask is not None
-        tables = [critic.values(batch.observation) for critic in self.critics]  # [B, N, A] each
+        tables = [critic.values(batch.observation) for critic in self.critics]  # [R, B, N, A] each
         data_values = [table.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1) for table in tables]
         changes = [
-            counterfactual_change(self.mixer, table.movedim(-1, 0), q, batch.state).movedim(0, -1)
+            counterfactual_change(self.mixer, table.movedim(-1, 1), q, batch.state).movedim(1, -1)
             for table, q in zip(tables, data_values, strict=True)
         ]
         with torch.no_grad():
             next_scores = self.critics[0].values(batch.next_observation)
             y = self._target(batch, masked_log_softmax(next_scores, batch.next_mask).argmax(-1))
             soft_greedy = Categorical(masked_log_softmax(changes[0], batch.mask))  # mu_i
-            weights = agent_weights(soft_greedy.kl(behavior), c.lambda_tau, c.lambda_sign)
+            weights = agent_weights(soft_greedy.kl(behavior), self._lambda_tau, c.lambda_sign)
             surprise = -behavior.log_prob(masked_log_softmax(tables[0], batch.mask).argmax(-1))
         unit = torch.ones_like(y).unsqueeze(-1)
         penalties = [discrete_penalty(unit, change, batch.action, batch.mask) for change in changes]
         losses = self._critic_losses(batch, data_values, penalties, weights, y)
-        return losses, {"kl": surprise.mean(0), "lambda": weights.mean(0), "value/target": y.mean()}
+        return losses, {"kl": surprise.mean(1), "lambda": weights.mean(1), "value/target": y.mean(1)}
 
     def _continuous(
         self, batch: Batch, behavior: TanhGaussian
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         c, o, s = self.config, batch.observation, batch.state
-        generator = noise_at(self._seed, self.step, self._device)
+        noise = self._noise.at(self.step)
         policy = TanhGaussian(*self.policy(o))
         with torch.no_grad():
             next_policy = TanhGaussian(*self.policy(batch.next_observation))
-            y = self._target(batch, next_policy.sample(1, generator)[0])
-            actions = candidate_actions(policy, next_policy, c.candidates, generator)
-            log_density = candidate_log_density(actions, policy, next_policy) + math.log(len(actions))
+            y = self._target(batch, next_policy.sample(1, noise).squeeze(1))
+            actions = candidate_actions(policy, next_policy, c.candidates, noise, batch.action)
+            log_density = candidate_log_density(actions[:, 1:], policy, next_policy)
+            log_density += math.log(3 * c.candidates)
             kl = policy.kl(behavior)
-            weights = agent_weights(kl, c.lambda_tau, c.lambda_sign)
-            actions = torch.cat((batch.action.unsqueeze(0), actions))
-        values = [critic.candidates(o, actions) for critic in self.critics]  # [1 + K, B, N] each
-        data_values = [value[0] for value in values]
+            weights = agent_weights(kl, self._lambda_tau, c.lambda_sign)
+        values = [candidate_values(critic, o, actions) for critic in self.critics]  # [R, 1 + K, B, N] each
+        data_values = [value[:, 0] for value in values]
         unit, zero = torch.ones_like(weights), torch.zeros_like(weights)
         penalties = [
-            sampled_penalty(unit, counterfactual_change(self.mixer, value[1:], q, s), zero, log_density)
+            sampled_penalty(unit, counterfactual_change(self.mixer, value[:, 1:], q, s), zero, log_density)
             for value, q in zip(values, data_values, strict=True)
         ]
         losses = self._critic_losses(batch, data_values, penalties, weights, y)
-        policy_action = policy.sample(1, generator)  # [1, B, N, A]
+        policy_action = policy.sample(1, noise)  # [R, 1, B, N, A]
         with frozen(self.online):
             value = self.critics[0].candidates(o, policy_action)
             gain = counterfactual_change(self.mixer, value, data_values[0].detach(), s)
-        losses["policy"] = -gain.mean() + c.action_penalty * policy_action.square().mean()  # L_pi
-        return losses, {"kl": kl.mean(0), "lambda": weights.mean(0), "value/target": y.mean()}
+        effort = self._action_penalty * mean_per_run(policy_action.square())
+        losses["policy"] = effort - mean_per_run(gain)  # L_pi
+        return losses, {"kl": kl.mean(1), "lambda": weights.mean(1), "value/target": y.mean(1)}
 
     def _critic_losses(
         self, batch: Batch, data_values: list[Tensor], penalties: list[Tensor], weights: Tensor, y: Tensor
     ) -> dict[str, Tensor]:
-        """Return the two terms of L_Q, summed over critics; the lists hold one [B, N] per critic."""
+        """Return the two terms of L_Q, summed over critics; the lists hold one [R, B, N] per critic."""
         errors = [total_value(self.mixer, q, batch.state) - y for q in data_values]
         return {
-            "critic": torch.stack([error.square().mean() for error in errors]).sum(),
-            "conservative": self.config.alpha
-            * torch.stack([(weights * penalty).sum(-1).mean() for penalty in penalties]).sum(),
+            "critic": functools.reduce(torch.add, [mean_per_run(error.square()) for error in errors]),
+            "conservative": self._alpha
+            * functools.reduce(
+                torch.add, [mean_per_run((weights * penalty).sum(-1)) for penalty in penalties]
+            ),
         }
 
     def _target(self, batch: Batch, next_action: Tensor) -> Tensor:
-        """Return ``y`` [B] for actions at s' that the online policy chose, valued by the target critics."""
+        """Return ``y`` [R, B] for actions at s' that the online policy chose, valued by the target critics."""
         totals = [
             total_value(self.mixer_target, critic(batch.next_observation, next_action), batch.next_state)
             for critic in self.critics_target
         ]
-        y: Tensor = batch.reward + self.config.gamma * batch.not_done * torch.stack(totals).amin(0)
+        y: Tensor = batch.reward + self.config.gamma * batch.not_done * functools.reduce(
+            torch.minimum, totals
+        )
         return y
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._optimizer.state_dict(), "step": self.step}
+    def state_dict(self, run: int) -> dict[str, Any]:
+        return {**self._optimizer.state_dict(run), "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-        self.step = state["step"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.load_state_dicts(states)
+        self.step = states[0]["step"]

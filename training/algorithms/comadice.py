@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -50,6 +51,7 @@ from torch import Tensor, nn
 
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import divergence, policy_of
+from omcda_deploy.training.fleet import column, mean_per_run
 from omcda_deploy.training.losses import mix
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
@@ -73,6 +75,7 @@ SUMMARY = "occupancy ratios by a dual; cloning weighted by them"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
 COLUMNS = (KL,)
+PER_RUN = ("alpha", "weight_max")
 
 F_DIVERGENCES = ("soft_chi2", "chi2", "kl")
 NO_QMIX = {
@@ -125,25 +128,35 @@ def f_value(ratio: Tensor, kind: str) -> Tensor:
     return torch.where(ratio < 1.0, entropic - ratio + 1.0, quadratic)
 
 
-def dual_loss(e: Tensor, lagrange: Tensor, alpha: float, kind: str, paper_code: bool = False) -> Tensor:
-    """Return ``mean[ -alpha f(w) + w (e - lambda) ] + lambda`` at ``w = ratio((e - lambda)/alpha)``.
+def dual_loss(
+    e: Tensor, lagrange: Tensor, alpha: Tensor, kind: str, paper_code: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return ``mean[ -alpha f(w) + w (e - lambda) ] + lambda`` at ``w = ratio((e - lambda)/alpha)``, and w.
 
-    Its gradient is w(x) in e, and ``1 - mean w`` in lambda. ``paper_code`` has the same value; its gradient is
-    ``x w'(x)`` in e and ``1 - mean( w + x w'(x) )`` in lambda.
+    ``e`` [R, B, N], ``lagrange`` [R], ``alpha`` [R, 1, 1] -> [R], [R, B, N]. The loss's gradient is w(x) in e, and
+    ``1 - mean w`` in lambda. ``paper_code`` has the same value; its gradient is ``x w'(x)`` in e and
+    ``1 - mean( w + x w'(x) )`` in lambda. w itself has none.
     """
-    ratio = occupancy_ratio((e - lagrange) / alpha, kind)
+    lagrange = lagrange[:, None, None]
+    excess = e - lagrange
+    ratio = occupancy_ratio((excess if paper_code else excess.detach()) / alpha, kind)
     penalty = alpha * f_value(ratio.detach(), kind)
-    gain = ratio * (e.detach() - lagrange) if paper_code else ratio.detach() * (e - lagrange)
-    return (gain - penalty).mean() + lagrange
+    gain = ratio * ((e.detach() - lagrange) if paper_code else excess)
+    return mean_per_run(gain - penalty) + lagrange.flatten(), ratio.detach()
 
 
 def inflow(ratio: Tensor, weights: Tensor, discounted_next: Tensor, initial: Tensor) -> Tensor:
-    """Return ``kappa_i`` [N] from ``ratio``, ``w_i(s)``, ``gamma m w_i(s')`` and ``w_i(s_0)``, each [B, N].
+    """Return ``kappa_i`` [R, N] from ``ratio``, ``w_i(s)``, ``gamma m w_i(s')`` and ``w_i(s_0)``, each [R, B, N].
 
     With it the gradient of L_v in a shift of v_i is proportional to ``1 - mean ratio_i``, whatever terminates.
     """
-    flow = (ratio * (weights - discounted_next)).mean(0)
-    return flow / (ratio.mean(0) * initial.mean(0)).clamp_min(1e-6)
+    flow = _batch_mean(ratio * (weights - discounted_next))
+    return flow / (_batch_mean(ratio) * _batch_mean(initial)).clamp_min(1e-6)
+
+
+def _batch_mean(values: Tensor) -> Tensor:
+    """``[R, B, N] -> [R, N]``, over contiguous rows, whose sums do not depend on R."""
+    return values.mT.contiguous().mean(-1)
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
@@ -152,30 +165,29 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """Train by ComaDICE: one :meth:`update` is one gradient step on a batch."""
+    """Train R runs by ComaDICE: one :meth:`update` is one gradient step of each on its batch."""
 
     budgets = alpha = None
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         networks: NetworkFactory,
         behavior: nn.Module,
         *,
         steps: int,
-        seed: int,
         device: str = "cpu",
     ) -> None:
-        """Measure divergence against ``behavior``, the cloned pi_b, which is not trained on."""
-        self.config = config
+        config = self.config = configs[0]
+        self._alpha = column(configs, "alpha", device).unsqueeze(-1)  # [R, 1, 1]
+        self._weight_max = column(configs, "weight_max", device).unsqueeze(-1)
         self.q, self.v = networks.q(), networks.v()
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
         self.policy = make_policy(config, networks).to(device)
-        self.behavior = behavior.to(device).requires_grad_(False)
         self.online = nn.ModuleList((self.q, self.v, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.v_target, self.mixer_target = self.target
-        self.lambdas = nn.ParameterDict({"v": torch.zeros(()), "e": torch.zeros(())}).to(device)
+        self.lambdas = nn.ParameterDict({name: torch.zeros(len(configs)) for name in "ve"}).to(device)
         self._optimizer = JointOptimizer(
             [
                 Group(parameters_of(self.policy), config.lr),
@@ -195,64 +207,74 @@ class Algorithm:
         )
         self.step = 0
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
         c = self.config
-        first, first_state = batch.observation, batch.state
-        if c.initial_states == "first" and batch.initial_observation is not None:
-            assert batch.initial_state is not None  # the sampler gives both
-            first, first_state = batch.initial_observation, batch.initial_state
-        count = len(batch.reward)
         discount = c.gamma * batch.not_done
         with torch.no_grad():
-            w_bar, _ = self.mixer_target(batch.state)  # [B, N]
+            w_bar, _ = self.mixer_target(batch.state)  # [R, B, N]
             w2_bar, b2_bar = self.mixer_target(batch.next_state)
             q_bar = self.q_target(batch.observation, batch.action)
             y = batch.reward + discount * mix(w2_bar, self.v_target(batch.next_observation), b2_bar)
-            w2, w0 = self.mixer(torch.cat((batch.next_state, first_state)))[0].split(count)
         w_on, b_on = self.mixer(batch.state)
         q = self.q(batch.observation, batch.action)
-        v, v2, v0 = self.v(torch.cat((batch.observation, batch.next_observation, first))).split(count)
-
         weights = w_on.detach()
+        v, v2, v0, w2, w0 = self._values(batch, weights)
+
         e = weights * (q.detach() - v)
-        if c.paper_code_vloss:
-            initial = (1.0 - c.gamma) * v0.mean()
-        else:
-            next_weights = discount.unsqueeze(-1) * w2
+        next_weights = discount.unsqueeze(-1) * w2
+        if not c.paper_code_vloss:
             e = e + next_weights * (v2 - v2.detach())
-            ratio = occupancy_ratio((e.detach() - self.lambdas["v"].detach()) / c.alpha, c.f_divergence)
-            initial = (inflow(ratio, weights, next_weights, w0) * (w0 * v0).mean(0)).mean()
-        dual = dual_loss(e, self.lambdas["v"], c.alpha, c.f_divergence, c.paper_code_vloss)
+        dual, ratio = dual_loss(e, self.lambdas["v"], self._alpha, c.f_divergence, c.paper_code_vloss)
+        if c.paper_code_vloss:
+            initial = (1.0 - c.gamma) * mean_per_run(v0)
+        else:
+            initial = (inflow(ratio, weights, next_weights, w0) * _batch_mean(w0 * v0)).mean(1)
 
         e_bar = w_bar * (q_bar - v.detach())
-        free = occupancy_ratio((e_bar - self.lambdas["e"].detach()) / c.alpha, c.f_divergence)
-        cloning = free.clamp_max(c.weight_max)
+        normaliser, free = dual_loss(e_bar, self.lambdas["e"], self._alpha, c.f_divergence)
+        cloning = free.minimum(self._weight_max)
         if c.paper_code_weights:
             cloning = cloning.sum(-1, keepdim=True)
         policy = policy_of(self.policy, batch.observation, batch.mask)
         losses = {
-            "policy": -(cloning * policy.log_prob(batch.action)).mean(),  # L_pi
-            "critic": (mix(w_on, q, b_on) - y).square().mean(),  # L_q
+            "policy": -mean_per_run(cloning * batch.log_prob(policy)),  # L_pi
+            "critic": mean_per_run((mix(w_on, q, b_on) - y).square()),  # L_q
             "value": dual + initial,  # L_v
-            "normaliser": dual_loss(e_bar, self.lambdas["e"], c.alpha, c.f_divergence),  # sets lambda_e
+            "normaliser": normaliser,  # sets lambda_e
         }
         self._optimizer.descend(losses)
         self.step += 1
         with torch.no_grad():
-            behavior = policy_of(self.behavior, batch.observation, batch.mask)
             return {
                 **loss_metrics(losses),
-                "kl": divergence(policy, behavior).mean(0),
-                "value/reward_total": mix(w_on, v, b_on).mean(),
-                "ratio/mean": free.mean(),
-                "ratio/capped": (free > c.weight_max).float().mean(),
+                "kl": divergence(policy, batch.behavior).mean(1),
+                "value/reward_total": mix(w_on, v, b_on).mean(1),
+                "ratio/mean": mean_per_run(free),
+                "ratio/capped": mean_per_run((free > self._weight_max).float()),
                 "lambda/v": self.lambdas["v"].clone(),
                 "lambda/e": self.lambdas["e"].clone(),
             }
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._optimizer.state_dict(), "step": self.step}
+    def _values(self, batch: Batch, weights: Tensor) -> tuple[Tensor, ...]:
+        """Return ``v_i`` at o, o' and s_0, ``w_i`` at s' and s_0 without gradient; each [R, B, N].
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-        self.step = state["step"]
+        ``weights``: ``w_i(s)``.
+        """
+        count = batch.reward.shape[1]
+        first = batch.initial_observation if self.config.initial_states == "first" else None
+        if first is None:  # what holds at o holds at s_0
+            v, v2 = self.v(torch.cat((batch.observation, batch.next_observation), 1)).split(count, 1)
+            with torch.no_grad():
+                return v, v2, v, self.mixer(batch.next_state)[0], weights
+        assert batch.initial_state is not None  # the sampler gives both
+        v, v2, v0 = self.v(torch.cat((batch.observation, batch.next_observation, first), 1)).split(count, 1)
+        with torch.no_grad():
+            states = torch.cat((batch.next_state, batch.initial_state), 1)
+            return v, v2, v0, *self.mixer(states)[0].split(count, 1)
+
+    def state_dict(self, run: int) -> dict[str, Any]:
+        return {**self._optimizer.state_dict(run), "step": self.step}
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.load_state_dicts(states)
+        self.step = states[0]["step"]

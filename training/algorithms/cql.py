@@ -34,21 +34,23 @@ Source: docs/baselines.md#cql.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from omcda_deploy.training.batches import Batch, noise_at
+from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.candidates import candidate_values
 from omcda_deploy.training.conservative import (
     candidate_actions,
     candidate_log_density,
     discrete_penalty,
     sampled_penalty,
 )
-from omcda_deploy.training.distributions import TanhGaussian, divergence, policy_of
+from omcda_deploy.training.distributions import TanhGaussian, divergence
+from omcda_deploy.training.fleet import Noise, column, mean_per_run
 from omcda_deploy.training.losses import gaussian_log_prob, mix, tanh_log_jacobian
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import GreedyActor, NetworkFactory, masked_log_softmax
@@ -70,6 +72,7 @@ PAPER = "Conservative Q-Learning for Offline Reinforcement Learning (2020), with
 SUMMARY = "pushes Q down on all joint actions and up on the data"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "neg_log_behavior"}
+PER_RUN = ("alpha",)
 COLUMNS = (KL,)
 
 NO_QMIX = {
@@ -101,30 +104,30 @@ class Config:
 
 
 def soft_q_loss(policy: TanhGaussian, noise: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return ``mean[ log pi(a|o) - value(a) ]``.
+    """Return ``mean[ log pi(a|o) - value(a) ]`` [R].
 
-    ``noise`` [B, N, A] reparameterises a; ``value`` maps actions [B, N, A] to w Q [B, N].
+    ``noise`` [R, B, N, A] reparameterises a; ``value`` maps actions [R, B, N, A] to w Q [R, B, N].
     """
     u = policy.mean + policy.log_std.exp() * noise
     # From u itself: the atanh of a saturated action has neither its value nor its gradient.
     log_prob = gaussian_log_prob(u, policy.mean, policy.log_std) - tanh_log_jacobian(u)
-    return (log_prob - value(torch.tanh(u))).mean()
+    return mean_per_run(log_prob - value(torch.tanh(u)))
 
 
-def q_weighted_cloning_loss(policy: TanhGaussian, action: Tensor, q: Tensor) -> Tensor:
-    """Return ``mean[ -Q log pi(a|o) ]`` on recorded actions, Q [B, N] without a baseline."""
-    return -(q.detach() * policy.log_prob(action)).mean()
+def q_weighted_cloning_loss(log_prob: Tensor, q: Tensor) -> Tensor:
+    """Return ``mean[ -Q log pi(a|o) ]`` [R] of recorded actions, Q [R, B, N] without a baseline."""
+    return -mean_per_run(q.detach() * log_prob)
 
 
 @dataclass(frozen=True)
 class BatchTerms:
-    """Terms of the losses on one batch, by action kind; [B, N] unless stated."""
+    """Terms of the losses on one batch, by action kind; [R, B, N] unless stated."""
 
     q: Tensor  # Q_i(o_i, a_i) of recorded actions
     penalty: Tensor
-    next_action: Tensor  # [B, N, A], or int64 [B, N]
+    next_action: Tensor  # [R, B, N, A], or int64 [R, B, N]
     kl: Tensor
-    policy_loss: dict[str, Tensor]  # empty where the policy is an argmax
+    policy_loss: dict[str, Tensor]  # [R]; empty where the policy is an argmax
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
@@ -136,24 +139,23 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """Train by CQL: one :meth:`update` is one gradient step on a batch."""
+    """Train R runs by CQL: one :meth:`update` is one gradient step of each on its batch."""
 
     budgets = alpha = None
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         networks: NetworkFactory,
         behavior: nn.Module,
         *,
         steps: int,
-        seed: int,
         device: str = "cpu",
     ) -> None:
-        """Measure divergence against ``behavior``, the cloned pi_b, which is not trained on."""
-        self.config, self._seed, self._device = config, seed, device
+        config = self.config = configs[0]
+        self._alpha = column(configs, "alpha", device).squeeze(-1)  # [R]
+        self._noise = Noise(networks.seeds or (), device)
         self.policy = make_policy(config, networks).to(device)
-        self.behavior = behavior.to(device).requires_grad_(False)
         self.q: Any = self.policy.q if isinstance(self.policy, GreedyActor) else networks.q()
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
         self.online = nn.ModuleList((self.q, self.mixer)).to(device)
@@ -171,7 +173,7 @@ class Algorithm:
         )
         self.step = 0
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
         c = self.config
         w, bias = self.mixer(batch.state)
         terms = self._continuous(batch, w) if batch.mask is None else self._discrete(batch, w, batch.mask)
@@ -184,61 +186,64 @@ class Algorithm:
         if c.bias_per_agent:
             penalty = penalty + (w.shape[-1] - 1) * bias
         losses = {
-            "critic": (q_tot - y).square().mean(),  # L_Q, first term
-            "conservative": c.alpha * penalty.mean(),  # L_Q, second term
+            "critic": mean_per_run((q_tot - y).square()),  # L_Q, first term
+            "conservative": self._alpha * mean_per_run(penalty),  # L_Q, second term
             **terms.policy_loss,  # L_pi
         }
         self._optimizer.descend(losses)
         self.step += 1
         return {
             **loss_metrics(losses),
-            "kl": terms.kl.mean(0),
-            "value/reward_total": q_tot.detach().mean(),
+            "kl": terms.kl.mean(1),
+            "value/reward_total": mean_per_run(q_tot.detach()),
         }
 
     def _discrete(self, batch: Batch, w: Tensor, mask: Tensor) -> BatchTerms:
-        scores = self.q.values(batch.observation)  # [B, N, A]
+        scores = self.q.values(batch.observation)  # [R, B, N, A]
         with torch.no_grad():
             greedy = masked_log_softmax(scores, mask).argmax(-1)
-            behavior = policy_of(self.behavior, batch.observation, mask)
             next_action = self.policy(batch.next_observation, batch.next_mask).argmax(-1)
         return BatchTerms(
             q=scores.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1),
             penalty=discrete_penalty(w, scores, batch.action, mask),
             next_action=next_action,
-            kl=-behavior.log_prob(greedy),
+            kl=-batch.behavior.log_prob(greedy),
             policy_loss={},
         )
 
     def _continuous(self, batch: Batch, w: Tensor) -> BatchTerms:
         c, o = self.config, batch.observation
-        generator = noise_at(self._seed, self.step, self._device)
+        noise = self._noise.at(self.step)
         policy = TanhGaussian(*self.policy(o))
         with torch.no_grad():
             next_policy = TanhGaussian(*self.policy(batch.next_observation))
-            actions = candidate_actions(policy, next_policy, c.samples, generator)
-            density = candidate_log_density(actions, policy, next_policy) if c.importance_correction else None
-            next_action = next_policy.sample(1, generator)[0]
-            kl = divergence(policy, policy_of(self.behavior, o, None))
-        values = self.q.candidates(o, torch.cat((batch.action[None], actions)))  # [1 + 3 samples, B, N]
-        q = values[0]
+            actions = candidate_actions(policy, next_policy, c.samples, noise, batch.action)
+            density = (
+                candidate_log_density(actions[:, 1:], policy, next_policy)
+                if c.importance_correction
+                else None
+            )
+            next_action = next_policy.sample(1, noise).squeeze(1)
+            kl = divergence(policy, batch.behavior)
+        values = candidate_values(self.q, o, actions)  # [R, 1 + 3 samples, B, N]
+        q = values[:, 0]
         if c.improvement == "soft_q":
-            noise = torch.randn(policy.mean.shape, generator=generator, device=o.device)
+            normal = noise.normal(*policy.mean.shape[1:])
             with frozen(self.q):
-                loss = soft_q_loss(policy, noise, lambda action: w.detach() * self.q(o, action))
+                loss = soft_q_loss(policy, normal, lambda action: w.detach() * self.q(o, action))
         else:
-            loss = q_weighted_cloning_loss(policy, batch.action, q)
+            loss = q_weighted_cloning_loss(batch.log_prob(policy), q)
         return BatchTerms(
             q=q,
-            penalty=sampled_penalty(w, values[1:], q, density),
+            penalty=sampled_penalty(w, values[:, 1:], q, density),
             next_action=next_action,
             kl=kl,
             policy_loss={"policy": loss},
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._optimizer.state_dict(), "step": self.step}
+    def state_dict(self, run: int) -> dict[str, Any]:
+        return {**self._optimizer.state_dict(run), "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-        self.step = state["step"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.load_state_dicts(states)
+        self.step = states[0]["step"]

@@ -3,7 +3,7 @@
 Targets use no value of an action outside the data: they value the *recorded* next action, weighed by how much
 likelier the improved policy would take it, and the policy clones recorded actions with such weights. With
 ``Q_tot = sum_i w_i(s) q_i(o_i,a_i) + b(s)`` and ``pi* = pi_b exp(Q_tot/T)/Z`` the policy factors into agents
-(bars: target networks, no gradient; m = 1 - terminal; B rows in a batch; sg: no gradient):
+(bars: target networks, no gradient; m = 1 - terminal; B rows in a batch of a run; sg: no gradient):
 
     A_i   = q_i(o_i,a_i) - v_i(o_i)
     rho   = min( B softmax_batch( sum_i wbar_i(s') Abar_i(o'_i,a'_i) / T_Q ), rho_max )
@@ -34,6 +34,7 @@ Source: docs/baselines.md#icq.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import Categorical, Distribution, divergence, policy_of
+from omcda_deploy.training.fleet import column, mean_per_run
 from omcda_deploy.training.losses import mix
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
@@ -63,6 +65,7 @@ SUMMARY = "values and clones recorded actions only, weighted by a softmax over t
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
 COLUMNS = (KL,)
+PER_RUN = ("critic_temperature", "policy_temperature", "rho_max")
 
 RELEASED_LAMBDA = 0.8
 NO_QMIX = {
@@ -101,10 +104,10 @@ class TwinQ(nn.Module):
         self.second: Any = networks.q()
 
     def forward(self, observation: Tensor, action: Tensor, policy: Distribution) -> tuple[Tensor, Tensor]:
-        """Return ``(q_i(o_i,a_i), v_i(o_i))``, both [B, N]; v_i under ``policy`` and without gradient."""
+        """Return ``(q_i(o_i,a_i), v_i(o_i))``, both [R, B, N]; v_i under ``policy`` and without gradient."""
         if isinstance(policy, Categorical):
             values = torch.minimum(self.first.values(observation), self.second.values(observation))
-            expected = (policy.log_probs.exp() * values).sum(-1).detach()
+            expected = (policy.log_probs.detach().exp() * values.detach()).sum(-1)
             return values.gather(-1, action.unsqueeze(-1)).squeeze(-1), expected
         q = torch.minimum(self.first(observation, action), self.second(observation, action))
         with torch.no_grad():
@@ -113,27 +116,28 @@ class TwinQ(nn.Module):
 
 
 def batch_weights(scores: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return ``B softmax(scores)`` over axis 0 [B, …].
+    """Return ``B softmax(scores)`` over axis 1 of [R, B, …].
 
-    With ``valid`` [B], 0 or 1, the mean is 1 over the valid rows, and others have weight 0.
+    With ``valid`` [R, B], 0 or 1, the mean is 1 over the valid rows of a run, and others have weight 0.
     """
     if valid is None:
-        return len(scores) * torch.softmax(scores, 0)
+        return scores.shape[1] * torch.softmax(scores, 1)
     lowest = torch.finfo(scores.dtype).min
-    return valid * valid.sum() * torch.softmax(scores.masked_fill(valid == 0, lowest), 0)
+    return valid * valid.sum(1, keepdim=True) * torch.softmax(scores.masked_fill(valid == 0, lowest), 1)
 
 
 def effective_share(weights: Tensor) -> Tensor:
-    """Return ``(sum W)^2 / (B sum W^2)`` [N]: the share of the batch [B, N] that carries the weight."""
-    return weights.sum(0).square() / (len(weights) * weights.square().sum(0))
+    """Return ``(sum W)^2 / (B sum W^2)`` [R, N]: the share of the batch [R, B, N] that carries the weight."""
+    return weights.sum(1).square() / (weights.shape[1] * weights.square().sum(1))
 
 
 def released_decay(not_done: Tensor, gamma: float) -> Tensor:
-    """Return ``(0.8 gamma)^(2 j)`` [B]; j counts rows of the shuffled batch from the last with ``not_done`` 0."""
-    position = torch.arange(len(not_done), device=not_done.device)
-    start = torch.where(not_done == 0, position, 0).cummax(0).values
-    decay: Tensor = (RELEASED_LAMBDA * gamma) ** (2 * (position - start))
-    return decay
+    """Return ``(0.8 gamma)^(2 j)`` [R, B]; j counts rows from the last with ``not_done`` 0."""
+    position = torch.arange(not_done.shape[1], device=not_done.device)
+    start = torch.where(not_done == 0, position, 0).cummax(1).values
+    # Powers are looked up: how the last numbers of a tensor are rounded depends on its length, and so on R.
+    powers: Tensor = (RELEASED_LAMBDA * gamma) ** (2 * position)
+    return powers[position - start]
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
@@ -142,25 +146,25 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """Train by ICQ: one :meth:`update` is one gradient step on a batch."""
+    """Train R runs by ICQ: one :meth:`update` is one gradient step of each on its batch."""
 
     budgets = alpha = None
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         networks: NetworkFactory,
         behavior: nn.Module,
         *,
         steps: int,
-        seed: int,
         device: str = "cpu",
     ) -> None:
-        """Measure divergence against ``behavior``, the cloned pi_b, which is not trained on."""
-        self.config = config
+        config = self.config = configs[0]
+        self._critic_temperature = column(configs, "critic_temperature", device)
+        self._policy_temperature = column(configs, "policy_temperature", device).unsqueeze(-1)  # [R, 1, 1]
+        self._rho_max = column(configs, "rho_max", device)
         self.q, self.mixer = TwinQ(networks), networks.mixer(config.mixer_hidden, config.mixer)
         self.policy = make_policy(config, networks).to(device)
-        self.behavior = behavior.to(device).requires_grad_(False)
         self.online = nn.ModuleList((self.q, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.mixer_target = self.target
@@ -176,7 +180,7 @@ class Algorithm:
         )
         self.step = 0
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
         c = self.config
         policy = policy_of(self.policy, batch.observation, batch.mask)
         y, rho = self._target(batch)
@@ -185,47 +189,46 @@ class Algorithm:
         q_tot = mix(w, q, b)
         error = (q_tot - y).square()
         if c.as_released:
-            weights = torch.softmax((w * q).detach() / c.policy_temperature, 0)
+            weights = torch.softmax((w * q).detach() / self._policy_temperature, 1)
             error = error * released_decay(batch.not_done, c.gamma)
         else:
-            weights = batch_weights((w * (q - v)).detach() / c.policy_temperature)
+            weights = batch_weights((w * (q - v)).detach() / self._policy_temperature)
         # A transition that bootstraps, but after which no action was taken, has no target.
         valid = 1.0 - batch.not_done * (1.0 - batch.next_action_known)
         losses = {
-            "policy": -(weights * policy.log_prob(batch.action)).mean(),  # L_pi
-            "critic": (valid * error).sum() / valid.sum().clamp_min(1.0),  # L_Q
+            "policy": -mean_per_run(weights * batch.log_prob(policy)),  # L_pi
+            "critic": (valid * error).sum(1) / valid.sum(1).clamp_min(1.0),  # L_Q
         }
         self._optimizer.descend(losses)
         self.step += 1
         with torch.no_grad():
-            behavior = policy_of(self.behavior, batch.observation, batch.mask)
             return {
                 **loss_metrics(losses),
-                "kl": divergence(policy, behavior).mean(0),
-                "value/reward_total": q_tot.mean(),
+                "kl": divergence(policy, batch.behavior).mean(1),
+                "value/reward_total": q_tot.mean(1),
                 "weights/effective_share": effective_share(weights),
-                "weights/rho_capped": (rho >= c.rho_max).float().mean(),
+                "weights/rho_capped": mean_per_run((rho >= self._rho_max).float()),
             }
 
     @torch.no_grad()
     def _target(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return ``(y, rho)``, both [B]."""
+        """Return ``(y, rho)``, both [R, B]."""
         c = self.config
         policy = policy_of(self.policy, batch.next_observation, batch.next_mask)
         q, v = self.q_target(batch.next_observation, batch.next_action, policy)
         w, b = self.mixer_target(batch.next_state)
         q_tot = mix(w, q, b)
         if c.as_released:
-            rho = torch.softmax(q_tot / c.critic_temperature, 0)
+            rho = torch.softmax(q_tot / self._critic_temperature, 1)
         else:
             advantage = (w * (q - v)).sum(-1)
             bootstraps = batch.not_done * batch.next_action_known
-            rho = batch_weights(advantage / c.critic_temperature, bootstraps).clamp_max(c.rho_max)
+            rho = batch_weights(advantage / self._critic_temperature, bootstraps).minimum(self._rho_max)
         return batch.reward + c.gamma * batch.not_done * rho * q_tot, rho
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._optimizer.state_dict(), "step": self.step}
+    def state_dict(self, run: int) -> dict[str, Any]:
+        return {**self._optimizer.state_dict(run), "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-        self.step = state["step"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.load_state_dicts(states)
+        self.step = states[0]["step"]

@@ -35,7 +35,7 @@ Source: docs/baselines.md#omar.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -43,9 +43,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omcda_deploy.training.batches import Batch, noise_at
-from omcda_deploy.training.conservative import candidate_actions, discrete_penalty, sampled_penalty
+from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.candidates import candidate_values
+from omcda_deploy.training.conservative import (
+    candidate_actions,
+    discrete_penalty,
+    sampled_penalty,
+)
 from omcda_deploy.training.distributions import Categorical, TanhGaussian, divergence, policy_of
+from omcda_deploy.training.fleet import Noise, column, mean_per_run
 from omcda_deploy.training.losses import mix
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory, masked_log_softmax
@@ -68,6 +74,7 @@ PAPER = "Plan Better Amid Conservatism: Offline Multi-Agent RL with Actor Rectif
 SUMMARY = "conservative critic; the policy is drawn to the best action of a search"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
+PER_RUN = ("alpha", "coefficient")
 COLUMNS = (KL,)
 
 LOG_OFFSET = 1e-5  # bounds the discrete policy's loss below where A_i < 0
@@ -104,48 +111,55 @@ class Config:
 
 @torch.no_grad()
 def search(
-    values: Callable[[Tensor], Tensor], like: Tensor, config: Config, generator: torch.Generator
+    values: Callable[[Tensor], Tensor], like: Tensor, config: Config, noise: Noise
 ) -> tuple[Tensor, Tensor]:
-    """Search by CEM: return the best actions [B, N, A], shaped as ``like``, and their values [B, N].
+    """Search by CEM: return the best actions [R, B, N, A], shaped as ``like``, and their values [R, B, N].
 
-    ``values`` maps actions [K, B, N, A] to [K, B, N]. No action drawn on the way is better than the one returned.
+    ``values`` maps actions [R, K, B, N, A] to [R, K, B, N]. No action drawn on the way is better than the one
+    returned.
     """
-    mean, std = torch.zeros_like(like), torch.full_like(like, config.search_std)
-    elites = like.new_empty(0, *like.shape)
-    scores = like.new_empty(0, *like.shape[:-1])
+    runs, *shape = like.shape
+    mean, std = like.new_zeros(()), like.new_full((), config.search_std)
+    elites = like.new_empty(runs, 0, *shape)
+    scores = like.new_empty(runs, 0, *shape[:-1])
     for _ in range(config.iterations):
-        noise = torch.randn((config.search_samples, *like.shape), generator=generator, device=like.device)
-        actions = (mean + std * noise).clamp(-1.0, 1.0)
-        pool = torch.cat((actions, elites))
-        scores, best = torch.cat((values(actions), scores)).topk(config.elites, dim=0)
-        elites = pool.gather(0, best.unsqueeze(-1).expand(-1, *like.shape))
-        mean, std = elites.mean(0), elites.std(0)
-    return elites[0], scores[0]
+        actions = (std * noise.normal(config.search_samples, *shape)).add_(mean).clamp_(-1.0, 1.0)
+        pool = torch.cat((actions, elites), 1)
+        scores, best = torch.cat((values(actions), scores), 1).topk(config.elites, dim=1)
+        elites = pool.gather(1, best.unsqueeze(-1).expand(-1, -1, *shape))
+        # Over contiguous rows, whose sums do not depend on R.
+        std, mean = torch.std_mean(elites.movedim(1, -1).contiguous(), -1)
+        mean, std = mean.unsqueeze(1), std.unsqueeze(1)
+    return elites[:, 0], scores[:, 0]
 
 
 def continuous_policy_loss(
-    action: Tensor, value: Tensor, searched: Tensor, searched_value: Tensor, coefficient: float
+    action: Tensor, value: Tensor, searched: Tensor, searched_value: Tensor, coefficient: Tensor
 ) -> Tensor:
-    """Return L_pi from a_i [B, N, A] and q_i(o_i, a_i) [B, N], both with gradients, and the search's results."""
+    """Return L_pi [R] from a_i [R, B, N, A] and q_i(o_i, a_i) [R, B, N], both with gradients.
+
+    ``searched`` and ``searched_value`` are the search's, in the same shapes; ``coefficient`` [R].
+    """
     best = torch.where((searched_value > value).unsqueeze(-1), searched, action).detach()
-    return coefficient * F.mse_loss(action, best) - (1.0 - coefficient) * value.mean()
+    mimic = mean_per_run((action - best).square())
+    return coefficient * mimic - (1.0 - coefficient) * mean_per_run(value)
 
 
 def discrete_policy_loss(
-    log_probs: Tensor, q: Tensor, action: Tensor, mask: Tensor, coefficient: float
+    log_probs: Tensor, q: Tensor, action: Tensor, mask: Tensor, coefficient: Tensor
 ) -> Tensor:
-    """Return L_pi from log pi_i [B, N, A], q_i(o_i,.) [B, N, A] and recorded actions [B, N]."""
+    """Return L_pi [R] from log pi_i and q_i(o_i,.) [R, B, N, A], recorded actions [R, B, N], c [R]."""
     probability = log_probs.exp()
     best = F.one_hot(greedy(q, mask), q.shape[-1])
     index = action.unsqueeze(-1)
     advantage = (q.gather(-1, index).squeeze(-1) - (probability * q).sum(-1)).detach()
     log_prob = torch.log(probability.gather(-1, index).squeeze(-1) + LOG_OFFSET)
-    mimic = (probability - best).square().mean()
-    return coefficient * mimic - (1.0 - coefficient) * (advantage * log_prob).mean()
+    mimic = mean_per_run((probability - best).square())
+    return coefficient * mimic - (1.0 - coefficient) * mean_per_run(advantage * log_prob)
 
 
 def greedy(q: Tensor, mask: Tensor) -> Tensor:
-    """Choose the best available action, int64 [B, N], by values [B, N, A]."""
+    """Choose the best available action, int64 [R, B, N], by values [R, B, N, A]."""
     return masked_log_softmax(q, mask).argmax(-1)
 
 
@@ -155,26 +169,26 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """Train by OMAR: one :meth:`update` is one gradient step on a batch."""
+    """Train R runs by OMAR: one :meth:`update` is one gradient step of each on its batch."""
 
     budgets = alpha = None
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         networks: NetworkFactory,
         behavior: nn.Module,
         *,
         steps: int,
-        seed: int,
         device: str = "cpu",
     ) -> None:
-        """Measure divergence against ``behavior``, the cloned pi_b, which is not trained on."""
-        self.config, self._seed, self._device = config, seed, device
+        config = self.config = configs[0]
+        self._alpha = column(configs, "alpha", device).squeeze(-1)  # [R]
+        self._coefficient = column(configs, "coefficient", device).squeeze(-1)
+        self._noise = Noise(networks.seeds or (), device)
         self.q: Any = networks.q()
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
         self.policy = make_policy(config, networks).to(device)
-        self.behavior = behavior.to(device).requires_grad_(False)
         self.online = nn.ModuleList((self.q, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.mixer_target = self.target
@@ -190,7 +204,7 @@ class Algorithm:
         )
         self.step = 0
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
         policy = policy_of(self.policy, batch.observation, batch.mask)
         w, b = self.mixer(batch.state)
         if isinstance(policy, TanhGaussian):
@@ -207,43 +221,43 @@ class Algorithm:
             conservatism = conservatism + (penalty.shape[-1] - 1) * b
         losses = {
             "policy": policy_loss,  # L_pi
-            "critic": (q_tot - y).square().mean(),  # L_Q, first term
-            "conservative": self.config.alpha * conservatism.mean(),  # L_Q, second term
+            "critic": mean_per_run((q_tot - y).square()),  # L_Q, first term
+            "conservative": self._alpha * mean_per_run(conservatism),  # L_Q, second term
         }
         self._optimizer.descend(losses)
         self.step += 1
         with torch.no_grad():
-            behavior = policy_of(self.behavior, batch.observation, batch.mask)
             return {
                 **loss_metrics(losses),
-                "kl": divergence(policy, behavior).mean(0),
-                "value/reward_total": q_tot.mean(),
+                "kl": divergence(policy, batch.behavior).mean(1),
+                "value/reward_total": mean_per_run(q_tot),
             }
 
     def _continuous(
         self, batch: Batch, policy: TanhGaussian, w: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ``q_i(o_i,a_i)`` and penalty_i [B, N] of recorded actions, a' [B, N, A], and L_pi."""
+        """Return ``q_i(o_i,a_i)`` and penalty_i [R, B, N] of recorded actions, a' [R, B, N, A], and L_pi [R]."""
         c, o = self.config, batch.observation
-        generator = noise_at(self._seed, self.step, self._device)
+        noise = self._noise.at(self.step)
         with torch.no_grad():
             next_policy = policy_of(self.policy, batch.next_observation, None)
             assert isinstance(next_policy, TanhGaussian)  # like `policy`
-            [next_action] = next_policy.sample(1, generator)
-        candidates = candidate_actions(policy, next_policy, c.penalty_samples, generator)
-        values = self.q.candidates(o, torch.cat((batch.action[None], candidates)))
-        q, penalty = values[0], sampled_penalty(w, values[1:], values[0])
-        [action] = policy.sample(1, generator)
+            next_action = next_policy.sample(1, noise).squeeze(1)
+        actions = candidate_actions(policy, next_policy, c.penalty_samples, noise, batch.action)
+        values = candidate_values(self.q, o, actions)
+        q = values[:, 0]
+        penalty = sampled_penalty(w, values[:, 1:], q)
+        action = policy.sample(1, noise).squeeze(1)
         with frozen(self.q):
             value = self.q(o, action)
-            best, best_value = search(lambda actions: self.q.candidates(o, actions), action, c, generator)
-        loss = continuous_policy_loss(action, value, best, best_value, c.coefficient)
+        best, best_value = search(lambda tried: candidate_values(self.q, o, tried), action, c, noise)
+        loss = continuous_policy_loss(action, value, best, best_value, self._coefficient)
         return q, penalty, next_action, loss
 
     def _discrete(
         self, batch: Batch, policy: Categorical, w: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the same as :meth:`_continuous`, with a' int64 [B, N]."""
+        """Return the same as :meth:`_continuous`, with a' int64 [R, B, N]."""
         assert batch.mask is not None  # a categorical policy is made from a mask
         assert batch.next_mask is not None
         values = self.q.values(batch.observation)
@@ -252,13 +266,13 @@ class Algorithm:
             next_action = greedy(self.q.values(batch.next_observation), batch.next_mask)
         q = values.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
         loss = discrete_policy_loss(
-            policy.log_probs, values.detach(), batch.action, batch.mask, self.config.coefficient
+            policy.log_probs, values.detach(), batch.action, batch.mask, self._coefficient
         )
         return q, penalty, next_action, loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._optimizer.state_dict(), "step": self.step}
+    def state_dict(self, run: int) -> dict[str, Any]:
+        return {**self._optimizer.state_dict(run), "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-        self.step = state["step"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.load_state_dicts(states)
+        self.step = states[0]["step"]

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -42,9 +43,10 @@ from torch import Tensor, nn
 
 from omcda_deploy.plugins import Column, Scan
 from omcda_deploy.training.allocation import STRATEGIES, Allocation, Dual
-from omcda_deploy.training.batches import Batch, noise_at
+from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import Distribution, divergence, policy_of
-from omcda_deploy.training.influence import INFLUENCE_CURVES, influence, value_gradient, weighted_values
+from omcda_deploy.training.fleet import Noise, column, mean_per_run, repeat
+from omcda_deploy.training.influence import INFLUENCE_CURVES, influence, value_gradients, weighted_values
 from omcda_deploy.training.losses import exp_linear, mix, mix_divergence
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
@@ -76,9 +78,8 @@ COLUMNS = (
     Column("dual_active", "prices wait for the reward critic", per_agent=False, flag=False),
 )
 CURVES = INFLUENCE_CURVES
-SCAN = Scan(
-    "d_tot", "allocation", "Budget scan", "d_tot, nats (logarithmic)", "the total budget, per allocation"
-)
+PER_RUN = ("d_tot", "allocation", "alpha0", "temperature", "settled")
+SCAN = Scan("d_tot", "allocation", "Budget scan", "d_tot, nats (logarithmic)", "the budget, per allocation")
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,11 @@ class Config:
 class CriticTerms:
     """Terms of the losses on one batch."""
 
-    z: Tensor  # [B, N], detached
-    rho: Tensor  # [B, N], detached
-    losses: dict[str, Tensor]
-    target: Tensor  # y of L_Qr, [B]
-    metrics: dict[str, Tensor]
+    z: Tensor  # [R, B, N], detached
+    rho: Tensor  # [R, B, N], detached
+    losses: dict[str, Tensor]  # [R] each
+    target: Tensor  # y of L_Qr, [R, B]
+    metrics: dict[str, Tensor]  # [R] or [R, N] each
 
 
 class DecoupledCritic:
@@ -152,17 +153,17 @@ class DecoupledCritic:
         ]
 
     def kappa(self, w_c: Tensor, alpha: Tensor) -> Tensor:
-        """Return ``sum_k alpha_k w^{c,k}_i / alpha_i``, uncapped: [B, N(k), N(i)], [N] -> [B, N(i)]."""
-        return torch.einsum("k,bki->bi", alpha, w_c) / alpha
+        """Return ``sum_k alpha_k w^{c,k}_i / alpha_i``, uncapped: [R, B, N(k), N(i)], [R, 1, N] -> [R, B, N(i)]."""
+        return torch.matmul(alpha.unsqueeze(-2), w_c).squeeze(-2) / alpha
 
     def terms(self, batch: Batch, alpha: Tensor) -> CriticTerms:
-        """Evaluate all losses on a batch at prices ``alpha`` [N]."""
+        """Evaluate all losses on a batch at prices ``alpha`` [R, 1, N]."""
         c = self._config
         o, s, a = batch.observation, batch.state, batch.action
         o2, s2 = batch.next_observation, batch.next_state
         with torch.no_grad():
-            w_r, _ = self.mixer_r_target(s)  # [B, N]
-            w_c, _ = self.mixer_c_target(s)  # [B, N(k), N(j)]
+            w_r, _ = self.mixer_r_target(s)  # [R, B, N]
+            w_c, _ = self.mixer_c_target(s)  # [R, B, N(k), N(j)]
             kappa_free = self.kappa(w_c, alpha)
             kappa = kappa_free.clamp_max(c.kappa_max)
             q_r, q_c = self.q_r_target(o, a), self.q_c_target(o, a)
@@ -170,7 +171,7 @@ class DecoupledCritic:
             w_c2, b_c2 = self.mixer_c_target(s2)
             discount = c.gamma * batch.not_done
             y_r = batch.reward + discount * mix(w_r2, self.v_r_target(o2), b_r2)
-            y_c = discount[:, None] * mix_divergence(w_c2, self.v_c_target(o2), b_c2)
+            y_c = discount.unsqueeze(-1) * mix_divergence(w_c2, self.v_c_target(o2), b_c2)
         v_r, v_c = self.v_r(o), self.v_c(o)
         z = w_r / alpha * (q_r - v_r.detach()) + kappa * (q_c - v_c)
         rho = torch.exp(z.detach().clamp_max(c.z_max))
@@ -180,30 +181,32 @@ class DecoupledCritic:
         q_r_tot = mix(w_on, self.q_r(o, a), b_on)
         q_c_tot = mix_divergence(w_con, self.q_c(o, a), b_con)
         losses = {
-            "reward_critic": (q_r_tot - y_r).square().mean(),  # L_Qr
-            "divergence_critic": (q_c_tot - y_c).square().mean(),  # L_Qc
-            "reward_value": (rho * (q_r - v_r).square()).mean(),  # L_Vr
-            "divergence_value": (exp_linear(z, c.z_max) / kappa + v_c).mean(),  # L_Vc
+            "reward_critic": mean_per_run((q_r_tot - y_r).square()),  # L_Qr
+            "divergence_critic": mean_per_run((q_c_tot - y_c).square()),  # L_Qc
+            "reward_value": mean_per_run(rho * (q_r - v_r).square()),  # L_Vr
+            "divergence_value": mean_per_run(exp_linear(z, c.z_max) / kappa + v_c),  # L_Vc
         }
         with torch.no_grad():
-            total = torch.einsum("k,bk->b", alpha, mix_divergence(w_con, v_c, b_con))
+            total = (alpha * mix_divergence(w_con, v_c, b_con)).sum(-1)
             metrics = {
-                "value/reward": (w_on * v_r).mean(0),  # each agent's part of V^r_tot
-                "value/reward_total": mix(w_on, v_r, b_on).mean(),
-                "value/divergence_total": total.mean(),  # at most 0 in theory; not clamped
-                "value/kappa_capped": (kappa_free > c.kappa_max).float().mean(),
+                "value/reward": (w_on * v_r).mean(1),  # each agent's part of V^r_tot
+                "value/reward_total": mix(w_on, v_r, b_on).mean(1),
+                "value/divergence_total": total.mean(1),  # at most 0 in theory; not clamped
+                "value/kappa_capped": mean_per_run((kappa_free > c.kappa_max).float()),
             }
         return CriticTerms(z.detach(), rho, losses, y_r, metrics)
 
     def reward_values(self, batch: Batch, action: Tensor | None) -> Tensor:
         """Return ``w^r_i Q^r_i`` in the shape of :func:`weighted_values`."""
-        return weighted_values(self.q_r_target, self.mixer_r_target(batch.state)[0], batch, action)
+        weights, _ = self.mixer_r_target(batch.state)
+        return weighted_values(self.q_r_target, weights, batch.observation, action)
 
     def total_values(self, batch: Batch, action: Tensor | None, alpha: Tensor) -> Tensor:
         """Return ``w^r_i Q^r_i + alpha_i kappa_i Q^c_i``, under which m_i equals alpha_i over many steps."""
         w_c, _ = self.mixer_c_target(batch.state)
         price = alpha * self.kappa(w_c, alpha).clamp_max(self._config.kappa_max)
-        return self.reward_values(batch, action) + weighted_values(self.q_c_target, price, batch, action)
+        divergence_values = weighted_values(self.q_c_target, price, batch.observation, action)
+        return self.reward_values(batch, action) + divergence_values
 
 
 class EntangledCritic:
@@ -222,7 +225,7 @@ class EntangledCritic:
         return [Group(parameters_of(self.q, self.mixer), lr), Group(parameters_of(self.v), lr)]
 
     def terms(self, batch: Batch, alpha: Tensor) -> CriticTerms:
-        """Evaluate all losses on a batch at prices ``alpha`` [N]."""
+        """Evaluate all losses on a batch at prices ``alpha`` [R, 1, N]."""
         c = self._config
         with torch.no_grad():
             w, _ = self.mixer_target(batch.state)
@@ -234,18 +237,20 @@ class EntangledCritic:
         w_on, b_on = self.mixer(batch.state)
         q_tot = mix(w_on, self.q(batch.observation, batch.action), b_on)
         losses = {
-            "reward_critic": (q_tot - y).square().mean(),  # L_Q of OMIGA
-            "reward_value": (exp_linear(z, c.z_max) + w * v / alpha).mean(),  # L_V of OMIGA, exp continued
+            "reward_critic": mean_per_run((q_tot - y).square()),  # L_Q of OMIGA
+            # L_V of OMIGA, exp continued.
+            "reward_value": mean_per_run(exp_linear(z, c.z_max) + w * v / alpha),
         }
         metrics = {
-            "value/reward": (w_on * v).detach().mean(0),
-            "value/reward_total": mix(w_on, v, b_on).detach().mean(),
+            "value/reward": (w_on * v).detach().mean(1),
+            "value/reward_total": mix(w_on, v, b_on).detach().mean(1),
         }
         return CriticTerms(z.detach(), torch.exp(z.detach().clamp_max(c.z_max)), losses, y, metrics)
 
     def reward_values(self, batch: Batch, action: Tensor | None) -> Tensor:
         """Return ``w_i Q_i`` in the shape of :func:`weighted_values`."""
-        return weighted_values(self.q_target, self.mixer_target(batch.state)[0], batch, action)
+        weights, _ = self.mixer_target(batch.state)
+        return weighted_values(self.q_target, weights, batch.observation, action)
 
     def total_values(self, batch: Batch, action: Tensor | None, alpha: Tensor) -> Tensor:
         """Return the same, as Q holds both reward and divergence."""
@@ -258,30 +263,27 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """Train by OMCDA: one :meth:`update` is one gradient step on a batch."""
+    """Train R runs by OMCDA: one :meth:`update` is one gradient step of each on its batch."""
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         networks: NetworkFactory,
         behavior: nn.Module,
         *,
         steps: int,
-        seed: int,
         device: str = "cpu",
     ) -> None:
         """Start as ``behavior``, the cloned pi_b; warm-up is a share of ``steps``, the planned length."""
-        self.config = config
-        self._steps, self._seed, self._device = steps, seed, device
-        agents = len(networks.spec.agents)
-        self.critic: DecoupledCritic | EntangledCritic = (
-            DecoupledCritic if config.decoupled else EntangledCritic
-        )(config, networks, device)
-        self.behavior = behavior.to(device).requires_grad_(False)
-        self.actor = copy.deepcopy(behavior).to(device).requires_grad_(True)
+        config = self.config = configs[0]
+        seeds, agents = networks.seeds or (), len(networks.spec.agents)
+        self._steps = steps
+        critic = DecoupledCritic if config.decoupled else EntangledCritic
+        self.critic: DecoupledCritic | EntangledCritic = critic(config, networks, device)
+        self.actor = repeat(behavior, len(configs)).to(device).requires_grad_(True)
         # Gradient noise alone moves a raw network by 0.02 nats per agent, which counts as deviation under a small
         # budget; so the dual, evaluation and export use the average.
-        self.policy = copy.deepcopy(behavior).to(device).requires_grad_(False)
+        self.policy = repeat(behavior, len(configs)).to(device).requires_grad_(False)
         self._optimizer = JointOptimizer(
             [Group(parameters_of(self.actor), config.lr), *self.critic.groups()],
             config.grad_clip,
@@ -295,47 +297,50 @@ class Algorithm:
             tau=config.tau,
         )
         self.allocation = Allocation(
-            config.allocation,
+            [c.allocation for c in configs],
             agents,
-            config.d_tot,
-            seed,
-            temperature=config.temperature,
+            column(configs, "d_tot", device),
+            seeds,
+            temperature=column(configs, "temperature", device),
             decay=config.influence_decay**config.reallocate_every,
         )
-        single = self.allocation.strategy.single_price
-        self.dual = Dual(agents, config.alpha0, config.lr_alpha, single_price=single)
+        single_price = [strategy.single_price for strategy in self.allocation.strategies]
+        price = column(configs, "alpha0", device)
+        self.dual = Dual(agents, price, config.lr_alpha, single_price=single_price)
+        self._settled = column(configs, "settled", device)[:, 0]
+        self._noise = Noise(seeds, device)
+        self._watch = False  # measure the influence on the total value at the next occasion
         self.step = 0
-        self.dual_active = False
-        self._settling = math.inf
+        self.dual_active = torch.zeros(len(configs), dtype=torch.bool, device=device)
+        self._settling = torch.full((len(configs),), math.inf, device=device)
 
     @property
     def budgets(self) -> Tensor:
-        """Budgets d_i [N] in nats; under ``optimal``, which holds the sum alone, d_tot/N as a reference line."""
+        """Budgets d_i [R, N] in nats; under ``optimal``, which holds the sum alone, d_tot/N as a reference line."""
         return self.allocation.budgets
 
     @property
     def alpha(self) -> Tensor:
-        """Prices alpha_i [N]."""
+        """Prices alpha_i [R, N]."""
         return self.dual.alpha
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
         c = self.config
-        alpha = self.dual.alpha.to(self._device)
+        alpha = self.dual.alpha.unsqueeze(1)  # [R, 1, N]
         terms = self.critic.terms(batch, alpha)
-        log_prob = policy_of(self.actor, batch.observation, batch.mask).log_prob(batch.action)
-        losses = {"policy": -(terms.rho * log_prob).mean(), **terms.losses}  # L_pi and the critics'
+        log_prob = batch.log_prob(policy_of(self.actor, batch.observation, batch.mask))
+        losses = {"policy": -mean_per_run(terms.rho * log_prob), **terms.losses}  # L_pi and the critics'
         self._optimizer.descend(losses)
 
         with torch.no_grad():
             policy = policy_of(self.policy, batch.observation, batch.mask)
-            behavior = policy_of(self.behavior, batch.observation, batch.mask)
-            kl = divergence(policy, behavior).mean(0).cpu()
+            kl = divergence(policy, batch.behavior).mean(1)  # [R, N]
         metrics = loss_metrics(losses)
+        self._watch |= watched
         if self.step % c.reallocate_every == 0:
-            metrics |= self._measure_influence(batch, policy, behavior, kl, alpha)
-        self._settle(losses["reward_critic"], terms.target)
-        if self.dual_active:
-            metrics["loss/dual"] = self.dual.descend(self.budgets, kl)  # L_alpha
+            metrics |= self._measure_influence(batch, policy, kl, alpha)
+        self._settle(losses["reward_critic"].detach(), terms.target)
+        metrics["loss/dual"] = self.dual.descend(self.budgets, kl, self.dual_active)  # L_alpha
         self.step += 1
         return {
             **metrics,
@@ -345,54 +350,50 @@ class Algorithm:
             "alpha": self.dual.alpha,
             "alpha_at_bound": self.dual.at_bound.float(),
             "influence": self.allocation.mean_influence,
-            "z/mean_exp": terms.rho.mean(),
-            "z/above_max": (terms.z > c.z_max).float().mean(),
-            "dual_active": torch.tensor(float(self.dual_active)),
+            "z/mean_exp": mean_per_run(terms.rho),
+            "z/above_max": mean_per_run((terms.z > c.z_max).float()),
+            "dual_active": self.dual_active.float(),
         }
 
     def _measure_influence(
-        self, batch: Batch, policy: Distribution, behavior: Distribution, kl: Tensor, alpha: Tensor
+        self, batch: Batch, policy: Distribution, kl: Tensor, alpha: Tensor
     ) -> dict[str, Tensor]:
+        """Move the shares; once per logging interval, measure the influence on the total value as well."""
         c = self.config
-
-        def measure(with_divergence: bool) -> Tensor:
-            noise = noise_at(self._seed, self.step, self._device)  # the same actions for both measurements
-
-            def values(action: Tensor | None) -> Tensor:
-                if with_divergence:
-                    return self.critic.total_values(batch, action, alpha)
-                return self.critic.reward_values(batch, action)
-
-            gradients = value_gradient(values, policy, c.influence_samples, noise)
-            return influence(policy, behavior, gradients, c.metric).cpu()
-
-        self.allocation.observe(measure(with_divergence=False), kl)
+        values = [lambda action: self.critic.reward_values(batch, action)]
+        if self._watch:
+            values.append(lambda action: self.critic.total_values(batch, action, alpha))
+        gradients = value_gradients(policy, c.influence_samples, self._noise.at(self.step), *values)
+        measured = [influence(policy, batch.behavior, gradient, c.metric) for gradient in gradients]
+        self.allocation.observe(measured[0], kl)
+        if not self._watch:
+            return {}
+        self._watch = False
         # Where this agrees with alpha_i, influence is the shadow price of the budget; a metric, not a condition.
-        return {"influence_with_divergence": measure(with_divergence=True)}
+        return {"influence_with_divergence": measured[1]}
 
     def _settle(self, loss: Tensor, target: Tensor) -> None:
-        """Start the dual once the reward critic explains its targets: before, z is noise."""
-        if self.dual_active:
-            return
-        ratio = float(loss.detach() / target.var().clamp_min(1e-12))
-        self._settling = ratio if math.isinf(self._settling) else 0.99 * self._settling + 0.01 * ratio
-        self.dual_active = (
-            self._settling < self.config.settled or self.step >= self.config.warmup * self._steps
-        )
+        """Start the dual of a run once its reward critic explains its targets: before, z is noise."""
+        ratio = loss / target.var(1).clamp_min(1e-12)
+        self._settling = torch.where(self._settling.isinf(), ratio, 0.99 * self._settling + 0.01 * ratio)
+        late = self.step >= self.config.warmup * self._steps
+        self.dual_active = self.dual_active | (self._settling < self._settled) | late
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, run: int) -> dict[str, Any]:
         return {
-            **self._optimizer.state_dict(),
-            "allocation": self.allocation.state_dict(),
-            "dual": self.dual.state_dict(),
+            **self._optimizer.state_dict(run),
+            "allocation": self.allocation.state_dict(run),
+            "dual": self.dual.state_dict(run),
             "step": self.step,
-            "dual_active": self.dual_active,
-            "settling": self._settling,
+            "dual_active": bool(self.dual_active[run]),
+            "settling": float(self._settling[run]),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-        self.allocation.load_state_dict(state["allocation"])
-        self.dual.load_state_dict(state["dual"])
-        self.step, self.dual_active = state["step"], state["dual_active"]
-        self._settling = state["settling"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.load_state_dicts(states)
+        self.allocation.load_state_dicts([state["allocation"] for state in states])
+        self.dual.load_state_dicts([state["dual"] for state in states])
+        self.step = states[0]["step"]
+        device = self._settling.device
+        self.dual_active = torch.tensor([state["dual_active"] for state in states], device=device)
+        self._settling = torch.tensor([state["settling"] for state in states], device=device)

@@ -19,6 +19,7 @@ Source: docs/baselines.md#omiga.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from omcda_deploy.plugins import Column
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import divergence, policy_of
+from omcda_deploy.training.fleet import column, mean_per_run
 from omcda_deploy.training.losses import mix
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
@@ -47,6 +49,7 @@ PAPER = "Offline Multi-Agent Reinforcement Learning with Implicit Global-to-Loca
 SUMMARY = "one price for the team; in-sample values and exp-weighted cloning"
 ACTIONS = frozenset({"continuous", "discrete"})
 DIVERGENCE = {"continuous": "kl", "discrete": "kl"}
+PER_RUN = ("alpha",)
 COLUMNS = (
     KL,
     Column("z/mean_exp", "mean exp z", per_agent=False),
@@ -73,9 +76,12 @@ class Config:
 
 
 def value_loss(z: Tensor, weighted_value: Tensor) -> Tensor:
-    """Return L_V, ``mean[ exp(z - M) + exp(-M) w V / alpha ]``; ``weighted_value`` is ``w V / alpha`` [B, N]."""
-    largest = z.detach().max().clamp_min(-1.0)
-    return (torch.exp(z - largest) + torch.exp(-largest) * weighted_value).mean()
+    """Return L_V, ``mean[ exp(z - M) + exp(-M) w V / alpha ]``; ``weighted_value`` is ``w V / alpha``.
+
+    [R, B, N], [R, B, N] -> [R].
+    """
+    largest = z.detach().amax((1, 2), keepdim=True).clamp_min(-1.0)
+    return mean_per_run(torch.exp(z - largest) + torch.exp(-largest) * weighted_value)
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
@@ -84,25 +90,23 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 
 
 class Algorithm:
-    """Train by OMIGA: one :meth:`update` is one gradient step on a batch."""
+    """Train R runs by OMIGA: one :meth:`update` is one gradient step of each on its batch."""
 
     budgets = alpha = None
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         networks: NetworkFactory,
         behavior: nn.Module,
         *,
         steps: int,
-        seed: int,
         device: str = "cpu",
     ) -> None:
-        """Measure divergence against ``behavior``, the cloned pi_b, which is not trained on."""
-        self.config = config
+        config = self.config = configs[0]
+        self._alpha = column(configs, "alpha", device).unsqueeze(-1)  # [R, 1, 1]
         self.q, self.v, self.mixer = networks.q(), networks.v(), networks.mixer(config.mixer_hidden)
         self.policy = make_policy(config, networks).to(device)
-        self.behavior = behavior.to(device).requires_grad_(False)
         self.online = nn.ModuleList((self.q, self.v, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.v_target, self.mixer_target = self.target
@@ -119,38 +123,37 @@ class Algorithm:
         )
         self.step = 0
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        c = self.config
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        c, alpha = self.config, self._alpha
         with torch.no_grad():
             w, _ = self.mixer_target(batch.state)
             q_target = self.q_target(batch.observation, batch.action)
             w2, b2 = self.mixer_target(batch.next_state)
             y = batch.reward + c.gamma * batch.not_done * mix(w2, self.v_target(batch.next_observation), b2)
         q, v = self.q(batch.observation, batch.action), self.v(batch.observation)
-        unclamped = w / c.alpha * (q_target - v)
+        unclamped = w / alpha * (q_target - v)
         z = unclamped.clamp(-c.z_max, c.z_max)
         w_on, b_on = self.mixer(batch.state)
         policy = policy_of(self.policy, batch.observation, batch.mask)
         losses = {
-            "policy": -(z.detach().exp() * policy.log_prob(batch.action)).mean(),  # L_pi
-            "critic": (mix(w_on, q, b_on) - y).square().mean(),  # L_Q
-            "value": value_loss(z, w * v / c.alpha),  # L_V
+            "policy": -mean_per_run(z.detach().exp() * batch.log_prob(policy)),  # L_pi
+            "critic": mean_per_run((mix(w_on, q, b_on) - y).square()),  # L_Q
+            "value": value_loss(z, w * v / alpha),  # L_V
         }
         self._optimizer.descend(losses)
         self.step += 1
         with torch.no_grad():
-            behavior = policy_of(self.behavior, batch.observation, batch.mask)
             return {
                 **loss_metrics(losses),
-                "kl": divergence(policy, behavior).mean(0),
-                "value/reward_total": mix(w_on, v, b_on).mean(),
-                "z/mean_exp": z.exp().mean(),
-                "z/clamped": (unclamped.abs() > c.z_max).float().mean(),
+                "kl": divergence(policy, batch.behavior).mean(1),
+                "value/reward_total": mix(w_on, v, b_on).mean(1),
+                "z/mean_exp": mean_per_run(z.exp()),
+                "z/clamped": mean_per_run((unclamped.abs() > c.z_max).float()),
             }
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._optimizer.state_dict(), "step": self.step}
+    def state_dict(self, run: int) -> dict[str, Any]:
+        return {**self._optimizer.state_dict(run), "step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-        self.step = state["step"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.load_state_dicts(states)
+        self.step = states[0]["step"]
