@@ -78,7 +78,7 @@ class BehaviorTable:
         with torch.no_grad():
             parts = [
                 policy_of(behavior, observations[rows], None if masks is None else masks[rows])
-                for rows in torch.split(torch.arange(len(observations)), _CHUNK)
+                for rows in (slice(first, first + _CHUNK) for first in range(0, len(observations), _CHUNK))
             ]
         self._whole: Distribution
         if masks is None:

@@ -68,9 +68,3 @@ def divergence(policy: Distribution, behavior: Distribution) -> Tensor:
         return policy.kl(behavior)
     assert isinstance(behavior, Categorical)
     return policy.kl(behavior)
-
-
-@torch.no_grad()
-def polyak(targets: list[Tensor], sources: list[Tensor], tau: float) -> None:
-    """Average in place: ``target <- (1 - tau) target + tau source``, for lists of parameters."""
-    torch._foreach_lerp_(targets, sources, tau)

@@ -60,6 +60,11 @@ def mean_per_run(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1)
 
 
+def batch_mean(values: Tensor) -> Tensor:
+    """The mean over the batch: [R, B, N] -> [R, N], over contiguous rows, whose sums do not depend on R."""
+    return values.mT.contiguous().mean(-1)
+
+
 def column(configs: Sequence[Any], field: str, device: str = "cpu") -> Tensor:
     """A setting that may differ between runs, as float32 [R, 1]."""
     return torch.tensor([[float(getattr(config, field))] for config in configs], device=device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omcda_deploy.plugins import CurveSection, Estimate, TrainingCurve
 from omcda_deploy.training.distributions import Categorical, Distribution, TanhGaussian
-from omcda_deploy.training.fleet import Noise
+from omcda_deploy.training.fleet import Noise, batch_mean
 
 _EPS = 1e-12
 
@@ -122,14 +122,9 @@ def _ratio(value: Gradient, divergence: Gradient, metric: Gradient | None = None
     square = sum((w * k * k).sum(-1) for w, k in zip(weights, divergence, strict=True))
     assert isinstance(product, Tensor)  # the tuples are never empty
     assert isinstance(square, Tensor)
-    return _batch_mean(product) / (_batch_mean(square) + _EPS)
+    return batch_mean(product) / (batch_mean(square) + _EPS)
 
 
 def _sum(values: Tensor) -> Tensor:
     """``[R, K, ...] -> [R, ...]``, in the order of K."""
     return functools.reduce(torch.add, values.unbind(1))
-
-
-def _batch_mean(values: Tensor) -> Tensor:
-    """``[R, B, N] -> [R, N]``, over contiguous rows, whose sums do not depend on R."""
-    return values.mT.contiguous().mean(-1)

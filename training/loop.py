@@ -52,23 +52,6 @@ log = logging.getLogger(__name__)
 PARITY_ROWS = 1000
 
 
-def train(
-    dataset: Dataset,
-    request: TrainRequest,
-    out: Path,
-    *,
-    dataset_path: str = "",
-    observer: TrainObserver | None = None,
-) -> None:
-    """Start a run in the new folder ``out`` and take it to its last step.
-
-    ``dataset_path`` is where the run will look for its dataset when it is resumed. Raises :class:`ConfigError`
-    where ``out`` exists or another process creates it, :class:`DivergedError`, and as
-    :meth:`TrainRequest.resolved` does.
-    """
-    train_fleet(dataset, [(request, out)], dataset_path=dataset_path, observer=observer)
-
-
 def train_fleet(
     dataset: Dataset,
     runs: Sequence[tuple[TrainRequest, Path]],
@@ -76,10 +59,12 @@ def train_fleet(
     dataset_path: str = "",
     observer: TrainObserver | None = None,
 ) -> None:
-    """Start runs of equal shapes in new folders and take them to their last step, side by side.
+    """Start a run, or runs of equal shapes side by side, in new folders, and take them to their last step.
 
-    Raises :class:`ConfigError` where a folder exists, another process creates it, or the runs cannot share their
-    steps, and :class:`DivergedError` after the last step for runs that diverged; the others are finished.
+    ``dataset_path`` is where a run will look for its dataset when it is resumed. Raises :class:`ConfigError` where
+    a folder exists, another process creates it, or the runs cannot share their steps; as
+    :meth:`TrainRequest.resolved` does; and :class:`DivergedError` after the last step for runs that diverged; the
+    others are finished.
     """
     observer = observer or TrainObserver()
     for _, out in runs:
@@ -124,21 +109,6 @@ def _create(dataset: Dataset, model: nn.Module, config: RunConfig, out: Path) ->
         run.rename(out)
 
 
-def resume(
-    dataset: Dataset,
-    run: Path,
-    *,
-    evaluate_every: int | None = None,
-    observer: TrainObserver | None = None,
-) -> None:
-    """Take a run from its newest checkpoint (or its beginning) to its last step.
-
-    Raises :class:`ConfigError` for a folder that is no run or that another process trains, and for another dataset
-    than the run began with.
-    """
-    resume_fleet(dataset, [run], evaluate_every=evaluate_every, observer=observer)
-
-
 def resume_fleet(
     dataset: Dataset,
     runs: Sequence[Path],
@@ -146,9 +116,11 @@ def resume_fleet(
     evaluate_every: int | None = None,
     observer: TrainObserver | None = None,
 ) -> None:
-    """Take runs of equal shapes to their last step, side by side where they stand at the same one.
+    """Take runs from their newest checkpoints (or their beginnings) to their last step.
 
-    They need not have been trained together before. Raises as :func:`resume` and :func:`train_fleet` do.
+    Runs that stand at the same step are trained side by side; they need not have been before. Raises
+    :class:`ConfigError` for a folder that is no run or that another process trains, for another dataset than a run
+    began with, and for runs that cannot share their steps; :class:`DivergedError` as :func:`train_fleet` does.
     """
     observer = observer or TrainObserver()
     configs = [read_config(run) for run in runs]

@@ -46,21 +46,17 @@ def train(
     dataset: Dataset, out: Path, algorithm: str, seed: int, steps: int = STEPS, **settings: Any
 ) -> Path:
     """A real run folder. Its dataset is called like the task and its tier, as ``collect`` calls them."""
-    loop.train(
-        dataset,
-        TrainRequest(
-            algorithm,
-            steps,
-            seed,
-            settings={**SMALL, **settings},
-            behavior={"steps": 10, "check_every": 10},
-            log_every=5,
-            checkpoint_every=STEPS // 2,
-            snapshot_every=STEPS // 2,
-        ),
-        out,
-        dataset_path="data/mamujoco-hopper-3x1-medium.hdf5",
+    request = TrainRequest(
+        algorithm,
+        steps,
+        seed,
+        settings={**SMALL, **settings},
+        behavior={"steps": 10, "check_every": 10},
+        log_every=5,
+        checkpoint_every=STEPS // 2,
+        snapshot_every=STEPS // 2,
     )
+    loop.train_fleet(dataset, [(request, out)], dataset_path="data/mamujoco-hopper-3x1-medium.hdf5")
     return out
 
 

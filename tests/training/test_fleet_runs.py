@@ -84,7 +84,7 @@ def alone(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of uninterrupted runs, each trained by itself."""
     out = tmp_path_factory.mktemp("alone")
     for name in RUNS:
-        loop.train(dataset, request(name), out / name, dataset_path="data.hdf5")
+        loop.train_fleet(dataset, [(request(name), out / name)], dataset_path="data.hdf5")
     return out
 
 
@@ -152,7 +152,7 @@ def test_a_fleet_of_any_algorithm_leaves_the_folders_of_single_runs(
         runs.append((request(name, algorithm, steps=EVERY, settings={**SMALL, **own}), name))
     loop.train_fleet(dataset, [(each, tmp_path / "fleet" / name) for each, name in runs])
     for each, name in runs:
-        loop.train(dataset, each, tmp_path / name)
+        loop.train_fleet(dataset, [(each, tmp_path / name)])
         require_equal_folders(tmp_path / "fleet" / name, tmp_path / name)
 
 
@@ -183,7 +183,7 @@ class Stopper(TrainObserver):
 def stopped_at(dataset: Dataset, out: Path, name: str, step: int) -> None:
     """A run that was stopped after it logged ``step``."""
     with pytest.raises(StoppedError):
-        loop.train(dataset, request(name), out, dataset_path="data.hdf5", observer=Stopper(step))
+        loop.train_fleet(dataset, [(request(name), out)], dataset_path="data.hdf5", observer=Stopper(step))
 
 
 def test_runs_that_never_met_are_resumed_side_by_side(dataset: Dataset, alone: Path, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_run_that_diverges_ends_alone(
     # It keeps what it was before, from which it may go on.
     assert last_step(tmp_path / "b") == load_state(tmp_path / "b" / "resume.pt")["step"] == 20
     assert snapshot_steps(tmp_path / "b") == [20]
-    loop.resume(dataset, tmp_path / "b")
+    loop.resume_fleet(dataset, [tmp_path / "b"])
     require_equal_folders(tmp_path / "b", alone / "b")
 
 
@@ -360,7 +360,7 @@ def test_runs_of_unequal_shapes_are_refused(
 
 
 def test_unequal_runs_are_refused_on_resuming(dataset: Dataset, alone: Path, tmp_path: Path) -> None:
-    loop.train(dataset, request("a", "bc", steps=EVERY, settings=SMALL), tmp_path / "bc")
+    loop.train_fleet(dataset, [(request("a", "bc", steps=EVERY, settings=SMALL), tmp_path / "bc")])
     with pytest.raises(
         ConfigError, match=rf"{tmp_path / 'bc'} and {alone / 'a'} cannot be trained side by side"
     ):

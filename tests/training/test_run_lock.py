@@ -78,7 +78,7 @@ def test_a_second_trainer_is_refused_and_told_of_the_first(file: Path, tmp_path:
         for again in (
             lambda: training.resume(run),
             lambda: training.train(file, "bc", run, steps=10),
-            lambda: loop.resume(read(file), run),
+            lambda: loop.resume_fleet(read(file), [run]),
         ):
             with pytest.raises(ConfigError) as raised:
                 again()

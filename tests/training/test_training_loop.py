@@ -86,7 +86,8 @@ def train(
         "snapshot_every": EVERY,
         **changes,
     }
-    loop.train(dataset, TrainRequest(algorithm, **fields), out, dataset_path="data.hdf5", observer=observer)
+    runs = [(TrainRequest(algorithm, **fields), out)]
+    loop.train_fleet(dataset, runs, dataset_path="data.hdf5", observer=observer)
     return out
 
 
@@ -114,7 +115,7 @@ def train_until(file: Path, out: Path, moment: str, reached: Connection) -> None
     if moment == "while saving":  # step 60's checkpoint is written, but not yet in its place
         os.fsync = lambda fd: stop() if any(out.glob(".resume.pt.*")) else None
     if out.exists():
-        loop.resume(read(file), out, observer=Stopper())
+        loop.resume_fleet(read(file), [out], observer=Stopper())
     else:
         train(read(file), out, observer=Stopper())
 
@@ -145,7 +146,7 @@ def test_a_killed_run_resumes_as_if_it_had_never_stopped(
     with (out / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 45, "loss/pol')  # a kill during a write leaves such a line
     spent = training_seconds(out)
-    loop.resume(dataset, out)
+    loop.resume_fleet(dataset, [out])
     assert training_seconds(out) > spent > 0  # seconds of the 20 steps that count, then of all
 
     assert differing(load_state(run / "resume.pt"), load_state(out / "resume.pt")) == set()
@@ -175,13 +176,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     with pytest.raises(KilledError):
         train(dataset, tmp_path / "run", observer=Killer())
     assert not (tmp_path / "run" / "resume.pt").exists()
-    loop.resume(dataset, tmp_path / "run")
+    loop.resume_fleet(dataset, [tmp_path / "run"])
     assert differing(load_state(run / "resume.pt"), load_state(tmp_path / "run" / "resume.pt")) == set()
 
 
 def test_resuming_a_finished_run_changes_nothing(dataset: Dataset, run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*.*") if "tensorboard" not in str(path)}
-    loop.resume(dataset, run)
+    loop.resume_fleet(dataset, [run])
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -305,7 +306,7 @@ def test_an_existing_folder_is_left_alone(dataset: Dataset, tmp_path: Path) -> N
 def test_another_dataset_is_refused_on_resuming(run: Path, tmp_path: Path) -> None:
     other = read(write_dataset(tmp_path / "o.hdf5", team_spec("mamujoco/hopper-3x1"), [40, 20], seed=9))
     with pytest.raises(ConfigError, match=r"was trained on a dataset of digest \w{12}…, got \w{12}…"):
-        loop.resume(other, run)
+        loop.resume_fleet(other, [run])
 
 
 Refusal = tuple[dict[str, Any], type[OmcdaError], str]
@@ -361,10 +362,10 @@ def test_an_algorithm_that_does_not_handle_the_actions_is_refused(
 
 def test_a_folder_that_is_no_run_cannot_be_resumed(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not a run folder: it has no config\.json"):
-        loop.resume(dataset, tmp_path)
+        loop.resume_fleet(dataset, [tmp_path])
     (tmp_path / "config.json").write_text('{"algorithm": "bc"')
     with pytest.raises(ConfigError, match=r"config\.json is damaged"):
-        loop.resume(dataset, tmp_path)
+        loop.resume_fleet(dataset, [tmp_path])
 
 
 def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import divergence, policy_of
-from omcda_deploy.training.fleet import column, mean_per_run
+from omcda_deploy.training.fleet import batch_mean, column, mean_per_run
 from omcda_deploy.training.losses import mix
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
@@ -150,13 +150,8 @@ def inflow(ratio: Tensor, weights: Tensor, discounted_next: Tensor, initial: Ten
 
     With it the gradient of L_v in a shift of v_i is proportional to ``1 - mean ratio_i``, whatever terminates.
     """
-    flow = _batch_mean(ratio * (weights - discounted_next))
-    return flow / (_batch_mean(ratio) * _batch_mean(initial)).clamp_min(1e-6)
-
-
-def _batch_mean(values: Tensor) -> Tensor:
-    """``[R, B, N] -> [R, N]``, over contiguous rows, whose sums do not depend on R."""
-    return values.mT.contiguous().mean(-1)
+    flow = batch_mean(ratio * (weights - discounted_next))
+    return flow / (batch_mean(ratio) * batch_mean(initial)).clamp_min(1e-6)
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
@@ -228,7 +223,7 @@ class Algorithm:
         if c.paper_code_vloss:
             initial = (1.0 - c.gamma) * mean_per_run(v0)
         else:
-            initial = (inflow(ratio, weights, next_weights, w0) * _batch_mean(w0 * v0)).mean(1)
+            initial = (inflow(ratio, weights, next_weights, w0) * batch_mean(w0 * v0)).mean(1)
 
         e_bar = w_bar * (q_bar - v.detach())
         normaliser, free = dual_loss(e_bar, self.lambdas["e"], self._alpha, c.f_divergence)
