@@ -6,7 +6,7 @@ The libraries that they call do the work; :mod:`omcda_deploy.experiments` compos
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,6 +51,17 @@ def credentials_of(path: Path | None) -> Credentials | None:
 def simulator_options(python: str | None, factory: str | None) -> dict[str, str]:
     """Options of a task's simulator by name, without those left at None."""
     return {name: value for name, value in (("python", python), ("factory", factory)) if value is not None}
+
+
+def named_values(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
+    """Collect the values of a repeatable ``option`` name=value. Raises :class:`ConfigError` for one without =."""
+    values = {}
+    for pair in pairs or ():
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ConfigError(f"{option}: expected name=value, got {pair!r}")
+        values[name] = value
+    return values
 
 
 @contextmanager

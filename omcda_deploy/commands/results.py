@@ -16,7 +16,7 @@ def results(
     out: Annotated[Path, typer.Option(help="Folder for datasets, runs and bundles.")] = Path("results"),
     jobs: Annotated[
         int,
-        typer.Option(help="Training processes at a time, up to five runs each; 0: one per core."),
+        typer.Option(min=0, help="Training processes at a time, up to five runs each; 0: one per core."),
     ] = 0,
     engine: EngineName = "local",
     engine_option: EngineOptions = None,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from omcda_deploy.commands import TerminalObserver, console
-from omcda_deploy.errors import ConfigError, OmcdaError
+from omcda_deploy.commands import TerminalObserver, console, named_values
+from omcda_deploy.errors import OmcdaError
 
 EngineName = Annotated[
     str, typer.Option("--engine", help="local (processes here), slurm or ray (docs/sweeps.md).")
@@ -24,12 +24,7 @@ Address = Annotated[
 
 def engine_options(pairs: list[str] | None, address: str | None) -> dict[str, str]:
     """Collect the options of ``--engine-option`` and ``--address``."""
-    options = {}
-    for pair in pairs or []:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise ConfigError(f"--engine-option: expected name=value, got {pair!r}")
-        options[name] = value
+    options = named_values("--engine-option", pairs)
     if address is not None:
         options["address"] = address
     return options
@@ -40,7 +35,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder for the runs; runs already in it are continued.")],
     jobs: Annotated[
         int,
-        typer.Option(help="Training processes at a time, up to five runs each; 0: one per core."),
+        typer.Option(min=0, help="Training processes at a time, up to five runs each; 0: one per core."),
     ] = 0,
     engine: EngineName = "local",
     engine_option: EngineOptions = None,

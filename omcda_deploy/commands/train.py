@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from omcda_deploy.commands import console
+from omcda_deploy.commands import console, named_values
 from omcda_deploy.errors import ConfigError
 
 
@@ -83,7 +83,7 @@ def train(
                 out,
                 steps=steps,
                 seed=seed if seeds is None else _numbers(seeds),
-                settings=_settings(settings or [], d_tot),
+                settings=_settings(settings, d_tot),
                 task=task,
                 behavior={"steps": behavior_steps},
                 device=device,
@@ -110,14 +110,9 @@ def _numbers(seeds: str) -> list[int]:
         raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {seeds!r}") from None
 
 
-def _settings(pairs: list[str], d_tot: float | None) -> dict[str, Any]:
+def _settings(pairs: list[str] | None, d_tot: float | None) -> dict[str, Any]:
     """Collect the settings of ``--set`` and ``--d-tot``."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise ConfigError(f"--set: expected name=value, got {pair!r}")
-        values[name] = value
+    values: dict[str, Any] = {**named_values("--set", pairs)}
     if d_tot is not None:
         values["d_tot"] = d_tot
     return values

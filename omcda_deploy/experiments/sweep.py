@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.errors import ConfigError, OmcdaError, UnknownNameError
+from omcda_deploy.experiments.train import run_of
 from omcda_deploy.files import read_toml
 from omcda_deploy.processes import child_environment
 
@@ -148,7 +149,7 @@ def sweep_of(values: Mapping[str, Any], where: str) -> Sweep:
 
 
 def jobs_of(sweep: Sweep, out: Path) -> list[Job]:
-    """List all runs of a sweep, seeds outermost, so that every algorithm has its first seed early.
+    """List all runs of a sweep.
 
     Raises :class:`ConfigError` where two runs would share a folder. :func:`check_jobs` checks everything else.
     """
@@ -158,7 +159,7 @@ def jobs_of(sweep: Sweep, out: Path) -> list[Job]:
         for values in itertools.product(*grid.values()):
             settings = tuple(zip(grid, values, strict=True))
             name = "-".join((algorithm, *(f"{key}={value}" for key, value in settings)))
-            run = out / Path(dataset).stem / name / f"seed{seed}"
+            run = run_of(out / Path(dataset).stem / name, seed)
             jobs.append(Job(Path(dataset), algorithm, settings, seed, sweep.steps, sweep.snapshot_every, run))
     runs: dict[Path, Job] = {}
     for job in jobs:

@@ -68,7 +68,7 @@ def train(
     )
     out = Path(out)
     requests = [replace(request, seed=number) for number in seeds]
-    runs = [out] if isinstance(seed, int) else [_run_of(out, number) for number in seeds]
+    runs = [out] if isinstance(seed, int) else [run_of(out, number) for number in seeds]
     for request, run in zip(requests, runs, strict=True):
         request.check()
         loop.require_new(run)
@@ -112,14 +112,15 @@ def resume(
     return run
 
 
-def _run_of(out: Path, seed: int) -> Path:
+def run_of(out: Path, seed: int) -> Path:
+    """Return the run folder of one of several seeds."""
     return out / f"seed{seed}"
 
 
 def _runs_in(folder: Path, seeds: Sequence[int] | None) -> list[Path]:
     """List the folder itself where it is a run, else those of ``seeds``, or all of its runs per seed."""
     if seeds is not None:
-        return [_run_of(folder, seed) for seed in _distinct(seeds)]
+        return [run_of(folder, seed) for seed in _distinct(seeds)]
     runs = sorted(path.parent for path in folder.glob("seed*/config.json"))
     return runs if runs and not (folder / "config.json").exists() else [folder]
 

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import omcda_deploy
 from omcda_deploy import cli
-from omcda_deploy.commands import addresses, simulator_options
+from omcda_deploy.commands import addresses, named_values, simulator_options
 from omcda_deploy.errors import ConfigError
 
 
@@ -24,6 +25,20 @@ def test_ranges_of_ports_are_expanded() -> None:
 def test_simulators_get_only_the_options_of_the_user() -> None:
     assert simulator_options(None, None) == {}
     assert simulator_options("bin/python", None) == {"python": "bin/python"}
+
+
+def test_values_by_name_are_collected_and_others_refused() -> None:
+    assert named_values("--set", ["lr=1e-3", "a=b=c", "lr=2"]) == {"lr": "2", "a": "b=c"}
+    assert named_values("--set", None) == {}
+    with pytest.raises(ConfigError, match="--set: expected name=value, got 'lr'"):
+        named_values("--set", ["lr"])
+
+
+@pytest.mark.parametrize("command", ["sweep", "results"])
+def test_a_negative_number_of_processes_is_refused(command: str) -> None:
+    result = CliRunner().invoke(cli.app, [command, "none.toml", "--out", "none", "--jobs", "-1"])
+    assert result.exit_code == 2
+    assert "--jobs" in result.output
 
 
 def test_the_version_is_that_of_the_package(
