@@ -22,19 +22,34 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")],
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the episodes.")] = 0,
     steps: Annotated[
-        int | None, typer.Option(help="Environment steps; the task's default if omitted.")
+        int | None,
+        typer.Option(
+            help="Environment steps over which the learning rate falls; the task's default if omitted."
+        ),
+    ] = None,
+    until: Annotated[int | None, typer.Option(help="Stop at so many of these steps.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="HDF5 file to write: all episodes that end during training, as a dataset."),
     ] = None,
 ) -> None:
-    """Train behaviour policies with PPO: one joint Gaussian policy for MuJoCo, one that agents share for SMAX."""
+    """Train behaviour policies with PPO: one joint Gaussian policy for MuJoCo, one that agents share for SMAX.
+
+    --record keeps the replay of the training itself, up to --until.
+    """
     import logging
 
     import torch
 
+    from omcda_deploy.datasets.writer import require_new_file
     from omcda_deploy.experiments.tiers import train_policies
+
+    if record is not None:
+        require_new_file(record, "--record")
 
     logging.getLogger("omcda_deploy.training.behavior").setLevel(logging.INFO)
     torch.set_num_threads(1)
-    train_policies(task, out, seed, steps)
+    train_policies(task, out, seed, steps, record, until)
 
 
 @app.command("measure")
@@ -44,7 +59,10 @@ def measure(
     last: Annotated[int, typer.Option("--to", help="Last checkpoint, in steps.")] = 10**12,
     workers: Annotated[int, typer.Option(help="Processes that play, a kept policy each.")] = 2,
 ) -> None:
-    """Play each checkpoint for 20 episodes (SMAX: 200), stochastically as recording does, and note its returns."""
+    """Play each checkpoint for 20 episodes (SMAX: 200), sampled as in recording and greedily; note its returns.
+
+    A checkpoint that was measured before is not played again.
+    """
     from omcda_deploy.experiments.tiers import measure_run
 
     for steps, returns in measure_run(run, first, last, workers, TerminalObserver()):
@@ -58,21 +76,27 @@ def ship(
     checkpoints: Annotated[
         list[str] | None,
         typer.Option(
-            "--tier", help="TIER=STEPS: ship the checkpoint of that many steps; repeat for each tier."
+            "--tier",
+            help="TIER=STEPS: ship the checkpoint of that many steps (medium-replay: up to it); repeat for each.",
         ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that play, a kept policy each.")] = 2,
 ) -> None:
-    """Export the measured checkpoints nearest to the published mean returns as medium and expert.
+    """Export the measured checkpoints whose returns are nearest to the published ones, in mean and in spread.
 
-    medium-replay gets checkpoints evenly spread up to medium. SMAX has no published returns: there, --tier names
-    the checkpoints for good, medium and poor.
+    medium-replay gets checkpoints evenly spread up to the one at which their mixture is nearest. SMAX has no
+    published returns: there, --tier names the checkpoints for good, medium and poor.
     """
     from omcda_deploy.experiments.tiers import ship_run
 
     steps_by_tier = _parse_tiers(checkpoints or ())
     for tier, returns in ship_run(run, out, steps_by_tier, workers, TerminalObserver()):
-        published = "" if tier.published is None else f" (published data: {tier.published})"
+        published = ""
+        if tier.published is not None:
+            distance = tier.published.distance(returns.sampled.moments)
+            published = (
+                f"; published {tier.published.mean:g} ± {tier.published.std:g}, distance {distance:.0f}"
+            )
         console.print(
             f"{tier.folder}: {tier.steps} steps, {returns}{published}", highlight=False, soft_wrap=True
         )
@@ -81,11 +105,20 @@ def ship(
 @app.command("index")
 def index(
     out: Annotated[Path, typer.Argument(help="Folder of shipped policies.")] = SHIPPED,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Play the policies again first, and note their returns.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that play, a kept policy each.")] = 2,
 ) -> None:
     """Write README.md of a folder of shipped policies from their manifests."""
-    from omcda_deploy.experiments.tiers import write_index
+    from omcda_deploy.experiments.tier_index import write_index
+    from omcda_deploy.experiments.tiers import measure_shipped
 
-    write_index(out)
+    if not measure:
+        write_index(out)
+        return
+    for folder, returns in measure_shipped(out, workers, TerminalObserver()):
+        console.print(f"{folder}: {returns}", highlight=False, soft_wrap=True)
 
 
 def _parse_tiers(options: Sequence[str]) -> dict[str, int]:

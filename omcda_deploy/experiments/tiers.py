@@ -1,8 +1,9 @@
 """Tiers of behaviour policies: checkpoints of a PPO run become the bundles that datasets are recorded with.
 
 ``train_policies`` writes a run (:mod:`omcda_deploy.training.behavior.checkpoint`), ``measure_run`` plays its
-checkpoints and notes their returns, ``ship_run`` exports the chosen ones to ``<task>/<tier>/`` in a folder of
-shipped policies (:mod:`omcda_deploy.play.shipped`), and ``write_index`` writes the folder's README.md.
+checkpoints and notes their returns (:mod:`omcda_deploy.experiments.behavior_returns`), and ``ship_run`` exports the
+chosen ones to ``<task>/<tier>/`` in a folder of shipped policies (:mod:`omcda_deploy.play.shipped`).
+:mod:`omcda_deploy.experiments.tier_index` writes that folder's README.md.
 """
 
 from __future__ import annotations
@@ -11,64 +12,31 @@ import dataclasses
 import importlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from omcda_deploy.bundle import MANIFEST, Bundle
+from omcda_deploy.bundle import MANIFEST, Bundle, read_bundle
 from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.experiments.behavior_returns import (
+    PUBLISHED_RETURNS,
+    Moments,
+    PolicyReturns,
+    measure_bundle,
+    mixture,
+    simulator_of,
+)
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.experiments.tier_index import write_index
 from omcda_deploy.files import sha256, write_text
-from omcda_deploy.local import JointTeam
-from omcda_deploy.play.evaluate import evaluate
 
 if TYPE_CHECKING:
     from omcda_deploy.training.behavior.checkpoint import BehaviorModule
 
 RETURNS = "returns.jsonl"  # measurements of a run, one per line
+REPLAY = "medium-replay"
 REPLAY_CHECKPOINTS = 8  # the most that medium-replay consists of
-
-
-@dataclass(frozen=True)
-class Simulator:
-    """Settings of the behaviour policies of one simulator."""
-
-    module: str  # a BehaviorModule
-    episodes: int  # played to measure a checkpoint
-    digits: int  # of a return's fraction in the index
-
-
-SIMULATORS = {  # by the first part of a task's name
-    "mamujoco": Simulator("omcda_deploy.training.behavior.mujoco", episodes=20, digits=0),
-    # SMAX's episodes are short, and the share of them that is won needs many.
-    "smax": Simulator("omcda_deploy.training.behavior.smax", episodes=200, digits=2),
-}
-
-# Mean returns of the published OMIGA datasets (docs/baselines.md#published-data), the targets of our tiers.
-PUBLISHED_RETURNS = {
-    "mamujoco/halfcheetah-6x1": {"medium": 1425.66, "expert": 2785.10},
-    "mamujoco/hopper-3x1": {"medium": 723.57, "expert": 2452.02},
-    "mamujoco/ant-2x4": {"medium": 1418.70, "expert": 2055.07},
-}
-
-
-@dataclass(frozen=True)
-class Returns:
-    """Undiscounted returns of stochastic episodes, and the share of battles won where there are battles."""
-
-    episodes: int
-    return_mean: float
-    return_std: float
-    win_rate: float | None = None
-
-    def __str__(self) -> str:
-        won = "" if self.win_rate is None else f", {self.win_rate:.1%} won"
-        return f"return {self.return_mean:g} ± {self.return_std:g}{won}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields that have a value."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -79,28 +47,31 @@ class Tier:
     folder: str  # in the folder of shipped policies
     steps: int
     checkpoint: Path
-    published: float | None = None  # the return that the checkpoint was chosen by
+    published: Moments | None = None  # the returns that the checkpoint was chosen by
 
 
-def simulator_of(task: str) -> Simulator:
-    """Return the simulator of a task. Raises :class:`UnknownNameError` for one without behaviour policies."""
-    name = task.partition("/")[0]
-    if name not in SIMULATORS:
-        raise UnknownNameError("simulator with behaviour policies", name, SIMULATORS)
-    return SIMULATORS[name]
-
-
-def train_policies(task: str, out: Path, seed: int, steps: int | None = None) -> None:
+def train_policies(
+    task: str,
+    out: Path,
+    seed: int,
+    steps: int | None = None,
+    record: Path | None = None,
+    until: int | None = None,
+) -> None:
     """Train on ``task`` with PPO and write checkpoints to the new folder ``out``.
 
-    ``steps``: environment steps, None for the task's default. Raises :class:`UnknownNameError` for a task without
-    PPO settings, :class:`ConfigError` when ``out`` exists.
+    ``steps``: environment steps of the schedule, None for the task's default; ``until``: where to stop in it.
+    ``record``: a dataset of the training's own episodes. Raises :class:`UnknownNameError` for a task without PPO
+    settings, :class:`ConfigError` when ``out`` exists and for numbers below 1.
     """
     module = _behavior_module(task)
     config = module.default_config(task)
+    for name, value in (("steps", steps), ("until", until)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: expected at least 1 environment step, got {value}")
     if steps is not None:
         config = dataclasses.replace(config, steps=steps)
-    module.train(task, out, seed, config)
+    module.train(task, out, seed, config, record, until)
 
 
 def export_checkpoint(
@@ -145,43 +116,33 @@ def export_checkpoint(
 
 def measure_checkpoint(
     checkpoint: Path, task: str, workers: int = 2, observer: Observer | None = None
-) -> Returns:
-    """Export a checkpoint to a temporary bundle and play stochastic episodes with it, as recording does."""
-    observer = observer or Observer()
-    episodes = simulator_of(task).episodes
+) -> PolicyReturns:
+    """Export a checkpoint to a temporary bundle and play sampled and greedy episodes with it."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = export_checkpoint(checkpoint, task, Path(scratch) / "bundle", tier="candidate")
-        with observer.progress(f"playing {checkpoint.name}") as progress:
-            result = evaluate(
-                JointTeam(bundle),
-                task,
-                episodes=episodes,
-                num_envs=episodes,
-                stochastic=True,
-                workers=workers,
-                progress=progress,
-            )
-    win_rate = None if result.won is None else round(float(result.won.mean()), 4)
-    return Returns(episodes, round(result.mean, 3), round(result.std, 3), win_rate)
+        return measure_bundle(bundle, workers, observer)
 
 
 def measure_run(
     run: Path, first: int, last: int, workers: int = 2, observer: Observer | None = None
-) -> Iterator[tuple[int, Returns]]:
+) -> Iterator[tuple[int, PolicyReturns]]:
     """Measure the checkpoints of ``first`` to ``last`` steps; yield each one's steps and returns.
 
-    A measurement is in the run's ``returns.jsonl`` when it is yielded. Raises :class:`ConfigError` for a folder
-    that is not a run of PPO.
+    A measurement is in the run's ``returns.jsonl`` when it is yielded, and is not made twice. Raises
+    :class:`ConfigError` for a folder that is not a run of PPO.
     """
     from omcda_deploy.training.behavior.checkpoint import find_checkpoints, read_config
 
     task = read_config(run)["task"]
+    measured = read_measurements(run)
     for steps, checkpoint in find_checkpoints(run).items():
-        if first <= steps <= last:
-            returns = measure_checkpoint(checkpoint, task, workers, observer)
+        if not first <= steps <= last:
+            continue
+        if steps not in measured:
+            measured[steps] = measure_checkpoint(checkpoint, task, workers, observer)
             with (run / RETURNS).open("a") as file:
-                file.write(json.dumps({"steps": steps, **returns.to_json()}) + "\n")
-            yield steps, returns
+                file.write(json.dumps({"steps": steps, **measured[steps].to_json()}) + "\n")
+        yield steps, measured[steps]
 
 
 def ship_run(
@@ -190,29 +151,33 @@ def ship_run(
     steps_by_tier: Mapping[str, int] | None = None,
     workers: int = 2,
     observer: Observer | None = None,
-) -> Iterator[tuple[Tier, Returns]]:
+) -> Iterator[tuple[Tier, PolicyReturns]]:
     """Measure and export a run's tiers to ``out``, yield each, and write the index at the end.
 
-    ``steps_by_tier``: the tiers' checkpoints; None or empty for :func:`choose_tiers`. Raises :class:`ConfigError`
-    for a run that cannot be shipped, :class:`UnknownNameError` for steps without a checkpoint, and
-    :class:`BundleError` for a tier that ``out`` already has.
+    ``steps_by_tier``: the tiers' checkpoints, the last one for medium-replay; None or empty for
+    :func:`choose_tiers`. Raises :class:`ConfigError` for a run that cannot be shipped, :class:`UnknownNameError`
+    for steps without a checkpoint, and :class:`BundleError` for a tier that ``out`` already has.
     """
     from omcda_deploy.training.behavior.checkpoint import find_checkpoints, read_config
 
     config = read_config(run)
     task = config["task"]
-    if steps_by_tier:
-        checkpoints = find_checkpoints(run)
-        for steps in steps_by_tier.values():
-            if steps not in checkpoints:
-                raise UnknownNameError(f"checkpoint of {run}, in steps,", str(steps), map(str, checkpoints))
-        tiers = [
-            Tier(name, f"{task}/{name}", steps, checkpoints[steps]) for name, steps in steps_by_tier.items()
-        ]
-    else:
-        tiers = choose_tiers(run, task)
+    checkpoints = find_checkpoints(run)
+    tiers = []
+    for name, steps in (steps_by_tier or choose_tiers(run, task)).items():
+        if steps not in checkpoints:
+            raise UnknownNameError(f"checkpoint of {run}, in steps,", str(steps), map(str, checkpoints))
+        published = PUBLISHED_RETURNS.get(task, {}).get(name)
+        if name == REPLAY:  # its parts come near what is published together, not each
+            tiers += [
+                Tier(name, f"{task}/{name}/{index:02d}", part, checkpoints[part])
+                for index, part in enumerate(replayed(checkpoints, steps))
+            ]
+        else:
+            tiers.append(Tier(name, f"{task}/{name}", steps, checkpoints[steps], published))
+    measured = read_measurements(run)
     for tier in tiers:
-        returns = measure_checkpoint(tier.checkpoint, task, workers, observer)
+        returns = measured.get(tier.steps) or measure_checkpoint(tier.checkpoint, task, workers, observer)
         provenance = {
             "ppo": config,
             "ppo_steps": tier.steps,
@@ -224,98 +189,74 @@ def ship_run(
     write_index(out)
 
 
-def choose_tiers(run: Path, task: str) -> list[Tier]:
-    """Choose the measured checkpoints nearest to the published returns, and those of medium-replay.
+def choose_tiers(run: Path, task: str) -> dict[str, int]:
+    """Choose the measured checkpoints, in steps, whose returns are nearest to each published tier's.
 
-    medium-replay takes up to :data:`REPLAY_CHECKPOINTS` checkpoints, evenly spread up to medium. Raises
-    :class:`ConfigError` for a task without published returns and a run without measurements.
+    Near means mean and spread of sampled play (:meth:`Moments.distance`). For medium-replay it is the checkpoint at
+    which the mixture of :func:`replayed` is nearest. Raises :class:`ConfigError` for a task without published
+    returns and a run without measurements.
     """
-    from omcda_deploy.training.behavior.checkpoint import checkpoint_path, find_checkpoints
+    from omcda_deploy.training.behavior.checkpoint import find_checkpoints
 
     if task not in PUBLISHED_RETURNS:
         raise ConfigError(
             f"{task} has no published returns to choose by: give each tier's checkpoint, as --tier medium=2500000"
         )
-    if not (run / RETURNS).is_file():
+    measured = {steps: returns.sampled for steps, returns in read_measurements(run).items()}
+    if not measured:
         raise ConfigError(f"{run} has not been measured: run  omcda-deploy behavior measure {run}  first")
-    lines = map(json.loads, (run / RETURNS).read_text().splitlines())
-    measured: dict[int, float] = {line["steps"]: line["return_mean"] for line in lines}
-    tiers = {}
-    for name, published in PUBLISHED_RETURNS[task].items():
-        steps = _nearest(measured, published)
-        tiers[name] = Tier(name, f"{task}/{name}", steps, checkpoint_path(run, steps), published)
     checkpoints = find_checkpoints(run)
-    earlier = [steps for steps in checkpoints if steps <= tiers["medium"].steps]
+    chosen = {}
+    for name, published in PUBLISHED_RETURNS[task].items():
+        parts = {steps: replayed(checkpoints, steps) if name == REPLAY else [steps] for steps in measured}
+        distances = {
+            steps: published.distance(mixture([measured[part] for part in parts[steps]]))
+            for steps in measured
+            if set(parts[steps]) <= set(measured)
+        }
+        if distances:
+            chosen[name] = min(distances, key=distances.__getitem__)
+    return chosen
+
+
+def replayed(checkpoints: Collection[int], last: int) -> list[int]:
+    """Return up to :data:`REPLAY_CHECKPOINTS` checkpoints, evenly spread, for a training up to ``last`` steps."""
+    earlier = sorted(steps for steps in checkpoints if steps <= last)
     count = min(REPLAY_CHECKPOINTS, len(earlier))
-    replayed = [earlier[(index + 1) * len(earlier) // count - 1] for index in range(count)]
-    return [
-        *tiers.values(),
-        *(
-            Tier("medium-replay", f"{task}/medium-replay/{index:02d}", steps, checkpoints[steps])
-            for index, steps in enumerate(replayed)
-        ),
-    ]
+    return [earlier[(index + 1) * len(earlier) // count - 1] for index in range(count)]
 
 
-def _nearest(measured: Mapping[int, float], target: float) -> int:
-    """Return the steps whose mean return is nearest to ``target``."""
-    return min(measured, key=lambda steps: abs(measured[steps] - target))
+def read_measurements(run: Path) -> dict[int, PolicyReturns]:
+    """Read the returns of a run's measured checkpoints by steps, in the order in which they were measured.
+
+    Raises :class:`ConfigError` for measurements of an earlier version.
+    """
+    file = run / RETURNS
+    if not file.is_file():
+        return {}
+    lines = map(json.loads, file.read_text().splitlines())
+    try:
+        return {line["steps"]: PolicyReturns.from_json(line) for line in lines}
+    except ConfigError as error:
+        raise ConfigError(
+            f"{file}: {error}: remove it, and run  omcda-deploy behavior measure {run}  again"
+        ) from error
 
 
-def write_index(out: Path) -> None:
-    """Write README.md of a folder of shipped policies from the bundles' manifests."""
-    lines = [
-        "# Behaviour policies",
-        "",
-        "Written by `omcda-deploy behavior ship`; do not edit. Each folder is a bundle. Returns are of 20",
-        "stochastic episodes (mean ± standard deviation, evaluation seed 0), as in recording, and of 200 in SMAX,",
-        "with the share of battles won. Published is the mean return of OMIGA's dataset of that name, to which",
-        "`ship` chooses the nearest checkpoint; SMAX is not SMAC, and nothing published compares with it.",
-        "",
-        "| bundle | PPO steps | seed | return | won | published |",
-        "|---|---|---|---|---|---|",
-    ]
-    seeds: dict[str, int] = {}
-    tier_options: dict[str, str] = {}
+def measure_shipped(
+    out: Path, workers: int = 2, observer: Observer | None = None
+) -> Iterator[tuple[str, PolicyReturns]]:
+    """Play the bundles of a folder of shipped policies, and write the index at the end.
+
+    A bundle's returns are in its manifest when its folder's name and they are yielded.
+    """
     for manifest in sorted(out.rglob(MANIFEST)):
+        returns = measure_bundle(read_bundle(manifest.parent), workers, observer)
         data = json.loads(manifest.read_text())
-        training, task = data["training"], data["team"]["task"]
-        seeds[task] = training["ppo"]["seed"]
-        lines.append(_index_row(str(manifest.parent.relative_to(out)), task, training))
-        if task not in PUBLISHED_RETURNS:
-            option = f" --tier {training['tier']}={training['ppo_steps']}"
-            tier_options[task] = tier_options.get(task, "") + option
-    lines += ["", "The commands that made them:", "", "```bash"]
-    for task, seed in seeds.items():
-        run = f"runs/{task.split('/')[1]}"
-        lines += [
-            f"omcda-deploy behavior train {task} --out {run} --seed {seed}",
-            f"omcda-deploy behavior measure {run}",
-            f"omcda-deploy behavior ship {run}{tier_options.get(task, '')}",
-        ]
-    lines += [
-        "```",
-        "",
-        "`measure --from … --to …` limits the checkpoints that are played. Training of the shipped policies was",
-        "stopped once the expert's return had been passed.",
-        "",
-    ]
-    write_text(out / "README.md", "\n".join(lines))
-
-
-def _index_row(bundle: str, task: str, training: Mapping[str, Any]) -> str:
-    returns = training["returns"]
-    digits = simulator_of(task).digits
-    published = PUBLISHED_RETURNS.get(task, {}).get(training["tier"])
-    cells = (
-        f"`{bundle}`",
-        f"{training['ppo_steps']:,}",
-        str(training["ppo"]["seed"]),
-        f"{returns['return_mean']:.{digits}f} ± {returns['return_std']:.{digits}f}",
-        f"{returns['win_rate']:.1%}" if "win_rate" in returns else "",
-        "" if published is None else f"{published:.0f}",
-    )
-    return f"| {' | '.join(cells)} |"
+        data["training"]["returns"] = returns.to_json()
+        write_text(manifest, json.dumps(data, indent=1))
+        yield str(manifest.parent.relative_to(out)), returns
+    write_index(out)
 
 
 def _behavior_module(task: str) -> BehaviorModule:

@@ -18,15 +18,17 @@ from omcda_deploy.envs import smax
 from omcda_deploy.envs.mamujoco import MultiAgentMujoco
 from omcda_deploy.envs.smax import SmaxVector
 from omcda_deploy.errors import ConfigError, UnknownNameError
-from omcda_deploy.experiments import tiers
+from omcda_deploy.experiments import behavior_returns
+from omcda_deploy.experiments.behavior_returns import Moments, PolicyReturns, Returns, mixture
+from omcda_deploy.experiments.tier_index import write_index
 from omcda_deploy.experiments.tiers import (
-    Returns,
     choose_tiers,
     export_checkpoint,
     measure_run,
+    measure_shipped,
+    replayed,
     ship_run,
     train_policies,
-    write_index,
 )
 from omcda_deploy.export import parity
 from omcda_deploy.local import JointTeam, LocalTeam
@@ -56,8 +58,8 @@ def make_run(run: Path, task: str, checkpoints: dict[int, Arrays]) -> Path:
 
 
 def set_episodes(monkeypatch: pytest.MonkeyPatch, simulator: str, episodes: int) -> None:
-    settings = dataclasses.replace(tiers.SIMULATORS[simulator], episodes=episodes)
-    monkeypatch.setitem(tiers.SIMULATORS, simulator, settings)
+    settings = dataclasses.replace(behavior_returns.SIMULATORS[simulator], episodes=episodes)
+    monkeypatch.setitem(behavior_returns.SIMULATORS, simulator, settings)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_tasks_without_behavior_policies(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match=r"'toy': known are mamujoco, smax"):
+    with pytest.raises(UnknownNameError, match=r"'toy': known are mamujoco, mamujoco-khop1, smax"):
         train_policies("toy/chain", tmp_path / "run", seed=0)
     with pytest.raises(UnknownNameError, match="did you mean 'smax/5m_vs_6m'"):
         train_policies("smax/5m_vs_5m", tmp_path / "run", seed=0)
@@ -139,27 +141,75 @@ def test_tasks_without_behavior_policies(tmp_path: Path) -> None:
 def test_the_steps_of_a_training_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from omcda_deploy.training.behavior import mujoco
 
-    calls: list[tuple[str, int, int]] = []
-    monkeypatch.setattr(
-        mujoco, "train", lambda task, out, seed, config: calls.append((task, seed, config.steps))
-    )
+    calls: list[tuple[str, int, int, int | None]] = []
+
+    def train(
+        task: str, out: Path, seed: int, config: mujoco.PpoConfig, record: Path | None, until: int | None
+    ) -> None:
+        calls.append((task, seed, config.steps, until))
+
+    monkeypatch.setattr(mujoco, "train", train)
     train_policies(HOPPER, tmp_path, seed=3)
-    train_policies(HOPPER, tmp_path, seed=4, steps=500)
-    assert calls == [(HOPPER, 3, 3_000_000), (HOPPER, 4, 500)]
+    train_policies(HOPPER, tmp_path, seed=4, steps=500, until=300)
+    assert calls == [(HOPPER, 3, 1_000_000, None), (HOPPER, 4, 500, 300)]
+    with pytest.raises(ConfigError, match="--until: expected at least 1 environment step, got 0"):
+        train_policies(HOPPER, tmp_path, seed=4, until=0)
+
+
+def of(mean: float, std: float, length: float = 1000.0) -> Returns:
+    return Returns(20, mean, std, length)
+
+
+def test_the_distance_counts_mean_and_spread() -> None:
+    assert Moments(3.0, 1.0).distance(Moments(3.0, 1.0)) == 0.0
+    assert Moments(3.0, 1.0).distance(Moments(0.0, 5.0)) == 5.0
+
+
+def test_a_mixture_has_the_moments_of_its_episodes() -> None:
+    """Equally many transitions of each: 1,000 of four episodes, 1,000 of one."""
+    episodes = [1.0, 3.0, 5.0, 7.0, 20.0]
+    whole = mixture([of(4.0, np.std(episodes[:4]).item(), 250.0), of(20.0, 0.0)])
+    assert whole.mean == pytest.approx(np.mean(episodes))
+    assert whole.std == pytest.approx(np.std(episodes))
 
 
 def test_tiers_are_the_checkpoints_nearest_to_the_published_returns(tmp_path: Path) -> None:
-    """723.57 is nearest to 720 and 2452.02 to 2400; medium-replay is every other of the 16 up to medium."""
-    returns = {10 * k: 45.0 * k for k in range(1, 17)} | {170: 2900.0, 180: 2400.0}
-    run = make_run(tmp_path / "run", HOPPER, {steps: {"w1": np.zeros(1)} for steps in returns})
-    lines = [json.dumps({"steps": steps, "return_mean": mean}) for steps, mean in returns.items()]
+    """Hopper is published as 724 ± 212, 2452 ± 1098 and, medium-replay, 746 ± 672.
+
+    Of two checkpoints with a mean of 720 the one with the better spread is medium. The mixture of eight of the
+    first k checkpoints comes nearest to medium-replay for the k that numpy finds here on its own, among those that
+    leave out the checkpoint that was not measured.
+    """
+    means = {10 * k: 45.0 * k for k in range(1, 17)} | {170: 720.0, 180: 2900.0, 190: 2400.0}
+    stds = {170: 200.0, 180: 1000.0, 190: 1000.0}
+    present = sorted([*means, 75])
+    run = make_run(tmp_path / "run", HOPPER, {steps: {"w1": np.zeros(1)} for steps in present})
+    lines = [
+        json.dumps({"steps": steps, **PolicyReturns(of(mean, stds.get(steps, 9.0)), of(1.0, 1.0)).to_json()})
+        for steps, mean in reversed(means.items())
+    ]
     (run / "returns.jsonl").write_text("\n".join(lines) + "\n")
-    medium, expert, *replay = choose_tiers(run, HOPPER)
-    assert (medium.name, medium.folder, medium.steps) == ("medium", f"{HOPPER}/medium", 160)
-    assert (expert.name, expert.steps, expert.published) == ("expert", 180, 2452.02)
-    assert [tier.steps for tier in replay] == list(range(20, 170, 20))
-    assert [tier.folder for tier in replay] == [f"{HOPPER}/medium-replay/0{i}" for i in range(8)]
-    assert replay[-1].checkpoint == medium.checkpoint == run / "checkpoint-00000160.npz"
+    chosen = choose_tiers(run, HOPPER)
+    assert (chosen["medium"], chosen["expert"]) == (170, 190)
+
+    def error(last: int) -> float:
+        parts = [present[(i + 1) * last // 8 - 1] for i in range(8)]
+        if 75 in parts:
+            return np.inf
+        centres, variances = (
+            np.array([means[steps] for steps in parts]),
+            np.array([stds.get(steps, 9.0) ** 2 for steps in parts]),
+        )
+        spread = np.sqrt(variances.mean() + centres.var())
+        return float(np.hypot(centres.mean() - 746.42, spread - 671.89))
+
+    assert 1 < sum(error(last) < np.inf for last in range(8, 21)) < 13
+    assert chosen["medium-replay"] == present[min(range(8, 21), key=error) - 1]
+
+
+def test_a_replay_is_evenly_spread() -> None:
+    assert replayed(range(10, 200, 10), 160) == list(range(20, 170, 20))
+    assert replayed([30, 10, 20], 25) == [10, 20]
 
 
 def test_a_run_is_measured_and_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,21 +225,49 @@ def test_a_run_is_measured_and_shipped(tmp_path: Path, monkeypatch: pytest.Monke
     assert lines == [{"steps": steps, **returns.to_json()} for steps, returns in measured.items()]
     assert list(measured) == [100, 200]
     assert measured[100] != measured[200]
-    best = max(measured, key=lambda steps: measured[steps].return_mean)
+    assert measured[100].sampled != measured[100].greedy
+    text = (run / "returns.jsonl").read_text()
+    assert dict(measure_run(run, 0, 200, workers=0)) == measured  # read, not played again
+    assert (run / "returns.jsonl").read_text() == text
     shipped = list(ship_run(run, out, workers=0))
-    assert [tier.folder.removeprefix(f"{HOPPER}/") for tier, _ in shipped] == [
-        "medium",
-        "expert",
-        *(f"medium-replay/0{i}" for i in range(best // 100)),
-    ]
+    names = [tier.folder.removeprefix(f"{HOPPER}/") for tier, _ in shipped]
+    assert names[:3] == ["medium", "expert", "medium-replay/00"]
     for tier, returns in shipped:
         training = read_bundle(out / tier.folder).manifest["training"]
         assert returns == measured[tier.steps]
         assert training["returns"] == returns.to_json()
         assert (training["ppo_steps"], training["ppo"]["seed"]) == (tier.steps, 7)
-    rows = [line for line in (out / "README.md").read_text().splitlines() if line.startswith("| `")]
-    assert len(rows) == len(shipped)
-    assert f"± {measured[best].return_std:.0f} |  | 724 |" in next(row for row in rows if "/medium`" in row)
+    index = (out / "README.md").read_text()
+    rows = [line for line in index.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(shipped) + (len(shipped) > 3) + 1  # of the replay, and of medium-expert
+    both = mixture([shipped[0][1].sampled, shipped[1][1].sampled])
+    assert rows[-1] == (
+        f"| `{HOPPER}/medium-expert`, half of each |  |  | {both.mean:.0f} ± {both.std:.0f} |  |  |  "
+        f"| 1191 ± 973 | {Moments(1190.61, 973.40).distance(both):.0f} |"
+    )
+    steps = shipped[0][0].steps
+    sampled, greedy = measured[steps].sampled, measured[steps].greedy
+    distance = np.hypot(sampled.return_mean - 723.57, sampled.return_std - 211.66)
+    assert next(row for row in rows if "/medium`" in row).endswith(
+        f"| {sampled.return_mean:.0f} ± {sampled.return_std:.0f} |  "
+        f"| {greedy.return_mean:.0f} ± {greedy.return_std:.0f} |  | 724 ± 212 | {distance:.0f} |"
+    )
+    manifest = out / HOPPER / "medium" / "bundle.json"
+    manifest.write_text(
+        manifest.read_text().replace(f'"return_mean": {sampled.return_mean}', '"return_mean": 1.5')
+    )
+    assert list(measure_shipped(out, workers=0))[1] == (f"{HOPPER}/medium", measured[steps])
+    assert read_bundle(manifest.parent).manifest["training"]["returns"] == measured[steps].to_json()
+    assert (out / "README.md").read_text() == index
+
+
+def test_measurements_of_another_version(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", HOPPER, {})
+    (run / "returns.jsonl").write_text('{"steps": 100, "return_mean": 1.5}\n')
+    with pytest.raises(
+        ConfigError, match=r"sampled and of greedy play, got .*'return_mean': 1\.5.*: remove it"
+    ):
+        choose_tiers(run, HOPPER)
 
 
 def test_a_checkpoint_is_shipped_as_a_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,10 +292,11 @@ def test_a_checkpoint_is_shipped_as_a_tier(tmp_path: Path, monkeypatch: pytest.M
     assert ship("--tier", "poor=100").startswith(f"0 {BATTLE}/poor: 100 steps, return 0.")
     training = read_bundle(out / BATTLE / "poor").manifest["training"]
     assert training["ppo"]["seed"] == 7
-    assert training["returns"]["episodes"] == 16
-    assert 0.0 < training["returns"]["return_mean"] < 1.0
+    assert training["returns"]["sampled"]["episodes"] == 16
+    assert 0.0 < training["returns"]["sampled"]["return_mean"] < 1.0
     row = next(line for line in (out / "README.md").read_text().splitlines() if f"`{BATTLE}/poor`" in line)
-    assert f"{training['returns']['win_rate']:.1%}" in row
+    assert f"{training['returns']['greedy']['win_rate']:.1%}" in row
+    assert f"`{BATTLE}/good`: no checkpoint" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["measure", "ship"])
@@ -228,9 +307,11 @@ def test_a_folder_that_is_no_run(tmp_path: Path, command: str) -> None:
 
 
 def test_returns_as_text() -> None:
-    assert str(Returns(20, 38.45, 11.406)) == "return 38.45 ± 11.406"
-    assert str(Returns(200, 0.19, 0.062, 0.005)) == "return 0.19 ± 0.062, 0.5% won"
-    assert Returns(20, 1.0, 0.0).to_json() == {"episodes": 20, "return_mean": 1.0, "return_std": 0.0}
+    greedy = Returns(200, 0.19, 0.062, 30.0, 0.005)
+    assert str(greedy) == "0.19 ± 0.062, 0.5% won"
+    played = PolicyReturns(Returns(20, 38.45, 11.406, 30.0), greedy)
+    assert str(played) == "return 38.45 ± 11.406; greedy 0.19 ± 0.062, 0.5% won"
+    assert PolicyReturns.from_json(json.loads(json.dumps(played.to_json()))) == played
 
 
 def test_the_index_of_the_shipped_policies_is_what_their_manifests_say(tmp_path: Path) -> None:

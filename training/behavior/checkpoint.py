@@ -2,7 +2,8 @@
 
 A run holds ``config.json``, one ``checkpoint-<steps>.npz`` per interval and ``progress.jsonl`` with the mean return
 of the last 100 training episodes. Those episodes are stochastic, as recorded ones are, but while learning is fast
-their mean lags behind the policy: tiers are chosen by ``omcda-deploy behavior measure`` instead.
+their mean lags behind the policy: tiers are chosen by ``omcda-deploy behavior measure`` instead. :func:`recording`
+keeps the training episodes themselves, as a dataset.
 
 Shapes: M rows, N agents, O observation, A actions.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +23,9 @@ from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
+from omcda_deploy import registry
+from omcda_deploy.datasets import Episode, Scalar
+from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.files import atomic
 from omcda_deploy.policy import Float
@@ -28,6 +33,8 @@ from omcda_deploy.spec import TeamSpec
 
 CONFIG = "config.json"
 PROGRESS = "progress.jsonl"
+REPLAY = "replay"  # the behaviour of a dataset of training episodes
+RECORDED = "recorded"  # the info of a training environment that holds an episode that ended, an Episode
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +56,19 @@ class BehaviorModule(Protocol):
         """Return PPO's configuration, a frozen dataclass; :class:`UnknownNameError` for a task without one."""
         ...
 
-    def train(self, task: str, out: Path, seed: int, config: Any) -> None:
-        """Train on ``task`` and write checkpoints to the new folder ``out``."""
+    def train(
+        self,
+        task: str,
+        out: Path,
+        seed: int,
+        config: Any,
+        record: Path | None = None,
+        until: int | None = None,
+    ) -> None:
+        """Train on ``task`` and write checkpoints to the new folder ``out``, and its episodes to ``record``.
+
+        ``until``: stop at so many environment steps of the configured ones.
+        """
         ...
 
     def play_checkpoint(self, checkpoint: Path, task: str, rows: int, seed: int) -> PlayedPolicy:
@@ -119,11 +137,19 @@ class Checkpoints(BaseCallback):
     """Callback that saves a checkpoint and logs the last episodes every ``every`` environment steps.
 
     ``save``: called with the checkpoint's path. ``rows_per_step``: the steps that SB3 counts for one step of an
-    environment, for instance one per agent.
+    environment, for instance one per agent. ``until``: environment steps at which training stops, None for all.
     """
 
-    def __init__(self, run: Path, every: int, save: Callable[[Path], None], rows_per_step: int = 1) -> None:
+    def __init__(
+        self,
+        run: Path,
+        every: int,
+        save: Callable[[Path], None],
+        rows_per_step: int = 1,
+        until: int | None = None,
+    ) -> None:
         super().__init__()
+        self._until = until
         self._run, self._every, self._save, self._next = run, every, save, every
         self._rows_per_step = rows_per_step
 
@@ -144,4 +170,40 @@ class Checkpoints(BaseCallback):
             with (self._run / PROGRESS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
             log.info("%s", line)
+        return self._until is None or steps < self._until
+
+
+class _EpisodeWriter(BaseCallback):
+    """Callback that writes the episodes that end while a policy is trained."""
+
+    def __init__(self, writer: DatasetWriter, every: int, rows_per_step: int) -> None:
+        super().__init__()
+        self._writer, self._every, self._rows_per_step = writer, every, rows_per_step
+
+    def _on_step(self) -> bool:
+        steps = self.num_timesteps // self._rows_per_step
+        label = f"{REPLAY}/{-(-steps // self._every) * self._every:08d}"
+        for info in self.locals["infos"]:
+            if RECORDED in info:
+                episode: Episode = info[RECORDED]
+                self._writer.append(episode, label)
         return True
+
+
+@contextmanager
+def recording(
+    path: Path | None, spec: TeamSpec, seed: int, every: int, rows_per_step: int = 1
+) -> Iterator[list[BaseCallback]]:
+    """Yield the callbacks that write a training's episodes to ``path``; none where it is None.
+
+    The dataset holds whole episodes in the order in which they ended, each labelled ``replay/<steps>`` by the
+    multiple of ``every`` steps that was reached next. Environments hand them over in the info :data:`RECORDED`.
+    Episodes that run when training stops are left out. The file appears when the block succeeds.
+    """
+    if path is None:
+        yield []
+        return
+    versions = {f"version_{name}": number for name, number in registry.simulator_versions(spec.task).items()}
+    metadata: dict[str, Scalar] = {"behavior": REPLAY, "seed": seed, "temperature": 1.0, **versions}
+    with DatasetWriter(path, spec, metadata) as writer:
+        yield [_EpisodeWriter(writer, every, rows_per_step)]

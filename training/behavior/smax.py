@@ -30,13 +30,17 @@ from torch import Tensor, nn
 from omcda_deploy.envs.smax import MAP_SIZE, SmaxVector, state_positions
 from omcda_deploy.envs.vector import VectorStep
 from omcda_deploy.errors import ConfigError, UnknownNameError
-from omcda_deploy.policy import Float, NoiseSource
+from omcda_deploy.play.episodes import PlayedStep
+from omcda_deploy.play.recording import EpisodeRecorder
+from omcda_deploy.policy import Decision, Float, NoiseSource
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.behavior.checkpoint import (
+    RECORDED,
     Checkpoints,
     PlayedPolicy,
     new_run,
     read_checkpoint,
+    recording,
     write_checkpoint,
 )
 from omcda_deploy.training.networks import masked_log_softmax
@@ -67,8 +71,8 @@ class MaskablePpoConfig:
 
 DEFAULTS = {
     "smax/5m_vs_6m": MaskablePpoConfig(),
-    # This map is won nearly always after 500,000 steps, so the tiers lie close together.
-    "smax/6h_vs_8z": MaskablePpoConfig(checkpoint_every=50_000),
+    # Greedily this map is won nearly always after 200,000 steps, so the tiers lie close together.
+    "smax/6h_vs_8z": MaskablePpoConfig(steps=800_000, checkpoint_every=20_000),
     "smax/corridor": MaskablePpoConfig(steps=4_000_000, checkpoint_every=100_000),
 }
 
@@ -96,14 +100,15 @@ class AgentRows(VecEnv):
 
     A row is (observation, one-hot id, centralised state with positions scaled to [0, 1] and all other entries
     clipped to [-1, 1]). A battle that ends is reset in the same step. The info of its first agent carries the
-    episode's return and ``is_success``, true for a victory.
+    episode's return and ``is_success``, true for a victory, and with ``record`` the episode itself.
     """
 
     render_mode = None
 
-    def __init__(self, task: str, num_envs: int, seed: int) -> None:
+    def __init__(self, task: str, num_envs: int, seed: int, record: bool = False) -> None:
         self._battles = SmaxVector(task, num_envs)
-        spec = self._battles.spec
+        self.spec = spec = self._battles.spec
+        self._recorder = EpisodeRecorder(spec, num_envs) if record else None
         self._names, self.agents = spec.names, len(spec.agents)
         self.policy_inputs = spec.observation_size + self.agents
         self._episode_seeds = np.random.default_rng(seed)
@@ -115,6 +120,8 @@ class AgentRows(VecEnv):
         self._masks = np.zeros((num_envs, self.agents, spec.action_size), np.bool_)
         self._returns, self._lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         self._actions = np.zeros((num_envs, self.agents), np.int64)
+        self._battle_seeds: dict[int, int] = {}
+        self._latest: VectorStep
         super().__init__(
             num_envs * self.agents,
             gymnasium.spaces.Box(-np.inf, np.inf, self._rows.shape[-1:], np.float32),
@@ -128,7 +135,8 @@ class AgentRows(VecEnv):
         self._actions = actions.reshape(self._actions.shape)
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.bool_], list[dict[str, Any]]]:
-        step = self._battles.step({name: self._actions[:, i] for i, name in enumerate(self._names)})
+        previous, actions = self._latest, {name: self._actions[:, i] for i, name in enumerate(self._names)}
+        step = self._battles.step(actions)
         self._returns += step.reward
         self._lengths += 1
         self._fill_rows(step)
@@ -142,6 +150,24 @@ class AgentRows(VecEnv):
                 infos[first + agent]["TimeLimit.truncated"] = bool(step.truncated[battle])
             infos[first]["episode"] = {"r": self._returns[battle], "l": self._lengths[battle], "t": 0.0}
             infos[first]["is_success"] = bool(step.info["won"][battle])
+        if self._recorder is not None:
+            played = PlayedStep(
+                spec=self._battles.spec,
+                previous=previous,
+                decisions={
+                    name: Decision(chosen, np.zeros(len(chosen), np.float32))
+                    for name, chosen in actions.items()
+                },
+                result=step,
+                active=np.ones_like(done),
+                age=self._lengths,
+                ended=done,
+                discarded=np.zeros_like(done),
+                seeds=self._battle_seeds,
+                seconds=0.0,
+            )
+            for battle, episode in self._recorder.add(played).items():
+                infos[battle * self.agents][RECORDED] = episode
         if ended:
             self._restart(ended)
         rewards = np.repeat(step.reward, self.agents).astype(np.float32)
@@ -172,10 +198,13 @@ class AgentRows(VecEnv):
     def _restart(self, battles: Sequence[int]) -> NDArray[np.float32]:
         rows = list(battles)
         self._returns[rows], self._lengths[rows] = 0.0, 0
-        self._fill_rows(self._battles.reset({row: int(self._episode_seeds.integers(2**32)) for row in rows}))
+        seeds = {row: int(self._episode_seeds.integers(2**32)) for row in rows}
+        self._battle_seeds |= seeds
+        self._fill_rows(self._battles.reset(seeds))
         return self._flat_rows()
 
     def _fill_rows(self, step: VectorStep) -> None:
+        self._latest = step
         for i, name in enumerate(self._names):
             observation = step.observations[name]
             self._rows[:, i, : observation.shape[1]] = observation
@@ -251,20 +280,29 @@ def new_model(rows: AgentRows, config: MaskablePpoConfig, seed: int) -> Maskable
     )
 
 
-def train(task: str, out: Path, seed: int, config: MaskablePpoConfig) -> None:
+def train(
+    task: str,
+    out: Path,
+    seed: int,
+    config: MaskablePpoConfig,
+    record: Path | None = None,
+    until: int | None = None,
+) -> None:
     """Train on ``task`` (``smax/<map>``) and write checkpoints to the new folder ``out``.
 
-    Raises :class:`ConfigError` when ``out`` exists.
+    ``record``: the training episodes become this dataset (:func:`recording`). ``until``: stop at so many
+    environment steps of the configured ones. Raises :class:`ConfigError` when ``out`` exists.
     """
-    new_run(out, task, seed, config)
-    rows = AgentRows(task, config.num_envs, seed)
+    rows = AgentRows(task, config.num_envs, seed, record is not None)
     model = new_model(rows, config, seed)
 
     def save(path: Path) -> None:
         write_checkpoint(path, policy_arrays(model)._asdict())
 
-    checkpoints = Checkpoints(out, config.checkpoint_every, save, rows_per_step=rows.agents)
-    model.learn(config.steps * rows.agents, callback=checkpoints)
+    checkpoints = Checkpoints(out, config.checkpoint_every, save, rows.agents, until)
+    with recording(record, rows.spec, seed, config.checkpoint_every, rows.agents) as callbacks:
+        new_run(out, task, seed, config)
+        model.learn(config.steps * rows.agents, callback=[checkpoints, *callbacks])
 
 
 class SharedBehaviorActor(nn.Module):

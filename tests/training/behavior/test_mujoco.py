@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from omcda_deploy.envs.mamujoco import MultiAgentMujoco, standardize
-from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
+from omcda_deploy.registry import read_dataset
 from tests.support.behavior_checkpoints import joint_arrays, joint_mean
 
 pytest.importorskip("stable_baselines3")
@@ -24,6 +25,7 @@ from omcda_deploy.training.behavior.mujoco import (
     JointBehaviorActor,
     PolicyArrays,
     PpoConfig,
+    RecordedBody,
     SquashedBody,
     play_checkpoint,
     policy_arrays,
@@ -115,3 +117,56 @@ def test_a_checkpoint_of_another_body(tmp_path: Path) -> None:
         play_checkpoint(file, TASK, 20, seed=0)
     with pytest.raises(UnknownNameError):
         play_checkpoint(file, "mamujoco/hoper-3x1", 20, seed=0)
+
+
+def test_the_training_itself_is_recorded(tmp_path: Path) -> None:
+    """The file holds the episodes of the training that would have run without it, with their own rewards."""
+    config = PpoConfig(
+        steps=192, checkpoint_every=96, num_envs=2, n_steps=48, batch_size=32, n_epochs=1, hidden=8
+    )
+    runs = tmp_path / "plain", tmp_path / "recorded"
+    file = tmp_path / "replay.hdf5"
+    mujoco.train(TASK, runs[0], 3, config)
+    mujoco.train(TASK, runs[1], 3, config, record=file)
+    for steps in (96, 192):
+        name = f"checkpoint-{steps:08d}.npz"
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+    with pytest.raises(DatasetError, match="cannot be written"):
+        mujoco.train(TASK, tmp_path / "third", 3, config, record=file / "replay.hdf5")
+    with pytest.raises(ConfigError, match="exists already"):
+        mujoco.train(TASK, runs[0], 3, config, record=tmp_path / "other.hdf5")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "recorded", "replay.hdf5"]
+    mujoco.train(TASK, tmp_path / "stopped", 3, config, until=96)
+    names = [path.name for path in (tmp_path / "stopped").glob("*.npz")]
+    assert names == ["checkpoint-00000096.npz"]
+    assert (tmp_path / "stopped" / names[0]).read_bytes() == (runs[0] / names[0]).read_bytes()
+    lines = [json.loads(line) for line in (runs[1] / "progress.jsonl").read_text().splitlines()]
+    dataset = read_dataset(file)
+    ended = lines[-1]["episodes"]
+    assert dataset.episode_returns.size == ended > 1
+    assert dataset.episode_returns.mean() == pytest.approx(lines[-1]["return_mean"], abs=1e-5)
+    assert dataset.metadata["behavior"] == "replay"
+    assert dataset.behaviors == ("replay/00000096", "replay/00000192")
+    assert dataset.episode_behaviors is not None
+    assert (dataset.episode_behaviors == 0).sum() == lines[0]["episodes"]
+
+
+def test_a_recorded_episode_is_what_the_team_sees_and_does() -> None:
+    """Its actions, played by the team from the same start, give the same observations, rewards and end."""
+    env, body = MultiAgentMujoco(TASK), RecordedBody(SquashedBody("hopper-3x1"), MultiAgentMujoco(TASK).spec)
+    generator = np.random.default_rng(0)
+    info: dict[str, Any] = {}
+    body.reset(seed=5)
+    while "recorded" not in info:
+        *_, info = body.step(generator.normal(size=3).astype(np.float32))
+    episode = info["recorded"]
+    observations, _ = env.reset(seed=5)
+    for t in range(len(episode)):
+        np.testing.assert_allclose(np.stack(list(observations.values())), episode.observations[t], atol=1e-6)
+        actions = dict(zip(env.spec.names, episode.actions[t], strict=True))
+        observations, rewards, terminated, _, _ = env.step(actions)
+        assert rewards["agent_0"] == pytest.approx(episode.rewards[t])
+        assert terminated["agent_0"] == (t == len(episode) - 1)
+    np.testing.assert_allclose(np.stack(list(observations.values())), episode.observations[-1], atol=1e-6)
+    np.testing.assert_array_equal(episode.states, episode.observations.reshape(len(episode) + 1, -1))
+    assert not episode.timeout

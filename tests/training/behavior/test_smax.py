@@ -13,6 +13,7 @@ import torch
 from omcda_deploy.envs import smax
 from omcda_deploy.envs.smax import SmaxVector
 from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.registry import read_dataset
 from tests.support.behavior_checkpoints import shared_arrays
 
 pytest.importorskip("jaxmarl")
@@ -33,9 +34,13 @@ AGENTS, WIDTH, ACTIONS = 5, 140, 11
 
 
 def test_ppo_sees_what_the_battles_show() -> None:
-    """Step the same battles by hand beside it; an end resets and keeps the observation that it ended with."""
+    """Step the same battles by hand beside it; an end resets and keeps the observation that it ended with.
+
+    The recorded episode is all that was seen by hand.
+    """
     count = 4
-    rows, battles = AgentRows(TASK, count, seed=5), SmaxVector(TASK, count)
+    rows, battles = AgentRows(TASK, count, seed=5, record=True), SmaxVector(TASK, count)
+    seen: list[list[tuple[Any, ...]]] = [[] for _ in range(count)]
     seeds = np.random.default_rng(5)
     step = battles.reset({battle: int(seeds.integers(2**32)) for battle in range(count)})
     inputs = rows.reset().reshape(count, AGENTS, -1)
@@ -56,6 +61,10 @@ def test_ppo_sees_what_the_battles_show() -> None:
         np.testing.assert_array_equal(np.stack(rows.env_method("action_masks")), masks.reshape(-1, ACTIONS))
         scores = np.where(masks, np.random.default_rng(t).random(masks.shape) + np.arange(ACTIONS), -1.0)
         actions = scores.argmax(-1)
+        for battle in range(count):
+            seen[battle].append(
+                (observations[battle], step.state[battle].copy(), masks[battle], actions[battle])
+            )
         step = battles.step({name: actions[:, i] for i, name in enumerate(SPEC.names)})
         outcome: Any = rows.step(actions.reshape(-1))
         flat_rows, rewards, dones, infos = outcome
@@ -63,7 +72,7 @@ def test_ppo_sees_what_the_battles_show() -> None:
         np.testing.assert_array_equal(rewards, np.repeat(step.reward, AGENTS).astype(np.float32))
         ended = step.terminated | step.truncated
         np.testing.assert_array_equal(dones, np.repeat(ended, AGENTS))
-        for battle in np.flatnonzero(ended):
+        for battle in np.flatnonzero(ended).tolist():
             ends += 1
             first = infos[battle * AGENTS]
             assert first["episode"]["r"] == pytest.approx(returns[battle])
@@ -74,6 +83,13 @@ def test_ppo_sees_what_the_battles_show() -> None:
                     info["terminal_observation"][:WIDTH], step.observations[name][battle]
                 )
                 assert info["TimeLimit.truncated"] == step.truncated[battle]
+            episode, parts = first["recorded"], [np.stack(part) for part in zip(*seen[battle], strict=True)]
+            kept = episode.observations[:-1], episode.states[:-1], episode.action_masks[:-1], episode.actions
+            for values, expected in zip(kept, parts, strict=True):
+                np.testing.assert_array_equal(values, expected)
+            np.testing.assert_array_equal(episode.states[-1], step.state[battle])
+            assert episode.undiscounted_return == pytest.approx(returns[battle])
+            seen[battle].clear()
         assert [bool(info) for info in infos] == dones.tolist()
         if ended.any():
             fresh = {int(battle): int(seeds.integers(2**32)) for battle in np.flatnonzero(ended)}
@@ -107,14 +123,18 @@ def test_training_leaves_checkpoints_that_play(tmp_path: Path) -> None:
     config = MaskablePpoConfig(
         steps=256, checkpoint_every=128, num_envs=8, n_steps=16, batch_size=320, n_epochs=1, hidden=16
     )
-    run = tmp_path / "run"
-    behavior.train(TASK, run, 0, config)
+    run, file = tmp_path / "run", tmp_path / "replay.hdf5"
+    behavior.train(TASK, run, 0, config, record=file)
     assert json.loads((run / "config.json").read_text())["task"] == TASK
     lines = [json.loads(line) for line in (run / "progress.jsonl").read_text().splitlines()]
     assert [line["steps"] for line in lines] == [128, 256]
     assert lines[-1]["episodes"] > 0
     assert lines[-1]["win_rate"] == 0.0
     assert 0.0 < lines[-1]["return_mean"] < 1.0
+    dataset = read_dataset(file)
+    assert dataset.episode_returns.size == lines[-1]["episodes"]
+    assert dataset.episode_returns.mean() == pytest.approx(lines[-1]["return_mean"], abs=1e-6)
+    assert set(dataset.behaviors) <= {"replay/00000128", "replay/00000256"}
     first, last = (np.load(run / f"checkpoint-{steps:08d}.npz") for steps in (128, 256))
     assert last["w1"].shape == (16, WIDTH + AGENTS)
     assert not np.array_equal(first["w1"], last["w1"])
