@@ -11,8 +11,8 @@ episode, N agents, O observation size, A action size (continuous) or number of a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,6 +25,11 @@ Float: TypeAlias = NDArray[np.float32]
 Scalar: TypeAlias = str | int | float | bool
 
 BLOCK = 4096  # rows looked at together: a few megabytes, so that checks and digests stay in the cache
+DIGEST_VERSION = 2
+DIGEST_CONTENTS = {  # by version, as files and run folders of older versions of this package carry the older one
+    1: "observations, actions, rewards, episode ends and masks (version 1: neither states nor time limits)",
+    2: "observations, states, actions, rewards, episode ends, time limits and masks",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +64,11 @@ class Episode:
     @property
     def undiscounted_return(self) -> float:
         """``episode_return``, or the sum of the rewards where it is None."""
-        return float(self.rewards.sum()) if self.episode_return is None else self.episode_return
+        return (
+            float(np.sum(self.rewards, dtype=np.float64))
+            if self.episode_return is None
+            else self.episode_return
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +96,18 @@ class Dataset:
     episode_behaviors: NDArray[np.int64] | None  # [E] indices into `behaviors`, where they are on record
     behaviors: tuple[str, ...]  # labels of the policies that acted
     metadata: Mapping[str, Scalar]
-    digest: str  # ContentDigest of observations, actions, rewards, episode ends and masks
+    digest: str  # by which runs and bundles name the data: that of the file's format version
     action_masks: NDArray[np.uint8] | None = None  # [R, N, A] in discrete tasks, 1 where available
+    digests: Mapping[int, str] = field(default_factory=dict)  # by version, all computed from the contents
+
+    def __post_init__(self) -> None:
+        if self.digest not in self.digests.values():  # made in memory, under a digest of its maker's
+            object.__setattr__(self, "digests", {DIGEST_VERSION: self.digest})
+
+    @property
+    def digest_version(self) -> int:
+        """The version of ``digest``; :data:`DIGEST_CONTENTS` says what it covers."""
+        return next(version for version, digest in self.digests.items() if digest == self.digest)
 
     def done(self, time_limit_is_terminal: bool) -> NDArray[np.bool_]:
         """[M] transitions that are not bootstrapped from; True is the convention of OMIGA's published code."""
@@ -119,6 +138,23 @@ class Dataset:
         )
 
 
+@dataclass(frozen=True)
+class Claim:
+    """The user's words about the team of a source that does not say it all.
+
+    A whole ``team``; or the name of a known ``task``; or that of a new one, whose sizes the source tells, with its
+    ``control_rate`` in Hz and, if not 1,000, its ``episode_limit`` in steps.
+    """
+
+    task: str | None = None
+    team: TeamSpec | None = None
+    control_rate: float | None = None
+    episode_limit: int | None = None
+
+
+ADDED_IN_VERSION_2 = frozenset({"s", "timeouts"})
+
+
 @dataclass(frozen=True, eq=False)
 class Recording:
     """An open source of a foreign format; ``episodes`` come one at a time, so that it need not fit into memory."""
@@ -131,7 +167,9 @@ class Recording:
 class ContentDigest:
     """sha256 of the contents of named arrays, independent of any file's layout; the arrays come in blocks.
 
-    Floating numbers count as little-endian float32, integers as they are.
+    Floating numbers count as little-endian float32, integers as they are. The arrays: `o`, `a`, `r`, `d` and, in
+    discrete tasks, `avail` as in a file; `s` [R, S] where the state is not all observations joined; `timeouts`
+    uint8 [E].
     """
 
     def __init__(self) -> None:
@@ -146,11 +184,12 @@ class ContentDigest:
         rows = self._shapes.get(name, (0,))[0]
         self._shapes[name] = (rows + block.shape[0], *block.shape[1:])
 
-    def hexdigest(self) -> str:
-        """The digest of all arrays: their names, shapes and contents."""
-        lines = (
-            f"{name} {self._shapes[name]} {self._hashes[name].hexdigest()}" for name in sorted(self._hashes)
-        )
+    def hexdigests(self) -> dict[int, str]:
+        """By version, the digest of all arrays that it covers: their names, shapes and contents."""
+        return {1: self._of(self._hashes.keys() - ADDED_IN_VERSION_2), DIGEST_VERSION: self._of(self._hashes)}
+
+    def _of(self, names: Iterable[str]) -> str:
+        lines = (f"{name} {self._shapes[name]} {self._hashes[name].hexdigest()}" for name in sorted(names))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -191,8 +230,8 @@ def require_finite(block: NDArray[Any], first_row: int, array: str, where: str) 
     if not finite.all():
         row = first_row + int(np.argmin(finite.reshape(len(block), -1).all(axis=1)))
         raise DatasetError(
-            f"{where}: array {array} holds NaN or infinity, first in row {row}: record the data again, or cut out "
-            "the episode"
+            f"{where}: array {array} holds NaN or infinity, first in row {row}, where only an episode's last row "
+            "may be all NaN: record the data again, or cut out the episode"
         )
 
 

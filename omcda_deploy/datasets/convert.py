@@ -1,4 +1,4 @@
-"""Convert foreign datasets into OMIGA's HDF5, the one format that training and replay read."""
+"""Import foreign datasets into OMIGA's HDF5, the one format that training and replay read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.datasets import Recording, Scalar
-from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES
-from omcda_deploy.datasets.writer import DatasetWriter, require_time_limit
+from omcda_deploy.datasets import Claim, Recording, Scalar
+from omcda_deploy.datasets.episodes import admitted
+from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES, holds_dataset
+from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.files import sha256
 from omcda_deploy.spec import TeamSpec
@@ -30,16 +31,22 @@ def convert(
     *,
     format: str | None = None,
     task: str | None = None,
+    team: TeamSpec | None = None,
+    control_rate: float | None = None,
+    episode_limit: int | None = None,
     reward_mode: RewardMode = "reward",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the episodes of ``source`` as HDF5 to ``out``, one at a time; returns a summary of the file.
 
-    ``format`` is recognised by the source's contents if omitted, the task by the source's path.
+    ``format`` is recognised by the source's contents if omitted. The team of published SMAC data is recognised
+    too; that of other data is a known ``task``'s, a whole ``team``, or that of a new ``task`` of this
+    ``control_rate`` (Hz) and ``episode_limit`` (steps), whose sizes the source tells.
     ``reward_mode="return_to_go"`` replaces each reward by the undiscounted sum of it and all that follow in its
-    episode, as OMIGA's and ComaDICE's published loaders do (docs/baselines.md#omiga); the recorded returns
-    stay those of the rewards. The file appears when it is complete; an exception, Ctrl-C included, leaves nothing
-    behind. Raises :class:`DatasetError`, UnknownNameError, and ContractError for data that are not of ``task``.
+    episode, as OMIGA's and ComaDICE's published loaders do (docs/baselines.md#omiga); the recorded returns stay
+    those of the rewards. The file appears when it is complete; an exception, Ctrl-C included, leaves nothing
+    behind. Raises :class:`DatasetError`, UnknownNameError, :class:`ConfigError` for settings that contradict each
+    other, and ContractError for data that are not of ``task``.
     """
     if reward_mode not in REWARD_MODES:
         raise ConfigError(f"reward_mode: expected {' or '.join(REWARD_MODES)}, got {reward_mode!r}")
@@ -47,10 +54,12 @@ def convert(
     if format is not None and format not in formats:
         raise UnknownNameError("format", format, formats)
     if not source.exists():
-        raise DatasetError(f"{source}: no such file or folder: expected a dataset to convert")
+        raise DatasetError(f"{source}: no such file or folder: expected a dataset to import")
     if (name := format or registry.foreign_format_of(source)) is None:
         if source.is_file() and not source.stat().st_size:
             raise DatasetError(f"{source} is empty: download it again")
+        if source.suffix in SUFFIXES and holds_dataset(source):
+            raise DatasetError(f"{source} needs no import: train, replay and inspect read it as it is")
         if source.suffix in SUFFIXES and source.is_file():
             raise DatasetError(
                 f"{source}: expected HDF5 with the arrays of a known format, got others or a truncated file: look "
@@ -67,7 +76,8 @@ def convert(
         "source_sha256": source_digest(source),
         "reward_mode": reward_mode,
     }
-    with formats[name].open_recording(source, task) as recording:
+    claim = Claim(task, team, control_rate, episode_limit)
+    with formats[name].open_recording(source, claim) as recording:
         spec: TeamSpec = recording.spec
         with DatasetWriter(out, spec, metadata) as writer:
             _write(recording, writer, reward_mode, progress)
@@ -97,8 +107,8 @@ def source_digest(source: Path) -> str:
 def _write(
     recording: Recording, writer: DatasetWriter, reward_mode: RewardMode, progress: Progress | None
 ) -> None:
-    for number, episode in enumerate(recording.episodes, start=1):
-        require_time_limit(episode, recording.spec, episode.label)
+    for number, recorded in enumerate(recording.episodes, start=1):
+        episode = admitted(recorded, recording.spec, f"episode {number - 1}")
         if reward_mode == "return_to_go":
             episode = replace(
                 episode,

@@ -18,11 +18,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.datasets import Episode, require_available, require_finite
+from omcda_deploy.datasets import Claim, Episode, require_available, require_finite, teams
+from omcda_deploy.datasets.episodes import repeat_last, team_reward, whole
+from omcda_deploy.datasets.teams import Sizes
 from omcda_deploy.errors import DatasetError, UnknownNameError
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 _STOCK, _MAPPO = "smac/", "smac-mappo/"
+
+
+def team_of(path: Path, claim: Claim | None, sizes: Sizes) -> TeamSpec:
+    """Spec of a SMAC team as :func:`team_spec` returns it, unless ``claim`` names or describes another team.
+
+    Raises what :func:`team_spec` and :func:`omcda_deploy.datasets.teams.team_of` raise.
+    """
+    task = None if claim is None else claim.task
+    smac = task is None or task.startswith((_STOCK, _MAPPO))
+    if not smac or claim not in (None, Claim(task)):
+        return teams.team_of(path, claim, sizes)
+    (agent, *_) = sizes.agents
+    return team_spec(
+        path,
+        agents=len(sizes.agents),
+        observation_size=agent.observation_size,
+        choices=agent.action.size,
+        state_size=sizes.state_size,
+        task=task,
+    )
 
 
 def team_spec(
@@ -40,7 +62,8 @@ def team_spec(
     name = task.split("/")[1] if task else _named_map(path, maps)
     if name is None:
         raise DatasetError(
-            f"{path}: expected one of the maps {', '.join(maps)} in the path: name it with --task {_STOCK}<map>"
+            f"{path}: expected one of the maps {', '.join(maps)} in the path: name it with --task {_STOCK}<map>; "
+            f"for other data {teams.HOW_TO_SAY}"
         )
     stock = replace(registry.team_spec(_STOCK + name), state_size=state_size)
     extra = len(stock.agents) * (stock.action_size + 1) + 4
@@ -71,7 +94,7 @@ def _named_map(path: Path, maps: list[str]) -> str | None:
     """The map in the innermost part of the path that holds one."""
     for part in reversed(path.absolute().parts):
         for name in sorted(maps, key=len, reverse=True):
-            if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", part.lower()):
+            if re.search(rf"(?<![a-z0-9]){name.lower()}(?![a-z0-9])", part.lower()):
                 return name
     return None
 
@@ -96,20 +119,12 @@ def checked_episode(
             f"{label}: expected observations, availability and actions of equally many agents, got "
             f"{observations.shape[1]}, {action_masks.shape[1]} and {actions.shape[1]}"
         )
-    if rewards.ndim == 2:
-        if (unequal := (rewards != rewards[:, :1]).any(axis=1)).any():
-            step = int(np.argmax(unequal))
-            raise DatasetError(
-                f"{label}: expected one reward for the whole team, got {rewards[step].tolist()} in step {step}"
-            )
-        rewards = rewards[:, 0]
+    rewards = team_reward(rewards, label)
     if len(observations) == len(actions):
-        observations, states, action_masks = (
-            np.concatenate([rows, rows[-1:]]) for rows in (observations, states, action_masks)
-        )
+        observations, states, action_masks = map(repeat_last, (observations, states, action_masks))
     if ((action_masks != 0) & (action_masks != 1)).any():
         raise DatasetError(f"{label}: availability of actions: expected 0 or 1, got other numbers")
-    if (actions != np.floor(actions)).any():
+    if not whole(actions):
         raise DatasetError(f"{label}: actions: expected whole numbers, the choices, got others")
     masks = action_masks.astype(np.uint8)
     episode = Episode(

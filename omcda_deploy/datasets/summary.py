@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.datasets import Dataset, blocks
+from omcda_deploy.datasets import DIGEST_CONTENTS, Dataset, blocks
+from omcda_deploy.datasets.coverage import coverage
 from omcda_deploy.formatting import digits_of, number
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SATURATED = 0.999  # beyond it atanh(a), and with it a squashed policy's log-probability, grows without bound
+NEARLY_SATURATED = 0.99
 
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
-    """Shapes, episodes, returns, ends, actions, digest and metadata, as JSON values.
+    """Shapes, episodes, returns, ends, actions, coverage, digest and metadata, as JSON values.
 
-    Continuous actions are summed up by the shares at and beyond the bounds, over all numbers of all agents,
-    discrete ones by the share of each choice, per agent. Rows behind an episode's end do not count.
+    Continuous actions are summed up by the shares at and beyond the bounds, over all numbers of all agents, scaled
+    to [-1, 1] where a team has other bounds, discrete ones by the share of each choice, per agent. Rows behind an
+    episode's end do not count.
     """
     summary: dict[str, Any] = {
         "task": dataset.spec.task,
@@ -39,7 +42,9 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
         "returns": _distribution(dataset.episode_returns),
         "lengths": _distribution(dataset.episode_length),
         **(_bounds(dataset) if dataset.spec.action_kind == "continuous" else _choices(dataset)),
+        "coverage": coverage(dataset),
         "digest": dataset.digest,
+        "digest_version": dataset.digest_version,
         "metadata": dict(dataset.metadata),
     }
     if dataset.episode_behaviors is not None:
@@ -55,14 +60,17 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
 
 
 def _bounds(dataset: Dataset) -> dict[str, float]:
-    saturated, outside, largest, numbers = 0, 0, 0.0, 0
+    """Measure actions in units of their bounds, in which they lie within [-1, 1]."""
+    nearly, saturated, outside, largest, numbers = 0, 0, 0, 0.0, 0
     for block in blocks(dataset.transitions.size):
-        magnitudes = np.abs(dataset.actions[dataset.transitions[block]])
+        magnitudes = np.abs(dataset.spec.squashed(dataset.actions[dataset.transitions[block]]))
+        nearly += int((magnitudes > NEARLY_SATURATED).sum())
         saturated += int((magnitudes > SATURATED).sum())
         outside += int((magnitudes > 1).sum())
         largest = max(largest, float(magnitudes.max()))
         numbers += magnitudes.size
     return {
+        "share_nearly_saturated": nearly / numbers,
         "share_saturated": saturated / numbers,
         "share_outside": outside / numbers,
         "largest_action": largest,
@@ -102,12 +110,30 @@ def render_table(summary: Mapping[str, Any]) -> Table:
             line = "  ".join(f"{choice}: {share:.1%}" for choice, share in enumerate(shares))
             table.add_row(f"actions of {name}", line)
     else:
+        table.add_row(f"|a| > {NEARLY_SATURATED}", f"{summary['share_nearly_saturated']:.3%}")
         table.add_row(f"|a| > {SATURATED}", f"{summary['share_saturated']:.3%}")
         table.add_row("|a| > 1", f"{summary['share_outside']:.3%} (largest {summary['largest_action']:.4g})")
+    _add_coverage(table, summary["coverage"])
     table.add_row("digest", summary["digest"])
+    table.add_row("digest covers", DIGEST_CONTENTS[summary["digest_version"]])
     for name, value in summary["metadata"].items():
         table.add_row(name, str(value))
     return table
+
+
+def _add_coverage(table: Table, covered: Mapping[str, Any]) -> None:
+    if covered["policies"] is not None:
+        table.add_row("effective number of policies", f"{covered['policies']:.1f}")
+    distinct, entries = covered["distinct_observation_entries"], covered["observation_entries"]
+    table.add_row("distinct observation entries", f"{distinct:,} of {entries:,}")
+    table.add_row("their effective dimensions", f"{covered['effective_dimensions']:.1f}")
+    for name, spread in covered["action_spread"].items():
+        if isinstance(spread, list):
+            table.add_row(
+                f"spread of {name}'s actions", "  ".join(f"{value:.2f}" for value in spread) + " (sd)"
+            )
+        else:
+            table.add_row(f"actions that {name} uses", f"{spread:.1f} (effective number)")
 
 
 def _distribution(values: NDArray[Any]) -> dict[str, float]:

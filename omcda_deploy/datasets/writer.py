@@ -6,9 +6,10 @@ and :func:`concatenate` joins files. A file appears under its name when it is co
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
@@ -16,19 +17,22 @@ from typing import Any, Literal, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.claims import claimed
 from omcda_deploy.datasets import (
     BLOCK,
     ContentDigest,
+    Dataset,
     Episode,
     Scalar,
     require_available,
     require_finite,
     require_masks,
 )
+from omcda_deploy.datasets.episodes import admitted, require_shapes
 from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES, read, read_header
-from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, RESERVED_ATTRIBUTES, import_h5py
+from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, RESERVED_ATTRIBUTES, Sink, import_h5py
 from omcda_deploy.errors import ContractError, DatasetError
-from omcda_deploy.files import atomic
+from omcda_deploy.files import atomic, folder_of, probe, refusal
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 StateLayout: TypeAlias = Literal["observations", "shared", "agents"]
@@ -45,7 +49,8 @@ def write_dataset(
     """Write ``episodes`` of the team ``spec`` as an HDF5 dataset that train, replay and inspect read.
 
     ``episodes`` may be a generator: one is held in memory at a time. :class:`Episode` says which arrays it has, in
-    which units, and the meaning of the last row; floating numbers are stored as float32. ``behavior`` names the
+    which units, and the meaning of the last row; actions and rewards may have that row too, if it is all NaN.
+    Floating numbers are stored as float32. ``behavior`` names the
     policy that acted, ``metadata`` are strings and numbers to keep with the data. The file is complete or absent:
     an exception, Ctrl-C included, leaves nothing behind, and an older file as it was.
 
@@ -54,22 +59,24 @@ def write_dataset(
     episode beyond the spec's time limit, NaN or infinity, choices that were not available, other metadata, and a
     ``path`` that does not end in ``.hdf5`` or ``.h5``, by which the file is read again.
     """
-    if Path(path).suffix not in SUFFIXES:
-        raise DatasetError(f"{path}: expected a name ending in {' or '.join(SUFFIXES)}: choose another name")
+    require_suffix(path)
     with DatasetWriter(path, spec, {**(metadata or {}), "behavior": behavior}) as writer:
         for number, episode in enumerate(episodes):
-            require_time_limit(episode, spec, episode.label or f"{path}: episode {number}")
-            writer.append(episode, behavior)
+            writer.append(admitted(episode, spec, f"{path}: episode {number}"), behavior)
     return {"path": str(path), "task": spec.task, "behavior": behavior, **writer.summary()}
 
 
-def require_time_limit(episode: Episode, spec: TeamSpec, label: str) -> None:
-    """Raise :class:`DatasetError` for an episode without a step, or longer than the episode limit of ``spec``."""
-    if not 1 <= len(episode) <= spec.episode_limit:
-        raise DatasetError(
-            f"{label}: expected 1 to {spec.episode_limit} steps, the episode limit of {spec.task}, got "
-            f"{len(episode)}: name the task that was recorded, or cut the episode out"
-        )
+def require_suffix(path: str | Path) -> None:
+    """Raise :class:`DatasetError` for a name by which a written dataset would not be read again."""
+    if Path(path).suffix not in SUFFIXES:
+        raise DatasetError(f"{path}: expected a name ending in {' or '.join(SUFFIXES)}: choose another name")
+
+
+def require_new_file(path: str | Path, option: str = "--out") -> None:
+    """Raise :class:`DatasetError` where something exists, and as :func:`require_suffix`."""
+    require_suffix(path)
+    if Path(path).exists():
+        raise DatasetError(f"{path} exists already: choose another {option}, or remove it first")
 
 
 def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | None = None) -> str:
@@ -103,13 +110,7 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
     with DatasetWriter(out, headers[0].spec, metadata) as writer:
         for path, label in zip(files, labels, strict=True):
             dataset = read(path)
-            if (numbers := dataset.episode_behaviors) is None:
-                behaviors = [label] * len(dataset.episode_length)
-            else:
-                behaviors = [dataset.behaviors[number] for number in numbers]
-                writer.declare_behaviors(dataset.behaviors)
-            for number, name in enumerate(behaviors):
-                writer.append(dataset.episode(number), name)
+            writer.copy(dataset, range(len(dataset.episode_length)), label)
             del dataset  # before the next one is read
     return writer.digest
 
@@ -120,7 +121,7 @@ class DatasetWriter:
     A context manager: leaving it puts the finished file in place of ``path`` in one step; leaving it by an
     exception, Ctrl-C included, leaves nothing behind and an older file as it was. ``metadata`` become attributes.
     Afterwards :attr:`digest` is that of the contents. Raises :class:`DatasetError` for metadata that are neither
-    strings nor numbers, and for a path that cannot be written.
+    strings nor numbers and for a path that cannot be written, :class:`ConfigError` while another process writes it.
     """
 
     def __init__(self, path: str | Path, spec: TeamSpec, metadata: Mapping[str, Scalar]) -> None:
@@ -134,7 +135,8 @@ class DatasetWriter:
         self.spec = spec
         self.digest = ""
         self._metadata = {**metadata, "task": spec.task}
-        self._files = ExitStack()  # the temporary file and its HDF5 handle
+        self._files = ExitStack()  # the claim, the temporary file and its HDF5 handle
+        self._completed = False
         self._content = ContentDigest()
         self._rows = 0  # appended
         self._rows_in_file = 0
@@ -146,6 +148,11 @@ class DatasetWriter:
         self._timeouts: list[bool] = []
         self._seeds: list[int | None] = []
         self._behaviors: list[int | None] = []
+
+    @property
+    def episodes(self) -> int:
+        """Episodes that were appended."""
+        return len(self._returns)
 
     def declare_behaviors(self, labels: Iterable[str]) -> None:
         """Number the policies ``labels`` in this order, also those that no episode will be of."""
@@ -160,29 +167,29 @@ class DatasetWriter:
         :class:`Episode` states, NaN or infinity, choices that were not available, and a state that is laid out
         unlike the first episode's.
         """
-        masks = episode.action_masks
-        if self._discrete != (masks is not None):
-            raise DatasetError(
-                f"{self.path}: {self.spec.task} has {self.spec.action_kind} actions: expected action masks with "
-                "discrete ones, and with no others"
+        # An episode with a label of its own is named by it, and its rows are counted in it.
+        where, first_row = (episode.label, 0) if episode.label else (str(self.path), self._rows)
+        require_shapes(episode, self.spec, episode.label or f"{self.path}: episode {self.episodes}")
+        masks, steps = episode.action_masks, len(episode)
+        with np.errstate(over="ignore"):  # infinity, which is refused with the row it is in
+            observations, states, rewards = (
+                np.asarray(rows, np.float32)
+                for rows in (episode.observations, episode.states, episode.rewards)
             )
-        self._require_shapes(episode)
-        observations, states = (
-            np.asarray(rows, np.float32) for rows in (episode.observations, episode.states)
-        )
-        self._agree_on_state(observations, states)
-        actions = np.asarray(episode.actions, self._action_type)
+            actions = np.asarray(episode.actions, self._action_type)
+        names = ("observations", "actions", "rewards", "states") if episode.label else "oars"
+        for name, rows in zip(names, (observations, actions, rewards, states), strict=True):
+            require_finite(rows, first_row, name, where)
         if masks is not None:
-            require_masks(masks, self.spec, str(self.path), self._rows)
-            require_available(actions, masks, np.arange(len(episode)), str(self.path), self._rows)
+            require_masks(masks, self.spec, where, first_row)
+            require_available(actions, masks, np.arange(steps), where, first_row)
             actions = actions[..., None]
-        ends = np.zeros((len(episode) + 1, 1), np.float32)
-        ends[-1] = 1
+        self._agree_on_state(observations, states)
         parts: dict[str, NDArray[Any]] = {
             "o": observations,
             "a": np.concatenate([actions, np.zeros((1, *actions.shape[1:]), self._action_type)]),
-            "r": np.append(episode.rewards, 0).astype(np.float32)[:, None],
-            "d": ends,
+            "r": np.append(rewards, np.float32(0))[:, None],
+            "d": (np.arange(steps + 1) == steps).astype(np.float32)[:, None],
         }
         if masks is not None:
             parts["avail"] = np.asarray(masks, np.uint8)
@@ -191,11 +198,40 @@ class DatasetWriter:
         elif self._state_layout == "agents":
             parts["s"] = states
         self._hold(parts)
+        for name, part in parts.items():
+            self._content.update(name, states.reshape(steps + 1, -1) if name == "s" else part)
+        self._content.update("timeouts", np.array([episode.timeout], np.uint8))
         self.declare_behaviors([] if behavior is None else [behavior])
         self._returns.append(episode.undiscounted_return)
         self._timeouts.append(episode.timeout)
         self._seeds.append(episode.seed)
         self._behaviors.append(None if behavior is None else self._labels.index(behavior))
+
+    def copy(self, dataset: Dataset, numbers: Iterable[int], label: str) -> None:
+        """Add the closed episodes ``numbers`` of ``dataset``, under the labels of the policies that acted.
+
+        Those of a dataset that does not record them get ``label``.
+        """
+        behaviors = dataset.episode_behaviors
+        if behaviors is not None:
+            self.declare_behaviors(dataset.behaviors)
+        for number in numbers:
+            name = label if behaviors is None else dataset.behaviors[behaviors[number]]
+            self.append(dataset.episode(number), name)
+
+    def complete(self) -> None:
+        """Write what is left and close the file; leaving the block then only gives it its name.
+
+        Raises :class:`DatasetError` for a file without episodes, and where it cannot be written.
+        """
+        if self._completed:
+            return
+        self._completed = True
+        with self._refusing():
+            self._finish()
+            self._file.close()
+            self._sink.close()
+            self._sink.check()
 
     def summary(self) -> dict[str, Any]:
         """Count what was written, as JSON values, once the file is complete."""
@@ -211,14 +247,16 @@ class DatasetWriter:
     def __enter__(self) -> Self:
         h5py = import_h5py()
         count, spec = len(self.spec.agents), self.spec
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as files, self._refusing():
             if self.path.is_dir():
-                raise IsADirectoryError("it is a folder")
-            partial = self._files.enter_context(atomic(self.path))
-            self._file = self._files.enter_context(h5py.File(partial, "w"))
-        except OSError as error:
-            raise DatasetError(f"{self.path} cannot be written: {error}") from error
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            files.enter_context(folder_of(self.path))
+            probe(self.path)
+            files.enter_context(claimed(self.path))
+            partial = files.enter_context(atomic(self.path))
+            self._sink = files.enter_context(Sink(partial))
+            self._file = files.enter_context(h5py.File(self._sink, "w"))
+            self._files = files.pop_all()
         self._create("o", (count, spec.observation_size))
         self._create("a", (count, 1) if self._discrete else (count, spec.action_size), self._action_type)
         self._create("r", (1,))
@@ -233,44 +271,20 @@ class DatasetWriter:
         if kind is not None:
             self._files.__exit__(kind, error, trace)
             return
+        with self._refusing(), self._files:
+            self.complete()
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn what the system refuses into a :class:`DatasetError`."""
         try:
-            with self._files:
-                self._finish()
-        except OSError as failure:
-            raise DatasetError(f"{self.path} cannot be written: {failure}") from failure
+            yield
+        except OSError as error:
+            raise DatasetError(f"{self.path} cannot be written {refusal(error)}") from error
 
     @property
     def _action_type(self) -> str:
         return "<i8" if self._discrete else "<f4"
-
-    def _require_shapes(self, episode: Episode) -> None:
-        """Raise :class:`DatasetError` naming the first array whose shape or type does not fit the team's spec."""
-        spec, steps, agents = self.spec, len(episode), len(self.spec.agents)
-        place = episode.label or f"{self.path}: episode {len(self._returns)}"
-        if steps < 1:
-            raise DatasetError(f"{place}: expected at least one step, got none: take the episode out")
-        states = np.asarray(episode.states)
-        state = (agents, spec.state_size // agents) if states.ndim == 3 else (spec.state_size,)
-        action = (agents,) if self._discrete else (agents, spec.action_size)
-        for name, values, expected, kinds in (
-            ("observations", episode.observations, (steps + 1, agents, spec.observation_size), "fiub"),
-            ("states", states, (steps + 1, *state), "fiub"),
-            ("actions", episode.actions, (steps, *action), "iu" if self._discrete else "fiub"),
-            ("action masks", episode.action_masks, (steps + 1, agents, spec.action_size), "iub"),
-            ("rewards", episode.rewards, (steps,), "fiub"),
-        ):
-            if values is None:
-                continue
-            if np.shape(values) != expected:
-                raise DatasetError(
-                    f"{place}: {name}: expected shape {list(expected)} of {steps} steps of {spec.task}, got "
-                    f"{list(np.shape(values))}: take the episode out, or give the spec of its own team"
-                )
-            if (dtype := np.asarray(values).dtype).kind not in kinds:
-                expected_type = "numbers" if "f" in kinds else "integers"
-                raise DatasetError(
-                    f"{place}: {name}: expected {expected_type}, got {dtype}: convert the array first"
-                )
 
     def _agree_on_state(self, observations: NDArray[np.float32], states: NDArray[np.float32]) -> None:
         """Choose the layout of `s` by the first episode. Raises :class:`DatasetError` where a later one differs."""
@@ -301,11 +315,8 @@ class DatasetWriter:
         )
 
     def _hold(self, parts: Mapping[str, NDArray[Any]]) -> None:
-        """Check and digest an episode's rows, and keep copies of them until a block of rows is together."""
+        """Keep copies of an episode's rows until a block of rows is together."""
         for name, part in parts.items():
-            require_finite(part, self._rows, name, str(self.path))
-            if name != "s":
-                self._content.update(name, part)
             self._pending.setdefault(name, []).append(np.array(part))  # the caller may reuse its buffers
         self._rows += len(parts["o"])
         if self._rows - self._rows_in_file >= BLOCK:
@@ -319,6 +330,8 @@ class DatasetWriter:
             target[self._rows_in_file :] = np.concatenate(parts)
         self._pending.clear()
         self._rows_in_file = self._rows
+        with self._refusing():
+            self._sink.check()
 
     def _finish(self) -> None:
         if not self._rows:
@@ -326,7 +339,7 @@ class DatasetWriter:
         self._flush()
         if self._state_layout == "observations":
             self._file["s"] = self._file["o"]
-        self.digest = self._content.hexdigest()
+        self.digest = self._content.hexdigests()[FORMAT_VERSION]
         group = self._file.create_group(GROUP)
         group.attrs.update(self._metadata)
         group.attrs.update(

@@ -105,7 +105,8 @@ def test_the_map_comes_from_the_path_or_the_task(stock: Path) -> None:
     unnamed = stock.rename(stock.with_name("data.h5"))
     out = stock.with_name("out.hdf5")
     with pytest.raises(
-        DatasetError, match=r"expected one of the maps 5m_vs_6m, 6h_vs_8z, corridor in the path"
+        DatasetError,
+        match=r"expected one of the maps 10m_vs_11m, .*, 3m, .* in the path: name it with --task smac/",
     ):
         convert(unnamed, out)
     with pytest.raises(UnknownNameError, match="did you mean 'smac/5m_vs_6m'"):
@@ -153,6 +154,8 @@ def test_agents_states_are_stored_once_each(mappo: Path, tmp_path: Path) -> None
 def test_bad_arguments_leave_nothing(stock: Path) -> None:
     out, empty = stock.with_name("out.hdf5"), stock.with_name("empty")
     empty.mkdir()
+    ours = stock.with_name("ours.hdf5")
+    convert(stock, ours)
     files = sorted(stock.parent.iterdir())
     attempts: list[tuple[type[OmcdaError], str, list[str | Path]]] = [
         (DatasetError, "exists already", [stock, "--out", stock]),
@@ -161,6 +164,7 @@ def test_bad_arguments_leave_nothing(stock: Path) -> None:
         (DatasetError, "pymarl_hdf5: file of PyMARL's", [empty, "--out", out]),
         (UnknownNameError, "did you mean 'og_vault'", [stock, "--out", out, "--format", "og_vaults"]),
         (DatasetError, "found no files", [stock, "--out", out, "--format", "madt_episodes"]),
+        (DatasetError, "needs no import: train, replay and inspect read it", [ours, "--out", out]),
     ]
     for error, message, arguments in attempts:
         with pytest.raises(error, match=message):

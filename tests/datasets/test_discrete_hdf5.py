@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from omcda_deploy.play.collect import collect
 from omcda_deploy.play.replay import replay
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from omcda_deploy.training.batches import TransitionSampler
+from tests.support.digests import digest_of
 
 # Agents of unlike sizes: choices that only the second has are never available to the first.
 SPEC = TeamSpec(
@@ -91,11 +91,7 @@ def test_what_we_wrote_comes_back(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "d.hdf5") as file:
         assert (file["a"].shape, file["a"].dtype) == ((17, 2, 1), np.dtype("<i8"))
         assert (file["avail"].shape, file["avail"].dtype) == ((17, 2, 4), np.dtype("u1"))
-        lines = [
-            f"{name} {file[name].shape} {hashlib.sha256(file[name][:].tobytes()).hexdigest()}"
-            for name in ("a", "avail", "d", "o", "r")
-        ]
-    assert dataset.digest == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert dataset.digest == digest_of(tmp_path / "d.hdf5", 2)
     copies = [dataset.episode(number) for number in range(3)]
     assert write_dataset(tmp_path / "again.hdf5", SPEC, copies)["digest"] == dataset.digest
     require_equal(read(tmp_path / "again.hdf5"), dataset)
@@ -301,6 +297,8 @@ def test_the_summary_counts_choices(recorded: Path) -> None:
     assert "share_saturated" not in summary
     labels = list(render_table(summary).columns[0].cells)
     assert "actions of agent_2" in labels
+    assert 1.0 < summary["coverage"]["action_spread"]["agent_1"] <= 4.0
+    assert "actions that agent_2 uses" in labels
     assert not any("|a|" in str(label) for label in labels)
 
 
@@ -365,7 +363,7 @@ def test_unknown_tiers_are_answered_with_the_tasks_own(
     ("words", "message"),
     [
         (["mamujoco-khop1/hopper-3x1"], "comes without behaviour policies: .* with --bundle"),
-        (["toy/chain", "--tier", "behavior", "--bundle", "b"], "--tier or --bundle, got both"),
+        (["toy/chain", "--tier", "behavior", "--bundle", "b"], "got --tier and --bundle: leave one out"),
         (["toy/chain", "--tier", "behavior", "--seed", str(2**63)], r"below 2\^63"),
     ],
 )

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from omcda_deploy.datasets.summary import render_table, summarize
 from omcda_deploy.datasets.writer import DatasetWriter, concatenate, write_dataset
 from omcda_deploy.errors import DatasetError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
+from tests.support.digests import digest_of
 
 HOPPER = "mamujoco/hopper-3x1"
 Arrays = dict[str, NDArray[Any]]
@@ -126,11 +126,7 @@ def test_what_we_wrote_comes_back(tmp_path: Path, hopper: TeamSpec) -> None:
     assert dataset.digest == writer.digest
     with h5py.File(tmp_path / "d.hdf5") as file:
         assert file["s"] == file["o"]  # one copy on disk
-        lines = [
-            f"{name} {file[name].shape} {hashlib.sha256(file[name][:].tobytes()).hexdigest()}"
-            for name in "ador"
-        ]
-    assert dataset.digest == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert dataset.digest == digest_of(tmp_path / "d.hdf5", 2)
     copies = (dataset.episode(number) for number in range(3))
     summary = write_dataset(
         tmp_path / "again.hdf5", hopper, copies, metadata=dataset.metadata, behavior="expert"
@@ -263,6 +259,7 @@ def replace(name: str, values: Any) -> Callable[[Path], None]:
         (change("r", (4, 0), np.inf), "array r holds NaN or infinity, first in row 4"),
         (change("d", (2, 0), 0.5), "array d: expected 0 or 1, got 0.5 in row 2"),
         (change("d", slice(None), 0), "no episode ends"),
+        (change("d", slice(None), 1), "every row has d=1, so there is no transition"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
@@ -271,6 +268,44 @@ def test_bad_files_are_named(tmp_path: Path, damage: Callable[[Path], Any], mess
     damage(path)
     with pytest.raises(DatasetError, match=message):
         read(path)
+
+
+def test_nan_in_an_episodes_last_row_is_padding(tmp_path: Path) -> None:
+    arrays = published([BLOCK - 1, BLOCK, 5], tail=3)
+    ends = np.flatnonzero(arrays["d"])
+    expected = read(save(tmp_path / "plain.hdf5", arrays))
+    arrays["a"][[*ends, -1]] = np.nan
+    arrays["r"][[*ends, -1]] = np.nan
+    padded = read(save(tmp_path / "padded.hdf5", arrays))
+    rows = expected.transitions
+    np.testing.assert_array_equal(padded.actions[rows], expected.actions[rows])
+    np.testing.assert_array_equal(padded.rewards[rows], expected.rewards[rows])
+    np.testing.assert_array_equal(padded.episode_returns, expected.episode_returns)
+    assert np.isfinite(padded.actions).all()
+    # A final observation that was not recorded is that of the row before; here the rows around a block's edge too.
+    arrays["o"] = arrays["s"] = arrays["o"].copy()
+    arrays["o"][ends] = np.nan
+    padded = read(save(tmp_path / "unseen.hdf5", arrays))
+    assert {BLOCK - 1, 2 * BLOCK} <= set(ends)
+    np.testing.assert_array_equal(padded.observations[ends], expected.observations[ends - 1])
+    np.testing.assert_array_equal(padded.observations[rows], expected.observations[rows])
+    assert np.shares_memory(padded.states, padded.observations)
+    arrays["o"][ends[0]] = expected.observations[ends[0]]
+    arrays["o"][ends[0], 0, 0] = np.nan  # in part: neither recorded nor left out
+    with pytest.raises(DatasetError, match=f"array o holds NaN or infinity, first in row {ends[0]}"):
+        read(save(tmp_path / "part.hdf5", arrays))
+
+
+def test_states_of_their_own_may_be_padded_too(tmp_path: Path) -> None:
+    arrays = published([5, 3])
+    arrays["s"] = arrays["s"] + 1
+    expected = read(save(tmp_path / "plain.hdf5", arrays))
+    arrays["s"][5] = np.nan
+    padded = read(save(tmp_path / "padded.hdf5", arrays))
+    np.testing.assert_array_equal(padded.states[5], expected.states[4])
+    arrays["s"][2] = np.nan
+    with pytest.raises(DatasetError, match="array s holds NaN or infinity, first in row 2"):
+        read(save(tmp_path / "early.hdf5", arrays))
 
 
 def test_nan_beyond_the_first_block_names_its_row(tmp_path: Path) -> None:
@@ -365,9 +400,11 @@ def test_summary_counts_what_is_in_transitions(tmp_path: Path) -> None:
     arrays["a"][:] = 0.5
     arrays["a"][0, 0] = 1.5
     arrays["a"][1, 1] = -0.9995
+    arrays["a"][1, 2] = 0.995
     arrays["a"][4] = 3.0  # the row behind an episode: no transition
     arrays["r"][:] = 1
     summary = summarize(read(save(tmp_path / "d.hdf5", arrays)))
+    assert summary["share_nearly_saturated"] == pytest.approx(3 / 30)
     assert summary["share_saturated"] == pytest.approx(2 / 30)
     assert summary["share_outside"] == pytest.approx(1 / 30)
     assert summary["largest_action"] == pytest.approx(1.5)

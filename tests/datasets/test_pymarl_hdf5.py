@@ -22,8 +22,11 @@ from tests.support.smac_episodes import (
 )
 
 
-def test_ends_are_told_by_terminated_and_final_rows_are_kept_where_recorded(tmp_path: Path) -> None:
-    # lengths, timeouts and whether the final row was recorded; more episodes than are read together
+def test_ends_are_told_by_length_and_final_rows_are_kept_where_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pymarl_hdf5, "_BYTES_PER_READ", 200_000)  # a few episodes at a time
+    # lengths, whether `terminated` stays 0, and whether the final row was recorded
     ends = [
         (5, False, True),
         (LIMIT, True, True),
@@ -41,7 +44,7 @@ def test_ends_are_told_by_terminated_and_final_rows_are_kept_where_recorded(tmp_
     for number, (episode, (_, _, final)) in enumerate(zip(episodes, ends, strict=True)):
         require_episode(dataset, number, episode, final_recorded=final)
     last = np.cumsum(dataset.episode_length) - 1
-    assert dataset.timeout[last].tolist() == [timeout for _, timeout, _ in ends]
+    assert dataset.timeout[last].tolist() == [steps == LIMIT for steps, _, _ in ends]
     assert (dataset.timeout ^ dataset.terminal).sum() == len(ends)
     assert dataset.spec == registry.team_spec("smac/5m_vs_6m")
     assert dataset.metadata["behavior"] == "5m_vs_6m_medium"

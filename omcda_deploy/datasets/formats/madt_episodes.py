@@ -29,9 +29,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.datasets import Episode, Recording
-from omcda_deploy.datasets.smac_teams import checked_episode, team_spec
+from omcda_deploy.datasets import Claim, Episode, Recording
+from omcda_deploy.datasets.smac_teams import checked_episode, team_of
+from omcda_deploy.datasets.teams import Sizes
 from omcda_deploy.errors import DatasetError, MissingExtraError
+from omcda_deploy.spec import ActionSpec
 
 SOURCE = "folder of torch-pickled episodes (MADT, OMIGA)"
 
@@ -42,19 +44,19 @@ _Arrays = dict[str, NDArray[Any]]
 
 
 def recognizes(path: Path) -> bool:
-    """True for a folder whose first file begins as torch's do."""
+    """True for a folder whose first file begins as torch's do, and is no .npz, which is a zip archive too."""
     files = _files(path)
-    if not files:
+    if not files or files[0].suffix == ".npz":
         return False
     with files[0].open("rb") as file:
         return file.read(len(_LEGACY)).startswith((_ZIP, _LEGACY))
 
 
 @contextmanager
-def open_recording(path: Path, task: str | None) -> Iterator[Recording]:
+def open_recording(path: Path, claim: Claim | None) -> Iterator[Recording]:
     """Open a folder of episodes. Raises :class:`DatasetError` naming the file that is no episode.
 
-    Further errors are those of :func:`~omcda_deploy.datasets.smac_teams.team_spec`.
+    Further errors are those of :func:`~omcda_deploy.datasets.smac_teams.team_of`.
     """
     files = _files(path)
     if not files:
@@ -68,14 +70,13 @@ def open_recording(path: Path, task: str | None) -> Iterator[Recording]:
                 raise DatasetError(
                     f"{files[0]}: {name}: expected one vector per step, got shape {values.shape[2:]}"
                 )
-        spec = team_spec(
-            path,
-            agents=observations.shape[1],
-            observation_size=observations.shape[2],
-            choices=masks.shape[2],
+        sizes = Sizes.of_arrays(
+            observations.shape[1],
+            observations.shape[2],
+            ActionSpec("discrete", masks.shape[2]),
             state_size=states.shape[1] * states.shape[2],
-            task=task,
         )
+        spec = team_of(path, claim, sizes)
         yield Recording(
             spec,
             len(files),

@@ -32,9 +32,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.datasets import Episode, Recording
-from omcda_deploy.datasets.smac_teams import checked_episode, team_spec
+from omcda_deploy.datasets import Claim, Episode, Recording
+from omcda_deploy.datasets.smac_teams import checked_episode, team_of
+from omcda_deploy.datasets.teams import Sizes
 from omcda_deploy.errors import DatasetError, MissingExtraError
+from omcda_deploy.spec import ActionSpec
 
 SOURCE = "folder of an OG-MARL vault, such as 5m_vs_6m.vlt/Good"
 
@@ -60,23 +62,22 @@ def recognizes(path: Path) -> bool:
 
 
 @contextmanager
-def open_recording(path: Path, task: str | None) -> Iterator[Recording]:
+def open_recording(path: Path, claim: Claim | None) -> Iterator[Recording]:
     """Open a vault. Raises :class:`DatasetError` naming the array or rows that do not fit.
 
-    Further errors are those of :func:`~omcda_deploy.datasets.smac_teams.team_spec`. A vault of continuous actions,
+    Further errors are those of :func:`~omcda_deploy.datasets.smac_teams.team_of`. A vault of continuous actions,
     and one of several seeds side by side, is refused.
     """
     shapes = _shapes(path)
     read, rows = _opened(path)
     _, _, agents, observation_size = shapes["observations"]
-    spec = team_spec(
-        path,
-        agents=agents,
-        observation_size=observation_size,
-        choices=shapes["infos.legals"][3],
+    sizes = Sizes.of_arrays(
+        agents,
+        observation_size,
+        ActionSpec("discrete", shapes["infos.legals"][3]),
         state_size=shapes["infos.state"][2],
-        task=task,
     )
+    spec = team_of(path, claim, sizes)
     truncated = np.asarray(read("truncations", 0, rows).all(axis=1))
     ends = np.flatnonzero(read("terminals", 0, rows).all(axis=1) | truncated) + 1
     if not ends.size:
