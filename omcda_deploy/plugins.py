@@ -20,7 +20,7 @@ from omcda_deploy.errors import PluginError
 
 if TYPE_CHECKING:
     from omcda_deploy.bundle import DivergenceKind
-    from omcda_deploy.datasets import Dataset, Recording
+    from omcda_deploy.datasets import Claim, Dataset, Recording
     from omcda_deploy.envs import Environment
     from omcda_deploy.envs.vector import BatchedEnvironment
     from omcda_deploy.policy import TeamPolicy
@@ -105,8 +105,8 @@ class DatasetFormat(Protocol):
         ...
 
     @property
-    def read(self) -> Callable[[Path, str | None], Dataset]:
-        """``read(path, task)``; a task of None is the one that the file names."""
+    def read(self) -> Callable[[Path, TeamSpec | str | None], Dataset]:
+        """``read(path, task)``: a task's name, its whole spec, or None for the one that the file holds."""
         ...
 
 
@@ -121,8 +121,8 @@ class ForeignFormat(Protocol):
         ...
 
     @property
-    def open_recording(self) -> Callable[[Path, str | None], AbstractContextManager[Recording]]:
-        """``open_recording(path, task)``, a context manager; a task of None is the one that the path names."""
+    def open_recording(self) -> Callable[[Path, Claim | None], AbstractContextManager[Recording]]:
+        """``open_recording(path, claim)``, a context manager; ``claim``: what the user says of the team."""
         ...
 
 

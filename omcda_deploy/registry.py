@@ -23,7 +23,13 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from omcda_deploy.errors import ConfigError, DatasetError, PluginError, UnknownNameError
+from omcda_deploy.errors import (
+    ConfigError,
+    DatasetError,
+    NoSimulatorError,
+    PluginError,
+    UnknownNameError,
+)
 from omcda_deploy.plugins import (
     AlgorithmModule,
     DatasetFormat,
@@ -37,6 +43,7 @@ from omcda_deploy.plugins import (
     format_protocol,
     require_protocol,
 )
+from omcda_deploy.references import is_reference
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -58,6 +65,7 @@ class _Group(NamedTuple):
 
 _SIMULATORS = _Group("simulator", "omcda_deploy.envs", "omcda_deploy.envs")
 _ALGORITHMS = _Group("algorithm", "omcda_deploy.training.algorithms", "omcda_deploy.algorithms")
+_OWN = "own"  # the simulator of tasks that are references to the user's own code
 _FORMATS = _Group("dataset format", "omcda_deploy.datasets.formats", "omcda_deploy.datasets")
 
 
@@ -84,10 +92,11 @@ def tasks() -> tuple[str, ...]:
 
 
 def make_environment(task: str, **options: Any) -> Environment:
-    """Create one environment.
+    """Create one environment of a task, or of ``module:callable``, which makes one of the user's own.
 
-    Raises :class:`UnknownNameError`, MissingExtraError where its simulator is not installed, and
-    :class:`ConfigError` for an option that its simulator does not have.
+    Raises :class:`UnknownNameError`, MissingExtraError where its simulator is not installed, :class:`PluginError`
+    where ``module:callable`` makes no environment, and :class:`ConfigError` for an option that its simulator does
+    not have.
     """
     make = _simulator(task).make
     require_options(task, make, options)
@@ -107,13 +116,13 @@ def require_options(task: str, make: Callable[..., Any], options: Mapping[str, A
 
 def vector_factory(task: str) -> Callable[..., BatchedEnvironment] | None:
     """Return ``make_vector(task, num_envs, **options)`` of the task's simulator, None where it has none."""
-    module = _tasks().get(task)
+    module = _find(task)
     return module.make_vector if isinstance(module, WithVector) else None
 
 
 def team_spec(task: str, **options: Any) -> TeamSpec:
     """Return the spec that the task's simulator states, or that of an environment made with ``options``."""
-    module = _tasks().get(task)
+    module = _find(task)
     if isinstance(module, WithSpecs) and task in module.SPECS:
         return module.SPECS[task]
     environment = make_environment(task, **options)
@@ -121,6 +130,14 @@ def team_spec(task: str, **options: Any) -> TeamSpec:
         return environment.spec
     finally:
         environment.close()
+
+
+def require_simulator(task: str) -> None:
+    """Raise :class:`NoSimulatorError` where no simulator plays ``task``, as for data recorded elsewhere."""
+    try:
+        _simulator(task)
+    except UnknownNameError as error:
+        raise NoSimulatorError(task) from error
 
 
 def simulator_versions(task: str, **options: Any) -> dict[str, str]:
@@ -162,17 +179,18 @@ def load_dataset_format(name: str) -> DatasetFormat | ForeignFormat:
     return cast("DatasetFormat | ForeignFormat", _module(_FORMATS, name))
 
 
-def read_dataset(path: str | Path, task: str | None = None) -> Dataset:
+def read_dataset(path: str | Path, task: TeamSpec | str | None = None) -> Dataset:
     """Read a dataset; the end of its name tells its format.
 
+    ``task``, a task's name or its spec, is needed only where the file does not hold a spec; else it is compared.
     Raises :class:`DatasetError`. For a source of a foreign format its message names the command that converts it.
     """
     path = Path(path)
     if (foreign := foreign_format_of(path)) is not None:
-        source, out = shlex.quote(str(path)), shlex.quote(f"{path.absolute().stem}-converted.hdf5")
+        source, out = shlex.quote(str(path)), shlex.quote(f"{path.absolute().stem}-imported.hdf5")
         raise DatasetError(
             f"{path} is a {foreign_formats()[foreign].SOURCE}: convert it first, with  "
-            f"omcda-deploy convert {source} --out {out}"
+            f"omcda-deploy import {source} --out {out}"
         )
     suffixes = {}
     for name, module in _formats().by_name.items():
@@ -200,10 +218,20 @@ def foreign_format_of(path: Path) -> str | None:
     return next((name for name, module in foreign_formats().items() if module.recognizes(path)), None)
 
 
+def require_task(task: str) -> None:
+    """Raise :class:`UnknownNameError` for a name that is neither a task nor ``module:callable``."""
+    _simulator(task)
+
+
 def _simulator(task: str) -> Simulator:
-    if task not in _tasks():
+    module = _find(task)
+    if module is None:
         raise UnknownNameError("task", task, _tasks(), _simulators().note())
-    return _tasks()[task]
+    return module
+
+
+def _find(task: str) -> Simulator | None:
+    return _module(_SIMULATORS, _OWN) if is_reference(task) else _tasks().get(task)
 
 
 @cache

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,7 @@ from omcda_deploy.errors import ConfigError, ContractError
 ActionKind = Literal["continuous", "discrete"]
 # A vector of smaller variance has entries that are equal up to float32 rounding; they become (nearly) zeros.
 LEAST_VARIANCE = 1e-12
+_AGENT_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 # The type of every observation, noise and continuous action, in files, in graphs and on the wire.
 DTYPE = "float32"
 
@@ -33,7 +36,7 @@ DTYPE = "float32"
 class ActionSpec:
     """Actions of one agent: ``size`` numbers in [low, high], or one of ``size`` choices under a mask.
 
-    Raises :class:`ConfigError` for an unknown kind or a size below 1.
+    Raises :class:`ConfigError` for an unknown kind, a size below 1, and bounds that leave no range.
     """
 
     kind: ActionKind
@@ -46,15 +49,41 @@ class ActionSpec:
             raise ConfigError(f"ActionSpec.kind: expected 'continuous' or 'discrete', got {self.kind!r}")
         if self.size < 1:
             raise ConfigError(f"ActionSpec.size: expected at least 1, got {self.size}")
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ConfigError(
+                f"ActionSpec: expected finite bounds with low < high, got low {self.low} and high {self.high}"
+            )
+
+    def __str__(self) -> str:
+        if self.kind == "discrete":
+            return f"an integer from 0 to {self.size - 1}"
+        return f"numbers from {self.low:g} to {self.high:g}"
+
+    def admits(self, actions: NDArray[Any]) -> bool:
+        """Tell if all actions [..., A], or all choices [...], lie in the range, up to rounding."""
+        lowest, highest = actions.min(), actions.max()  # nan where one is nan
+        if self.kind == "discrete":
+            return actions.dtype.kind in "iu" and bool(lowest >= 0 and highest < self.size)
+        slack = 1e-6 * (self.high - self.low)
+        return bool(lowest >= self.low - slack and highest <= self.high + slack)
 
 
 @dataclass(frozen=True)
 class AgentSpec:
-    """One agent: its name, the length of its observation vector, and its actions."""
+    """One agent: its name, the length of its observation vector, and its actions.
+
+    Raises :class:`ConfigError` for an observation without numbers.
+    """
 
     name: str
     observation_size: int
     action: ActionSpec
+
+    def __post_init__(self) -> None:
+        if self.observation_size < 1:
+            raise ConfigError(
+                f"AgentSpec.observation_size of {self.name}: expected at least 1, got {self.observation_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,7 +119,8 @@ class TeamSpec:
     ``control_rate`` is in Hz. ``state_size`` is the length S of the centralised state that mixers are trained on;
     servers never see it. ``episode_limit`` is in steps. The contract that two sides must share (:meth:`contract`)
     consists of agents, normaliser and control rate; ``task`` is a label. Raises :class:`ConfigError` for a team
-    without agents, with two agents of one name, or with both kinds of actions.
+    without agents, with two agents of one name, with a name that no folder can have, or with both kinds of actions,
+    and for a state, a rate or a limit that is not above 0.
     """
 
     task: str
@@ -105,8 +135,22 @@ class TeamSpec:
             raise ConfigError("TeamSpec.agents: expected at least one agent, got none")
         if len({agent.name for agent in self.agents}) != len(self.agents):
             raise ConfigError(f"TeamSpec.agents: names must be distinct, got {[a.name for a in self.agents]}")
+        if odd := [name for name in self.names if not _AGENT_NAME.fullmatch(name) or name == "team"]:
+            raise ConfigError(
+                f"TeamSpec.agents: expected names of letters, digits, '_', '-' and '.', and none called team, as "
+                f"folders of a bundle and served models have them; got {odd[0]!r}"
+            )
         if len({agent.action.kind for agent in self.agents}) != 1:
             raise ConfigError("TeamSpec.agents: all agents must share one action kind")
+        if self.state_size < 1 or self.episode_limit < 1:
+            raise ConfigError(
+                f"TeamSpec: expected a state_size and an episode_limit of at least 1, got {self.state_size} and "
+                f"{self.episode_limit}"
+            )
+        if not 0 < self.control_rate < math.inf:
+            raise ConfigError(
+                f"TeamSpec.control_rate: expected a number of Hz above 0, got {self.control_rate}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -141,6 +185,37 @@ class TeamSpec:
         logits; a joined discrete action [N] has one entry per agent instead.
         """
         return _consecutive_slices(agent.action.size for agent in self.agents)
+
+    def squashed(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Map actions [..., N, A] from the agents' bounds to [-1, 1], in which policies are trained.
+
+        Numbers behind a short action become 0. Where nothing changes, as with choices, the result is ``actions``.
+        """
+        if self.action_kind == "discrete":
+            return actions
+        if (limits := self._limits) is not None:
+            center, half_range = limits
+            actions = ((actions - center) / half_range).astype(actions.dtype)
+        sizes = np.array([[agent.action.size] for agent in self.agents])
+        padding = np.arange(self.action_size) >= sizes
+        return np.where(padding, 0, actions).astype(actions.dtype) if padding.any() else actions
+
+    def unsquashed(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Map continuous actions [..., N, A] from [-1, 1] to the agents' bounds, as an exported policy does."""
+        if (limits := self._limits) is None:
+            return actions
+        center, half_range = limits
+        scaled: NDArray[Any] = (center + half_range * actions).astype(actions.dtype)
+        return scaled
+
+    @property
+    def _limits(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Center and half of each agent's range of actions, both [N, 1]; None where all are [-1, 1]."""
+        low = np.array([[agent.action.low] for agent in self.agents])
+        high = np.array([[agent.action.high] for agent in self.agents])
+        if (low == -1.0).all() and (high == 1.0).all():
+            return None
+        return (high + low) / 2.0, (high - low) / 2.0
 
     def agent(self, name: str) -> AgentSpec:
         """The agent of that name. Raises :class:`ContractError` where the team has none."""
@@ -185,30 +260,40 @@ class TeamSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TeamSpec:
-        """Read what :meth:`to_json` wrote. Raises :class:`ContractError` for missing fields and other types."""
+        """Read what :meth:`to_json` wrote.
+
+        Raises :class:`ContractError` for missing fields and other types, :class:`ConfigError` for other values.
+        """
         try:
             return cls(
                 task=str(data["task"]),
                 agents=tuple(
                     AgentSpec(
                         name=str(agent["name"]),
-                        observation_size=int(agent["observation_size"]),
+                        observation_size=_whole(agent["observation_size"]),
                         action=ActionSpec(
                             kind=agent["action_kind"],
-                            size=int(agent["action_size"]),
+                            size=_whole(agent["action_size"]),
                             low=float(agent["action_low"]),
                             high=float(agent["action_high"]),
                         ),
                     )
                     for agent in data["agents"]
                 ),
-                state_size=int(data["state_size"]),
+                state_size=_whole(data["state_size"]),
                 control_rate=float(data["control_rate"]),
                 normalizer=Normalizer(data["normalizer"]["kind"]),
-                episode_limit=int(data["episode_limit"]),
+                episode_limit=_whole(data["episode_limit"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ContractError(f"not a team spec: {type(error).__name__} {error}") from error
+
+
+def _whole(number: Any) -> int:
+    """Read a whole number. Raises :class:`ValueError` for one with decimals, which int() would cut off."""
+    if number != int(number):
+        raise ValueError(f"expected a whole number, got {number}")
+    return int(number)
 
 
 def _consecutive_slices(sizes: Iterable[int]) -> tuple[slice, ...]:

@@ -22,6 +22,10 @@ StepResult: TypeAlias = tuple[
     Observations, dict[str, float], dict[str, bool], dict[str, bool], dict[str, dict[str, Any]]
 ]
 
+# How an episode went, as booleans that a simulator may put into the first agent's info of its last step; each
+# simulator defines its own (docs/simulators.md#outcomes).
+OUTCOMES = ("stalled", "fell", "won")
+
 
 class Environment(Protocol):
     """Environment of a cooperative team, one episode at a time; every agent receives the same reward.

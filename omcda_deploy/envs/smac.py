@@ -1,15 +1,10 @@
-"""SMAC, the StarCraft Multi-Agent Challenge: ``smac/{5m_vs_6m,6h_vs_8z,corridor}`` in oxwhirl's standard form.
+"""SMAC, the StarCraft Multi-Agent Challenge: ``smac/<map>`` in oxwhirl's standard form.
 
 SMAC pins a version of protobuf that this package cannot use. So it runs in an interpreter of its own
 (``programs/smac_host.py``) and exchanges messages with this module over two pipes; docs/smac.md explains its
-installation. The specs follow from SMAC's own formulas (docs/simulators.md#sizes-by-smacs-formulas), with n agents,
-e enemies and shield bits s_a and s_e:
-
-    O = 4 + e (5 + s_e) + (n - 1) (5 + s_a) + 1 + s_a        A = 6 + e
-    S = n (4 + s_a) + e (3 + s_e) + n A
-
-so datasets, bundles and servers need no StarCraft II. Actions: 0 nothing (the only one of the dead), 1 stop, 2-5
-move, 6 and up attack. A step is 8 game loops, of which a second has 22.4 at the speed "faster": 2.8 Hz.
+installation. The specs follow from SMAC's own formulas (:mod:`omcda_deploy.envs.starcraft`), so datasets, bundles
+and servers need no StarCraft II. Actions: 0 nothing (the only one of the dead), 1 stop, 2-5 move, 6 and up attack.
+A step is 8 game loops, of which a second has 22.4 at the speed "faster": 2.8 Hz.
 
 An episode is lost when StarCraft II crashes, when the host dies, or when SMAC raises an exception in an environment
 that has played a step before. Its last step has reward 0, is a truncation, and carries ``discarded: True`` in the
@@ -27,7 +22,6 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,48 +30,17 @@ from numpy.typing import NDArray
 
 from omcda_deploy.envs import Float, Observations, StepResult, joint_choice
 from omcda_deploy.envs.programs import smac_host
+from omcda_deploy.envs.starcraft import MAPS
 from omcda_deploy.errors import ConfigError, ContractError, SimulatorError, UnknownNameError
-from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 ANSWER_SECONDS = 300.0  # longer than StarCraft II takes to start, or SMAC to start it again after a crash
 VERSIONS_SECONDS = 30.0
 CLOSE_SECONDS = 10.0  # time for a host to end its StarCraft II before both are killed
 PRINTED_BYTES = 4096  # end of the output of a host and StarCraft II, kept for error messages
-GAME_LOOPS_PER_SECOND = 22.4
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Map:
-    """Numbers from which a map's spec follows."""
-
-    agents: int
-    enemies: int
-    limit: int  # steps
-    ally_shield: int = 0  # 1 for Protoss
-    enemy_shield: int = 0
-
-    def spec(self, task: str) -> TeamSpec:
-        n, e, s_a, s_e = self.agents, self.enemies, self.ally_shield, self.enemy_shield
-        observation = 4 + e * (5 + s_e) + (n - 1) * (5 + s_a) + 1 + s_a
-        return TeamSpec(
-            task=task,
-            agents=tuple(
-                AgentSpec(f"agent_{i}", observation, ActionSpec("discrete", 6 + e)) for i in range(n)
-            ),
-            state_size=n * (4 + s_a) + e * (3 + s_e) + n * (6 + e),
-            control_rate=GAME_LOOPS_PER_SECOND / smac_host.STEP_MUL,
-            episode_limit=self.limit,
-        )
-
-
-_MAPS = {
-    "5m_vs_6m": _Map(5, 6, 70),
-    "6h_vs_8z": _Map(6, 8, 150, enemy_shield=1),
-    "corridor": _Map(6, 24, 400, ally_shield=1),
-}
-SPECS = {f"smac/{name}": smac_map.spec(f"smac/{name}") for name, smac_map in _MAPS.items()}
+SPECS = {f"smac/{name}": smac_map.spec(f"smac/{name}") for name, smac_map in MAPS.items()}
 TASKS = tuple(SPECS)
 
 

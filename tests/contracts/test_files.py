@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,60 @@ def test_sha256_is_that_of_other_tools(tmp_path: Path) -> None:
     path.write_bytes(os.urandom(3_000_000))
     printed = subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True).stdout
     assert files.sha256(path) == printed.split()[0]
+
+
+def test_a_place_is_tried_before_time_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.require_writable(tmp_path / "new" / "folder" / "x")
+    files.require_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write .*file/x \(Not a directory\): choose another place"):
+        files.require_writable(tmp_path / "file" / "x")
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(ConfigError, match=r"cannot write .*x \(No space left on device\): free some space"):
+        files.require_writable(tmp_path / "x", size=2 * free + 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=r"cannot write .*x \(Read-only file system\)"):
+        files.require_writable(tmp_path / "x")
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    place = tmp_path / "a" / "b"
+    with pytest.raises(RuntimeError, match="stop"), files.atomic_folder(place) as folder:  # noqa: PT012
+        (folder / "x").touch()
+        assert not place.exists()
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+    with files.atomic_folder(place) as folder:
+        (folder / "x").touch()
+    assert [path.name for path in place.iterdir()] == ["x"]
+    assert [path.name for path in place.parent.iterdir()] == ["b"]
+
+
+def test_a_cache_that_cannot_be_written_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are read all the same."""
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
+    with files.cached("kind/made") as path:
+        path.write_text("made")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with files.cached("kind/made") as path:
+        assert path.read_text() == "made"
+    message = (
+        r"the cache .*cache cannot be written \(Read-only file system\): set OMCDA_CACHE to another folder"
+    )
+    with pytest.raises(ConfigError, match=message), files.cached("other/absent"):
+        pass
+    assert not (tmp_path / "cache" / "other").exists()
+    monkeypatch.setattr(Path, "open", refuse)
+    with files.cached("kind/made") as path:
+        assert path.is_file()

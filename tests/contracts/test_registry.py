@@ -14,16 +14,29 @@ import pytest
 
 import omcda_deploy.training.algorithms
 from omcda_deploy import registry
-from omcda_deploy.datasets.formats import madt_episodes, og_vault, omiga_hdf5, pymarl_hdf5
-from omcda_deploy.envs import mamujoco, mamujoco_khop, smac, smax, toy
+from omcda_deploy.datasets.formats import (
+    madt_episodes,
+    minari_folder,
+    npz_episodes,
+    og_vault,
+    omiga_hdf5,
+    pymarl_hdf5,
+)
+from omcda_deploy.envs import mamujoco, mamujoco_khop, own, smac, smax, toy
 from omcda_deploy.errors import DatasetError, PluginError, UnknownNameError
 from omcda_deploy.plugins import DatasetFormat, ForeignFormat, Simulator, WithBehavior, WithVector
 
 # mypy holds the modules of the tree against the types of their protocols; the tests see names alone.
-SIMULATORS: tuple[Simulator, ...] = (mamujoco, mamujoco_khop, smac, smax, toy)
+SIMULATORS: tuple[Simulator, ...] = (mamujoco, mamujoco_khop, own, smac, smax, toy)
 FORMATS: tuple[DatasetFormat, ...] = (omiga_hdf5,)
-FOREIGN_FORMATS: tuple[ForeignFormat, ...] = (madt_episodes, og_vault, pymarl_hdf5)
-BATCHED: tuple[WithVector, ...] = (mamujoco, smax)
+FOREIGN_FORMATS: tuple[ForeignFormat, ...] = (
+    madt_episodes,
+    minari_folder,
+    npz_episodes,
+    og_vault,
+    pymarl_hdf5,
+)
+BATCHED: tuple[WithVector, ...] = (mamujoco, mamujoco_khop, smax)
 RECORDABLE: WithBehavior = toy
 
 GROUPS = ("omcda_deploy.algorithms", "omcda_deploy.envs", "omcda_deploy.datasets")
@@ -107,7 +120,7 @@ def test_modules_of_the_tree_are_all_registered() -> None:
     assert formats == {*FORMATS, *FOREIGN_FORMATS}
     assert set(registry.foreign_formats().values()) == set(FOREIGN_FORMATS)
     batched = {task for task in registry.tasks() if registry.vector_factory(task) is not None}
-    assert batched == {*smax.TASKS, *mamujoco.TASKS}
+    assert batched == {*smax.TASKS, *mamujoco.TASKS, *mamujoco_khop.TASKS}
 
 
 def test_entry_points_add_to_each_kind(install: Install) -> None:

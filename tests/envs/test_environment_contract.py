@@ -29,6 +29,8 @@ OPTIONS: dict[str, Any] = {
 
 
 SLOW = {"smax/6h_vs_8z", "smax/corridor"}  # each compiles for seconds; smax/5m_vs_6m covers the same code
+# Maps of SMAC differ in their sizes alone, and each starts processes: with and without shields and unit types.
+SLOW |= {*smac.TASKS} - {f"smac/{name}" for name in ("3m", "5m_vs_6m", "6h_vs_8z", "corridor", "MMM2")}
 
 
 @pytest.fixture(

@@ -21,7 +21,14 @@ pytest.importorskip("gymnasium_robotics")
 
 BODIES = ("hopper-3x1", "ant-2x4", "halfcheetah-6x1")
 TASKS = [*mamujoco.TASKS, *mamujoco_khop.TASKS]
-V4 = {"hopper-3x1": "Hopper-v4", "ant-2x4": "Ant-v4", "halfcheetah-6x1": "HalfCheetah-v4"}
+HUMANOID = "humanoid-9-8"
+LEG = ("hip_x", "hip_y", "hip_z", "knee")
+V4 = {
+    "hopper-3x1": "Hopper-v4",
+    "ant-2x4": "Ant-v4",
+    "halfcheetah-6x1": "HalfCheetah-v4",
+    HUMANOID: "Humanoid-v4",
+}
 
 
 def _module(task: str) -> ModuleType:
@@ -34,8 +41,8 @@ def _make(task: str, **options: Any) -> Environment:
 
 
 def _shared_out(spec: TeamSpec, joint: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
-    rows = joint.astype(np.float32).reshape(len(spec.agents), -1)
-    return dict(zip(spec.names, rows, strict=True))
+    actions = joint.astype(np.float32)
+    return {name: actions[part] for name, part in zip(spec.names, spec.action_slices, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +100,32 @@ def test_observations_hold_the_full_vector_and_the_identity(body: str) -> None:
         raw, _, _ = joint.step(action.astype(np.float64))
 
 
-@pytest.mark.parametrize("body", BODIES)
+def test_the_humanoids_agents_drive_and_see_what_they_should() -> None:
+    """Gymnasium-Robotics' factorisation by the names of its joints; actions within its controls' range."""
+    environment = mamujoco.make("mamujoco/humanoid-9-8")
+    upper, lower = environment.spec.agents
+    assert (upper.action.size, lower.action.size) == (9, 8)
+    assert [(agent.action.low, agent.action.high) for agent in (upper, lower)] == [(-0.4, 0.4)] * 2
+    assert upper.observation_size == lower.observation_size == 272
+    simulation = environment._joint._env
+    assert (simulation.action_space.low == np.float32(-0.4)).all()
+    assert environment.spec.control_rate == pytest.approx(1.0 / simulation.dt)
+    from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
+
+    parts, _, _ = get_parts_and_edges("Humanoid", "9|8")
+    names = [[node.label for node in part] for part in parts]
+    assert {name for name in names[1]} == {f"{s}_{j}" for s in ("left", "right") for j in LEG}
+    for agent, labels in zip((upper, lower), names, strict=True):
+        for k, label in enumerate(labels):
+            environment.reset(seed=0)
+            actions = {a.name: np.zeros(a.action.size, np.float32) for a in environment.spec.agents}
+            actions[agent.name][k] = 0.25
+            environment.step(actions)
+            (moved,) = np.flatnonzero(simulation.data.ctrl)
+            assert simulation.model.joint(simulation.model.actuator(moved).trnid[0]).name == label
+
+
+@pytest.mark.parametrize("body", [*BODIES, HUMANOID])
 @pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
 def test_rewards_and_ends_are_those_of_the_v2_rule(body: str) -> None:
     """Gymnasium's v4 kept v2's rule: equal rewards step by step, the terminating one included."""
@@ -106,15 +138,19 @@ def test_rewards_and_ends_are_those_of_the_v2_rule(body: str) -> None:
         environment.reset(seed=seed)
         for _ in range(300):
             action = rng.uniform(-1, 1, reference.action_space.shape[0]).astype(np.float32)
+            action *= environment.spec.agents[0].action.high
             _, reward, terminated, _, _ = reference.step(action.astype(np.float64))
-            _, rewards, terminations, truncations, _ = environment.step(_shared_out(environment.spec, action))
+            by_agent = action[list(environment._joint.body.joints)]
+            _, rewards, terminations, truncations, _ = environment.step(
+                _shared_out(environment.spec, by_agent)
+            )
             assert rewards["agent_0"] == pytest.approx(reward, abs=1e-9)
             assert terminations["agent_0"] == terminated
             assert not truncations["agent_0"]
             if terminated:
                 ends += 1
                 break
-    assert ends == {"hopper-3x1": 3, "ant-2x4": 3, "halfcheetah-6x1": 0}[body]
+    assert ends == {"hopper-3x1": 3, "ant-2x4": 3, "halfcheetah-6x1": 0, HUMANOID: 3}[body]
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -203,8 +239,8 @@ def test_an_end_on_the_last_step_is_a_termination(task: str, monkeypatch: pytest
 def test_wrong_actions_are_refused(task: str) -> None:
     environment = _make(task)
     environment.reset(seed=0)
-    size = environment.spec.agents[0].action.size
-    good = {name: np.zeros(size, np.float32) for name in environment.possible_agents}
+    size = environment.spec.agents[1].action.size
+    good = {a.name: np.zeros(a.action.size, np.float32) for a in environment.spec.agents}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"agent_0": good["agent_0"]}, "expected one action for each of agent_0, agent_1"),
         ({**good, "agent_9": good["agent_0"]}, "expected one action for each"),

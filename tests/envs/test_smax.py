@@ -359,10 +359,10 @@ def test_a_served_team_plays_as_the_local_one(tmp_path: Path) -> None:
     bundle = POLICIES / TASK / "medium"
     settings: dict[str, Any] = {"episodes": 9, "seed": 5, "num_envs": 6}
     with server_process(bundle, *read_bundle(bundle).spec.names) as server:
-        for stream, stochastic in ((False, False), (True, True)):
-            local = evaluate(LocalTeam(bundle), TASK, stochastic=stochastic, **settings)
+        for stream, temperature in ((False, 0.0), (True, 0.5)):
+            local = evaluate(LocalTeam(bundle), TASK, temperature=temperature, **settings)
             with RemoteTeam([server.endpoint], stream=stream) as team:
-                served = evaluate(team, TASK, stochastic=stochastic, **settings)
+                served = evaluate(team, TASK, temperature=temperature, **settings)
             np.testing.assert_array_equal(served.returns, local.returns)
             np.testing.assert_array_equal(served.lengths, local.lengths)
             assert served.won is not None

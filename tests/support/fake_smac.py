@@ -18,10 +18,31 @@ from typing import Any
 
 import numpy as np
 
+# As SMAC lists them: agents, enemies, time limit, races, types of units that observations tell apart.
 MAPS = {
-    "5m_vs_6m": {"n_agents": 5, "n_enemies": 6, "limit": 70, "a_race": "T", "b_race": "T"},
-    "6h_vs_8z": {"n_agents": 6, "n_enemies": 8, "limit": 150, "a_race": "Z", "b_race": "P"},
-    "corridor": {"n_agents": 6, "n_enemies": 24, "limit": 400, "a_race": "P", "b_race": "Z"},
+    "3m": (3, 3, 60, "T", "T", 0),
+    "8m": (8, 8, 120, "T", "T", 0),
+    "25m": (25, 25, 150, "T", "T", 0),
+    "5m_vs_6m": (5, 6, 70, "T", "T", 0),
+    "8m_vs_9m": (8, 9, 120, "T", "T", 0),
+    "10m_vs_11m": (10, 11, 150, "T", "T", 0),
+    "27m_vs_30m": (27, 30, 180, "T", "T", 0),
+    "MMM": (10, 10, 150, "T", "T", 3),
+    "MMM2": (10, 12, 180, "T", "T", 3),
+    "2s3z": (5, 5, 120, "P", "P", 2),
+    "3s5z": (8, 8, 150, "P", "P", 2),
+    "3s5z_vs_3s6z": (8, 9, 170, "P", "P", 2),
+    "3s_vs_3z": (3, 3, 150, "P", "P", 0),
+    "3s_vs_4z": (3, 4, 200, "P", "P", 0),
+    "3s_vs_5z": (3, 5, 250, "P", "P", 0),
+    "1c3s5z": (9, 9, 180, "P", "P", 3),
+    "2m_vs_1z": (2, 1, 150, "T", "P", 0),
+    "corridor": (6, 24, 400, "P", "Z", 0),
+    "6h_vs_8z": (6, 8, 150, "Z", "P", 0),
+    "2s_vs_1sc": (2, 1, 300, "P", "Z", 0),
+    "so_many_baneling": (7, 32, 100, "P", "Z", 0),
+    "bane_vs_bane": (24, 24, 200, "Z", "Z", 2),
+    "2c_vs_64zg": (2, 64, 400, "P", "Z", 0),
 }
 SIZE = 32.0  # of the map
 MOVES = ((0.0, 2.0), (0.0, -2.0), (2.0, 0.0), (-2.0, 0.0))
@@ -54,13 +75,14 @@ class StarCraft2Env:
         self, map_name: str = "8m", step_mul: int = 8, difficulty: str = "7", seed: int | None = None
     ) -> None:
         assert (step_mul, difficulty) == (8, "7")
-        parameters: dict[str, Any] = MAPS[map_name]
-        self.n_agents: int = parameters["n_agents"]
-        self.n_enemies: int = parameters["n_enemies"]
-        self.episode_limit: int = parameters["limit"]
+        agents, enemies, limit, race, enemy_race, types = MAPS[map_name]
+        self.n_agents: int = agents
+        self.n_enemies: int = enemies
+        self.episode_limit: int = limit
+        self.unit_type_bits: int = types
         self.n_actions: int = 6 + self.n_enemies
-        self.shield_bits_ally = int(parameters["a_race"] == "P")
-        self.shield_bits_enemy = int(parameters["b_race"] == "P")
+        self.shield_bits_ally = int(race == "P")
+        self.shield_bits_enemy = int(enemy_race == "P")
         self.max_reward = float(self.n_enemies * 10 + 200)
         self.agents: dict[int, Unit] = {}
         self.enemies: dict[int, Unit] = {}
@@ -163,24 +185,29 @@ class StarCraft2Env:
     def get_avail_actions(self) -> list[list[int]]:
         return [self.get_avail_agent_actions(i) for i in range(self.n_agents)]
 
-    def _seen(self, unit: Unit, other: Unit, shield: int) -> list[float]:
+    def _type(self, index: int) -> list[float]:
+        """One-hot of a unit's type; empty where all are alike."""
+        return [float(index % self.unit_type_bits == kind) for kind in range(self.unit_type_bits)]
+
+    def _seen(self, unit: Unit, other: Unit, index: int, shield: int) -> list[float]:
         distance = unit.distance(other)
+        kind = self._type(index)
         if distance >= 9 or other.health <= 0:
-            return [0.0] * (5 + shield)
+            return [0.0] * (5 + shield + len(kind))
         position = [distance / 9, (other.x - unit.x) / 9, (other.y - unit.y) / 9]
-        return [1.0, *position, other.health / other.health_max, *[other.shield / 50] * shield]
+        return [1.0, *position, other.health / other.health_max, *[other.shield / 50] * shield, *kind]
 
     def get_obs_agent(self, agent_id: int) -> Any:
         unit = self.agents[agent_id]
         if unit.health <= 0:
             return np.zeros(self.get_obs_size(), np.float32)
         parts = [float(a) for a in self.get_avail_agent_actions(agent_id)[2:6]]
-        for enemy in self.enemies.values():
-            parts += self._seen(unit, enemy, self.shield_bits_enemy)
+        for i, enemy in self.enemies.items():
+            parts += self._seen(unit, enemy, i, self.shield_bits_enemy)
         for i, ally in self.agents.items():
-            parts += self._seen(unit, ally, self.shield_bits_ally) if i != agent_id else []
+            parts += self._seen(unit, ally, i, self.shield_bits_ally) if i != agent_id else []
         parts += [unit.health / unit.health_max, *[unit.shield / 50] * self.shield_bits_ally]
-        return np.array(parts, np.float32)
+        return np.array([*parts, *self._type(agent_id)], np.float32)
 
     def get_obs(self) -> list[Any]:
         return [self.get_obs_agent(i) for i in range(self.n_agents)]
@@ -191,20 +218,24 @@ class StarCraft2Env:
             (self.agents, [0.5], self.shield_bits_ally),
             (self.enemies, [], self.shield_bits_enemy),
         ):
-            for unit in units.values():
+            for index, unit in units.items():
                 alive = unit.health > 0
                 row = [unit.health / unit.health_max, *cooldown, unit.x / SIZE - 0.5, unit.y / SIZE - 0.5]
-                row += [unit.shield / 50] * shield
+                row += [unit.shield / 50] * shield + self._type(index)
                 parts += row if alive else [0.0] * len(row)
         return np.append(parts, self.last_action.flatten()).astype(np.float32)
 
     def get_obs_size(self) -> int:
-        enemies = self.n_enemies * (5 + self.shield_bits_enemy)
-        return 4 + enemies + (self.n_agents - 1) * (5 + self.shield_bits_ally) + 1 + self.shield_bits_ally
+        move, enemy, ally, own = 4, 4 + self.unit_type_bits, 4 + self.unit_type_bits, self.unit_type_bits
+        enemy += 1 + self.shield_bits_enemy
+        ally += 1 + self.shield_bits_ally
+        own += 1 + self.shield_bits_ally
+        return move + self.n_enemies * enemy + (self.n_agents - 1) * ally + own
 
     def get_state_size(self) -> int:
-        units = self.n_agents * (4 + self.shield_bits_ally) + self.n_enemies * (3 + self.shield_bits_enemy)
-        return units + self.n_agents * self.n_actions
+        ally = 4 + self.shield_bits_ally + self.unit_type_bits
+        enemy = 3 + self.shield_bits_enemy + self.unit_type_bits
+        return self.n_agents * ally + self.n_enemies * enemy + self.n_agents * self.n_actions
 
     def get_env_info(self) -> dict[str, Any]:
         return {

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.envs import Observations
-from omcda_deploy.errors import ConfigError, ContractError, SimulatorError
+from omcda_deploy.envs.adapters.border import Answer, Border
+from omcda_deploy.errors import ConfigError, ContractError, PluginError, SimulatorError
 from omcda_deploy.spec import TeamSpec
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
@@ -63,6 +63,7 @@ class EnvironmentGroup:
         self._spec = self._environments[rows[0]].spec
         self._names = self._spec.names
         self._discrete = self._spec.action_kind == "discrete"
+        self._borders = {index: Border(self._spec) for index in rows}
 
     def run(self, command: str, seeds: Mapping[int, int] | None) -> ScalarInfo:
         """Run the command ``step``, or ``reset`` with ``seeds`` by environment."""
@@ -81,13 +82,14 @@ class EnvironmentGroup:
         info: ScalarInfo = {}
         for index, seed in seeds.items():
             if index in self._environments:
-                observations, infos = self._environments[index].reset(seed)
-                self._write(index, observations, infos, info)
+                environment = self._environments[index]
+                answer = environment.reset(seed)
+                self._write(index, self._borders[index].reset(answer, environment.state()), info)
         return info
 
     def _step(self) -> ScalarInfo:
         info: ScalarInfo = {}
-        arrays, first = self._arrays, self._names[0]
+        arrays = self._arrays
         for index, environment in self._environments.items():
             if not arrays["active"][index]:
                 arrays["reward"][index] = arrays["terminated"][index] = arrays["truncated"][index] = 0
@@ -101,36 +103,21 @@ class EnvironmentGroup:
                     for name, columns in zip(self._names, self._spec.action_slices, strict=True)
                 }
             )
-            observations, rewards, terminations, truncations, infos = environment.step(actions)
-            arrays["reward"][index] = rewards[first]
-            arrays["terminated"][index] = terminations[first]
-            arrays["truncated"][index] = truncations[first]
-            self._write(index, observations, infos, info)
+            answer = self._borders[index].step(environment.step(actions), environment.state())
+            arrays["reward"][index] = answer.reward
+            arrays["terminated"][index] = answer.terminated
+            arrays["truncated"][index] = answer.truncated
+            self._write(index, answer, info)
         return info
 
-    def _write(
-        self,
-        index: int,
-        observations: Observations,
-        infos: Mapping[str, Mapping[str, Any]],
-        info: ScalarInfo,
-    ) -> None:
-        """Write one environment's row, and the scalars of its first agent's info into ``info``."""
-        row = self._arrays["observation"][index]
-        for name, columns in zip(self._names, self._spec.observation_slices, strict=True):
-            row[columns] = observations[name]
-        self._arrays["state"][index] = self._environments[index].state()
-        if self._discrete:
-            row = self._arrays["action_mask"][index]
-            for name, columns in zip(self._names, self._spec.action_slices, strict=True):
-                row[columns] = infos[name]["action_mask"]
-        scalars = {
-            name: value
-            for name, value in infos.get(self._names[0], {}).items()
-            if isinstance(value, bool | int | float | np.generic)
-        }
-        if scalars:
-            info[index] = scalars
+    def _write(self, index: int, answer: Answer, info: ScalarInfo) -> None:
+        """Write one environment's row, and the scalars that it reported into ``info``."""
+        self._arrays["observation"][index] = answer.observation
+        self._arrays["state"][index] = answer.state
+        if answer.action_mask is not None:
+            self._arrays["action_mask"][index] = answer.action_mask
+        if answer.info:
+            info[index] = answer.info
 
 
 @dataclass(frozen=True)
@@ -231,8 +218,8 @@ def _work(
         name = multiprocessing.current_process().name
         text = f"worker with {name} failed: {type(error).__name__}: {error}"
         with suppress(OSError):  # the parent, and with it the other end of the pipe, may be gone
-            about_input = isinstance(error, ContractError | ConfigError)
-            connection.send((error if about_input else SimulatorError(text), None))
+            complete = isinstance(error, ContractError | ConfigError | PluginError | SimulatorError)
+            connection.send((error if complete else SimulatorError(text), None))
     finally:
         if group:
             group.close()

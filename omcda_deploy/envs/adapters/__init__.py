@@ -1,0 +1,1 @@
+"""Between this package's environments and everybody else's: PettingZoo's parallel API, and checks."""

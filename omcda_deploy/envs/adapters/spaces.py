@@ -1,0 +1,128 @@
+"""Gymnasium's spaces in terms of a team spec: what an agent observes becomes a vector, its action a plain one.
+
+Any space that Gymnasium can flatten is observed, and so is PettingZoo's dictionary of an observation and its
+``action_mask``. Actions are a Box with bounds, which the team sees as [-1, 1] in every entry, or a Discrete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omcda_deploy.errors import ContractError, MissingExtraError, PluginError
+from omcda_deploy.spec import ActionSpec, AgentSpec
+
+MASK, MASKED = "action_mask", "observation"  # entries of PettingZoo's dictionary
+
+
+@dataclass(frozen=True)
+class AgentSpaces:
+    """The spaces of one agent, and its spec that follows from them."""
+
+    spec: AgentSpec
+    observed: Any  # the space that is flattened
+    masked: bool  # observations are dictionaries of an observation and a mask
+    acted: Any  # a Box or a Discrete
+
+    @classmethod
+    def of(cls, source: Any, name: str, label: str) -> AgentSpaces:
+        """Read the spaces of agent ``name``.
+
+        Raises :class:`PluginError` for spaces that no team spec describes; ``label`` names the environment.
+        """
+        observed, acted = (_space(source, kind, name) for kind in ("observation", "action"))
+        masked = MASK in getattr(observed, "spaces", ())
+        if masked:
+            observed = observed.spaces[MASKED]
+        action = _action_spec(acted, f"{label}: action space of {name}")
+        size = flat_size(observed, f"{label}: observation space of {name}")
+        return cls(AgentSpec(name, size, action), observed, masked, acted)
+
+    def observation(self, value: Any) -> tuple[Any, Any]:
+        """Divide a raw observation into a vector [O] and a mask, None without one.
+
+        Raises :class:`ContractError` for a value of another space.
+        """
+        mask = None
+        if self.masked:
+            if not isinstance(value, Mapping) or not {MASK, MASKED} <= value.keys():
+                raise ContractError(
+                    f"observation of {self.spec.name}: expected a dictionary of {MASKED} and {MASK}, got "
+                    f"{sorted(value) if isinstance(value, Mapping) else type(value).__name__}"
+                )
+            value, mask = value[MASKED], value[MASK]
+        return flatten(self.observed, value, f"observation of {self.spec.name}"), mask
+
+    def action(self, action: Any) -> Any:
+        """Map an action of the team to one of the space."""
+        if self.spec.action.kind == "discrete":
+            return int(action) + int(self.acted.start)
+        box = self.acted
+        low, high = box.low.reshape(-1).astype(np.float64), box.high.reshape(-1).astype(np.float64)
+        scaled = low + (high - low) * (np.asarray(action, np.float64) + 1.0) / 2.0
+        return np.clip(scaled, low, high).reshape(box.shape).astype(box.dtype)
+
+
+def flat_size(space: Any, what: str) -> int:
+    """Return the length of a space's values as vectors. Raises :class:`PluginError` where they are none."""
+    spaces = _gymnasium()
+    if not isinstance(space, spaces.Space):
+        raise PluginError(
+            f"{what}: expected one of gymnasium.spaces, got {space!r}: or give the environment a `spec`, a TeamSpec"
+        )
+    if not space.is_np_flattenable or (size := spaces.flatdim(space)) < 1:
+        raise PluginError(f"{what}: expected a space that flattens to a vector, got {space}")
+    return int(size)
+
+
+def flatten(space: Any, value: Any, what: str) -> NDArray[Any]:
+    """Flatten a value of a space. Raises :class:`ContractError` for one that is not of the space."""
+    spaces = _gymnasium()
+    if isinstance(space, spaces.Box):  # as it is: Gymnasium would give it the Box's type without a word
+        values = np.asarray(value)
+        if values.shape == space.shape:
+            return values.reshape(-1)
+        raise ContractError(
+            f"{what}: expected shape {list(space.shape)}, got "
+            f"{list(values.shape) if values.dtype != object else type(value).__name__}"
+        )
+    if not space.contains(value):
+        raise ContractError(f"{what}: expected a value of {space}, got {value!r}")
+    flat: NDArray[Any] = spaces.flatten(space, value)
+    return flat
+
+
+def _action_spec(space: Any, what: str) -> ActionSpec:
+    spaces = _gymnasium()
+    if isinstance(space, spaces.Discrete):
+        return ActionSpec("discrete", int(space.n))
+    if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+        raise PluginError(
+            f"{what}: expected a Box of floats or a Discrete, got {space}: give the agent one vector, or one "
+            "choice among all combinations"
+        )
+    if not (
+        np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()
+    ):
+        raise PluginError(f"{what}: expected finite bounds with low < high in every entry, got {space}")
+    return ActionSpec("continuous", int(np.prod(space.shape)))
+
+
+def _space(source: Any, kind: str, name: str) -> Any:
+    """Return a space by PettingZoo's attribute of all agents, or by its method, which may warn of a missing one."""
+    every = getattr(source, f"{kind}_spaces", None)
+    if isinstance(every, Mapping) and name in every:
+        return every[name]
+    return getattr(source, f"{kind}_space")(name)
+
+
+def _gymnasium() -> Any:
+    try:
+        from gymnasium import spaces
+    except ImportError as error:
+        raise MissingExtraError("gymnasium", "pettingzoo") from error
+    return spaces
