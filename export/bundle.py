@@ -10,9 +10,9 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,10 +34,11 @@ from omcda_deploy.bundle import (
     output_names,
     read_bundle,
 )
+from omcda_deploy.claims import claimed
 from omcda_deploy.errors import BundleError, ConfigError
 from omcda_deploy.export.graph import PolicyGraph
 from omcda_deploy.export.parity import check_parity, parity_samples
-from omcda_deploy.files import sha256
+from omcda_deploy.files import atomic_folder, folder_of, probe, refusal, sha256
 from omcda_deploy.guard import DataReference
 from omcda_deploy.spec import TeamSpec
 
@@ -68,11 +69,12 @@ def export_bundle(
     entries first and padding behind them. ``action_masks`` [M, N, A]: their masks, for discrete actions.
     ``budgets`` and ``alphas``: d_i (nats) and alpha_i per agent, or None. ``provenance``: JSON values, passed on.
 
-    Raises :class:`BundleError` when ``out`` exists, :class:`ConfigError` for arguments that do not fit the spec,
+    Raises :class:`BundleError` when ``out`` exists or cannot be written, :class:`ConfigError` for arguments that do
+    not fit the spec and while another process writes ``out``,
     :class:`ExportError` when the exported graphs do not reproduce the actors.
     """
-    if os.path.lexists(out):
-        raise BundleError(f"{out} exists already: choose another --out, or remove it first")
+    out = Path(out).absolute()
+    _require_new(out)
     if divergence_kind not in get_args(DivergenceKind):
         raise ConfigError(
             f"divergence_kind: expected one of {', '.join(get_args(DivergenceKind))}, got {divergence_kind!r}"
@@ -85,10 +87,7 @@ def export_bundle(
     samples = parity_samples(spec, observations, action_masks)
     graphs = _build_graphs(spec, policy, behavior, divergence_kind)
 
-    out = Path(out).absolute()
-    anchor = next(parent for parent in out.parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=anchor) as scratch:
-        folder = Path(scratch) / out.name  # the scratch folder is private to this user, its subfolder is not
+    with _new_bundle(out) as folder:
         for name, graph in graphs.items():
             _write_model(graph, spec, name, folder)
         parity = check_parity(spec, graphs, folder, samples)
@@ -117,9 +116,29 @@ def export_bundle(
         }
         _write_manifest(folder, manifest)
         read_bundle(folder)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(out)
     return read_bundle(out)
+
+
+def _require_new(out: Path) -> None:
+    """Raise :class:`BundleError` where ``out`` exists or cannot be written."""
+    if os.path.lexists(out):
+        raise BundleError(f"{out} exists already: choose another --out, or remove it first")
+    try:
+        probe(out)
+    except OSError as error:
+        raise BundleError(f"{out} cannot be written {refusal(error)}") from error
+
+
+@contextmanager
+def _new_bundle(out: Path) -> Iterator[Path]:
+    """Yield the folder that becomes the bundle ``out``, which no other process exports to meanwhile."""
+    try:
+        with folder_of(out), claimed(out):
+            _require_new(out)  # another process may have exported it since the first look
+            with atomic_folder(out) as folder:
+                yield folder
+    except OSError as error:
+        raise BundleError(f"{out} cannot be written {refusal(error)}") from error
 
 
 def _build_graphs(

@@ -1,12 +1,11 @@
-"""Allocation of a total divergence budget to agents, and the dual that finds each agent's price.
+"""Allocation of a total divergence budget to agents.
 
-Source: docs/derivation.md#allocation and docs/derivation.md#dual (the influence and the dual are the paper's; least
-shares, warm-up and bounds are this project's). Budgets and divergences are in nats.
+Source: docs/derivation.md#allocation (the softmax of the influence is the paper's; least shares and the
+accumulation of influence are this project's). Budgets and divergences are in nats.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,24 @@ from torch import Tensor
 from omcda_deploy.errors import ConfigError
 
 MIN_SHARE = 0.05  # every agent's least share of the total, before renormalising
+ACCUMULATED_MIN_SHARE = 0.01
+_STEP = 0.05  # of log shares under `accumulated`, per measurement
 _EPS = 1e-12
-_BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8  # of the dual's Adam, as torch's
 
 
 def influence_shares(influence: Tensor, temperature: float | Tensor) -> Tensor:
     """Return ``softmax(m / T)`` with the least share applied: [..., N] -> [..., N], sums to 1."""
     return _bounded(torch.softmax(influence / temperature, dim=-1))
+
+
+def accumulated_shares(shares: Tensor, influence: Tensor) -> Tensor:
+    """Return shares [..., N] after a step of mirror ascent along ``influence`` [..., N], relative to its mean size.
+
+    It rests where all m_i are equal, as they are where the budget is best split. A softmax of the present m_i
+    answers 1/N there, and so rests elsewhere.
+    """
+    moved = shares * torch.exp(_STEP * (influence - 1.0))
+    return _bounded(moved / moved.sum(-1, keepdim=True), ACCUMULATED_MIN_SHARE)
 
 
 def uniform_shares(agents: int) -> Tensor:
@@ -38,8 +48,8 @@ def random_shares(agents: int, seed: int) -> Tensor:
     return _bounded(torch.tensor(shares, dtype=torch.float32))
 
 
-def _bounded(shares: Tensor) -> Tensor:
-    shares = shares.clamp_min(MIN_SHARE)
+def _bounded(shares: Tensor, least: float = MIN_SHARE) -> Tensor:
+    shares = shares.clamp_min(least)
     return shares / shares.sum(-1, keepdim=True)
 
 
@@ -47,17 +57,29 @@ def _bounded(shares: Tensor) -> Tensor:
 class Strategy:
     """A rule of allocation.
 
-    With ``follows_influence`` shares move with m_i. With ``single_price`` all agents have one alpha, and only the
-    sum of their divergences is held.
+    With ``single_price`` all agents have one alpha, and only the sum of their divergences is held.
     """
 
     initial: Callable[[int, int], Tensor]  # (agents, seed) -> shares [N]
-    follows_influence: bool = False
+    # (shares [R, N], relative influence [R, N], temperature [R, 1]) -> shares; None: they never move
+    moved: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     single_price: bool = False
+
+    @property
+    def follows_influence(self) -> bool:
+        """True where shares move with m_i."""
+        return self.moved is not None
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "influence": Strategy(lambda agents, seed: uniform_shares(agents), follows_influence=True),
+    "influence": Strategy(
+        lambda agents, seed: uniform_shares(agents),
+        lambda shares, influence, temperature: influence_shares(influence, temperature),
+    ),
+    "accumulated": Strategy(
+        lambda agents, seed: uniform_shares(agents),
+        lambda shares, influence, temperature: accumulated_shares(shares, influence),
+    ),
     "uniform": Strategy(lambda agents, seed: uniform_shares(agents)),
     "random": Strategy(random_shares),
     "optimal": Strategy(lambda agents, seed: uniform_shares(agents), single_price=True),
@@ -84,7 +106,10 @@ class Allocation:
         self.strategies = [STRATEGIES[strategy] for strategy in strategies]
         self.d_tot, self._temperature, self._decay = d_tot, temperature, decay
         device = d_tot.device
-        self._follows = torch.tensor([[s.follows_influence] for s in self.strategies], device=device)
+        self._rows = {
+            name: torch.tensor([[other == name] for other in strategies], device=device)
+            for name in dict.fromkeys(strategies)
+        }
         self.shares = torch.stack(
             [s.initial(agents, seed) for s, seed in zip(self.strategies, seeds, strict=True)]
         ).to(device)
@@ -109,8 +134,11 @@ class Allocation:
         # With next to no divergence m_i is a ratio of two noises.
         self.released = self.released | (divergence.sum(1, keepdim=True) > 0.01 * self.d_tot)
         # Numerator and scale carry the same weight of the average, so the bias correction cancels.
-        shares = influence_shares(self.influence / (self._scale + _EPS), self._temperature)
-        self.shares = torch.where(self._follows & self.released, shares, self.shares)
+        relative = self.influence / (self._scale + _EPS)
+        for name, rows in self._rows.items():
+            if moved := STRATEGIES[name].moved:
+                shares = moved(self.shares, relative, self._temperature)
+                self.shares = torch.where(rows & self.released, shares, self.shares)
 
     @property
     def mean_influence(self) -> Tensor:
@@ -137,71 +165,3 @@ class Allocation:
         self.shares, self.influence = rows("shares"), rows("influence")
         self._scale, self.released = rows("scale").unsqueeze(1), rows("released").unsqueeze(1)
         self._weight = states[0]["weight"]
-
-
-class Dual:
-    """``min_alpha alpha_i (d_i - KL_i)`` by Adam on log alpha, for R runs: a KL above the budget raises alpha_i.
-
-    A run under ``single_price`` has one alpha for all agents, ``min alpha (d_tot - sum_i KL_i)``. A run's dual
-    begins when its reward critic has settled; until then its alpha and its moments stand still.
-    """
-
-    def __init__(self, agents: int, alpha0: Tensor, lr: float, *, single_price: Sequence[bool]) -> None:
-        """``alpha0`` [R, 1]; ``single_price``: one flag per run."""
-        self.low, self.high = alpha0 / 200.0, 5.0 * alpha0
-        self._lr = lr
-        self._single = torch.tensor([[flag] for flag in single_price], device=alpha0.device)
-        self.log_alpha = alpha0.log().expand(-1, agents).clone()
-        self._mean, self._square = torch.zeros_like(self.log_alpha), torch.zeros_like(self.log_alpha)
-        self._steps = torch.zeros_like(alpha0)
-
-    @property
-    def alpha(self) -> Tensor:
-        """alpha_i [R, N]."""
-        return self.log_alpha.exp()
-
-    @property
-    def at_bound(self) -> Tensor:
-        """[R, N] bool: the budget is unattainable (low) or below the noise (high)."""
-        alpha = self.alpha
-        return (alpha <= self.low * (1 + 1e-4)) | (alpha >= self.high * (1 - 1e-4))
-
-    def descend(self, budgets: Tensor, divergence: Tensor, active: Tensor) -> Tensor:
-        """Take one step of the ``active`` [R] runs on the batch means ``divergence`` [R, N]; return L_alpha [R]."""
-        moving = active.unsqueeze(1)
-        gap = budgets - divergence
-        gap = torch.where(self._single, gap.sum(1, keepdim=True).expand_as(gap), gap)
-        alpha = self.alpha
-        terms = alpha * gap
-        loss = torch.where(self._single[:, 0], terms[:, 0], terms.sum(1))
-        gradient = terms  # d/d log alpha
-        self._steps = self._steps + moving
-        self._mean = torch.where(moving, torch.lerp(self._mean, gradient, 1.0 - _BETA1), self._mean)
-        square = _BETA2 * self._square + (1.0 - _BETA2) * gradient * gradient
-        self._square = torch.where(moving, square, self._square)
-        steps = self._steps.clamp_min(1.0)
-        mean = self._mean / -torch.expm1(steps * math.log(_BETA1))
-        deviation = (self._square / -torch.expm1(steps * math.log(_BETA2))).sqrt() + _ADAM_EPS
-        moved = self.log_alpha - self._lr * mean / deviation
-        moved = torch.maximum(torch.minimum(moved, self.high.log()), self.low.log())
-        self.log_alpha = torch.where(moving, moved, self.log_alpha)
-        return loss
-
-    def state_dict(self, run: int) -> dict[str, Any]:
-        """The state of one run, in the form of ``torch.optim.Adam`` over its own prices."""
-        width = 1 if bool(self._single[run]) else self.log_alpha.shape[1]
-        moments = {
-            "step": self._steps[run, 0].clone(),
-            "exp_avg": self._mean[run, :width].clone(),
-            "exp_avg_sq": self._square[run, :width].clone(),
-        }
-        return {"log_alpha": self.log_alpha[run, :width].clone(), "optimizer": {"state": {0: moments}}}
-
-    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Load the states of all runs, in their order."""
-        for run, state in enumerate(states):
-            self.log_alpha[run] = state["log_alpha"]
-            moments = state["optimizer"]["state"].get(0)
-            if moments:
-                self._steps[run] = moments["step"]
-                self._mean[run], self._square[run] = moments["exp_avg"], moments["exp_avg_sq"]

@@ -19,9 +19,12 @@ from omcda_deploy.training.losses import atanh_action, gaussian_log_prob
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from omcda_deploy.datasets import Dataset
+    from omcda_deploy.datasets import Dataset, Float
 
 _BLOCK = 256  # steps whose indices are drawn at once: one generator per block, not per step
+_TAIL = 200  # transitions whose mean reward goes on after a time limit
+_CONSTANT = 1e-4  # deviation below which an entry of the state tells nothing
+_WIDEST = 3.0  # deviations
 _CHUNK = 4096  # rows of a dataset that the behaviour model sees at once
 
 
@@ -43,6 +46,8 @@ class Batch:
     next_action_known: Tensor  # [R, B], 0 where the next row is its episode's last, in which nobody acted
     mask: Tensor | None  # uint8 [R, B, N, A], discrete tasks
     next_mask: Tensor | None
+    return_to_go: Tensor  # [R, B] discounted, recorded; see :func:`returns_to_go`
+    return_range: Tensor  # [R, 2]: the least and the largest of the dataset's
     # First rows of B episodes, each as likely as another; None: every row counts as one.
     initial_observation: Tensor | None  # [R, B, N, O]
     initial_state: Tensor | None  # [R, B, S]
@@ -67,35 +72,84 @@ class Batch:
         if isinstance(policy, Categorical):
             return policy.log_prob(self.action)
         if self.u is None or self.log_jacobian is None:
-            self.u, self.log_jacobian = atanh_action(self.action)
-        return gaussian_log_prob(self.u, policy.mean, policy.log_std) - self.log_jacobian
+            self.u, self.log_jacobian = atanh_action(self.action, policy.padding)
+        return gaussian_log_prob(self.u, policy.mean, policy.log_std, policy.padding) - self.log_jacobian
 
 
-class BehaviorTable:
-    """The parameters of pi_b at every row of a dataset: it is frozen, so they are computed once for all steps."""
+class DistributionTable:
+    """A policy's distributions at every row of a dataset: where it is frozen, they are computed once for all."""
 
-    def __init__(self, behavior: nn.Module, observations: Tensor, masks: Tensor | None) -> None:
+    def __init__(self, whole: Distribution) -> None:
+        self._whole = whole
+
+    @classmethod
+    def of(cls, actor: nn.Module, observations: Tensor, masks: Tensor | None) -> DistributionTable:
+        """The distributions of ``actor``, of one run, at ``observations`` [rows, N, O]."""
         with torch.no_grad():
             parts = [
-                policy_of(behavior, observations[rows], None if masks is None else masks[rows])
+                policy_of(actor, observations[rows], None if masks is None else masks[rows])
                 for rows in (slice(first, first + _CHUNK) for first in range(0, len(observations), _CHUNK))
             ]
-        self._whole: Distribution
         if masks is None:
             gaussians = [part for part in parts if isinstance(part, TanhGaussian)]
-            self._whole = TanhGaussian(
-                torch.cat([part.mean for part in gaussians]), torch.cat([part.log_std for part in gaussians])
+            return cls(
+                TanhGaussian(
+                    torch.cat([part.mean for part in gaussians]),
+                    torch.cat([part.log_std for part in gaussians]),
+                    gaussians[0].padding,
+                )
             )
-        else:
-            self._whole = Categorical(
-                torch.cat([part.log_probs for part in parts if isinstance(part, Categorical)])
-            )
+        return cls(
+            Categorical(torch.cat([part.log_probs for part in parts if isinstance(part, Categorical)]))
+        )
 
     def at(self, rows: Tensor) -> Distribution:
-        """pi_b at ``rows`` [R, B]."""
+        """The distributions at ``rows`` [...]."""
         if isinstance(self._whole, TanhGaussian):
-            return TanhGaussian(self._whole.mean[rows], self._whole.log_std[rows])
+            whole = self._whole
+            return TanhGaussian(whole.mean[rows], whole.log_std[rows], whole.padding)
         return Categorical(self._whole.log_probs[rows])
+
+
+def episode_of(dataset: Dataset) -> NDArray[np.int64]:
+    """Return the number of each transition's episode, [M]; a tail that is never closed counts to the last."""
+    numbers: NDArray[np.int64] = np.searchsorted(dataset.episode_start, dataset.transitions, side="right") - 1
+    return numbers
+
+
+def returns_to_go(
+    dataset: Dataset, gamma: float, time_limit_is_terminal: bool = False
+) -> NDArray[np.float64]:
+    """Return the discounted sum of recorded rewards from each transition on, [M].
+
+    An episode that a time limit cut goes on for ever at the mean reward of its last 200 transitions, unless the
+    limit counts as its end; so does a tail of rows that no closed episode covers.
+    """
+    rows = np.asarray(dataset.transitions, np.int64)
+    rewards = dataset.rewards[rows].astype(np.float64)
+    done = dataset.done(time_limit_is_terminal)
+    last = np.append(rows[1:] != rows[:-1] + 1, True)
+    values = np.empty(len(rows))
+    first = 0
+    for end in np.flatnonzero(last).tolist():
+        piece = rewards[first : end + 1]
+        value = 0.0 if done[end] else float(piece[-_TAIL:].mean()) / max(1.0 - gamma, 1e-3)
+        for at in range(len(piece) - 1, -1, -1):
+            value = piece[at] + gamma * value
+            values[first + at] = value
+        first = end + 1
+    return values
+
+
+def standardized(values: Float, rows: NDArray[np.int64]) -> Float:
+    """Return ``values`` [R, S] with mean 0 and deviation 1 over ``rows``, within [-3, 3].
+
+    Entries that hardly vary become 0.
+    """
+    mean, deviation = values[rows].mean(0, dtype=np.float64), values[rows].std(0, dtype=np.float64)
+    varies = deviation > _CONSTANT
+    scaled = np.where(varies, (values - mean) / np.where(varies, deviation, 1.0), 0.0)
+    return np.clip(scaled, -_WIDEST, _WIDEST).astype(np.float32)
 
 
 class TransitionSampler:
@@ -115,10 +169,13 @@ class TransitionSampler:
         device: str = "cpu",
         subset: NDArray[np.int64] | None = None,
         behavior: nn.Module | None = None,
+        gamma: float = 0.99,
+        standardize_states: bool = False,
     ) -> None:
         """``subset``: positions in ``dataset.transitions`` to draw from; all when None.
 
-        ``behavior``: the frozen pi_b, for batches that hold its distributions.
+        ``behavior``: the frozen pi_b, for batches that hold its distributions. ``gamma`` discounts returns-to-go.
+        ``standardize_states``: batches hold states as :func:`standardized` by the dataset's mean and deviation.
         """
         rows = np.asarray(dataset.transitions, np.int64)
         done = dataset.done(time_limit_is_terminal)
@@ -138,20 +195,36 @@ class TransitionSampler:
             if shared
             else torch.from_numpy(dataset.states).to(device)
         )
-        self._actions = torch.from_numpy(dataset.actions).to(device)
+        if standardize_states:
+            self._states = torch.from_numpy(standardized(dataset.states, dataset.transitions)).to(device)
+        self._actions = torch.from_numpy(dataset.spec.squashed(dataset.actions)).to(device)
         self._rewards = torch.from_numpy(dataset.rewards).to(device)
         masks = dataset.action_masks
         self._masks = None if masks is None else torch.from_numpy(masks).to(device)
         starts = dataset.episode_start if len(dataset.episode_start) else rows[:1]
         self._starts = torch.from_numpy(np.asarray(starts, np.int64)).to(device)
-        self._table = None if behavior is None else BehaviorTable(behavior, self._observations, self._masks)
+        self._table = (
+            None if behavior is None else DistributionTable.of(behavior, self._observations, self._masks)
+        )
+        self._dataset, self._gamma, self._time_limit_is_terminal = dataset, gamma, time_limit_is_terminal
+        self._subset = slice(None) if subset is None else subset
         self._device = device
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @cached_property
     def _atanh(self) -> tuple[Tensor, Tensor]:
         """The variable under the tanh and the log-Jacobian of every recorded action, once for all steps."""
-        return atanh_action(self._actions)
+        return atanh_action(self._actions)  # of padding, which is zero, both are zero
+
+    @cached_property
+    def _returns_to_go(self) -> Tensor:
+        """[M] of the transitions that are drawn from."""
+        values = returns_to_go(self._dataset, self._gamma, self._time_limit_is_terminal)
+        return torch.from_numpy(values.astype(np.float32)[self._subset]).to(self._device)
+
+    @cached_property
+    def _return_range(self) -> Tensor:
+        return torch.stack(self._returns_to_go.aminmax())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -166,6 +239,10 @@ class TransitionSampler:
             ]
             self._block = (block, torch.from_numpy(np.stack(draws, axis=1)).to(self._device))
         return self.gather(self._block[1][offset])
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """The dataset's rows of the transitions at ``positions``."""
+        return self._rows[positions]
 
     def gather(self, positions: Tensor) -> Batch:
         """The transitions at ``positions`` int64 [R, B]."""
@@ -192,6 +269,8 @@ class TransitionSampler:
             next_action_known=take(self._followed, positions),
             mask=take(self._masks, rows),
             next_mask=take(self._masks, following),
+            return_to_go=lambda: self._returns_to_go[positions],
+            return_range=lambda: self._return_range.expand(len(positions), -1),
             initial_observation=first(self._observations),
             initial_state=first(self._states),
             behavior=None if table is None else lambda: table.at(rows),

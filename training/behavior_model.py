@@ -9,7 +9,6 @@ Source: docs/baselines.md#behaviour-model.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,10 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from omcda_deploy.files import cache_folder
-from omcda_deploy.training.batches import TransitionSampler
+from omcda_deploy import formatting
+from omcda_deploy.errors import DatasetError
+from omcda_deploy.files import cached, refusal
+from omcda_deploy.training.batches import TransitionSampler, episode_of
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.distributions import policy_of
 from omcda_deploy.training.fleet import mean_per_run, run_state
@@ -69,19 +71,17 @@ def behavior_model(
 
     ``progress`` is called with (step, steps, held-out negative log-likelihood per agent and step, nats).
     """
-    path = cache_folder() / "behavior" / f"{config.key(dataset)}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs that start together on one dataset wait here for the first, which clones for all of them. The system
-    # drops the lock of a process that is killed.
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with cached(f"behavior/{config.key(dataset)}.pt") as path:
         if path.is_file():
             state = load_state(path)
             model = NetworkFactory(dataset.spec, config.hidden).actor()
             model.load_state_dict(state["model"])
             return model.to(device), state["report"]
         model, report = fit(dataset, config, device=device, progress=progress)
-        save_state(path, {"model": model.state_dict(), "report": report})
+        try:
+            save_state(path, {"model": model.state_dict(), "report": report})
+        except OSError as error:  # this run has it all the same
+            log.warning("%s is not kept for other runs, as it cannot be written %s", path, refusal(error))
     return model, report
 
 
@@ -90,10 +90,14 @@ def fit(
     config: BehaviorConfig,
     *,
     device: str = "cpu",
+    subset: NDArray[np.int64] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Clone the behaviour policy; return the model with the best held-out likelihood, and a report."""
-    train, held_out = _split(dataset, config)
+    """Clone the behaviour policy; return the model with the best held-out likelihood, and a report.
+
+    ``subset``: positions in ``dataset.transitions`` that alone are seen; all when None.
+    """
+    train, held_out = _split(dataset, config, subset)
     seeds = (config.seed,)
     model = NetworkFactory(dataset.spec, config.hidden, seeds).actor().to(device)  # a fleet of one
     optimizer = JointOptimizer([Group(parameters_of(model), config.lr)], grad_clip=1.0, modules={})
@@ -127,13 +131,20 @@ def fit(
     return clone, report
 
 
-def _split(dataset: Dataset, config: BehaviorConfig) -> tuple[Any, Any]:
+def _split(
+    dataset: Dataset, config: BehaviorConfig, subset: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split positions of transitions into trained and held out: by episode, or by transition where there is one."""
+    positions = np.arange(len(dataset.transitions)) if subset is None else subset
+    if len(positions) < 2:
+        raise DatasetError(
+            f"the dataset holds {formatting.count(len(positions), 'transition')} in all: expected at least 2, as "
+            "cloning learns from some and is measured on others: record more"
+        )
     generator = np.random.default_rng([config.seed, 1])
-    count = len(dataset.transitions)
-    episode = np.searchsorted(dataset.episode_start, dataset.transitions, side="right") - 1
-    groups = episode if episode[-1] > 0 else np.arange(count)
+    episode = episode_of(dataset)[positions]
+    groups = episode if episode[-1] > episode[0] else positions
     names = np.unique(groups)
     held_out = generator.choice(names, max(1, round(config.held_out * len(names))), replace=False)
     mask = np.isin(groups, held_out)
-    return np.flatnonzero(~mask), np.flatnonzero(mask)
+    return positions[~mask], positions[mask]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ from omcda_deploy.files import atomic
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` so that ``path`` holds either the old content or all of the new, even after a power cut."""
+    """Write ``state`` so that ``path`` holds either the old content or all of the new, even after a power cut.
+
+    Raises :class:`OSError` where it cannot be written.
+    """
+    content = io.BytesIO()  # torch itself reports a full disk as a RuntimeError without the reason
+    torch.save(state, content)
     with atomic(path, durable=True) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_state(path: Path) -> dict[str, Any]:

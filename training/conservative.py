@@ -74,9 +74,10 @@ def candidate_actions(
 def candidate_log_density(candidates: Tensor, policy: TanhGaussian, next_policy: TanhGaussian) -> Tensor:
     """Return log-densities [R, 3·count, B, N] of :func:`candidate_actions`, each under its own distribution."""
     uniform, present, following = candidates.chunk(3, 1)
-    flat = uniform.new_full(uniform.shape[:-1], -uniform.shape[-1] * math.log(2.0))
+    sizes = uniform.shape[-1] if policy.padding is None else (~policy.padding).sum(-1)
+    flat = uniform.new_zeros(uniform.shape[:-1]) - sizes * math.log(2.0)
     densities = [
-        tanh_gaussian_log_prob(actions, own.mean.unsqueeze(1), own.log_std.unsqueeze(1))
+        tanh_gaussian_log_prob(actions, own.mean.unsqueeze(1), own.log_std.unsqueeze(1), own.padding)
         for actions, own in ((present, policy), (following, next_policy))
     ]
     return torch.cat((flat, *densities), 1)

@@ -17,14 +17,15 @@ from omcda_deploy.training.losses import categorical_kl, gaussian_kl, tanh_gauss
 
 @dataclass(frozen=True)
 class TanhGaussian:
-    """``a = tanh(u)``, ``u ~ N(mean, exp(log_std))``; both [..., B, N, A]."""
+    """``a = tanh(u)``, ``u ~ N(mean, exp(log_std))``; both [..., B, N, A]; ``padding`` [N, A] counts nowhere."""
 
     mean: Tensor
     log_std: Tensor
+    padding: Tensor | None = None
 
     def log_prob(self, action: Tensor) -> Tensor:
         """Return log-densities [..., B, N] of actions [..., B, N, A] in [-1, 1]."""
-        return tanh_gaussian_log_prob(action, self.mean, self.log_std)
+        return tanh_gaussian_log_prob(action, self.mean, self.log_std, self.padding)
 
     def sample(self, count: int, noise: Noise) -> Tensor:
         """Draw reparameterised actions [R, K, B, N, A], ``count`` per state."""
@@ -33,7 +34,7 @@ class TanhGaussian:
 
     def kl(self, other: TanhGaussian) -> Tensor:
         """Return ``KL(self || other)`` [..., B, N], nats, in closed form."""
-        return gaussian_kl(self.mean, self.log_std, other.mean, other.log_std)
+        return gaussian_kl(self.mean, self.log_std, other.mean, other.log_std, self.padding)
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,16 @@ class Categorical:
 Distribution: TypeAlias = TanhGaussian | Categorical
 
 
+def gaussian_of(actor: nn.Module, observation: Tensor) -> TanhGaussian:
+    """Return a continuous actor's distributions at ``observation`` [..., B, N, O]."""
+    mean, log_std = actor(observation)
+    return TanhGaussian(mean, log_std, getattr(actor, "padding", None))
+
+
 def policy_of(actor: nn.Module, observation: Tensor, mask: Tensor | None) -> Distribution:
     """Return an actor's distributions at ``observation`` [..., B, N, O]; categorical with a mask [..., B, N, A]."""
     if mask is None:
-        return TanhGaussian(*actor(observation))
+        return gaussian_of(actor, observation)
     return Categorical(actor(observation, mask))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from omcda_deploy.plugins import CurveSection, Estimate, TrainingCurve
+from omcda_deploy.training.actions import clear
 from omcda_deploy.training.distributions import Categorical, Distribution, TanhGaussian
 from omcda_deploy.training.fleet import Noise, batch_mean
 
@@ -95,7 +96,10 @@ def influence(policy: Distribution, behavior: Distribution, value_gradient: Grad
     if isinstance(policy, TanhGaussian):
         assert isinstance(behavior, TanhGaussian)
         variance, variance_b = torch.exp(2 * policy.log_std), torch.exp(2 * behavior.log_std)
-        kl_gradients = ((policy.mean - behavior.mean) / variance_b, variance / variance_b - 1.0)
+        kl_gradients = (
+            clear((policy.mean - behavior.mean) / variance_b, policy.padding),
+            clear(variance / variance_b - 1.0, policy.padding),
+        )
         inverse_fisher = (variance, torch.full_like(variance, 0.5)) if metric == "fisher" else None
         return _ratio(value_gradient, kl_gradients, inverse_fisher)
     assert isinstance(behavior, Categorical)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,12 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omcda_deploy.datasets import DIGEST_VERSION
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.files import atomic_folder, folder_of, refusal, require_writable
 from omcda_deploy.plugins import per_run_settings
+from omcda_deploy.references import require_trusted
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.batches import TransitionSampler
 from omcda_deploy.training.behavior_model import behavior_model
+from omcda_deploy.training.budget import LEAST_BUDGET, BudgetChoice, cached_choice
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.member import Member
 from omcda_deploy.training.metrics import DivergedError, Window
@@ -76,8 +79,6 @@ def train_fleet(
     torch.set_num_threads(request.threads)
     observer.started(dataset.spec, request.algorithm, request.steps, plan.recipe)
     folders = [out for _, out in runs]
-    for out in folders:
-        out.parent.mkdir(parents=True, exist_ok=True)
     with _locks(folders):
         for out in folders:
             if out.exists():  # another process created it meanwhile
@@ -86,27 +87,30 @@ def train_fleet(
             dataset, plan.behavior, device=request.device, progress=observer.cloning
         )
         for plan, out in zip(plans, folders, strict=True):
-            _create(dataset, model, _run_config(dataset, plan, dataset_path, report), out)
+            plan, choice = _with_budget(dataset, plan, observer)
+            try:
+                _create(dataset, model, _run_config(dataset, plan, dataset_path, report, choice), out)
+            except OSError as error:
+                raise ConfigError(f"{out} cannot be written {refusal(error)}") from error
         _train_on(dataset, folders, observer, request.evaluate_every)
 
 
 @contextmanager
 def _locks(runs: Sequence[Path]) -> Iterator[None]:
-    """Hold the locks of all runs."""
+    """Hold the locks of all runs, and make the folders above them."""
     with ExitStack() as stack:
         for run in runs:
+            stack.enter_context(folder_of(run))
             stack.enter_context(run_lock(run))
         yield
 
 
 def _create(dataset: Dataset, model: nn.Module, config: RunConfig, out: Path) -> None:
     """Write a run folder of step 0, which appears whole."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        run = Path(scratch) / out.name  # the scratch folder itself is private to this user
-        (run / POLICIES).mkdir(parents=True)
+    with atomic_folder(out) as run:
+        (run / POLICIES).mkdir()
         save_state(run / BEHAVIOR, {"model": model.state_dict(), **_parity_rows(dataset)})
         write_config(run, config)
-        run.rename(out)
 
 
 def resume_fleet(
@@ -126,10 +130,15 @@ def resume_fleet(
     configs = [read_config(run) for run in runs]
     for run, config in zip(runs, configs, strict=True):
         check_evaluation(evaluate_every, config.snapshot_every)
-        if dataset.digest != config.dataset_digest:
+        if evaluate_every is not None:
+            require_trusted(config.spec.task)
+        if not config.began_with(dataset.digests):
+            begun, got = config.dataset_digest, dataset.digest
+            if begun == got:  # of version 1, which does not cover what differs
+                begun, got = config.dataset_content, dataset.digests[DIGEST_VERSION]
             raise ConfigError(
-                f"{run} was trained on a dataset of digest {config.dataset_digest[:12]}…, got "
-                f"{dataset.digest[:12]}…: resume with the dataset it began with"
+                f"{run} was trained on a dataset of digest {begun[:12]}…, got {got[:12]}…: resume with the dataset "
+                "it began with"
             )
     require_one_fleet(configs, runs)
     config = configs[0]
@@ -141,10 +150,11 @@ def resume_fleet(
 
 
 def require_new(out: Path) -> None:
-    """Raise :class:`ConfigError` where ``out`` exists; the message says so where a process trains it."""
+    """Raise :class:`ConfigError` where ``out`` exists, is being trained or cannot be written, and say which."""
     if out.exists():
         require_unlocked(out)
         raise _exists(out)
+    require_writable(out)
 
 
 def _exists(out: Path) -> ConfigError:
@@ -160,7 +170,7 @@ def fleet_key(config: RunConfig) -> str:
     fields = {
         name: value
         for name, value in dataclasses.asdict(config).items()
-        if name not in ("seed", "settings", "versions", "dataset")
+        if name not in ("seed", "settings", "versions", "dataset", "budget")
     }
     return json.dumps([shared, fields], sort_keys=True)
 
@@ -176,7 +186,25 @@ def require_one_fleet(configs: Sequence[RunConfig], runs: Sequence[Path]) -> Non
             )
 
 
-def _run_config(dataset: Dataset, plan: ResolvedRun, dataset_path: str, report: dict[str, Any]) -> RunConfig:
+def _with_budget(
+    dataset: Dataset, plan: ResolvedRun, observer: TrainObserver
+) -> tuple[ResolvedRun, BudgetChoice | None]:
+    """Choose d_tot from the dataset where the request leaves it to that; where nothing is supported, clone."""
+    if not plan.chooses_budget:
+        return plan, None
+    choice = cached_choice(dataset, plan.search, observer.choosing)
+    observer.chosen(choice.advice)
+    config = dataclasses.replace(plan.config, d_tot=choice.d_tot or LEAST_BUDGET)
+    return dataclasses.replace(plan, config=config), choice
+
+
+def _run_config(
+    dataset: Dataset,
+    plan: ResolvedRun,
+    dataset_path: str,
+    report: dict[str, Any],
+    choice: BudgetChoice | None = None,
+) -> RunConfig:
     request = plan.request
     return RunConfig(
         algorithm=request.algorithm,
@@ -191,9 +219,11 @@ def _run_config(dataset: Dataset, plan: ResolvedRun, dataset_path: str, report: 
         snapshot_every=request.kept_every,
         dataset=dataset_path,
         dataset_digest=dataset.digest,
+        dataset_content=dataset.digests[DIGEST_VERSION],
         behavior=report,
         team=dataset.spec.to_json(),
         versions=versions(),
+        budget=None if choice is None else choice.to_json(),
     )
 
 
@@ -207,7 +237,14 @@ def _train_on(
         by_step.setdefault(member.step, []).append(member)
     for step, group in sorted(by_step.items()):
         if step < group[0].config.steps:
-            _train_together(dataset, group, observer)
+            try:
+                _train_together(dataset, group, observer)
+            except OSError as error:
+                folder = runs[0] if len(runs) == 1 else runs[0].parent
+                raise ConfigError(
+                    f"training stopped, as {folder} cannot be written ({error.strerror}): correct that, then "
+                    f"continue from the last checkpoint with  train --resume {folder}"
+                ) from error
     for member in members:
         member.wait()
     failures = [f"{member.run}: {member.failure}" for member in members if member.failure]
@@ -231,6 +268,8 @@ def _train_together(dataset: Dataset, members: Sequence[Member], observer: Train
         time_limit_is_terminal=config.time_limit_is_terminal,
         device=config.device,
         behavior=behavior,
+        gamma=config.settings.get("gamma", 0.99),
+        standardize_states=config.settings.get("standardize_states", False),
     )
     window = Window(config.spec.names)
     started = perf_counter()

@@ -1,6 +1,7 @@
 """Densities and divergences of the two policy families, and formulas that several algorithms share.
 
-Shapes as in :mod:`omcda_deploy.training.networks`. Source: docs/baselines.md#densities-and-divergences.
+Shapes as in :mod:`omcda_deploy.training.networks`, ``padding`` as in :mod:`omcda_deploy.training.actions`. Source:
+docs/baselines.md#densities-and-divergences.
 
 atanh, softplus and ELU are written with elementary functions: torch's own round the last numbers of a tensor
 differently from the others, and which numbers are the last depends on the number of runs.
@@ -13,21 +14,23 @@ import math
 import torch
 from torch import Tensor
 
+from omcda_deploy.training.actions import clear, entry_sum
+
 ACTION_LIMIT = 1.0 - 1e-6  # float32 actions nearer to +-1 have atanh values that are all rounding
 _HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
 
 
-def atanh_action(action: Tensor) -> tuple[Tensor, Tensor]:
+def atanh_action(action: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Map ``a -> (u, log|da/du|)``: the Gaussian variable under the tanh, and the summed log-Jacobian [...]."""
-    inside = action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+    inside = clear(action, padding).clamp(-ACTION_LIMIT, ACTION_LIMIT)
     u = 0.5 * (torch.log1p(inside) - torch.log1p(-inside))  # atanh
-    return u, tanh_log_jacobian(u)
+    return u, tanh_log_jacobian(u, padding)
 
 
-def tanh_log_jacobian(u: Tensor) -> Tensor:
+def tanh_log_jacobian(u: Tensor, padding: Tensor | None = None) -> Tensor:
     """Return ``log|d tanh(u)/du|`` summed over the last axis."""
     size = u.abs()  # in which it is even, so that its gradient at 0 is exactly 0
-    return (2.0 * (math.log(2.0) - size - torch.log1p(torch.exp(-2.0 * size)))).sum(-1)
+    return entry_sum(2.0 * (math.log(2.0) - size - torch.log1p(torch.exp(-2.0 * size))), padding)
 
 
 def elu(x: Tensor) -> Tensor:
@@ -35,25 +38,30 @@ def elu(x: Tensor) -> Tensor:
     return torch.relu(x) + torch.expm1(x.clamp_max(0.0))  # relu's gradient at 0 is 0: the sum's is 1
 
 
-def gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+def gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor, padding: Tensor | None = None) -> Tensor:
     """Return ``log N(u; mean, std)`` summed over the last axis."""
-    return (-0.5 * ((u - mean) * torch.exp(-log_std)).square() - log_std - _HALF_LOG_TAU).sum(-1)
+    terms = -0.5 * ((u - mean) * torch.exp(-log_std)).square() - log_std - _HALF_LOG_TAU
+    return entry_sum(terms, padding)
 
 
-def tanh_gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+def tanh_gaussian_log_prob(
+    action: Tensor, mean: Tensor, log_std: Tensor, padding: Tensor | None = None
+) -> Tensor:
     """Return ``log pi(a|o)`` [...] of a tanh-Gaussian for actions [..., A] in [-1, 1]."""
-    u, jacobian = atanh_action(action)
-    return gaussian_log_prob(u, mean, log_std) - jacobian
+    u, jacobian = atanh_action(action, padding)
+    return gaussian_log_prob(u, mean, log_std, padding) - jacobian
 
 
-def gaussian_kl(mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor) -> Tensor:
+def gaussian_kl(
+    mean: Tensor, log_std: Tensor, mean_b: Tensor, log_std_b: Tensor, padding: Tensor | None = None
+) -> Tensor:
     """Return ``KL(N(mean, std) || N(mean_b, std_b))`` summed over the last axis, nats.
 
     The tanh is a bijection, so this is also the KL of the two tanh-Gaussians.
     """
     ratio = torch.exp(2.0 * (log_std - log_std_b))
     distance = ((mean - mean_b) * torch.exp(-log_std_b)).square()
-    return (0.5 * (ratio + distance - 1.0) - (log_std - log_std_b)).sum(-1)
+    return entry_sum(0.5 * (ratio + distance - 1.0) - (log_std - log_std_b), padding)
 
 
 def categorical_kl(log_prob: Tensor, log_prob_b: Tensor) -> Tensor:

@@ -7,11 +7,18 @@ Source: docs/baselines.md#networks-and-mixers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from omcda_deploy.training.products import affine, product
+
+_BLOCK = 2**17  # hidden values at once: a few such blocks stay in the second-level cache of a core
+_RELU_BACKWARD = torch.ops.aten.threshold_backward.grad_input
+_SHARED = 2**14  # hidden values of one run, up to which calls cost more than arithmetic
 
 
 class Linear(nn.Linear):
@@ -49,11 +56,7 @@ class AgentMLP(nn.Module):
     def forward(self, x: Tensor, agent: int | None = None) -> Tensor:
         """Map ``[B, (N,) I] -> [B, (N,) outputs]``, or ``[R, B, N, I] -> [R, B, N, outputs]``."""
         if self.identity.ndim == 3:
-            first, second, last = self.first, self.second, self.last
-            output: Tensor = _StackedMLP.apply(  # type: ignore[no-untyped-call]
-                x, self.identity, first.weight, first.bias, second.weight, second.bias, last.weight, last.bias
-            )
-            return output
+            return self._stacked(x, None).squeeze(-2)
         # In place where autograd allows it: these layers are bound by memory traffic, not by arithmetic.
         if agent is None:
             hidden = self.first(x).add_(self.identity).relu_()
@@ -68,57 +71,47 @@ class AgentMLP(nn.Module):
         ``x`` [B, (N,) I - W], ``branches`` [K, B, (N,) W] or broadcastable -> [K, B, (N,) outputs]; or, with runs,
         ``x`` [R, B, N, I - W], ``branches`` [R, K, B, N, W] -> [R, K, B, N, outputs].
         """
-        known, first = x.shape[-1], self.first
         if self.identity.ndim == 3:
-            second, last = self.second, self.last
-            output: Tensor = _StackedBranches.apply(  # type: ignore[no-untyped-call]
-                x,
-                branches,
-                self.identity,
-                first.weight,
-                first.bias,
-                second.weight,
-                second.bias,
-                last.weight,
-                last.bias,
-            )
-            return output
+            return self._stacked(x, branches.movedim(1, 3).contiguous()).movedim(3, 1)
+        known, first = x.shape[-1], self.first
         identity = self.identity if agent is None else self.identity[agent]
         trunk = F.linear(x, first.weight[:, :known], first.bias) + identity
         hidden = (F.linear(branches, first.weight[:, known:]) + trunk).relu_()
         result: Tensor = self.last(self.second(hidden).relu_())
         return result
 
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a b`` run by run: [R, M, K], [R, K, N] -> [R, M, N].
-
-    A single run with N = 1 would take torch's matrix-vector path, whose sums differ in the last bit from those of
-    the same run in company; it is computed as two runs, so that a run's bits do not depend on R.
-    """
-    if len(a) == 1 and b.shape[-1] == 1:
-        return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
-    return torch.bmm(a, b)
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return ``x W^T + b`` run by run: [R, M, I], [R, H, I], [R, H] -> [R, M, H]."""
-    if weight.shape[1] == 1:
-        return product(x, weight.mT) + bias.unsqueeze(1)
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    def _stacked(self, x: Tensor, branches: Tensor | None) -> Tensor:
+        first, second, last = self.first, self.second, self.last
+        output: Tensor = _StackedMLP.apply(  # type: ignore[no-untyped-call]
+            torch.is_grad_enabled(),
+            x,
+            branches,
+            self.identity,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            last.weight,
+            last.bias,
+        )
+        return output
 
 
 class _StackedMLP(torch.autograd.Function):
-    """:class:`AgentMLP` of R runs with its backward written out.
+    """:class:`AgentMLP` of R runs, at x or at x joined with branches, with its backward written out.
 
-    Autograd's own keeps and walks twice as many intermediate results, which costs a fifth to a third of a step
-    (``omcda-deploy bench train``).
+    Autograd's own keeps and walks twice as many intermediate results. Layers are computed in blocks that stay in
+    the cache of a core: whole layers of many branches take many megabytes, and the memory for them costs more than
+    half as much as their products. The second is kept for the backward, and of the first what x adds to it:
+    branches are short, so their part is cheaper to compute again.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        keep: bool,
         x: Tensor,
+        branches: Tensor | None,
         identity: Tensor,
         w1: Tensor,
         b1: Tensor,
@@ -127,97 +120,100 @@ class _StackedMLP(torch.autograd.Function):
         w3: Tensor,
         b3: Tensor,
     ) -> Tensor:
-        runs, batch, agents, inputs = x.shape
-        rows = x.reshape(runs, batch * agents, inputs)
-        h1 = torch.bmm(rows, w1.mT)
-        h1.view(runs, batch, agents, -1).add_((identity + b1.unsqueeze(1)).unsqueeze(1)).relu_()
-        h2 = torch.bmm(h1, w2.mT).add_(b2.unsqueeze(1)).relu_()
-        ctx.save_for_backward(rows, h1, h2, w1, w2, w3)
-        ctx.sizes = (runs, batch, agents)
-        return affine(h2, w3, b3).view(runs, batch, agents, -1)
+        """Map ``x`` [R, B, N, I - W], ``branches`` [R, B, N, K, W] to [R, B, N, K, outputs]; without, K is 1."""
+        known, count = x.shape[-1], 1 if branches is None else branches.shape[3]
+        offset = (identity + b1.unsqueeze(1)).unsqueeze(1)
+        layers, outputs = [], []
+        for at in _blocks(x, count * w1.shape[1]):
+            run, states = at[0], x[at]
+            trunk = affine(states.flatten(-3, -2), w1[run, :, :known])
+            trunk.view(*states.shape[:-1], -1).add_(offset[run])
+            h1 = trunk.relu_() if branches is None else _branched(trunk, branches[at], w1[run, :, known:])
+            h2 = affine(h1, w2[run], b2[run], relu=True)
+            outputs.append(affine(h2, w3[run], b3[run]))
+            if keep:
+                layers += [trunk, h2]
+            del trunk, h1, h2  # the next block's take their place, which is in the cache
+        if keep:
+            ctx.save_for_backward(x, branches, w1, w2, w3, *layers)
+        return _joined(outputs, (*x.shape[:3], count, w3.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, h1, h2, w1, w2, w3 = ctx.saved_tensors
-        runs, batch, agents = ctx.sizes
-        d3 = gradient.reshape(runs, batch * agents, -1)
-        d2 = torch.bmm(d3, w3)
-        torch.ops.aten.threshold_backward.grad_input(d2, h2, 0, grad_input=d2)
-        d1 = torch.bmm(d2, w2)
-        torch.ops.aten.threshold_backward.grad_input(d1, h1, 0, grad_input=d1)
-        dx = product(d1, w1).view(runs, batch, agents, -1) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
-            return dx, None, None, None, None, None, None, None
-        identity = d1.view(runs, batch, agents, -1).sum(1)
-        return (
-            dx,
-            identity,
-            torch.bmm(d1.mT, rows),
-            identity.sum(1),
-            torch.bmm(d2.mT, h1),
-            d2.sum(1),
-            torch.bmm(d3.mT, h2),
-            d3.sum(1),
+        x, branches, w1, w2, w3, *layers = ctx.saved_tensors
+        known, agents = x.shape[-1], x.shape[2]
+        _, need_x, need_branches, *need_parameters = ctx.needs_input_grad
+        d_x: list[Tensor] = []
+        d_branches: list[Tensor] = []
+        d_parameters: list[list[Tensor]] = []  # of each run
+        for at, trunk, h2 in zip(
+            _blocks(x, gradient.shape[3] * w1.shape[1]), layers[::2], layers[1::2], strict=True
+        ):
+            run, d3 = at[0], gradient[at].flatten(-4, -2)
+            h1 = trunk if branches is None else _branched(trunk, branches[at], w1[run, :, known:])
+            d2 = _through_relu(product(d3, w3[run]), h2)
+            d1 = _through_relu(product(d2, w2[run]), h1)
+            d_trunk = d1 if branches is None else d1.view(*trunk.shape[:-1], -1, trunk.shape[-1]).sum(-2)
+            if need_branches:
+                d_branches.append(product(d1, w1[run, :, known:]))
+            if need_x:
+                d_x.append(product(d_trunk, w1[run, :, :known]))
+            if any(need_parameters):
+                d_w1 = product(x[at].flatten(-3, -2).mT, d_trunk)
+                if branches is not None:
+                    d_w1 = torch.cat((d_w1, product(branches[at].flatten(-4, -2).mT, d1)), -2)
+                d_identity = d_trunk.view(*x[at].shape[:-1], -1).sum(-3)
+                parts = [d_identity, d_w1, product(d2.mT, h1), d2.sum(-2), product(d3.mT, h2)]
+                if at[1].start:  # not the run's first block
+                    torch._foreach_add_(d_parameters[-1], parts)
+                else:
+                    d_parameters.append(parts)
+            del h1, d1, d2, d_trunk
+        inputs = (
+            _joined(d_x, x.shape) if need_x else None,
+            _joined(d_branches, branches.shape) if need_branches else None,
         )
-
-
-class _StackedBranches(torch.autograd.Function):
-    """:meth:`AgentMLP.branch` of R runs with its backward written out, as :class:`_StackedMLP`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        branches: Tensor,
-        identity: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        w3: Tensor,
-        b3: Tensor,
-    ) -> Tensor:
-        runs, batch, agents, known = x.shape
-        count, hidden = branches.shape[1], w1.shape[1]
-        rows, points = x.flatten(1, 2), branches.flatten(1, 3)
-        trunk = torch.bmm(rows, w1[..., :known].mT).view(runs, batch, agents, hidden)
-        trunk.add_((identity + b1.unsqueeze(1)).unsqueeze(1))
-        h1 = torch.bmm(points, w1[..., known:].mT)
-        h1.view(runs, count, batch, agents, hidden).add_(trunk.unsqueeze(1)).relu_()
-        h2 = torch.bmm(h1, w2.mT).add_(b2.unsqueeze(1)).relu_()
-        ctx.save_for_backward(rows, points, h1, h2, w1, w2, w3)
-        ctx.sizes = (runs, count, batch, agents)
-        return affine(h2, w3, b3).view(runs, count, batch, agents, -1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, points, h1, h2, w1, w2, w3 = ctx.saved_tensors
-        runs, count, batch, agents = ctx.sizes
-        known = rows.shape[-1]
-        d3 = gradient.reshape(runs, count * batch * agents, -1)
-        d2 = torch.bmm(d3, w3)
-        torch.ops.aten.threshold_backward.grad_input(d2, h2, 0, grad_input=d2)
-        d1 = torch.bmm(d2, w2)
-        torch.ops.aten.threshold_backward.grad_input(d1, h1, 0, grad_input=d1)
-        need_x, need_branches, *need_parameters = ctx.needs_input_grad
-        d_branches = (
-            product(d1, w1[..., known:]).view(runs, count, batch, agents, -1) if need_branches else None
+        if not d_parameters:
+            return None, *inputs, None, None, None, None, None, None, None
+        shapes = ((agents, -1), w1.mT.shape[1:], w2.shape[1:], w2.shape[1:2], w3.shape[1:])
+        d_identity, d_w1, d_w2, d_b2, d_w3 = (
+            _joined(parts, (len(w1), *shape))
+            for parts, shape in zip(zip(*d_parameters, strict=True), shapes, strict=True)
         )
-        if not need_x and not any(need_parameters):
-            return None, d_branches, None, None, None, None, None, None, None
-        trunk = d1.view(runs, count, batch * agents, -1).sum(1)
-        dx = product(trunk, w1[..., :known]).view(runs, batch, agents, known) if need_x else None
-        if not any(need_parameters):
-            return dx, d_branches, None, None, None, None, None, None, None
-        identity = trunk.view(runs, batch, agents, -1).sum(1)
-        return (
-            dx,
-            d_branches,
-            identity,
-            torch.cat((torch.bmm(trunk.mT, rows), torch.bmm(d1.mT, points)), -1),
-            identity.sum(1),
-            torch.bmm(d2.mT, h1),
-            d2.sum(1),
-            torch.bmm(d3.mT, h2),
-            d3.sum(1),
-        )
+        d_b3 = gradient.flatten(1, 3).sum(1)
+        return None, *inputs, d_identity, d_w1.mT, d_identity.sum(1), d_w2, d_b2, d_w3, d_b3
+
+
+def _joined(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Join what the blocks of :func:`_blocks`, or their runs, gave in their order."""
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).view(shape)
+
+
+def _blocks(x: Tensor, width: int) -> list[tuple[int | slice, slice]]:
+    """Divide x [R, B, N, ...] into blocks: their runs and their states. Both are independent of R.
+
+    A block is of one run, in whose layers every row of x has ``width`` values. Small runs share their operations,
+    and so do all on a GPU, which has other caches.
+    """
+    runs, batch, agents = x.shape[:3]
+    size = batch * agents * width
+    if size <= _SHARED or not x.is_cpu:
+        return [(slice(None), slice(None))]
+    states = -(-batch // -(-size // _BLOCK))
+    return [(run, slice(first, first + states)) for run in range(runs) for first in range(0, batch, states)]
+
+
+def _branched(trunk: Tensor, branches: Tensor, weight: Tensor) -> Tensor:
+    """Return the first hidden layer [(R,) B N K, H] at ``branches`` [(R,) B, N, K, W].
+
+    ``trunk`` [(R,) B N, H]: what x adds to it.
+    """
+    layer = affine(branches.flatten(-4, -2), weight)
+    layer.view(*trunk.shape[:-1], branches.shape[-2], -1).add_(trunk.unsqueeze(-2)).relu_()
+    return layer
+
+
+def _through_relu(gradient: Tensor, layer: Tensor) -> Tensor:
+    """Take the gradient of a ReLU's output ``layer`` back to its input, in place."""
+    _RELU_BACKWARD(gradient, layer, 0, grad_input=gradient)
+    return gradient

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omcda_deploy.spec import TeamSpec
+from omcda_deploy.training.actions import clear, padding_of
 from omcda_deploy.training.fleet import stack
 from omcda_deploy.training.losses import elu, mix
 from omcda_deploy.training.mlp import AgentMLP, Linear
@@ -33,9 +34,14 @@ class GaussianActor(nn.Module):
     Source: docs/baselines.md#densities-and-divergences.
     """
 
-    def __init__(self, observation: int, action: int, agents: int, hidden: int = 256) -> None:
+    padding: Tensor | None
+
+    def __init__(
+        self, observation: int, action: int, agents: int, hidden: int = 256, padding: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.mlp = AgentMLP(observation, 2 * action, agents, hidden)
+        self.register_buffer("padding", padding, persistent=False)
 
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
         """Map ``[B, (N,) O] -> (mean [B, (N,) A] in [-9, 9], log_std [B, (N,) A] in [-5, 2])``."""
@@ -57,21 +63,26 @@ class CategoricalActor(nn.Module):
 
 
 class ContinuousQ(nn.Module):
-    """Critics ``Q_i(o_i, a_i)`` of continuous actions."""
+    """Critics ``Q_i(o_i, a_i)`` of continuous actions, whose padding they do not see."""
 
-    def __init__(self, observation: int, action: int, agents: int, hidden: int = 256) -> None:
+    padding: Tensor | None
+
+    def __init__(
+        self, observation: int, action: int, agents: int, hidden: int = 256, padding: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.action = action
         self.mlp = AgentMLP(observation + action, 1, agents, hidden)
+        self.register_buffer("padding", padding, persistent=False)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Map ``[B, N, O], [B, N, A] -> [B, N]``."""
-        values: Tensor = self.mlp(torch.cat((observation, action), -1))
+        values: Tensor = self.mlp(torch.cat((observation, clear(action, self.padding)), -1))
         return values.squeeze(-1)
 
     def candidates(self, observation: Tensor, actions: Tensor, agent: int | None = None) -> Tensor:
         """Evaluate K actions per state, in the shapes of :meth:`AgentMLP.branch` without the outputs' axis."""
-        return self.mlp.branch(observation, actions, agent).squeeze(-1)
+        return self.mlp.branch(observation, clear(actions, self.padding, agent), agent).squeeze(-1)
 
 
 class DiscreteQ(nn.Module):
@@ -249,24 +260,30 @@ class NetworkFactory:
                 self._random_states[run] = torch.get_rng_state()
         return stack(modules)
 
-    def _sizes(self) -> tuple[int, int, int, int]:
+    def _of_actions(
+        self, continuous: Callable[..., nn.Module], discrete: Callable[..., nn.Module], zero: bool = False
+    ) -> nn.Module:
+        """Make networks for the team's kind of actions; ``zero``: their outputs are 0 at first."""
         spec = self.spec
-        return spec.observation_size, spec.action_size, len(spec.agents), self.hidden
+        sizes = (spec.observation_size, spec.action_size, len(spec.agents), self.hidden)
+        if spec.action_kind == "discrete":
+            return self.make(lambda: _from_zero(discrete(*sizes), zero))
+        return self.make(lambda: _from_zero(continuous(*sizes, padding_of(spec)), zero))
 
     def actor(self) -> nn.Module:
         """Make a policy for the team's kind of actions."""
-        kind = GaussianActor if self.spec.action_kind == "continuous" else CategoricalActor
-        return self.make(lambda: kind(*self._sizes()))
+        return self._of_actions(GaussianActor, CategoricalActor)
 
-    def q(self) -> nn.Module:
-        """Make critics Q_i for the team's kind of actions."""
-        kind = ContinuousQ if self.spec.action_kind == "continuous" else DiscreteQ
-        return self.make(lambda: kind(*self._sizes()))
+    def q(self, zero: bool = False) -> nn.Module:
+        """Make critics Q_i for the team's kind of actions; ``zero``: all values are 0 at first."""
+        return self._of_actions(ContinuousQ, DiscreteQ, zero)
 
-    def v(self) -> nn.Module:
-        """Make state values V_i."""
+    def v(self, zero: bool = False) -> nn.Module:
+        """Make state values V_i; ``zero``: all values are 0 at first."""
         spec = self.spec
-        return self.make(lambda: StateValue(spec.observation_size, len(spec.agents), self.hidden))
+        return self.make(
+            lambda: _from_zero(StateValue(spec.observation_size, len(spec.agents), self.hidden), zero)
+        )
 
     def mixer(self, hidden: int, kind: str = "linear") -> nn.Module:
         """Make a mixer: ``linear``, ``vdn`` or ``qmix``."""
@@ -283,6 +300,15 @@ class NetworkFactory:
         if kind == "identity":
             return IdentityDivergenceMixer(agents)
         return self.make(lambda: DivergenceMixer(state, agents, hidden))
+
+
+def _from_zero(network: M, zero: bool) -> M:
+    """Return ``network``, its last layer set to 0 where ``zero``."""
+    if zero:
+        last = network.get_submodule("mlp.last")
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+    return network
 
 
 def masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:

@@ -23,5 +23,11 @@ class TrainObserver:
         ``loss`` is the held-out negative log-likelihood per agent and step, in nats.
         """
 
+    def choosing(self, step: int, steps: int) -> None:
+        """The choice of the budget took ``step`` of ``steps`` training steps."""
+
+    def chosen(self, advice: str) -> None:
+        """The budget was chosen; ``advice`` is a sentence."""
+
     def logged(self, step: int, metrics: Mapping[str, float]) -> None:
         """A line of metrics was written."""

@@ -71,11 +71,12 @@ class JointOptimizer:
         *,
         modules: Mapping[str, nn.Module],
         averages: Sequence[tuple[nn.Module, nn.Module]] = (),
-        tau: float = 0.005,
+        tau: float | Sequence[float] = 0.005,
     ) -> None:
+        """``tau``: the step of all averages, or of each of them."""
         # A module without parameters (the identity mixer, a tabular stand-in) makes an empty group.
         self._groups = [group for group in groups if group.parameters]
-        self._grad_clip, self._tau = grad_clip, tau
+        self._grad_clip = grad_clip
         self._modules = dict(modules)
         self._matrices = [_matrix(group.parameters) for group in self._groups]
         self._gradients = [
@@ -89,8 +90,14 @@ class JointOptimizer:
             ],
             fused=True,
         )
-        self._averages: list[Tensor] = [p for average, _ in averages for p in average.parameters()]
-        self._sources: list[Tensor] = [p for _, source in averages for p in source.parameters()]
+        taus = [tau] * len(averages) if isinstance(tau, float) else tau
+        # By their step: each costs one call for all its parameters.
+        self._averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for (average, source), step in zip(averages, taus, strict=True):
+            both = self._averages.setdefault(step, ([], []))
+            both[0].extend(average.parameters())
+            both[1].extend(source.parameters())
+        self._averages = {step: both for step, both in self._averages.items() if both[0]}
 
     def descend(self, losses: Mapping[str, Tensor]) -> None:
         """Take one step on the sum of ``losses``, each [R]."""
@@ -108,9 +115,9 @@ class JointOptimizer:
             norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
             gradient.mul_((self._grad_clip / (norm + 1e-6)).clamp_max(1.0))
         self._adam.step()
-        if self._averages:
-            with torch.no_grad():
-                torch._foreach_lerp_(self._averages, self._sources, self._tau)
+        with torch.no_grad():
+            for step, (averages, sources) in self._averages.items():
+                torch._foreach_lerp_(averages, sources, step)
 
     def state_dict(self, run: int) -> dict[str, Any]:
         """Return one run's states of the modules by name, and Adam's as ``learner``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import torch
 
 from omcda_deploy.errors import ConfigError, ContractError
+from omcda_deploy.references import require_trusted
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.behavior_model import BehaviorConfig
+from omcda_deploy.training.budget import BudgetSearch
+from omcda_deploy.training.estimation import FittedConfig
 from omcda_deploy.training.recipes import recipe
 from omcda_deploy.training.settings import build, parse
 
-SNAPSHOT_EVERY = 5000  # steps, unless a request says otherwise
+AUTO = "auto"  # in place of d_tot: it is chosen from the dataset
+SEARCH_STEPS = 5000  # most steps of a training for the choice of d_tot
+FITTED_STEPS = 2000  # most steps of fitted values, in discrete tasks
+SNAPSHOTS = 20  # policies that are kept of a run, unless a request says how often; a score needs several
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,23 @@ class ResolvedRun:
     config: Any  # the algorithm's Config
     behavior: BehaviorConfig
     recipe: Mapping[str, Any]  # the settings that come from the task's recipe
+    chooses_budget: bool = False  # d_tot is still to be chosen from the dataset; `config` holds the default
+
+    @property
+    def search(self) -> BudgetSearch:
+        """The search for the budget: as long as the run, up to 5,000 steps, and the same for all seeds."""
+        return BudgetSearch(
+            dataclasses.asdict(self.config),
+            min(self.request.steps, SEARCH_STEPS),
+            self.behavior,
+            time_limit_is_terminal=self.request.time_limit_is_terminal,
+            device=self.request.device,
+            fitted=FittedConfig(
+                steps=min(self.request.steps, FITTED_STEPS),
+                gamma=self.config.gamma,
+                hidden=self.config.hidden,
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -42,14 +66,31 @@ class TrainRequest:
     time_limit_is_terminal: bool = False
     log_every: int = 100  # steps, like the next three
     checkpoint_every: int = 1000
-    snapshot_every: int | None = None  # None: at every evaluation, else SNAPSHOT_EVERY
+    snapshot_every: int | None = None  # None: at every evaluation, else SNAPSHOTS times a run
     evaluate_every: int | None = None  # None: never
 
     @property
     def kept_every(self) -> int:
         """Steps between policies that are kept."""
         intervals = (n for n in (self.snapshot_every, self.evaluate_every) if n is not None)
-        return next(intervals, SNAPSHOT_EVERY)
+        logged = max(self.log_every, 1)
+        return next(intervals, max(self.steps // SNAPSHOTS // logged, 1) * logged)
+
+    @property
+    def chooses_budget(self) -> bool:
+        """True where d_tot is ``auto``: chosen from the dataset."""
+        return self.settings.get("d_tot") == AUTO
+
+    @property
+    def _fixed(self) -> Mapping[str, Any]:
+        """Settings without those that are still to be chosen."""
+        if not self.chooses_budget:
+            return self.settings
+        if self.algorithm != "omcda":
+            raise ConfigError(
+                f"d_tot=auto: expected the algorithm omcda, got {self.algorithm}: leave d_tot out"
+            )
+        return {name: value for name, value in self.settings.items() if name != "d_tot"}
 
     def check(self) -> None:
         """Refuse what can be refused before a dataset is read.
@@ -70,36 +111,33 @@ class TrainRequest:
                 )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
-        parse(load_algorithm(self.algorithm).Config, self.settings)
+        parse(load_algorithm(self.algorithm).Config, self._fixed)
         parse(BehaviorConfig, self.behavior)
         check_device(self.device)
 
     def resolved(self, spec: TeamSpec) -> ResolvedRun:
         """Merge the task's recipe with the settings and check everything.
 
-        Raises as :meth:`check` does, and :class:`ContractError` for a team that the algorithm does not handle.
+        Raises as :meth:`check` does, :class:`ContractError` for a team that the algorithm does not handle, and
+        :class:`ConfigError` for evaluations in an environment of the user's own that the user has not given.
         """
         self.check()
+        if self.evaluate_every is not None:
+            require_trusted(spec.task)
         module = load_algorithm(self.algorithm)
         if spec.action_kind not in module.ACTIONS:
             raise ContractError(
                 f"{self.algorithm} handles {' and '.join(sorted(module.ACTIONS))} actions, {spec.task} has "
                 f"{spec.action_kind} ones: choose another algorithm"
             )
-        sizes = {agent.name: agent.action.size for agent in spec.agents}
-        if spec.action_kind == "continuous" and len(set(sizes.values())) > 1:
-            # Entries that pad a short action would count in densities and divergences.
-            raise ContractError(
-                f"expected one action size for all agents of a continuous task, {spec.task} has {sizes}"
-            )
         from_recipe = {k: v for k, v in recipe(spec.task, self.algorithm).items() if k not in self.settings}
-        config = build(module.Config, {**from_recipe, **self.settings})
+        config = build(module.Config, {**from_recipe, **self._fixed})
         behavior = build(BehaviorConfig, {"hidden": config.hidden, **self.behavior})
         if behavior.hidden != config.hidden:
             raise ConfigError(
                 f"expected behavior hidden {config.hidden} as the algorithm's, got {behavior.hidden}: leave it out"
             )
-        return ResolvedRun(self, config, behavior, from_recipe)
+        return ResolvedRun(self, config, behavior, from_recipe, self.chooses_budget)
 
 
 def check_evaluation(evaluate_every: int | None, kept_every: int) -> None:

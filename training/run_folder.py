@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from omcda_deploy.bundle import DivergenceKind
+from omcda_deploy.datasets import DIGEST_VERSION
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.files import write_json
 from omcda_deploy.registry import load_algorithm
@@ -56,11 +58,19 @@ class RunConfig:
     behavior: dict[str, Any]  # settings and held-out likelihood of the behaviour model
     team: dict[str, Any]  # TeamSpec.to_json()
     versions: dict[str, str]
+    # What the digest of the newest version says, where the dataset file goes by an older one that covers less.
+    dataset_content: str = ""
+    budget: dict[str, Any] | None = None  # BudgetChoice.to_json() where d_tot was chosen from the dataset
 
     @property
     def spec(self) -> TeamSpec:
         """The team."""
         return TeamSpec.from_json(self.team)
+
+    def began_with(self, digests: Mapping[int, str]) -> bool:
+        """Test if a dataset of these :attr:`~omcda_deploy.datasets.Dataset.digests` is the one it began with."""
+        known = self.dataset_digest in digests.values()
+        return known and self.dataset_content in ("", digests[DIGEST_VERSION])
 
 
 @dataclass(frozen=True)

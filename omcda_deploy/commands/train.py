@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from omcda_deploy.commands import console, named_values
+from omcda_deploy.commands import DatasetTask, console, named_values
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.references import is_reference, trust
 
 
 def algorithms() -> None:
@@ -37,11 +38,16 @@ def train(
         str | None,
         typer.Option(help="Several, as 0,1,2: trained side by side into OUT/seed0, OUT/seed1, …"),
     ] = None,
-    d_tot: Annotated[float | None, typer.Option(help="Total divergence budget in nats (omcda).")] = None,
+    d_tot: Annotated[
+        str | None,
+        typer.Option(
+            help="Total divergence budget in nats (omcda); auto: as  omcda-deploy choose-budget  says."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the algorithm, name=value; repeatable.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Task of a dataset that does not say.")] = None,
+    task: DatasetTask = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Torch threads; part of what makes a run repeatable.")] = 1,
     time_limit_is_terminal: Annotated[
@@ -55,7 +61,8 @@ def train(
     snapshot_every: Annotated[
         int | None,
         typer.Option(
-            help="Steps between policies that are kept; those between evaluations, or 5000, when omitted."
+            help="Steps between policies that are kept; those between evaluations, or a twentieth of the steps, "
+            "when omitted."
         ),
     ] = None,
     evaluate_every: Annotated[
@@ -69,7 +76,9 @@ def train(
 
     with TrainingView() as view:
         if resume is not None:
-            _require_only(context, "resume", "dataset", "evaluate_every", "seeds")
+            own = task is not None and is_reference(task)
+            _require_only(context, "resume", "dataset", "evaluate_every", "seeds", *(["task"] if own else []))
+            trust(task or "")
             chosen = None if seeds is None else _numbers(seeds)
             run = training.resume(resume, dataset, seeds=chosen, evaluate_every=evaluate_every, observer=view)
         elif dataset is None or out is None:
@@ -94,11 +103,12 @@ def train(
                 evaluate_every=evaluate_every,
                 observer=view,
             )
-    which = (
-        f"it with  omcda-deploy export {run}"
-        if seeds is None
-        else f"one with  omcda-deploy export {run}/seed…"
-    )
+    _print_next(run, several=seeds is not None)
+
+
+def _print_next(run: Path, several: bool) -> None:
+    """Say what to do with a trained run, or with one of several."""
+    which = f"one with  omcda-deploy export {run}/seed…" if several else f"it with  omcda-deploy export {run}"
     console.print(f"trained {run}: export {which} --out BUNDLE", highlight=False)
 
 
@@ -110,7 +120,7 @@ def _numbers(seeds: str) -> list[int]:
         raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {seeds!r}") from None
 
 
-def _settings(pairs: list[str] | None, d_tot: float | None) -> dict[str, Any]:
+def _settings(pairs: list[str] | None, d_tot: str | None) -> dict[str, Any]:
     """Collect the settings of ``--set`` and ``--d-tot``."""
     values: dict[str, Any] = {**named_values("--set", pairs)}
     if d_tot is not None:

@@ -71,6 +71,19 @@ class TrainingView(TrainObserver):
                 f"cloning the behaviour policy: step {step} of at most {steps}, held-out NLL {loss:.3f}"
             )
 
+    def choosing(self, step: int, steps: int) -> None:
+        """Show the progress of the trainings from which the budget is chosen."""
+        if self._live:
+            text = "training on halves of the data, to choose d_tot"
+            self._bar.update(self._cloning, completed=step, total=steps, description=text, visible=True)
+            self._live.refresh()
+        elif step in (1, steps // 2, steps):
+            self._print(f"training on halves of the data, to choose d_tot: step {step} of {steps}")
+
+    def chosen(self, advice: str) -> None:
+        """Print the choice."""
+        self._print(f"d_tot auto: {advice}")
+
     def logged(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the losses and the algorithm's columns."""
         losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3g}" for k, v in metrics.items() if "loss/" in k)

@@ -19,7 +19,6 @@ is resumed from its checkpoint, and a failed one is tried again by the next call
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from omcda_deploy.errors import ConfigError, OmcdaError, UnknownNameError
 from omcda_deploy.experiments.train import run_of
 from omcda_deploy.files import read_toml
-from omcda_deploy.processes import child_environment
+from omcda_deploy.processes import run_child
 
 if TYPE_CHECKING:
     from omcda_deploy.spec import TeamSpec
@@ -50,7 +49,7 @@ class Job:
     settings: tuple[tuple[str, Any], ...]
     seed: int
     steps: int
-    snapshot_every: int
+    snapshot_every: int | None  # None: as training chooses
     run: Path  # the run folder
 
     @property
@@ -84,7 +83,7 @@ class Sweep:
     algorithms: list[str]
     seeds: list[int]
     steps: int
-    snapshot_every: int = 5000
+    snapshot_every: int | None = None  # None: as training chooses
     grid: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,7 +97,7 @@ class Sweep:
                 raise ConfigError(f"{entry}: expected a list such as {example}, got {value!r}")
         for entry in ("steps", "snapshot_every"):
             value = getattr(self, entry)
-            if type(value) is not int or value < 1:
+            if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{entry}: expected a whole number from 1 on, got {value!r}")
         if not isinstance(self.grid, dict):
             raise ConfigError(f"grid: expected tables such as [grid.omcda], got {self.grid!r}")
@@ -188,16 +187,16 @@ def check_jobs(jobs: Sequence[Job], unrecorded: Mapping[Path, TeamSpec] | None =
             if job.dataset not in unrecorded and not job.dataset.is_file():
                 raise ConfigError(f"{job.dataset} does not exist: record it with  omcda-deploy collect")
     for path, group in _by_dataset(jobs).items():
-        spec, digest = unrecorded.get(path), None
+        spec, digests = unrecorded.get(path), None
         for job in group:
             with _naming(job):
                 if spec is None:
                     dataset = read_dataset(path)
-                    spec, digest = dataset.spec, dataset.digest
+                    spec, digests = dataset.spec, dataset.digests
                     del dataset  # large
                 plan = job.request.resolved(spec)
                 if job.run.exists():
-                    _require_same_request(job, read_config(job.run), plan, digest)
+                    _require_same_request(job, read_config(job.run), plan, digests)
 
 
 def _by_dataset(jobs: Iterable[Job]) -> dict[Path, list[Job]]:
@@ -217,10 +216,13 @@ def _naming(job: Job) -> Iterator[None]:
 
 
 def _require_same_request(
-    job: Job, config: RunConfig, plan: ResolvedRun | None = None, digest: str | None = None
+    job: Job,
+    config: RunConfig,
+    plan: ResolvedRun | None = None,
+    digests: Mapping[int, str] | None = None,
 ) -> None:
     """Raise :class:`ConfigError` where ``config`` is that of another run than the job's; None: not compared."""
-    for name, begun, expected in _compared(job, config, plan, digest):
+    for name, begun, expected in _compared(job, config, plan, digests):
         if begun != expected:
             value = f"{begun} steps" if name == "steps" else f"{name} {begun}"
             raise ConfigError(
@@ -229,25 +231,37 @@ def _require_same_request(
 
 
 def _compared(
-    job: Job, config: RunConfig, plan: ResolvedRun | None, digest: str | None
+    job: Job, config: RunConfig, plan: ResolvedRun | None, digests: Mapping[int, str] | None
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield what a run's results depend on: its name, the run's value and the job's."""
+    from omcda_deploy.datasets import DIGEST_VERSION
     from omcda_deploy.registry import load_algorithm
     from omcda_deploy.training.settings import build
 
     yield "algorithm", config.algorithm, job.algorithm
     yield "steps", config.steps, job.steps
     yield "seed", config.seed, job.seed
-    if digest is not None:
-        yield "dataset digest", f"{config.dataset_digest[:12]}…", f"{digest[:12]}…"
+    if digests is not None and not config.began_with(digests):
+        begun = config.dataset_digest
+        if begun in digests.values():  # of version 1, which does not cover what differs
+            begun = config.dataset_content
+        yield "dataset digest", f"{begun[:12]}…", f"{digests[DIGEST_VERSION][:12]}…"
     if plan is not None:
         request = plan.request
-        yield "snapshot_every", config.snapshot_every, request.kept_every
+        if request.snapshot_every is not None:
+            yield "snapshot_every", config.snapshot_every, request.kept_every
         yield "time_limit_is_terminal", config.time_limit_is_terminal, request.time_limit_is_terminal
         # Runs of an older version have the default of a setting that was added since.
         settings = asdict(build(load_algorithm(job.algorithm).Config, config.settings))
         for name, expected in asdict(plan.config).items():
-            yield name, settings[name], expected
+            if name == "d_tot" and plan.chooses_budget:
+                yield (
+                    name,
+                    "chosen from the data" if config.budget else settings[name],
+                    "chosen from the data",
+                )
+            else:
+                yield name, settings[name], expected
 
 
 def fleets_of(jobs: Sequence[Job], at_once: int) -> list[list[Job]]:
@@ -292,7 +306,7 @@ def run_fleet(jobs: Sequence[Job]) -> list[str | None]:
         job = new[0]
         settings = [part for key, value in job.settings for part in ("--set", f"{key}={value}")]
         words = (job.dataset, "--algo", job.algorithm, "--steps", job.steps)
-        every = ("--snapshot-every", job.snapshot_every)
+        every = () if job.snapshot_every is None else ("--snapshot-every", job.snapshot_every)
         reasons |= _train(new, [*words, *every, "--out", job.run.parent, *settings])
     return [reasons.get(job) for job in jobs]
 
@@ -313,11 +327,9 @@ def _train(jobs: Sequence[Job], words: Sequence[object]) -> dict[Job, str]:
         ",".join(seeds),
     ]
     with log.open("a") as output:
-        process = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, env=child_environment(OMP_NUM_THREADS="1")
-        )
-    if not process.returncode:
+        status = run_child(command, output, OMP_NUM_THREADS="1")
+    if not status:
         return {}
     last = (log.read_text().splitlines() or ["no output"])[-1]
-    end = f"stopped with status {process.returncode}: {last} (all of it in {log})"
+    end = f"stopped with status {status}: {last} (all of it in {log})"
     return {job: f"{job.run} {end}" for job in jobs if not job.finished}

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.registry import read_dataset
+from omcda_deploy.references import trust
+from omcda_deploy.registry import read_dataset, require_simulator
+from omcda_deploy.spec import TeamSpec
 
 if TYPE_CHECKING:
     from omcda_deploy.training.observer import TrainObserver
@@ -23,7 +25,7 @@ def train(
     steps: int,
     seed: int | Sequence[int] = 0,
     settings: Mapping[str, Any] | None = None,
-    task: str | None = None,
+    task: TeamSpec | str | None = None,
     behavior: Mapping[str, Any] | None = None,
     device: str = "cpu",
     threads: int = 1,
@@ -38,15 +40,17 @@ def train(
 
     Several seeds are trained side by side, each into a run folder ``out/seed<seed>`` with the bits that it would
     have alone, at a fraction of the cost (docs/training-speed.md). ``settings`` are those of the algorithm and
-    override the recipe of the dataset's task; ``task`` names it where a dataset file does not. ``behavior`` are
+    override the recipe of the dataset's task; ``task``, its name or spec, is for a file without, and a name
+    ``module:callable`` lets evaluations run an environment of your own. ``behavior`` are
     settings of cloning, such as ``{"steps": 2000}``. ``device`` is cpu, cuda or cuda:N. With
     ``time_limit_is_terminal`` time limits count as ends, as in published code. Metrics are logged, states saved,
     policies kept and kept policies evaluated every so many steps; by default policies are kept as often as they
-    are evaluated, else every 5000 steps, and never evaluated.
+    are evaluated, else twenty times (rounded to steps that are logged), and never evaluated.
 
     Raises :class:`UnknownNameError` and :class:`ConfigError`, before the dataset is read, for names and numbers and
     where ``out`` exists; :class:`DatasetError` for the dataset; :class:`ContractError` where the algorithm does not
-    handle its team; DivergedError where a loss is no longer a finite number.
+    handle its team; NoSimulatorError where a task that nothing here plays is to be evaluated; DivergedError where a
+    loss is no longer a finite number.
     """
     from omcda_deploy.training import loop
     from omcda_deploy.training.request import TrainRequest
@@ -66,6 +70,8 @@ def train(
         snapshot_every=snapshot_every,
         evaluate_every=evaluate_every,
     )
+    if isinstance(task, str):
+        trust(task)
     out = Path(out)
     requests = [replace(request, seed=number) for number in seeds]
     runs = [out] if isinstance(seed, int) else [run_of(out, number) for number in seeds]
@@ -74,7 +80,10 @@ def train(
         loop.require_new(run)
     path = "" if isinstance(dataset, Dataset) else str(dataset)
     plans = list(zip(requests, runs, strict=True))
-    loop.train_fleet(_dataset(dataset, task), plans, dataset_path=path, observer=observer)
+    data = _dataset(dataset, task)
+    if evaluate_every is not None:
+        require_simulator(data.spec.task)
+    loop.train_fleet(data, plans, dataset_path=path, observer=observer)
     return out
 
 
@@ -90,7 +99,7 @@ def resume(
 
     ``seeds`` choose runs ``run/seed<seed>`` of such a folder, all by default. ``dataset`` is needed only where the
     file has moved or the run began with a :class:`Dataset`. Raises :class:`ConfigError` for a folder that is no
-    run, and for another dataset.
+    run, and for another dataset; and NoSimulatorError where a task that nothing here plays is to be evaluated.
     """
     from omcda_deploy.training import loop
     from omcda_deploy.training.request import check_evaluation
@@ -107,7 +116,9 @@ def resume(
         if not config.dataset:
             raise ConfigError(f"{runs[0]} did not begin with a dataset file: expected its dataset, got none")
         dataset = config.dataset
-    data = _dataset(dataset, config.spec.task)
+    if evaluate_every is not None:
+        require_simulator(config.spec.task)
+    data = _dataset(dataset, config.spec)
     loop.resume_fleet(data, runs, evaluate_every=evaluate_every, observer=observer)
     return run
 
@@ -131,5 +142,5 @@ def _distinct(seeds: Sequence[int]) -> Sequence[int]:
     return seeds
 
 
-def _dataset(dataset: Dataset | str | Path, task: str | None) -> Dataset:
+def _dataset(dataset: Dataset | str | Path, task: TeamSpec | str | None) -> Dataset:
     return dataset if isinstance(dataset, Dataset) else read_dataset(Path(dataset), task)

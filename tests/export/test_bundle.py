@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from omcda_deploy.bundle import MODEL_FILE, TEAM, read_bundle
+from omcda_deploy.claims import claimed
 from omcda_deploy.errors import BundleError, ConfigError
 from omcda_deploy.guard import DataReference
 from omcda_deploy.local import LocalTeam, OnnxModel
@@ -68,6 +71,26 @@ def test_an_existing_folder_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="exists already"):
         Exported(tmp_path / "b", team_spec())
     assert not list((tmp_path / "b").iterdir())
+
+
+def test_one_process_at_a_time_exports_to_a_place(tmp_path: Path) -> None:
+    with (
+        claimed(tmp_path / "b"),
+        pytest.raises(ConfigError, match=r"b is being written by process \d+: wait"),
+    ):
+        Exported(tmp_path / "b", team_spec())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    message = r"new/b cannot be written \(No space left on device\): free some space, or choose another place"
+    with pytest.raises(BundleError, match=message):
+        Exported(tmp_path / "new" / "b", team_spec())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

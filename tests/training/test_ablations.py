@@ -17,13 +17,14 @@ from omcda_deploy.training.allocation import (
     MIN_SHARE,
     STRATEGIES,
     Allocation,
-    Dual,
     influence_shares,
     random_shares,
 )
 from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.critics import DecoupledCritic, EntangledCritic
 from omcda_deploy.training.distributions import policy_of
 from omcda_deploy.training.networks import DivergenceMixer
+from omcda_deploy.training.prices import Dual
 from tests.support.synthetic import continuous_spec, differing, make_learner, random_batch
 
 SPEC = continuous_spec()
@@ -37,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "alpha0": 0.3,
     "lr": 3e-3,
     "tau": 0.5,
+    "tau_policy": 0.5,
     "lr_alpha": 0.05,
 }
 
@@ -95,7 +97,7 @@ def test_only_influence_moves_its_shares() -> None:
     for allocation, strategy in STRATEGIES.items():
         budgets = torch.cat([step["budget"] for step in history(allocation)])
         moved = not torch.equal(budgets[0], budgets[-1])
-        assert moved == strategy.follows_influence == (allocation == "influence"), allocation
+        assert moved == strategy.follows_influence == (allocation in ("influence", "accumulated")), allocation
         torch.testing.assert_close(budgets.sum(-1), torch.full((STEPS,), omcda.Config().d_tot))
 
 
@@ -131,8 +133,8 @@ def test_without_decoupling_the_policy_loss_differs_through_z_alone() -> None:
     ours, other = learner(), learner(decoupled=False)
     assert differing(ours.actor.state_dict(), other.actor.state_dict()) == set()
     decoupled, entangled = ours.critic, other.critic
-    assert isinstance(decoupled, omcda.DecoupledCritic)
-    assert isinstance(entangled, omcda.EntangledCritic)
+    assert isinstance(decoupled, DecoupledCritic)
+    assert isinstance(entangled, EntangledCritic)
     for ours_net, other_net in (
         (decoupled.q_r, entangled.q),
         (decoupled.v_r, entangled.v),
@@ -187,14 +189,14 @@ def test_losses_of_the_decoupled_critic_by_loops(mixer: str) -> None:
     alpha = torch.tensor([[[0.2, 0.05, 0.4]]])
     algorithm = learner(divergence_mixer=mixer, z_max=0.3, kappa_max=3.0)
     critic = algorithm.critic
-    assert isinstance(critic, omcda.DecoupledCritic)
+    assert isinstance(critic, DecoupledCritic)
     # Targets that differ from the online networks show which of the two is used where.
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in (*critic.online.parameters(), *critic.target.parameters()):
             parameter.mul_(1.5 + 0.5 * torch.randn(parameter.shape, generator=generator))
     batch = random_batch(SPEC, size=16)
-    step = critic.terms(batch, alpha)
+    step = critic.terms(batch, alpha, algorithm.budgets)
     losses, rho, capped, above = decoupled_losses(critic, batch, alpha[0, 0].double().numpy(), 0.3, 3.0)
     assert 0.1 < above < 0.9, "neither side of z_max is common, so one goes untested"
     assert (0.1 < capped < 0.9) or mixer == "identity", "the cap on kappa goes untested"
@@ -204,7 +206,7 @@ def test_losses_of_the_decoupled_critic_by_loops(mixer: str) -> None:
 
 
 def decoupled_losses(
-    critic: omcda.DecoupledCritic, batch: Batch, alpha: Array, z_max: float, kappa_max: float
+    critic: DecoupledCritic, batch: Batch, alpha: Array, z_max: float, kappa_max: float
 ) -> tuple[dict[str, float], Array, float, float]:
     """Losses, rho [B, N], and the shares of capped kappa and of z above z_max."""
     o, a, s, o2, s2 = batch.observation, batch.action, batch.state, batch.next_observation, batch.next_state
@@ -251,8 +253,8 @@ def test_each_loss_moves_only_what_it_is_for() -> None:
     """The sum of all losses is descended at once, which is right only while they share no parameter."""
     algorithm = learner()
     critic = algorithm.critic
-    assert isinstance(critic, omcda.DecoupledCritic)
-    losses = critic.terms(random_batch(SPEC), algorithm.alpha.unsqueeze(1)).losses
+    assert isinstance(critic, DecoupledCritic)
+    losses = critic.terms(random_batch(SPEC), algorithm.alpha.unsqueeze(1), algorithm.budgets).losses
     names = ("q_r", "v_r", "mixer_r", "q_c", "v_c", "mixer_c")
     moved = {
         "reward_critic": {"q_r", "mixer_r"},
@@ -272,7 +274,7 @@ def test_each_loss_moves_only_what_it_is_for() -> None:
 
 def test_kappa_sums_over_constraints_of_the_column() -> None:
     algorithm = learner()
-    assert isinstance(algorithm.critic, omcda.DecoupledCritic)
+    assert isinstance(algorithm.critic, DecoupledCritic)
     w_c = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 1.0, 5.0], [6.0, 7.0, 1.0]]]])  # [R, B, k, i]
     kappa = algorithm.critic.kappa(w_c, torch.tensor([[[1.0, 10.0, 100.0]]]))
     torch.testing.assert_close(
@@ -397,7 +399,9 @@ def test_shares_wait_for_a_divergence_and_then_follow_the_influence() -> None:
 
 
 def test_unknown_choices_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"allocation: expected one of influence, uniform, random, optimal"):
+    with pytest.raises(
+        ConfigError, match=r"allocation: expected one of influence, accumulated, uniform, random, optimal"
+    ):
         dataclasses.replace(omcda.Config(), allocation="fair")
     with pytest.raises(ConfigError, match=r"divergence_mixer: expected one of learned, identity, got 'free'"):
         omcda.Config(divergence_mixer="free")

@@ -30,24 +30,23 @@ from tests.support.synthetic import (
     make_learner,
     random_batch,
     spec_of,
+    teams_of,
 )
 
 ALGORITHMS = registry.algorithms()
 KINDS: tuple[ActionKind, ...] = ("continuous", "discrete")
-CASES = [
-    (name, kind) for name in ALGORITHMS for kind in KINDS if kind in registry.load_algorithm(name).ACTIONS
-]
+CASES = [(name, team) for name in ALGORITHMS for team in teams_of(name)]
 UPDATES = 5
 
 Metrics = list[dict[str, torch.Tensor]]
 
 
-def learner(name: str, kind: ActionKind, **changes: Any) -> Algorithm:
-    return make_learner(name, spec_of(kind), **changes)
+def learner(name: str, team: str, **changes: Any) -> Algorithm:
+    return make_learner(name, spec_of(team), **changes)
 
 
-def update(algorithm: Algorithm, kind: ActionKind, first: int = 0, count: int = UPDATES) -> Metrics:
-    return [algorithm.update(random_batch(spec_of(kind), seed=seed)) for seed in range(first, first + count)]
+def update(algorithm: Algorithm, team: str, first: int = 0, count: int = UPDATES) -> Metrics:
+    return [algorithm.update(random_batch(spec_of(team), seed=seed)) for seed in range(first, first + count)]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -67,12 +66,12 @@ def test_a_module_says_what_it_is(name: str) -> None:
         config.hidden = 1
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_updates_count_steps_change_the_policy_and_report_finite_numbers(name: str, kind: ActionKind) -> None:
-    algorithm = learner(name, kind)
-    agents = len(spec_of(kind).agents)
+@pytest.mark.parametrize(("name", "team"), CASES)
+def test_updates_count_steps_change_the_policy_and_report_finite_numbers(name: str, team: str) -> None:
+    algorithm = learner(name, team)
+    agents = len(spec_of(team).agents)
     before = algorithm.state_dict(0)["policy"]
-    history = update(algorithm, kind)
+    history = update(algorithm, team)
     assert algorithm.step == UPDATES
     assert differing(before, algorithm.state_dict(0)["policy"])
     for metrics in history:
@@ -89,12 +88,12 @@ def test_updates_count_steps_change_the_policy_and_report_finite_numbers(name: s
 def test_declared_columns_and_curves_are_logged_in_their_shapes(name: str) -> None:
     module = registry.load_algorithm(name)
     logged: set[str] = set()
-    for kind in sorted(module.ACTIONS):
-        metrics = update(learner(name, kind), kind)[0]
+    for team in teams_of(name):
+        metrics = update(learner(name, team), team)[0]
         logged |= metrics.keys()
         for column in columns_of(module):
             if column.metric in metrics:
-                agents = (len(spec_of(kind).agents),) if column.per_agent else ()
+                agents = (len(spec_of(team).agents),) if column.per_agent else ()
                 assert metrics[column.metric].shape == (1, *agents), column
     section, scan = curves_of(module), scan_of(module)
     curves = section.curves if section else ()
@@ -104,39 +103,39 @@ def test_declared_columns_and_curves_are_logged_in_their_shapes(name: str) -> No
         assert {scan.setting, scan.group} <= plain_types(module.Config).keys()
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_equal_seeds_give_equal_learners(name: str, kind: ActionKind) -> None:
-    first, second = learner(name, kind), learner(name, kind)
-    ours = update(first, kind)
+@pytest.mark.parametrize(("name", "team"), CASES)
+def test_equal_seeds_give_equal_learners(name: str, team: str) -> None:
+    first, second = learner(name, team), learner(name, team)
+    ours = update(first, team)
     torch.manual_seed(99)  # the process's own generator must not matter
-    theirs = [second.update(random_batch(spec_of(kind), seed=seed)) for seed in range(UPDATES)]
+    theirs = [second.update(random_batch(spec_of(team), seed=seed)) for seed in range(UPDATES)]
     assert all(differing(a, b) == set() for a, b in zip(ours, theirs, strict=True))
     assert differing(first.state_dict(0), second.state_dict(0)) == set()
-    other = learner(name, kind, seed=1)
-    update(other, kind)
+    other = learner(name, team, seed=1)
+    update(other, team)
     assert differing(first.state_dict(0), other.state_dict(0))
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_saved_learner_goes_on_as_if_never_stopped(name: str, kind: ActionKind, tmp_path: Path) -> None:
-    algorithm = learner(name, kind)
-    update(algorithm, kind)
+@pytest.mark.parametrize(("name", "team"), CASES)
+def test_a_saved_learner_goes_on_as_if_never_stopped(name: str, team: str, tmp_path: Path) -> None:
+    algorithm = learner(name, team)
+    update(algorithm, team)
     save_state(tmp_path / "resume.pt", algorithm.state_dict(0))
-    ahead = update(algorithm, kind, first=UPDATES, count=12)
-    resumed = learner(name, kind)
-    update(resumed, kind, first=50, count=3)  # nothing of which may survive
+    ahead = update(algorithm, team, first=UPDATES, count=12)
+    resumed = learner(name, team)
+    update(resumed, team, first=50, count=3)  # nothing of which may survive
     resumed.load_state_dicts([load_state(tmp_path / "resume.pt")])
     assert resumed.step == UPDATES
-    again = update(resumed, kind, first=UPDATES, count=12)
+    again = update(resumed, team, first=UPDATES, count=12)
     for a, b in zip(ahead, again, strict=True):
         assert differing(a, b) == set()
     assert differing(algorithm.state_dict(0), resumed.state_dict(0)) == set()
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_training_leaves_the_behavior_model_alone(name: str, kind: ActionKind) -> None:
+@pytest.mark.parametrize(("name", "team"), CASES)
+def test_training_leaves_the_behavior_model_alone(name: str, team: str) -> None:
     """Neither the model that a learner is given, nor its distributions in the batches."""
-    spec, behavior = spec_of(kind), behavior_actor(spec_of(kind))
+    spec, behavior = spec_of(team), behavior_actor(spec_of(team))
     before = {key: value.clone() for key, value in behavior.state_dict().items()}
     algorithm = create_algorithm(name, spec, behavior, settings=[{"hidden": HIDDEN}], steps=1000, seeds=[0])
     batch, untouched = random_batch(spec), random_batch(spec)
@@ -151,10 +150,10 @@ def test_training_leaves_the_behavior_model_alone(name: str, kind: ActionKind) -
         assert differing(vars(ours), vars(theirs)) == set()
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_its_policy_is_exported_with_parity_and_acts(name: str, kind: ActionKind, tmp_path: Path) -> None:
-    spec, algorithm = spec_of(kind), learner(name, kind)
-    update(algorithm, kind)
+@pytest.mark.parametrize(("name", "team"), CASES)
+def test_its_policy_is_exported_with_parity_and_acts(name: str, team: str, tmp_path: Path) -> None:
+    spec, algorithm = spec_of(team), learner(name, team)
+    update(algorithm, team)
     module = registry.load_algorithm(name)
     # The module that a snapshot is read back into takes the learner's weights.
     config = build(module.Config, {"hidden": HIDDEN})
@@ -168,12 +167,12 @@ def test_its_policy_is_exported_with_parity_and_acts(name: str, kind: ActionKind
         behavior_actor(spec),
         observations=batch.observation[0].numpy(),
         action_masks=None if batch.mask is None else batch.mask[0].numpy(),
-        divergence_kind=module.DIVERGENCE[kind],
+        divergence_kind=module.DIVERGENCE[spec.action_kind],
         budgets=dict.fromkeys(spec.names),
         alphas=dict.fromkeys(spec.names),
         provenance={"algorithm": name},
     )
-    team = LocalTeam(bundle)
+    served = LocalTeam(bundle)
     observations = {
         agent.name: batch.observation[0, :8, i, : agent.observation_size].numpy()
         for i, agent in enumerate(spec.agents)
@@ -182,7 +181,7 @@ def test_its_policy_is_exported_with_parity_and_acts(name: str, kind: ActionKind
     if batch.mask is not None:
         masks = {a.name: batch.mask[0, :8, i, : a.action.size].numpy() for i, a in enumerate(spec.agents)}
     for agent in spec.agents:
-        decision = team.act(observations, action_masks=masks)[agent.name]
+        decision = served.act(observations, action_masks=masks)[agent.name]
         assert np.isfinite(decision.divergence).all()
         if masks is None:
             assert decision.action.shape == (8, agent.action.size)
@@ -235,16 +234,16 @@ def test_switches_are_true_or_false() -> None:
     [{"allocation": name} for name in ("uniform", "random", "optimal")]
     + [{"decoupled": False}, {"divergence_mixer": "identity"}, {"metric": "fisher"}],
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("team", ["continuous", "unequal", "discrete"])
 def test_every_variant_of_omcda_trains_and_resumes(
-    settings: dict[str, Any], kind: ActionKind, tmp_path: Path
+    settings: dict[str, Any], team: str, tmp_path: Path
 ) -> None:
-    algorithm = learner("omcda", kind, settings=settings)
-    update(algorithm, kind)
+    algorithm = learner("omcda", team, settings=settings)
+    update(algorithm, team)
     save_state(tmp_path / "resume.pt", algorithm.state_dict(0))
-    ahead = update(algorithm, kind, first=UPDATES)
-    resumed = learner("omcda", kind, settings=settings)
+    ahead = update(algorithm, team, first=UPDATES)
+    resumed = learner("omcda", team, settings=settings)
     resumed.load_state_dicts([load_state(tmp_path / "resume.pt")])
-    again = update(resumed, kind, first=UPDATES)
+    again = update(resumed, team, first=UPDATES)
     assert all(differing(a, b) == set() for a, b in zip(ahead, again, strict=True))
     assert all(bool(torch.isfinite(v).all()) for metrics in ahead for v in metrics.values())

@@ -85,7 +85,7 @@ def test_vae_loss_is_reconstruction_and_half_the_kl_of_its_latent() -> None:
     for weight in (0.5, 2.0):
         expected = ((reconstruction - action) ** 2).mean() + weight * kl.mean()
         tensors = [torch.from_numpy(x)[None] for x in (reconstruction, action, mean, log_std)]
-        got = bcq.vae_loss(tensors[0], tensors[1], tensors[2], tensors[3], torch.tensor([weight]))
+        got = bcq.vae_loss(tensors[0], tensors[1], tensors[2], tensors[3], torch.tensor([weight]), None)
         assert float(got) == pytest.approx(expected, rel=1e-6)
 
 

@@ -170,7 +170,7 @@ class BellQ(nn.Module):
 
 
 class BellFactory(NetworkFactory):
-    def q(self) -> nn.Module:
+    def q(self, zero: bool = False) -> nn.Module:
         return BellQ()
 
 

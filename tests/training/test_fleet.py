@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from omcda_deploy import registry
 from omcda_deploy.spec import ActionKind
 from omcda_deploy.training.algorithm import Algorithm
-from omcda_deploy.training.allocation import Dual
 from omcda_deploy.training.checkpoint import load_state, save_state
+from omcda_deploy.training.prices import Dual
 from tests.support.synthetic import (
     differing,
     make_fleet,
@@ -22,6 +22,7 @@ from tests.support.synthetic import (
     random_batch,
     spec_of,
     stacked,
+    teams_of,
 )
 
 ALGORITHMS = registry.algorithms()
@@ -37,13 +38,20 @@ SWEPT = [
 UPDATES = 15
 # OMCDA moves its shares and its prices within the updates of a test.
 QUICK: Mapping[str, Mapping[str, Any]] = {
-    "omcda": {"reallocate_every": 4, "warmup": 0.005, "lr_alpha": 0.05, "lr": 3e-3, "tau": 0.5}
+    "omcda": {
+        "reallocate_every": 4,
+        "warmup": 0.005,
+        "lr_alpha": 0.05,
+        "lr": 3e-3,
+        "tau": 0.5,
+        "tau_policy": 0.5,
+    }
 }
 
 
 def trained(
     name: str,
-    kind: ActionKind,
+    team: str,
     seeds: Sequence[int],
     *settings: Mapping[str, Any],
     size: int = 32,
@@ -52,10 +60,10 @@ def trained(
     """A fleet after some updates, and their metrics. The batches of a run depend on its seed alone."""
     every = [{**QUICK.get(name, {}), **values} for values in settings or [{}]]
     every *= len(seeds) // len(every)
-    fleet = make_fleet(name, spec_of(kind), every, seeds=seeds)
+    fleet = make_fleet(name, spec_of(team), every, seeds=seeds)
     history = [
         fleet.update(
-            stacked(*(random_batch(spec_of(kind), size, seed=1000 * seed + step) for seed in seeds)),
+            stacked(*(random_batch(spec_of(team), size, seed=1000 * seed + step) for seed in seeds)),
             watched=step % 5 == 0,
         )
         for step in range(updates)
@@ -70,15 +78,20 @@ def of_run(history: Sequence[Mapping[str, Tensor]], run: int) -> list[dict[str, 
 # -- bits -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("hidden", "size"), [(16, 32), (64, 61)])
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_runs_bits_do_not_depend_on_its_company(
-    name: str, kind: ActionKind, hidden: int, size: int
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "team", "hidden", "size"),
+    [
+        (name, team, *sizes)
+        for name in ALGORITHMS
+        for team in teams_of(name)
+        for sizes in ([(16, 32)] if team == "unequal" else [(16, 32), (64, 61)])
+    ],
+)
+def test_a_runs_bits_do_not_depend_on_its_company(name: str, team: str, hidden: int, size: int) -> None:
     settings = {"hidden": hidden}
-    alone, history = trained(name, kind, [0], settings, size=size)
+    alone, history = trained(name, team, [0], settings, size=size)
     for seeds in ([0, 1], [0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
-        fleet, together = trained(name, kind, seeds, settings, size=size)
+        fleet, together = trained(name, team, seeds, settings, size=size)
         run = seeds.index(0)
         assert differing(alone.state_dict(0), fleet.state_dict(run)) == set(), seeds
         for ours, theirs in zip(of_run(history, 0), of_run(together, run), strict=True):
@@ -105,7 +118,7 @@ def test_a_fleet_is_resumed_in_parts_and_in_any_order(name: str, kind: ActionKin
 
 
 SPECIAL: dict[str, tuple[Any, ...]] = {
-    "allocation": ("random", "optimal", "uniform"),
+    "allocation": ("random", "optimal", "uniform", "accumulated"),
     "settled": (1e9,),
     "d_tot": (1e-3, 30.0),
     "pessimism": (0.25, 1.0),

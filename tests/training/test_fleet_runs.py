@@ -31,7 +31,7 @@ from tests.support.synthetic import differing, write_dataset
 
 STEPS, EVERY, LOG = 60, 20, 5
 SMALL = {"hidden": 8, "batch_size": 8}
-SETTINGS = {**SMALL, "mixer_hidden": 4, "reallocate_every": 5, "tau": 0.2}
+SETTINGS = {**SMALL, "mixer_hidden": 4, "reallocate_every": 5, "tau": 0.2, "tau_policy": 0.2}
 CLONING = {"steps": 20, "batch_size": 16, "check_every": 10}
 RUNS: Mapping[str, tuple[int, Mapping[str, Any]]] = {  # name: seed, settings of its own
     "a": (0, {"d_tot": 0.01}),

@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, one_step_game
-from omcda_deploy.training.algorithms.omcda import Algorithm, Config, DecoupledCritic
+from omcda_deploy.training.algorithms.omcda import Algorithm, Config
 from omcda_deploy.training.allocation import STRATEGIES, Allocation
 from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.critics import DecoupledCritic
 from omcda_deploy.training.distributions import policy_of
+from omcda_deploy.training.prices import Dual
 from tests.support import oracles
 from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
@@ -29,6 +31,7 @@ CONFIG = Config(
     lr_alpha=0.0,  # alpha stays as given, unless a test says otherwise
     alpha0=1.0,
     tau=0.05,
+    tau_policy=0.05,
     gamma=0.9,
     grad_clip=1e9,
     settled=0.0,
@@ -50,7 +53,8 @@ def fit(algorithm: Algorithm, batch: Batch, *stages: int) -> Algorithm:
     torch.set_num_threads(1)
     for stage, steps in enumerate(stages):
         if stage:
-            algorithm.dual._lr *= 0.1
+            if isinstance(algorithm.dual, Dual):
+                algorithm.dual._lr *= 0.1
             for group in algorithm._optimizer._adam.param_groups:
                 group["lr"] *= 0.1
         for _ in range(steps):
@@ -208,7 +212,7 @@ def chains() -> ChainGame:
 
 
 CHAIN_ALPHA = np.array([4.0, 1.5])
-CHAIN_CONFIG = dataclasses.replace(CONFIG, lr=0.1, lr_divergence=0.1, tau=0.2)
+CHAIN_CONFIG = dataclasses.replace(CONFIG, lr=0.1, lr_divergence=0.1, tau=0.2, tau_policy=0.2)
 
 
 @functools.cache

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from omcda_deploy.claims import lock_path
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.experiments import train as training
 from omcda_deploy.registry import team_spec
 from omcda_deploy.training import loop, run_lock
-from omcda_deploy.training.run_lock import lock_path, require_unlocked
+from omcda_deploy.training.run_lock import require_unlocked
 from tests.support.behavior_cache import cache_behavior
 from tests.support.processes import wait_for
 from tests.support.synthetic import write_dataset
@@ -142,8 +143,9 @@ def test_many_that_start_together_hold_it_one_after_another(tmp_path: Path) -> N
     code = """
 import sys, time
 from pathlib import Path
+from omcda_deploy import claims
 from omcda_deploy.training import run_lock
-run_lock.PATIENCE_S, run_lock.RETRY_S = 60.0, 0.0005
+run_lock.PATIENCE_S, claims.RETRY_S = 60.0, 0.0005
 run, held = Path(sys.argv[1]), Path(sys.argv[1] + ".held")
 for _ in range(200):
     with run_lock.run_lock(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tests.support.synthetic import continuous_spec, differing
 
 # -- networks -------------------------------------------------------------------------------------------------
 
+# Largest numbers of hidden values of runs that share their operations, and of a block.
+BLOCKS = [(10**6, 1), (0, 10**6), (0, 1), (0, 85)]  # all at once; a run, one state, two states at a time
 SHAPES = [(1, 4, 1), (1, 4, 3), (3, 4, 1), (3, 1, 3), (1, 1, 1)]  # runs, inputs, outputs
 
 
@@ -24,6 +27,11 @@ def agent_mlps(runs: int, inputs: int, outputs: int) -> list[AgentMLP]:
     """One network of two agents per run, in float64."""
     torch.manual_seed(runs + inputs + outputs)
     return [AgentMLP(inputs, outputs, agents=2, hidden=5).double() for _ in range(runs)]
+
+
+def divide(monkeypatch: pytest.MonkeyPatch, shared: int, block: int) -> None:
+    monkeypatch.setattr(mlp, "_SHARED", shared)
+    monkeypatch.setattr(mlp, "_BLOCK", block)
 
 
 def parameters_in_order(network: AgentMLP) -> list[Tensor]:
@@ -34,24 +42,33 @@ def parameters_in_order(network: AgentMLP) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("runs", "inputs", "outputs"), SHAPES)
-def test_gradients_of_stacked_networks_are_right(runs: int, inputs: int, outputs: int) -> None:
-    parameters = parameters_in_order(stack(agent_mlps(runs, inputs, outputs)))
-    x = torch.randn(runs, 3, 2, inputs, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(mlp._StackedMLP.apply, (x, *parameters))
-
-
-@pytest.mark.parametrize(("runs", "inputs", "outputs"), SHAPES)
-@pytest.mark.parametrize("width", [1, 2])
-def test_gradients_of_stacked_branches_are_right(runs: int, inputs: int, outputs: int, width: int) -> None:
+@pytest.mark.parametrize("width", [0, 1, 2])
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_gradients_of_stacked_networks_are_right(
+    runs: int, inputs: int, outputs: int, width: int, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With branches of ``width`` numbers, and without any."""
+    divide(monkeypatch, *blocks)
     parameters = parameters_in_order(stack(agent_mlps(runs, inputs + width, outputs)))
     x = torch.randn(runs, 3, 2, inputs, dtype=torch.float64, requires_grad=True)
-    branches = torch.randn(runs, 4, 3, 2, width, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(mlp._StackedBranches.apply, (x, branches, *parameters))
+    leaves = [x, *parameters]
+    if width:
+        leaves.insert(1, torch.randn(runs, 3, 2, 4, width, dtype=torch.float64, requires_grad=True))
+
+    def network(x: Tensor, *rest: Tensor) -> Any:
+        branches, own = (rest[0], rest[1:]) if width else (None, rest)
+        return mlp._StackedMLP.apply(True, x, branches, *own)  # type: ignore[no-untyped-call]
+
+    assert torch.autograd.gradcheck(network, leaves)
 
 
 @pytest.mark.parametrize("branched", [False, True])
 @pytest.mark.parametrize("wanted", ["x", "branches", "parameters", "x and branches"])
-def test_a_gradient_does_not_depend_on_which_others_are_wanted(branched: bool, wanted: str) -> None:
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_a_gradient_does_not_depend_on_which_others_are_wanted(
+    branched: bool, wanted: str, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divide(monkeypatch, *blocks)
     network = stack(agent_mlps(3, 5, 2))
     x = torch.randn(3, 4, 2, 3 if branched else 5, dtype=torch.float64)
     branches = torch.randn(3, 6, 4, 2, 2, dtype=torch.float64)
@@ -73,8 +90,12 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(branched: bool, w
 
 
 @pytest.mark.parametrize(("runs", "inputs", "outputs"), SHAPES)
-def test_a_stacked_network_is_its_runs_networks(runs: int, inputs: int, outputs: int) -> None:
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_a_stacked_network_is_its_runs_networks(
+    runs: int, inputs: int, outputs: int, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The written-out backward against autograd's, run by run, with and without branches."""
+    divide(monkeypatch, *blocks)
     for branched in (False, True):
         networks = agent_mlps(runs, inputs + 2 * branched, outputs)
         together = stack(networks)
@@ -82,6 +103,9 @@ def test_a_stacked_network_is_its_runs_networks(runs: int, inputs: int, outputs:
         branches = torch.randn(runs, 4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
         leaves = (x, branches) if branched else (x,)
         output = together.branch(x, branches) if branched else together(x)
+        with torch.no_grad():
+            again = together.branch(x, branches) if branched else together(x)
+        assert torch.equal(again, output)
         ours = torch.autograd.grad(output.sin().sum(), (*leaves, *together.parameters()))
         for run, network in enumerate(networks):
             own = network.branch(x[run], branches[run]) if branched else network(x[run])
@@ -92,6 +116,27 @@ def test_a_stacked_network_is_its_runs_networks(runs: int, inputs: int, outputs:
                 torch.testing.assert_close(a[run], b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("hidden", [16, 160])  # 160: products as oneDNN does them
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("blocks", [(10**6, 1), (0, 10**6), (0, 9000)])
+def test_a_runs_bits_are_those_of_company(
+    outputs: int, hidden: int, branched: bool, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divide(monkeypatch, *blocks)
+    torch.manual_seed(0)
+    networks = [AgentMLP(19 + 2 * branched, outputs, agents=3, hidden=hidden) for _ in range(5)]
+    x, branches = torch.randn(5, 17, 3, 19), torch.randn(5, 4, 17, 3, 2)
+    results = []
+    for runs in (slice(0, 1), slice(0, 5)):
+        network = stack(networks[runs])
+        inputs = x[runs].requires_grad_()
+        values = network.branch(inputs, branches[runs]) if branched else network(inputs)
+        results.append([values, *torch.autograd.grad(values.square().sum(), [inputs, *network.parameters()])])
+    for alone, together in zip(*results, strict=True):
+        assert torch.equal(alone[0], together[0])
+
+
 def test_a_stacked_layer_is_its_runs_layers() -> None:
     torch.manual_seed(0)
     layers = [Linear(4, 3).double() for _ in range(3)]
@@ -100,18 +145,6 @@ def test_a_stacked_layer_is_its_runs_layers() -> None:
     for run, layer in enumerate(layers):
         torch.testing.assert_close(together(x)[run], layer(x[run]), rtol=1e-12, atol=1e-12)
         assert differing(run_state(together, run), layer.state_dict()) == set()
-
-
-@pytest.mark.parametrize("columns", [1, 3])
-def test_products_of_one_run_have_the_bits_of_company(columns: int) -> None:
-    torch.manual_seed(0)
-    a, b, bias = torch.randn(5, 61, 67), torch.randn(5, 67, columns), torch.randn(5, columns)
-    products, layers = mlp.product(a, b), mlp.affine(a, b.mT, bias)
-    for run in range(5):
-        one = slice(run, run + 1)
-        assert torch.equal(mlp.product(a[one], b[one]), products[one])
-        assert torch.equal(mlp.affine(a[one], b[one].mT, bias[one]), layers[one])
-    torch.testing.assert_close(layers, a @ b + bias.unsqueeze(1), rtol=1e-4, atol=1e-4)
 
 
 # -- stacking -------------------------------------------------------------------------------------------------

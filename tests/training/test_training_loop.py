@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,8 +26,9 @@ from omcda_deploy.datasets import Dataset
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, ContractError, OmcdaError, UnknownNameError
 from omcda_deploy.files import cache_folder
+from omcda_deploy.policy import NoiseSource
 from omcda_deploy.registry import team_spec
-from omcda_deploy.spec import ActionSpec, TeamSpec
+from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training import behavior_model as behavior_model_file
 from omcda_deploy.training import evaluation, loop
 from omcda_deploy.training.batches import Batch, TransitionSampler
@@ -40,10 +42,25 @@ from omcda_deploy.training.request import TrainRequest
 from omcda_deploy.training.run_folder import read_config, read_snapshot, snapshot_steps, training_seconds
 from omcda_deploy.training.settings import build
 from omcda_deploy.training.snapshot_team import SnapshotTeam
-from tests.support.synthetic import continuous_spec, differing, stacked, write_dataset
+from tests.support.synthetic import (
+    behavior_actor,
+    continuous_spec,
+    differing,
+    discrete_spec,
+    stacked,
+    write_dataset,
+)
 
 STEPS, EVERY = 60, 20
-SETTINGS = {"hidden": 8, "mixer_hidden": 4, "batch_size": 8, "reallocate_every": 5, "d_tot": 0.01, "tau": 0.2}
+SETTINGS = {
+    "hidden": 8,
+    "mixer_hidden": 4,
+    "batch_size": 8,
+    "reallocate_every": 5,
+    "d_tot": 0.01,
+    "tau": 0.2,
+    "tau_policy": 0.2,
+}
 CLONING = {"steps": 20, "batch_size": 16, "check_every": 10}
 BEHAVIOR = build(BehaviorConfig, {**CLONING, "hidden": 8})
 
@@ -286,15 +303,6 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "resume.pt").exists()
 
 
-def test_unequal_continuous_actions_are_refused(dataset: Dataset, tmp_path: Path) -> None:
-    first, *others = dataset.spec.agents
-    agents = (dataclasses.replace(first, action=ActionSpec("continuous", 3)), *others)
-    uneven = dataclasses.replace(dataset, spec=dataclasses.replace(dataset.spec, agents=agents))
-    with pytest.raises(ContractError, match="expected one action size for all agents"):
-        train(uneven, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_an_existing_folder_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("…")
@@ -494,11 +502,11 @@ def test_cloning_keeps_the_best_held_out_model_and_stops(dataset: Dataset) -> No
 # -- batches --------------------------------------------------------------------------------------------------
 
 
-def test_the_time_limit_option_changes_not_done_only(dataset: Dataset) -> None:
+def test_the_time_limit_option_changes_ends_only(dataset: Dataset) -> None:
     every = torch.arange(len(dataset.transitions)).unsqueeze(0)
     ours = TransitionSampler(dataset, 4, [0]).gather(every)
     published = TransitionSampler(dataset, 4, [0], time_limit_is_terminal=True).gather(every)
-    assert differing(fields_of(ours), fields_of(published)) == {"not_done"}
+    assert differing(fields_of(ours), fields_of(published)) == {"not_done", "return_to_go", "return_range"}
     assert np.flatnonzero(ours.not_done == 0).tolist() == np.flatnonzero(dataset.terminal).tolist()
     ends = dataset.terminal | dataset.timeout
     assert np.flatnonzero(published.not_done == 0).tolist() == np.flatnonzero(ends).tolist()
@@ -600,6 +608,41 @@ def test_a_snapshot_acts_as_its_policy_does(run: Path, dataset: Dataset) -> None
     for i, name in enumerate(team.spec.names):
         np.testing.assert_array_equal(decisions[name].action, torch.tanh(policy.mean).numpy()[:, i])
         np.testing.assert_array_equal(decisions[name].divergence, policy.kl(behavior).numpy()[:, i])
+    noise = NoiseSource(team.spec, 3, temperature=0.5).draw(7)
+    sampled = team.act({name: rows[:, i] for i, name in enumerate(team.spec.names)}, noise=noise)
+    for i, name in enumerate(team.spec.names):
+        beneath = policy.mean[:, i] + policy.log_std[:, i].exp() * torch.from_numpy(noise[name])
+        np.testing.assert_array_equal(sampled[name].action, torch.tanh(beneath).numpy())
+
+
+def test_a_snapshot_of_choices_samples_among_the_available_ones() -> None:
+    """Its frequencies are softmax(logits / T) of what the mask allows."""
+    spec, temperature, rows = discrete_spec(), 0.5, 20_000
+    actor = behavior_actor(spec)
+    team = SnapshotTeam.__new__(SnapshotTeam)
+    team.spec = spec
+    team._snapshot = cast("Any", SimpleNamespace(policy=actor, behavior=actor))
+    seen = {agent.name: np.ones((rows, agent.observation_size), np.float32) for agent in spec.agents}
+    masks = {agent.name: np.ones((rows, agent.action.size), np.uint8) for agent in spec.agents}
+    for mask in masks.values():
+        mask[:, 0] = 0
+    noise = NoiseSource(spec, 0, temperature).draw(rows)
+    decisions = team.act(seen, noise=noise, action_masks=masks)
+    greedy = team.act(seen, action_masks=masks)
+    observation = torch.zeros(1, 2, spec.observation_size)
+    available = torch.zeros(1, 2, spec.action_size, dtype=torch.uint8)
+    for i, agent in enumerate(spec.agents):
+        observation[0, i, : agent.observation_size] = 1.0
+        available[0, i, 1 : agent.action.size] = 1
+    with torch.no_grad():
+        policy = policy_of(actor, observation, available)
+    assert isinstance(policy, Categorical)
+    for i, agent in enumerate(spec.agents):
+        logits = policy.log_probs.reshape(2, -1)[i, : agent.action.size]
+        expected = torch.softmax(logits / temperature, -1).numpy()
+        counts = np.bincount(decisions[agent.name].action, minlength=agent.action.size)
+        assert counts / rows == pytest.approx(expected, abs=0.015)
+        assert set(greedy[agent.name].action.tolist()) == {int(logits.argmax())}
 
 
 def test_a_snapshot_is_played_and_its_returns_are_noted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omcda_deploy.training.actions import clear, entry_mean, padding_of
 from omcda_deploy.training.batches import Batch
-from omcda_deploy.training.candidates import candidate_values
 from omcda_deploy.training.distributions import Categorical, Distribution
 from omcda_deploy.training.fleet import Noise, column, mean_per_run, repeat
 from omcda_deploy.training.metrics import KL
@@ -113,6 +113,7 @@ class GenerativeActor(nn.Module):
     """
 
     latents: Tensor  # [candidates, L], the same for all runs
+    padding: Tensor | None  # of the actions
 
     def __init__(self, config: Config, networks: NetworkFactory) -> None:
         super().__init__()
@@ -126,15 +127,16 @@ class GenerativeActor(nn.Module):
         generator = torch.Generator().manual_seed(LATENT_SEED)
         latents = torch.randn((config.candidates, self.latent), generator=generator)
         self.register_buffer("latents", latents.clamp(-LATENT_LIMIT, LATENT_LIMIT))
+        self.register_buffer("padding", padding_of(spec), persistent=False)
 
     def decode(self, observation: Tensor, latents: Tensor, agent: int | None = None) -> Tensor:
         """Decode ``[B, (N,) O]``, latents [K, B, (N,) L] or broadcastable -> actions [K, B, (N,) A]."""
-        return torch.tanh(self.decoder.branch(observation, latents, agent))
+        return clear(torch.tanh(self.decoder.branch(observation, latents, agent)), self.padding, agent)
 
     def perturb(self, xi: Any, observation: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
         """Return ``clip(a + phi tanh xi(o, a), -1, 1)``: ``[B, (N,) O], [K, B, (N,) A] -> [K, B, (N,) A]``."""
         move = torch.tanh(xi.branch(observation, action, agent))
-        return (action + self.phi * move).clamp(-1.0, 1.0)
+        return clear((action + self.phi * move).clamp(-1.0, 1.0), self.padding, agent)
 
     def candidates(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
         """Make candidates: ``[B, (N,) O] -> (actions [K, B, (N,) A], their values [K, B, (N)])``."""
@@ -156,10 +158,7 @@ class GenerativeActor(nn.Module):
         return mean, torch.full_like(mean, NO_WIDTH)
 
     def as_good(self, observation: Tensor, action: Tensor, agent: int | None = None) -> Tensor:
-        """Test if ``action`` [B, (N,) A] is a best candidate up to rounding, bool [B, (N)].
-
-        For policies of one run.
-        """
+        """Test if ``action`` [B, (N,) A] is a best candidate up to rounding, bool [B, (N)]; for one run."""
         actions, values = self.candidates(observation, agent)
         best = values.amax(0)
         near = values >= best - TIE * (1.0 + best.abs())
@@ -207,13 +206,15 @@ def allowed(log_g: Tensor, mask: Tensor, least: float | Tensor) -> Tensor:
     return (log_g - log_g.amax(-1, keepdim=True) >= least) & mask.bool()
 
 
-def vae_loss(decoded: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, kl_weight: Tensor) -> Tensor:
+def vae_loss(
+    decoded: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, kl_weight: Tensor, padding: Tensor | None
+) -> Tensor:
     """Return L_vae: ``mean (a^ - a)^2 + kl_weight mean KL(N(mean, std) || N(0, 1))``, means over all entries.
 
-    Four times [R, B, N, ...], ``kl_weight`` [R] -> [R].
+    Four times [R, B, N, ...], ``kl_weight`` [R], ``padding`` [N, A] of the actions -> [R].
     """
     kl = 0.5 * (mean.square() + torch.exp(2.0 * log_std) - 1.0) - log_std
-    return mean_per_run((decoded - action).square()) + kl_weight * mean_per_run(kl)
+    return entry_mean((decoded - action).square(), padding) + kl_weight * mean_per_run(kl)
 
 
 def pessimistic_maximum(q1: Tensor, q2: Tensor, pessimism: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ class GenerativeLosses:
     def __call__(self, batch: Batch, noise: Noise) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return losses and metrics."""
         policy = self._policy
-        o, a = batch.observation, batch.action
+        o, a = batch.observation, clear(batch.action, policy.padding)
         mean, log_std = self.encoder(torch.cat((o, a), -1)).chunk(2, -1)
         log_std = log_std.clamp(*ENCODER_LOG_STD)
         z = mean + log_std.exp() * noise.normal(*mean.shape[1:])
@@ -269,16 +270,16 @@ class GenerativeLosses:
         losses = {
             "policy": -mean_per_run(value),  # L_xi
             "critic": mean_per_run((q1 - y).square()) + mean_per_run((q2 - y).square()),  # L_Q
-            "vae": vae_loss(reconstructed, a, mean, log_std, self._kl_weight),  # L_vae
+            "vae": vae_loss(reconstructed, a, mean, log_std, self._kl_weight, policy.padding),  # L_vae
         }
-        distance = mean_per_run((perturbed.detach() - decoded).abs())
+        distance = entry_mean((perturbed.detach() - decoded).abs(), policy.padding)
         return losses, {"value/reward_total": q1.detach().mean(1), "perturbation": distance}
 
     def _bellman(self, batch: Batch, noise: Noise) -> Tensor:
         c, o2 = self._config, batch.next_observation
         decoded = self._policy.decode(o2, self._latents(o2, c.target_samples, noise))
         actions = self._policy.perturb(self.perturbation_target, o2, decoded)
-        q1, q2 = (candidate_values(q, o2, actions) for q in (self.q1_target, self.q2_target))
+        q1, q2 = (q.candidates(o2, actions) for q in (self.q1_target, self.q2_target))
         best = pessimistic_maximum(q1, q2, self._pessimism)
         next_q_tot = total_value(self.mixer_target, best, batch.next_state)
         return batch.reward + c.gamma * batch.not_done * next_q_tot

@@ -50,15 +50,15 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from omcda_deploy.training.actions import entry_mean
 from omcda_deploy.training.batches import Batch
-from omcda_deploy.training.candidates import candidate_values
 from omcda_deploy.training.conservative import (
     candidate_actions,
     candidate_log_density,
     discrete_penalty,
     sampled_penalty,
 )
-from omcda_deploy.training.distributions import Categorical, TanhGaussian
+from omcda_deploy.training.distributions import Categorical, TanhGaussian, gaussian_of
 from omcda_deploy.training.fleet import Noise, column, mean_per_run
 from omcda_deploy.training.losses import elu
 from omcda_deploy.training.metrics import KL
@@ -122,6 +122,7 @@ class FixedDeviationActor(nn.Module):
         """Replace the log_std of ``actor``, a Gaussian one."""
         super().__init__()
         self.actor = actor
+        self.padding = getattr(actor, "padding", None)
         self.log_std = math.log(deviation)
 
     def forward(self, observation: Tensor, agent: int | None = None) -> tuple[Tensor, Tensor]:
@@ -239,16 +240,16 @@ class Algorithm:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         c, o, s = self.config, batch.observation, batch.state
         noise = self._noise.at(self.step)
-        policy = TanhGaussian(*self.policy(o))
+        policy = gaussian_of(self.policy, o)
         with torch.no_grad():
-            next_policy = TanhGaussian(*self.policy(batch.next_observation))
+            next_policy = gaussian_of(self.policy, batch.next_observation)
             y = self._target(batch, next_policy.sample(1, noise).squeeze(1))
             actions = candidate_actions(policy, next_policy, c.candidates, noise, batch.action)
             log_density = candidate_log_density(actions[:, 1:], policy, next_policy)
             log_density += math.log(3 * c.candidates)
             kl = policy.kl(behavior)
             weights = agent_weights(kl, self._lambda_tau, c.lambda_sign)
-        values = [candidate_values(critic, o, actions) for critic in self.critics]  # [R, 1 + K, B, N] each
+        values = [critic.candidates(o, actions) for critic in self.critics]  # [R, 1 + K, B, N] each
         data_values = [value[:, 0] for value in values]
         unit, zero = torch.ones_like(weights), torch.zeros_like(weights)
         penalties = [
@@ -260,7 +261,7 @@ class Algorithm:
         with frozen(self.online):
             value = self.critics[0].candidates(o, policy_action)
             gain = counterfactual_change(self.mixer, value, data_values[0].detach(), s)
-        effort = self._action_penalty * mean_per_run(policy_action.square())
+        effort = self._action_penalty * entry_mean(policy_action.square(), policy.padding)
         losses["policy"] = effort - mean_per_run(gain)  # L_pi
         return losses, {"kl": kl.mean(1), "lambda": weights.mean(1), "value/target": y.mean(1)}
 

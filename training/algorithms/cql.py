@@ -42,14 +42,13 @@ import torch
 from torch import Tensor, nn
 
 from omcda_deploy.training.batches import Batch
-from omcda_deploy.training.candidates import candidate_values
 from omcda_deploy.training.conservative import (
     candidate_actions,
     candidate_log_density,
     discrete_penalty,
     sampled_penalty,
 )
-from omcda_deploy.training.distributions import TanhGaussian, divergence
+from omcda_deploy.training.distributions import TanhGaussian, divergence, gaussian_of
 from omcda_deploy.training.fleet import Noise, column, mean_per_run
 from omcda_deploy.training.losses import gaussian_log_prob, mix, tanh_log_jacobian
 from omcda_deploy.training.metrics import KL
@@ -110,7 +109,8 @@ def soft_q_loss(policy: TanhGaussian, noise: Tensor, value: Callable[[Tensor], T
     """
     u = policy.mean + policy.log_std.exp() * noise
     # From u itself: the atanh of a saturated action has neither its value nor its gradient.
-    log_prob = gaussian_log_prob(u, policy.mean, policy.log_std) - tanh_log_jacobian(u)
+    log_density = gaussian_log_prob(u, policy.mean, policy.log_std, policy.padding)
+    log_prob = log_density - tanh_log_jacobian(u, policy.padding)
     return mean_per_run(log_prob - value(torch.tanh(u)))
 
 
@@ -214,9 +214,9 @@ class Algorithm:
     def _continuous(self, batch: Batch, w: Tensor) -> BatchTerms:
         c, o = self.config, batch.observation
         noise = self._noise.at(self.step)
-        policy = TanhGaussian(*self.policy(o))
+        policy = gaussian_of(self.policy, o)
         with torch.no_grad():
-            next_policy = TanhGaussian(*self.policy(batch.next_observation))
+            next_policy = gaussian_of(self.policy, batch.next_observation)
             actions = candidate_actions(policy, next_policy, c.samples, noise, batch.action)
             density = (
                 candidate_log_density(actions[:, 1:], policy, next_policy)
@@ -225,7 +225,7 @@ class Algorithm:
             )
             next_action = next_policy.sample(1, noise).squeeze(1)
             kl = divergence(policy, batch.behavior)
-        values = candidate_values(self.q, o, actions)  # [R, 1 + 3 samples, B, N]
+        values = self.q.candidates(o, actions)  # [R, 1 + 3 samples, B, N]
         q = values[:, 0]
         if c.improvement == "soft_q":
             normal = noise.normal(*policy.mean.shape[1:])

@@ -43,8 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omcda_deploy.training.actions import entry_mean
 from omcda_deploy.training.batches import Batch
-from omcda_deploy.training.candidates import candidate_values
 from omcda_deploy.training.conservative import (
     candidate_actions,
     discrete_penalty,
@@ -134,14 +134,20 @@ def search(
 
 
 def continuous_policy_loss(
-    action: Tensor, value: Tensor, searched: Tensor, searched_value: Tensor, coefficient: Tensor
+    action: Tensor,
+    value: Tensor,
+    searched: Tensor,
+    searched_value: Tensor,
+    coefficient: Tensor,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """Return L_pi [R] from a_i [R, B, N, A] and q_i(o_i, a_i) [R, B, N], both with gradients.
 
-    ``searched`` and ``searched_value`` are the search's, in the same shapes; ``coefficient`` [R].
+    ``searched`` and ``searched_value`` are the search's, in the same shapes; ``coefficient`` [R]; ``padding``
+    [N, A] of the actions.
     """
     best = torch.where((searched_value > value).unsqueeze(-1), searched, action).detach()
-    mimic = mean_per_run((action - best).square())
+    mimic = entry_mean((action - best).square(), padding)
     return coefficient * mimic - (1.0 - coefficient) * mean_per_run(value)
 
 
@@ -244,14 +250,14 @@ class Algorithm:
             assert isinstance(next_policy, TanhGaussian)  # like `policy`
             next_action = next_policy.sample(1, noise).squeeze(1)
         actions = candidate_actions(policy, next_policy, c.penalty_samples, noise, batch.action)
-        values = candidate_values(self.q, o, actions)
+        values = self.q.candidates(o, actions)
         q = values[:, 0]
         penalty = sampled_penalty(w, values[:, 1:], q)
         action = policy.sample(1, noise).squeeze(1)
         with frozen(self.q):
             value = self.q(o, action)
-        best, best_value = search(lambda tried: candidate_values(self.q, o, tried), action, c, noise)
-        loss = continuous_policy_loss(action, value, best, best_value, self._coefficient)
+        best, best_value = search(lambda tried: self.q.candidates(o, tried), action, c, noise)
+        loss = continuous_policy_loss(action, value, best, best_value, self._coefficient, policy.padding)
         return q, penalty, next_action, loss
 
     def _discrete(

@@ -32,7 +32,6 @@ Q and V as in OMIGA, ``z_i = (w_i/alpha_i)(Q_i - V_i)``). ``allocation=optimal``
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,16 +40,18 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from omcda_deploy.errors import ConfigError
 from omcda_deploy.plugins import Column, Scan
-from omcda_deploy.training.allocation import STRATEGIES, Allocation, Dual
+from omcda_deploy.training.allocation import STRATEGIES, Allocation
 from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.critics import CriticTerms, DecoupledCritic, EntangledCritic
 from omcda_deploy.training.distributions import Distribution, divergence, policy_of
-from omcda_deploy.training.fleet import Noise, column, mean_per_run, repeat
-from omcda_deploy.training.influence import INFLUENCE_CURVES, influence, value_gradients, weighted_values
-from omcda_deploy.training.losses import exp_linear, mix, mix_divergence
+from omcda_deploy.training.fleet import Noise, batch_mean, column, mean_per_run, repeat
+from omcda_deploy.training.influence import INFLUENCE_CURVES, influence, value_gradients
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
+from omcda_deploy.training.prices import SOLVE_EVERY, Dual, Exponents, SolvedPrice
 from omcda_deploy.training.settings import (
     Choice,
     Count,
@@ -88,6 +89,8 @@ class Config:
 
     d_tot: Annotated[float, Range(1e-6, 1e3)] = 0.3  # nats per step, for all agents together
     allocation: Annotated[str, Choice(*STRATEGIES)] = "influence"
+    # Total budget of the policies that the critics evaluate, where it is smaller than d_tot; 0: pi_b itself.
+    d_eval: Annotated[float, Range(0.0, 1e3)] = 1e3
     decoupled: bool = True  # False: the ablation w/o-dq
     divergence_mixer: Annotated[str, Choice("learned", "identity")] = "learned"
     alpha0: Annotated[float, Range(1e-6, 1e6)] = 10.0  # first price; its bounds are alpha0/200 and 5 alpha0
@@ -103,11 +106,19 @@ class Config:
     # The dual starts when the average of L_Qr/Var(y) is below `settled`, or after a share of the steps.
     settled: Annotated[float, Range(0.0)] = 0.1
     warmup: Unit = 0.2
+    # How alpha_i is found: by gradient (the paper's dual) or solved on the last batches.
+    price: Annotated[str, Choice("gradient", "solved")] = "gradient"
+    # Agent-steps over which divergence is averaged: all, or those with a choice (discrete).
+    divergence_over: Annotated[str, Choice("steps", "choices")] = "steps"
+    zero_heads: bool = False  # last layers of Q and V start at 0, so that the first policies are pi_b
+    clip_targets: bool = False  # to the data's returns-to-go
+    standardize_states: bool = False  # for the mixers
     lr: LearningRate = 5e-4
     lr_divergence: LearningRate = 1e-4  # Q^c, V^c and their mixer
     lr_alpha: Annotated[float, Range(0.0, 10.0)] = 3e-3
     gamma: Unit = 0.99
-    tau: Tau = 0.005  # step of target networks and averaged policy
+    tau: Tau = 0.005  # step of target networks
+    tau_policy: Tau = 0.005  # step of the averaged policy
     grad_clip: GradientNorm = 1.0  # norm, per group of parameters
     batch_size: Count = 128
     hidden: Width = 256
@@ -115,146 +126,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-@dataclass(frozen=True)
-class CriticTerms:
-    """Terms of the losses on one batch."""
-
-    z: Tensor  # [R, B, N], detached
-    rho: Tensor  # [R, B, N], detached
-    losses: dict[str, Tensor]  # [R] each
-    target: Tensor  # y of L_Qr, [R, B]
-    metrics: dict[str, Tensor]  # [R] or [R, N] each
-
-
-class DecoupledCritic:
-    """Separate values of reward and divergence (docs/derivation.md#losses)."""
-
-    def __init__(self, config: Config, networks: NetworkFactory, device: str) -> None:
-        self._config = config
-        self.q_r, self.v_r, self.mixer_r = networks.q(), networks.v(), networks.mixer(config.mixer_hidden)
-        self.q_c, self.v_c = networks.q(), networks.v()
-        self.mixer_c = networks.divergence_mixer(config.divergence_mixer, config.mixer_hidden)
-        online = (self.q_r, self.v_r, self.mixer_r, self.q_c, self.v_c, self.mixer_c)
-        self.online = nn.ModuleList(online).to(device)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.q_r_target, self.v_r_target, self.mixer_r_target = self.target[:3]
-        self.q_c_target, self.v_c_target, self.mixer_c_target = self.target[3:]
-
-    def groups(self) -> list[Group]:
-        """Return groups of parameters with their learning rates."""
-        lr, lr_c = self._config.lr, self._config.lr_divergence
-        return [
-            Group(parameters_of(self.q_r, self.mixer_r), lr),
-            Group(parameters_of(self.v_r), lr),
-            Group(parameters_of(self.q_c, self.mixer_c), lr_c),
-            Group(parameters_of(self.v_c), lr_c),
-        ]
-
-    def kappa(self, w_c: Tensor, alpha: Tensor) -> Tensor:
-        """Return ``sum_k alpha_k w^{c,k}_i / alpha_i``, uncapped: [R, B, N(k), N(i)], [R, 1, N] -> [R, B, N(i)]."""
-        return torch.matmul(alpha.unsqueeze(-2), w_c).squeeze(-2) / alpha
-
-    def terms(self, batch: Batch, alpha: Tensor) -> CriticTerms:
-        """Evaluate all losses on a batch at prices ``alpha`` [R, 1, N]."""
-        c = self._config
-        o, s, a = batch.observation, batch.state, batch.action
-        o2, s2 = batch.next_observation, batch.next_state
-        with torch.no_grad():
-            w_r, _ = self.mixer_r_target(s)  # [R, B, N]
-            w_c, _ = self.mixer_c_target(s)  # [R, B, N(k), N(j)]
-            kappa_free = self.kappa(w_c, alpha)
-            kappa = kappa_free.clamp_max(c.kappa_max)
-            q_r, q_c = self.q_r_target(o, a), self.q_c_target(o, a)
-            w_r2, b_r2 = self.mixer_r_target(s2)
-            w_c2, b_c2 = self.mixer_c_target(s2)
-            discount = c.gamma * batch.not_done
-            y_r = batch.reward + discount * mix(w_r2, self.v_r_target(o2), b_r2)
-            y_c = discount.unsqueeze(-1) * mix_divergence(w_c2, self.v_c_target(o2), b_c2)
-        v_r, v_c = self.v_r(o), self.v_c(o)
-        z = w_r / alpha * (q_r - v_r.detach()) + kappa * (q_c - v_c)
-        rho = torch.exp(z.detach().clamp_max(c.z_max))
-
-        w_on, b_on = self.mixer_r(s)
-        w_con, b_con = self.mixer_c(s)
-        q_r_tot = mix(w_on, self.q_r(o, a), b_on)
-        q_c_tot = mix_divergence(w_con, self.q_c(o, a), b_con)
-        losses = {
-            "reward_critic": mean_per_run((q_r_tot - y_r).square()),  # L_Qr
-            "divergence_critic": mean_per_run((q_c_tot - y_c).square()),  # L_Qc
-            "reward_value": mean_per_run(rho * (q_r - v_r).square()),  # L_Vr
-            "divergence_value": mean_per_run(exp_linear(z, c.z_max) / kappa + v_c),  # L_Vc
-        }
-        with torch.no_grad():
-            total = (alpha * mix_divergence(w_con, v_c, b_con)).sum(-1)
-            metrics = {
-                "value/reward": (w_on * v_r).mean(1),  # each agent's part of V^r_tot
-                "value/reward_total": mix(w_on, v_r, b_on).mean(1),
-                "value/divergence_total": total.mean(1),  # at most 0 in theory; not clamped
-                "value/kappa_capped": mean_per_run((kappa_free > c.kappa_max).float()),
-            }
-        return CriticTerms(z.detach(), rho, losses, y_r, metrics)
-
-    def reward_values(self, batch: Batch, action: Tensor | None) -> Tensor:
-        """Return ``w^r_i Q^r_i`` in the shape of :func:`weighted_values`."""
-        weights, _ = self.mixer_r_target(batch.state)
-        return weighted_values(self.q_r_target, weights, batch.observation, action)
-
-    def total_values(self, batch: Batch, action: Tensor | None, alpha: Tensor) -> Tensor:
-        """Return ``w^r_i Q^r_i + alpha_i kappa_i Q^c_i``, under which m_i equals alpha_i over many steps."""
-        w_c, _ = self.mixer_c_target(batch.state)
-        price = alpha * self.kappa(w_c, alpha).clamp_max(self._config.kappa_max)
-        divergence_values = weighted_values(self.q_c_target, price, batch.observation, action)
-        return self.reward_values(batch, action) + divergence_values
-
-
-class EntangledCritic:
-    """The ablation w/o-dq: one Q and V for reward and divergence, as in OMIGA (docs/derivation.md#ablations)."""
-
-    def __init__(self, config: Config, networks: NetworkFactory, device: str) -> None:
-        self._config = config
-        self.q, self.v, self.mixer = networks.q(), networks.v(), networks.mixer(config.mixer_hidden)
-        self.online = nn.ModuleList((self.q, self.v, self.mixer)).to(device)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.q_target, self.v_target, self.mixer_target = self.target
-
-    def groups(self) -> list[Group]:
-        """Return groups of parameters with their learning rates."""
-        lr = self._config.lr
-        return [Group(parameters_of(self.q, self.mixer), lr), Group(parameters_of(self.v), lr)]
-
-    def terms(self, batch: Batch, alpha: Tensor) -> CriticTerms:
-        """Evaluate all losses on a batch at prices ``alpha`` [R, 1, N]."""
-        c = self._config
-        with torch.no_grad():
-            w, _ = self.mixer_target(batch.state)
-            q_target = self.q_target(batch.observation, batch.action)
-            w2, b2 = self.mixer_target(batch.next_state)
-            y = batch.reward + c.gamma * batch.not_done * mix(w2, self.v_target(batch.next_observation), b2)
-        v = self.v(batch.observation)
-        z = w / alpha * (q_target - v)
-        w_on, b_on = self.mixer(batch.state)
-        q_tot = mix(w_on, self.q(batch.observation, batch.action), b_on)
-        losses = {
-            "reward_critic": mean_per_run((q_tot - y).square()),  # L_Q of OMIGA
-            # L_V of OMIGA, exp continued.
-            "reward_value": mean_per_run(exp_linear(z, c.z_max) + w * v / alpha),
-        }
-        metrics = {
-            "value/reward": (w_on * v).detach().mean(1),
-            "value/reward_total": mix(w_on, v, b_on).detach().mean(1),
-        }
-        return CriticTerms(z.detach(), torch.exp(z.detach().clamp_max(c.z_max)), losses, y, metrics)
-
-    def reward_values(self, batch: Batch, action: Tensor | None) -> Tensor:
-        """Return ``w_i Q_i`` in the shape of :func:`weighted_values`."""
-        weights, _ = self.mixer_target(batch.state)
-        return weighted_values(self.q_target, weights, batch.observation, action)
-
-    def total_values(self, batch: Batch, action: Tensor | None, alpha: Tensor) -> Tensor:
-        """Return the same, as Q holds both reward and divergence."""
-        return self.reward_values(batch, action)
+        if self.d_eval < self.d_tot and self.price != "solved":
+            raise ConfigError(
+                f"omcda.d_eval: expected at least d_tot ({self.d_tot:g}) with price=gradient, got {self.d_eval:g}: "
+                "set price=solved"
+            )
 
 
 def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
@@ -294,19 +170,27 @@ class Algorithm:
                 "critic_target": self.critic.target,
             },
             averages=[(self.policy, self.actor), (self.critic.target, self.critic.online)],
-            tau=config.tau,
+            tau=[config.tau_policy, config.tau],
         )
+        d_tot, d_eval = column(configs, "d_tot", device), column(configs, "d_eval", device)
         self.allocation = Allocation(
             [c.allocation for c in configs],
             agents,
-            column(configs, "d_tot", device),
+            d_tot,
             seeds,
             temperature=column(configs, "temperature", device),
             decay=config.influence_decay**config.reallocate_every,
         )
         single_price = [strategy.single_price for strategy in self.allocation.strategies]
         price = column(configs, "alpha0", device)
-        self.dual = Dual(agents, price, config.lr_alpha, single_price=single_price)
+        self.dual: Dual | SolvedPrice
+        if config.price == "gradient":
+            self.dual = Dual(agents, price, config.lr_alpha, single_price=single_price)
+        else:
+            self.dual = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
+            self._eval_price = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
+        self._exponents = Exponents()
+        self._eval_share = (d_eval / d_tot).clamp_max(1.0)  # [R, 1]
         self._settled = column(configs, "settled", device)[:, 0]
         self._noise = Noise(seeds, device)
         self._watch = False  # measure the influence on the total value at the next occasion
@@ -327,20 +211,27 @@ class Algorithm:
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
         c = self.config
         alpha = self.dual.alpha.unsqueeze(1)  # [R, 1, N]
-        terms = self.critic.terms(batch, alpha)
+        terms = self.critic.terms(batch, self._eval_alpha().unsqueeze(1), self._eval_share * self.budgets)
+        rho = self._weights(terms, alpha)
         log_prob = batch.log_prob(policy_of(self.actor, batch.observation, batch.mask))
-        losses = {"policy": -mean_per_run(terms.rho * log_prob), **terms.losses}  # L_pi and the critics'
+        losses = {"policy": -mean_per_run(rho * log_prob), **terms.losses}  # L_pi and the critics'
         self._optimizer.descend(losses)
 
         with torch.no_grad():
             policy = policy_of(self.policy, batch.observation, batch.mask)
-            kl = divergence(policy, batch.behavior).mean(1)  # [R, N]
+            choices = self._choices(batch)
+            per_step = divergence(policy, batch.behavior)
+            kl = per_step.mean(1)  # [R, N]
+            if choices is not None:
+                kl = batch_mean(per_step * choices) / batch_mean(choices).clamp_min(1e-6)
         metrics = loss_metrics(losses)
         self._watch |= watched
+        if watched and batch.return_to_go is not None:
+            metrics["value/return_to_go"] = batch.return_to_go.mean(1)  # what V^r_tot is measured against
         if self.step % c.reallocate_every == 0:
             metrics |= self._measure_influence(batch, policy, kl, alpha)
         self._settle(losses["reward_critic"].detach(), terms.target)
-        metrics["loss/dual"] = self.dual.descend(self.budgets, kl, self.dual_active)  # L_alpha
+        metrics |= self._find_prices(terms, kl, choices)
         self.step += 1
         return {
             **metrics,
@@ -354,6 +245,42 @@ class Algorithm:
             "z/above_max": mean_per_run((terms.z > c.z_max).float()),
             "dual_active": self.dual_active.float(),
         }
+
+    def _eval_alpha(self) -> Tensor:
+        """Prices [R, N] of the policies that the critics evaluate."""
+        if isinstance(self.dual, Dual):
+            return self.dual.alpha
+        return torch.where(self._eval_share < 1.0, self._eval_price.alpha, self.dual.alpha)
+
+    def _weights(self, terms: CriticTerms, alpha: Tensor) -> Tensor:
+        """Weights rho [R, B, N] of the policy's loss.
+
+        Where the critics evaluate other policies, V^c does not normalise the actor's exponents; the batch does.
+        """
+        if self.config.price == "gradient":
+            return terms.rho
+        z = terms.advantage / alpha + terms.correction
+        rho = torch.exp(z.clamp_max(self.config.z_max))
+        normalised = rho / batch_mean(rho).unsqueeze(1)
+        return torch.where(self._eval_share.unsqueeze(1) < 1.0, normalised, terms.rho)
+
+    def _choices(self, batch: Batch) -> Tensor | None:
+        """1 where a divergence counts, else 0: [R, B, N]; None: it counts everywhere."""
+        if batch.mask is None or self.config.divergence_over == "steps":
+            return None
+        return (batch.mask.sum(-1) > 1).float()
+
+    def _find_prices(self, terms: CriticTerms, kl: Tensor, choices: Tensor | None) -> dict[str, Tensor]:
+        """Move the prices towards the budgets."""
+        if isinstance(self.dual, Dual):
+            return {"loss/dual": self.dual.descend(self.budgets, kl, self.dual_active)}  # L_alpha
+        weight = torch.ones_like(terms.z) if choices is None else choices
+        self._exponents.add(terms.advantage, terms.correction, weight)
+        if self.step % SOLVE_EVERY == SOLVE_EVERY - 1:
+            exponents = self._exponents.joined()
+            self.dual.solve(exponents, self.budgets, self.dual_active)
+            self._eval_price.solve(exponents, self._eval_share * self.budgets, self.dual_active)
+        return {}
 
     def _measure_influence(
         self, batch: Batch, policy: Distribution, kl: Tensor, alpha: Tensor
@@ -384,15 +311,24 @@ class Algorithm:
             **self._optimizer.state_dict(run),
             "allocation": self.allocation.state_dict(run),
             "dual": self.dual.state_dict(run),
+            **self._solved_state(run),
             "step": self.step,
             "dual_active": bool(self.dual_active[run]),
             "settling": float(self._settling[run]),
         }
 
+    def _solved_state(self, run: int) -> dict[str, Any]:
+        if isinstance(self.dual, Dual):
+            return {}
+        return {"eval_price": self._eval_price.state_dict(run), **self._exponents.state_dict(run)}
+
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         self._optimizer.load_state_dicts(states)
         self.allocation.load_state_dicts([state["allocation"] for state in states])
         self.dual.load_state_dicts([state["dual"] for state in states])
+        if not isinstance(self.dual, Dual):
+            self._eval_price.load_state_dicts([state["eval_price"] for state in states])
+            self._exponents.load_state_dicts(states, self._settling.device)
         self.step = states[0]["step"]
         device = self._settling.device
         self.dual_active = torch.tensor([state["dual_active"] for state in states], device=device)

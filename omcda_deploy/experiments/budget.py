@@ -1,0 +1,54 @@
+"""Choice of OMCDA's total budget from a dataset, as a function for notebooks and for the commands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omcda_deploy.datasets import Dataset
+from omcda_deploy.registry import read_dataset
+
+if TYPE_CHECKING:
+    from omcda_deploy.training.budget import BudgetChoice
+
+
+def choose_budget(
+    dataset: Dataset | str | Path,
+    *,
+    steps: int = 5000,
+    budgets: Sequence[float] | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    task: str | None = None,
+    behavior: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    time_limit_is_terminal: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> BudgetChoice:
+    """Choose d_tot in nats from the data alone: on each half of the episodes OMCDA is trained at every budget.
+
+    The arguments are those of :func:`omcda_deploy.train`; ``steps`` are those of one training on one half, and
+    ``progress`` is called with (done, total) of them. The choice is 0 where the data support no budget: clone then.
+
+    Raises as :func:`omcda_deploy.train` does, and :class:`ConfigError` for budgets that are not positive and
+    ascending.
+    """
+    from omcda_deploy.training.budget import cached_choice
+    from omcda_deploy.training.request import AUTO, TrainRequest
+
+    request = TrainRequest(
+        "omcda",
+        steps,
+        settings={"d_tot": AUTO, **(settings or {})},
+        behavior=behavior or {},
+        device=device,
+        time_limit_is_terminal=time_limit_is_terminal,
+    )
+    request.check()
+    data = dataset if isinstance(dataset, Dataset) else read_dataset(Path(dataset), task)
+    search = dataclasses.replace(request.resolved(data.spec).search, steps=steps, seed=seed)
+    if budgets is not None:
+        search = dataclasses.replace(search, budgets=tuple(budgets))
+    return cached_choice(data, search, progress)

@@ -1,0 +1,129 @@
+"""The choice of d_tot from the data alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from omcda_deploy.datasets import Dataset, Episode
+from omcda_deploy.datasets.writer import DatasetWriter
+from omcda_deploy.envs.tabular import team_spec
+from omcda_deploy.envs.tabular.games import OneStepGame
+from omcda_deploy.errors import ConfigError, DatasetError
+from omcda_deploy.registry import read_dataset
+from omcda_deploy.training.algorithms.omcda import Config
+from omcda_deploy.training.behavior_model import BehaviorConfig
+from omcda_deploy.training.budget import BudgetRow, BudgetSearch, choose_budget, decide
+from omcda_deploy.training.estimation import FittedConfig
+
+
+def row(d_tot: float, share: float, gain: float | None = None, deviation: float = 0.1) -> BudgetRow:
+    return BudgetRow(d_tot, d_tot, share, gain, None if gain is None else deviation, beyond_data=False)
+
+
+def test_the_largest_budget_above_the_floor_is_chosen() -> None:
+    rows = [row(0.1, 0.9), row(0.3, 0.5), row(1.0, 0.31), row(2.0, 0.2)]
+    assert decide(rows, with_values=False).d_tot == 1.0
+
+
+def test_a_budget_beyond_one_below_the_floor_is_never_chosen() -> None:
+    rows = [row(0.1, 0.9), row(0.3, 0.29), row(1.0, 0.8)]
+    assert decide(rows, with_values=False).d_tot == 0.1
+
+
+def test_where_no_budget_is_supported_the_answer_is_to_clone() -> None:
+    choice = decide([row(0.1, 0.2), row(0.3, 0.1)], with_values=False)
+    assert choice.d_tot == 0.0
+    assert choice.advice.startswith("Clone the behaviour policy")
+
+
+def test_values_decide_among_supported_budgets_less_their_deviation() -> None:
+    rows = [row(0.1, 0.9, 0.5, 0.1), row(0.3, 0.5, 0.9, 0.2), row(1.0, 0.12, 1.0, 0.6), row(2.0, 0.05, 9.0)]
+    assert decide(rows, with_values=True).d_tot == 0.3
+
+
+def test_values_beyond_the_data_are_not_believed() -> None:
+    beyond = dataclasses.replace(row(0.3, 0.5, 9.0), beyond_data=True)
+    assert decide([row(0.1, 0.9, 0.5), beyond], with_values=True).d_tot == 0.1
+
+
+def test_without_a_certain_gain_the_answer_is_to_clone() -> None:
+    assert decide([row(0.1, 0.9, 0.05, 0.1), row(0.3, 0.5, -0.2)], with_values=True).d_tot == 0.0
+
+
+def one_step_dataset(path: Path, rewards: Sequence[Sequence[float]], noise: float = 0.0) -> Dataset:
+    """1,500 episodes of one step, of a uniform behaviour policy."""
+    table = np.array(rewards)
+    agents, actions = table.shape
+    game = OneStepGame(table, np.full(table.shape, 1.0 / actions))
+    spec = team_spec("toy/one-step", game)
+    generator = np.random.default_rng(0)
+    ones = np.ones((2, agents, 1), np.float32)
+    with DatasetWriter(path, spec, {"behavior": "uniform"}) as writer:
+        for _ in range(1500):
+            action = generator.integers(actions, size=(1, agents))
+            reward = table[np.arange(agents), action[0]].sum() + noise * generator.normal()
+            writer.append(
+                Episode(
+                    ones,
+                    ones.reshape(2, -1)[:, : spec.state_size],
+                    action.astype(np.int64),
+                    np.array([reward], np.float32),
+                    timeout=False,
+                    action_masks=np.ones((2, agents, actions), np.uint8),
+                )
+            )
+    return read_dataset(path)
+
+
+def search(budgets: Sequence[float]) -> BudgetSearch:
+    config = Config(
+        divergence_mixer="identity", price="solved", zero_heads=True, lr=3e-3, lr_divergence=3e-3, alpha0=1.0,
+        tau=0.05, tau_policy=0.05, warmup=0.1, hidden=16, mixer_hidden=8, batch_size=64,
+    )  # fmt: skip
+    return BudgetSearch(
+        dataclasses.asdict(config),
+        steps=400,
+        behavior=BehaviorConfig(steps=300, hidden=16, check_every=100),
+        budgets=budgets,
+        fitted=FittedConfig(steps=200, members=4, lr=5e-3, tau=0.1, hidden=16, mixer_hidden=8, batch_size=64),
+    )
+
+
+def test_where_more_divergence_is_better_the_largest_supported_budget_is_chosen(tmp_path: Path) -> None:
+    """Uniform behaviour and additive rewards: every nat gains, and each action is recorded hundreds of times."""
+    torch.set_num_threads(1)
+    dataset = one_step_dataset(tmp_path / "game.hdf5", [[0.0, 0.5, 1.0], [1.0, 0.0, 0.2]])
+    budgets = (0.05, 0.2, 0.8)
+    choice = choose_budget(dataset, search(budgets))
+    assert choice.d_tot == 0.8
+    shares = [measured.effective_share for measured in choice.rows]
+    assert 1.0 > shares[0] > shares[1] > shares[2] > 0.1
+    for measured in choice.rows:
+        assert measured.spent == pytest.approx(measured.d_tot, rel=0.3)
+        assert measured.gain is not None
+        assert measured.gain > 0.0
+
+
+def test_noise_in_place_of_rewards_gains_nothing(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    dataset = one_step_dataset(tmp_path / "noise.hdf5", [[0.0] * 3, [0.0] * 3], noise=1.0)
+    choice = choose_budget(dataset, search((0.1, 0.5)))
+    gains = [measured.gain for measured in choice.rows]
+    assert all(gain is not None and abs(gain) < 0.3 for gain in gains)
+
+
+def test_wrong_budgets_and_too_few_episodes_are_refused(tmp_path: Path) -> None:
+    for budgets in ((), (0.0, 1.0), (1.0, 0.5), (0.3, 0.3)):
+        with pytest.raises(ConfigError, match="ascending order"):
+            search(budgets)
+    from tests.support.synthetic import continuous_spec, write_dataset
+
+    small = read_dataset(write_dataset(tmp_path / "small.hdf5", continuous_spec(), [5, 5, 5]))
+    with pytest.raises(DatasetError, match="at least 4 episodes"):
+        choose_budget(small, search((0.1,)))

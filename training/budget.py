@@ -1,0 +1,328 @@
+"""Choice of the total divergence budget d_tot from the data alone.
+
+The episodes are split in two folds. On each, behaviour is cloned and OMCDA trained at every budget; the other fold
+then says how much of its data speaks for the trained teams: the effective sample size of their one-step joint
+ratios (:func:`omcda_deploy.training.estimation.effective_sample_size`), with behaviour cloned on the fold that the
+team was trained on. The choice is the largest budget up to which no smaller one falls below the floor. In discrete
+tasks, where fitted Q evaluation can be relied on, it may go further down and takes the budget whose estimate, less
+one deviation over bootstrap members, is largest.
+
+Too small a share means that the team acts in ways that nobody recorded; what its critic promises there is
+extrapolation. Source: docs/derivation.md#choice-of-the-budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from omcda_deploy.errors import ConfigError, DatasetError
+from omcda_deploy.files import cached, write_json
+from omcda_deploy.training.algorithm import Algorithm, create_algorithm
+from omcda_deploy.training.batches import (
+    DistributionTable,
+    TransitionSampler,
+    episode_of,
+    returns_to_go,
+)
+from omcda_deploy.training.behavior_model import BehaviorConfig, fit
+from omcda_deploy.training.estimation import (
+    FittedConfig,
+    Values,
+    effective_sample_size,
+    fitted_values,
+    log_ratios,
+    mean_divergence,
+)
+from omcda_deploy.training.fleet import run_state
+from omcda_deploy.training.networks import NetworkFactory
+
+if TYPE_CHECKING:
+    from omcda_deploy.datasets import Dataset
+
+BUDGETS = (0.03, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)  # nats
+LEAST_BUDGET = 1e-6  # nats; stands for 0: a team that stays what it was cloned to be
+FLOOR = 0.3  # least share of the held-out steps that must speak for a team
+FLOOR_WITH_VALUES = 0.1  # where fitted values decide as well
+_FOLDS = 2
+_NO_VALUES: Values = np.empty(0)
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """Measurements of one budget; means over both folds."""
+
+    d_tot: float
+    spent: float  # sum of KL(pi_i || pi_b^i) of the trained team, nats
+    effective_share: float  # held out
+    gain: float | None  # fitted value of the team less that of behaviour, at episode starts (discrete tasks)
+    deviation: float | None  # of the gain, over bootstrap members
+    beyond_data: bool  # the fitted value exceeds the largest return of the data: extrapolation
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class BudgetChoice:
+    """The chosen budget, 0 where the data support none, and what it was chosen from."""
+
+    d_tot: float
+    rows: tuple[BudgetRow, ...]
+    floor: float
+
+    @property
+    def advice(self) -> str:
+        """One sentence for the user."""
+        if self.d_tot == 0.0:
+            first = self.rows[0]
+            return (
+                f"Clone the behaviour policy: the data support no budget; at {first.d_tot:g} nats "
+                f"{100 * first.effective_share:.0f} % of the held-out steps speak for the trained team."
+            )
+        row = next(row for row in self.rows if row.d_tot == self.d_tot)
+        return (
+            f"Use d_tot {self.d_tot:g}: {100 * row.effective_share:.0f} % of the held-out steps speak for the "
+            "trained team."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        rows = [row.to_json() for row in self.rows]
+        return {"d_tot": self.d_tot, "floor": self.floor, "advice": self.advice, "budgets": rows}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BudgetChoice:
+        """The inverse of :meth:`to_json`."""
+        return cls(data["d_tot"], tuple(BudgetRow(**row) for row in data["budgets"]), data["floor"])
+
+
+@dataclass(frozen=True)
+class BudgetSearch:
+    """Search among budgets: OMCDA's settings (all of them), the length of training, and of what follows."""
+
+    settings: Mapping[str, Any]
+    steps: int
+    behavior: BehaviorConfig
+    budgets: Sequence[float] = BUDGETS
+    seed: int = 0
+    time_limit_is_terminal: bool = False
+    device: str = "cpu"
+    fitted: FittedConfig = field(default_factory=lambda: FittedConfig(steps=2000))  # discrete tasks alone
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in itertools.pairwise(self.budgets))
+        if not self.budgets or self.budgets[0] <= 0 or not rising:
+            raise ConfigError(
+                f"budgets: expected one or more positive numbers in ascending order, got {list(self.budgets)}"
+            )
+
+    def key(self, dataset: Dataset) -> str:
+        """Name of the cached choice for ``dataset``."""
+        settings = json.dumps([dataset.digest, dataclasses.asdict(self)], sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Worth of one fold's teams, one per budget, are worth on the other fold."""
+
+    spent: list[float]
+    shares: list[float]
+    of_behavior: Values  # [K] members' mean fitted values at episode starts; empty where none are fitted
+    fitted: list[Values]  # [K] each
+
+
+def choose_budget(
+    dataset: Dataset, search: BudgetSearch, progress: Callable[[int, int], None] | None = None
+) -> BudgetChoice:
+    """Choose the budget; ``progress`` is called with (done, total) training steps.
+
+    Raises :class:`DatasetError` for fewer than four episodes.
+    """
+    folds = _folds(dataset, search.seed)
+    total = _FOLDS * search.steps
+    halves = []
+    for number, (fold, other) in enumerate(zip(folds, reversed(folds), strict=True)):
+
+        def report(step: int, before: int = number * search.steps) -> None:
+            if progress:
+                progress(before + step, total)
+
+        halves.append(_half(dataset, search, fold, other, report))
+    with_values = dataset.spec.action_kind == "discrete"
+    largest = math.inf
+    if with_values:
+        returns = returns_to_go(dataset, search.fitted.gamma, search.time_limit_is_terminal)
+        largest = float(returns.max())
+    rows = []
+    for index, budget in enumerate(search.budgets):
+        # A budget without the floor's support on either half has no values.
+        fitted = [half.fitted[index] for half in halves]
+        gain = np.concatenate(
+            [members - half.of_behavior[: len(members)] for members, half in zip(fitted, halves, strict=True)]
+        )
+        known = bool(gain.size)
+        rows.append(
+            BudgetRow(
+                d_tot=float(budget),
+                spent=float(np.mean([half.spent[index] for half in halves])),
+                effective_share=float(np.mean([half.shares[index] for half in halves])),
+                gain=float(gain.mean()) if known else None,
+                deviation=float(gain.std(ddof=1)) if known else None,
+                beyond_data=known and float(np.concatenate(fitted).mean()) > largest,
+            )
+        )
+    return decide(rows, with_values)
+
+
+def cached_choice(
+    dataset: Dataset, search: BudgetSearch, progress: Callable[[int, int], None] | None = None
+) -> BudgetChoice:
+    """Return :func:`choose_budget`'s answer, from the cache where it was asked before."""
+    with cached(f"budget/{search.key(dataset)}.json") as path:
+        if path.is_file():
+            return BudgetChoice.from_json(json.loads(path.read_text()))
+        choice = choose_budget(dataset, search, progress)
+        write_json(path, choice.to_json())
+    return choice
+
+
+def decide(rows: Sequence[BudgetRow], with_values: bool) -> BudgetChoice:
+    """Choose among measured budgets in ascending order; see the module for the rule."""
+    floor = FLOOR_WITH_VALUES if with_values else FLOOR
+    supported = []
+    for row in rows:
+        if row.effective_share < floor:
+            break
+        supported.append(row)
+    if with_values:
+        lower = {
+            row.d_tot: row.gain - row.deviation
+            for row in supported
+            if row.gain is not None and row.deviation is not None and not row.beyond_data
+        }
+        best = max(lower, key=lambda budget: lower[budget], default=0.0)
+        chosen = best if lower.get(best, 0.0) > 0.0 else 0.0
+    else:
+        chosen = supported[-1].d_tot if supported else 0.0
+    return BudgetChoice(chosen, tuple(rows), floor)
+
+
+def _folds(dataset: Dataset, seed: int) -> list[NDArray[np.int64]]:
+    """Positions of the transitions of two halves of the episodes."""
+    count = len(dataset.episode_length)
+    if count < 2 * _FOLDS:
+        raise DatasetError(f"expected at least {2 * _FOLDS} episodes to choose a budget from, got {count}")
+    order = np.random.default_rng([seed, 0xB0D6E7]).permutation(count)
+    episode = episode_of(dataset)
+    return [np.flatnonzero(np.isin(episode, order[fold::_FOLDS])) for fold in range(_FOLDS)]
+
+
+def _half(
+    dataset: Dataset,
+    search: BudgetSearch,
+    fold: NDArray[np.int64],
+    other: NDArray[np.int64],
+    report: Callable[[int], None],
+) -> _Half:
+    """Clone and train on ``fold``, and measure on ``other``; both are positions of transitions."""
+    behavior, _ = fit(dataset, search.behavior, device=search.device, subset=fold)
+    algorithm = _trained(dataset, search, fold, behavior, report)
+    tables = [_table(dataset, policy) for policy in (behavior, *_policies(algorithm, dataset, search))]
+    of_behavior, *of_teams = tables
+    rows = torch.from_numpy(np.asarray(dataset.transitions, np.int64)[other])
+    half = _Half(
+        spent=[mean_divergence(table, of_behavior, rows) for table in of_teams],
+        shares=[effective_sample_size(log_ratios(dataset, t, of_behavior)[other]) for t in of_teams],
+        of_behavior=_NO_VALUES,
+        fitted=[_NO_VALUES] * len(of_teams),
+    )
+    if dataset.spec.action_kind == "continuous":
+        return half
+    episodes = np.unique(episode_of(dataset)[other])
+
+    def members(table: DistributionTable) -> Values:
+        fitted = fitted_values(
+            dataset,
+            table,
+            search.fitted,
+            episodes=episodes,
+            time_limit_is_terminal=search.time_limit_is_terminal,
+        )
+        means: Values = fitted.starts[:, episodes].mean(1)
+        return means
+
+    return dataclasses.replace(
+        half,
+        of_behavior=members(of_behavior),
+        fitted=[
+            members(table) if share >= FLOOR_WITH_VALUES else _NO_VALUES
+            for table, share in zip(of_teams, half.shares, strict=True)
+        ],
+    )
+
+
+def _trained(
+    dataset: Dataset,
+    search: BudgetSearch,
+    fold: NDArray[np.int64],
+    behavior: nn.Module,
+    report: Callable[[int], None],
+) -> Algorithm:
+    """Train one team per budget on a fold, side by side and on the same batches."""
+    settings, seeds = search.settings, [search.seed] * len(search.budgets)
+    algorithm = create_algorithm(
+        "omcda",
+        dataset.spec,
+        behavior,
+        settings=[{**settings, "d_tot": budget} for budget in search.budgets],
+        steps=search.steps,
+        seeds=seeds,
+        device=search.device,
+    )
+    sampler = TransitionSampler(
+        dataset,
+        settings["batch_size"],
+        seeds,
+        time_limit_is_terminal=search.time_limit_is_terminal,
+        device=search.device,
+        subset=fold,
+        behavior=behavior,
+        gamma=settings["gamma"],
+        standardize_states=settings["standardize_states"],
+    )
+    while algorithm.step < search.steps:
+        algorithm.update(sampler.sample(algorithm.step), watched=False)
+        report(algorithm.step)
+    return algorithm
+
+
+def _policies(algorithm: Algorithm, dataset: Dataset, search: BudgetSearch) -> list[nn.Module]:
+    """The trained policies, one module each."""
+    actors = []
+    for run in range(len(search.budgets)):
+        actor = NetworkFactory(dataset.spec, search.settings["hidden"]).actor()
+        actor.load_state_dict(run_state(algorithm.policy, run))
+        actors.append(actor)
+    return actors
+
+
+def _table(dataset: Dataset, policy: nn.Module) -> DistributionTable:
+    masks = dataset.action_masks
+    observations = torch.from_numpy(dataset.observations)
+    return DistributionTable.of(
+        policy.cpu(), observations, None if masks is None else torch.from_numpy(masks)
+    )

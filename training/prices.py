@@ -1,0 +1,180 @@
+"""The prices alpha_i of divergence that make each agent meet its budget d_i: a dual by gradient, or solved.
+
+Source: docs/derivation.md#dual (the dual is the paper's; warm-up, bounds and the solved price are this project's).
+Budgets and divergences are in nats. Shapes: R runs, B batch, N agents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8  # of the dual's Adam, as torch's
+_WINDOW = 20  # batches from which a price is solved
+SOLVE_EVERY = 50  # steps
+_HALVINGS = 24  # of an interval of log alpha: its width ends below 1e-6
+
+
+class Dual:
+    """``min_alpha alpha_i (d_i - KL_i)`` by Adam on log alpha, for R runs: a KL above the budget raises alpha_i.
+
+    A run under ``single_price`` has one alpha for all agents, ``min alpha (d_tot - sum_i KL_i)``. A run's dual
+    begins when its reward critic has settled; until then its alpha and its moments stand still.
+    """
+
+    def __init__(self, agents: int, alpha0: Tensor, lr: float, *, single_price: Sequence[bool]) -> None:
+        """``alpha0`` [R, 1]; ``single_price``: one flag per run."""
+        self.low, self.high = alpha0 / 200.0, 5.0 * alpha0
+        self._lr = lr
+        self._single = torch.tensor([[flag] for flag in single_price], device=alpha0.device)
+        self.log_alpha = alpha0.log().expand(-1, agents).clone()
+        self._mean, self._square = torch.zeros_like(self.log_alpha), torch.zeros_like(self.log_alpha)
+        self._steps = torch.zeros_like(alpha0)
+
+    @property
+    def alpha(self) -> Tensor:
+        """alpha_i [R, N]."""
+        return self.log_alpha.exp()
+
+    @property
+    def at_bound(self) -> Tensor:
+        """[R, N] bool: the budget is unattainable (low) or below the noise (high)."""
+        alpha = self.alpha
+        return (alpha <= self.low * (1 + 1e-4)) | (alpha >= self.high * (1 - 1e-4))
+
+    def descend(self, budgets: Tensor, divergence: Tensor, active: Tensor) -> Tensor:
+        """Take one step of the ``active`` [R] runs on the batch means ``divergence`` [R, N]; return L_alpha [R]."""
+        moving = active.unsqueeze(1)
+        gap = budgets - divergence
+        gap = torch.where(self._single, gap.sum(1, keepdim=True).expand_as(gap), gap)
+        alpha = self.alpha
+        terms = alpha * gap
+        loss = torch.where(self._single[:, 0], terms[:, 0], terms.sum(1))
+        gradient = terms  # d/d log alpha
+        self._steps = self._steps + moving
+        self._mean = torch.where(moving, torch.lerp(self._mean, gradient, 1.0 - _BETA1), self._mean)
+        square = _BETA2 * self._square + (1.0 - _BETA2) * gradient * gradient
+        self._square = torch.where(moving, square, self._square)
+        steps = self._steps.clamp_min(1.0)
+        mean = self._mean / -torch.expm1(steps * math.log(_BETA1))
+        deviation = (self._square / -torch.expm1(steps * math.log(_BETA2))).sqrt() + _ADAM_EPS
+        moved = self.log_alpha - self._lr * mean / deviation
+        moved = torch.maximum(torch.minimum(moved, self.high.log()), self.low.log())
+        self.log_alpha = torch.where(moving, moved, self.log_alpha)
+        return loss
+
+    def state_dict(self, run: int) -> dict[str, Any]:
+        """The state of one run, in the form of ``torch.optim.Adam`` over its own prices."""
+        width = 1 if bool(self._single[run]) else self.log_alpha.shape[1]
+        moments = {
+            "step": self._steps[run, 0].clone(),
+            "exp_avg": self._mean[run, :width].clone(),
+            "exp_avg_sq": self._square[run, :width].clone(),
+        }
+        return {"log_alpha": self.log_alpha[run, :width].clone(), "optimizer": {"state": {0: moments}}}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Load the states of all runs, in their order."""
+        for run, state in enumerate(states):
+            self.log_alpha[run] = state["log_alpha"]
+            moments = state["optimizer"]["state"].get(0)
+            if moments:
+                self._steps[run] = moments["step"]
+                self._mean[run], self._square[run] = moments["exp_avg"], moments["exp_avg_sq"]
+
+
+class Exponents:
+    """Parts of z in the last batches: advantages [R, 20 B, N] in units of reward, corrections in nats."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, advantage: Tensor, correction: Tensor, weight: Tensor) -> None:
+        """Append a batch, [R, B, N] each; ``weight`` is 0 where an agent had no choice, else 1."""
+        self._parts = [*self._parts[1 - _WINDOW :], (advantage, correction, weight)]
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All batches, one after another."""
+        advantage, correction, weight = zip(*self._parts, strict=True)
+        return torch.cat(advantage, 1), torch.cat(correction, 1), torch.cat(weight, 1)
+
+    def state_dict(self, run: int) -> dict[str, Any]:
+        """The batches of one run."""
+        return {"exponents": [tuple(part[run].clone() for part in parts) for parts in self._parts]}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        """Load the batches of all runs, which hold equally many."""
+        rows = [state["exponents"] for state in states]
+        self._parts = [
+            tuple(torch.stack([run[index] for run in batch]).to(device) for index in range(3))  # type: ignore[misc]
+            for batch in zip(*rows, strict=True)
+        ]
+
+
+def divergence_of(exponents: tuple[Tensor, Tensor, Tensor], alpha: Tensor, z_max: float) -> Tensor:
+    """Return KL(pi*_i || pi_b^i) [R, N] of ``pi*_i = pi_b exp z``, ``z = advantage / alpha + correction``.
+
+    From actions of pi_b: ``E[rho z]/E[rho] - log E[rho]``, which needs no normalised z. ``alpha``: [R, N].
+    """
+    advantage, correction, weight = exponents
+    z = (advantage / alpha.unsqueeze(1) + correction).clamp_max(z_max)
+    z = z - z.amax(1, keepdim=True)  # which changes nothing but rounding
+    rho = z.exp() * weight
+
+    # Sums over contiguous rows do not depend on the number of runs.
+    def total(values: Tensor) -> Tensor:
+        return values.mT.contiguous().sum(-1)
+
+    mass, count = total(rho).clamp_min(1e-30), total(weight).clamp_min(1.0)
+    return total(rho * z) / mass - (mass / count).log()
+
+
+class SolvedPrice:
+    """Prices at which the policies ``pi_b exp z`` spend their budgets, by bisection on recent batches.
+
+    No integrator lags behind the critic, and noise of the trained network counts for nothing. The divergence of the
+    trained policy is then a reading, not the controlled value.
+    """
+
+    def __init__(self, agents: int, alpha0: Tensor, *, single_price: Sequence[bool], z_max: float) -> None:
+        """``alpha0`` [R, 1], the price until the first solution; ``single_price``: one flag per run."""
+        self.low, self.high = alpha0 / 1e3, alpha0 * 1e6
+        self._single = torch.tensor([[flag] for flag in single_price], device=alpha0.device)
+        self._z_max = z_max
+        self.log_alpha = alpha0.log().expand(-1, agents).clone()
+
+    @property
+    def alpha(self) -> Tensor:
+        """alpha_i [R, N]."""
+        return self.log_alpha.exp()
+
+    @property
+    def at_bound(self) -> Tensor:
+        """[R, N] bool: the budget is beyond what recorded actions allow (low), or 0 (high)."""
+        alpha = self.alpha
+        return (alpha <= self.low * (1 + 1e-3)) | (alpha >= self.high * (1 - 1e-3))
+
+    def solve(self, exponents: tuple[Tensor, Tensor, Tensor], budgets: Tensor, active: Tensor) -> None:
+        """Set the prices of the ``active`` [R] runs so that they spend ``budgets`` [R, N]."""
+        low = self.low.log().expand_as(self.log_alpha)
+        high = self.high.log().expand_as(self.log_alpha)
+        for _ in range(_HALVINGS):
+            middle = 0.5 * (low + high)
+            excess = divergence_of(exponents, middle.exp(), self._z_max) - budgets
+            excess = torch.where(self._single, excess.sum(1, keepdim=True).expand_as(excess), excess)
+            excess = torch.where(budgets > 0, excess, 1.0)  # rounding of a divergence near 0 decides nothing
+            low, high = torch.where(excess > 0, middle, low), torch.where(excess > 0, high, middle)
+        self.log_alpha = torch.where(active.unsqueeze(1), 0.5 * (low + high), self.log_alpha)
+
+    def state_dict(self, run: int) -> dict[str, Any]:
+        """The state of one run."""
+        return {"log_alpha": self.log_alpha[run].clone()}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Load the states of all runs, in their order."""
+        for run, state in enumerate(states):
+            self.log_alpha[run] = state["log_alpha"]
