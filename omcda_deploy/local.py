@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.bundle import TEAM, Bundle, input_names, output_names, parameter_names, read_bundle
 from omcda_deploy.errors import BundleError, ContractError, MissingExtraError
-from omcda_deploy.policy import Decision, Float
+from omcda_deploy.policy import Decision, Float, NoiseSource
 from omcda_deploy.spec import AgentSpec, TeamSpec
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
@@ -44,14 +45,21 @@ class OnnxModel:
             self.row = BoundRow(onnxruntime.OrtValue, self._session)
         except Exception as error:  # onnxruntime raises its own unexported types
             raise BundleError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self._releasing = onnxruntime.RunOptions()
+        self._releasing.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.inputs = tuple(entry.name for entry in self._session.get_inputs())
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Compute all outputs. ``feeds`` holds all inputs, of the graph's types and widths and of one row count."""
+    def run(self, feeds: Mapping[str, NDArray[Any]], *, release: bool = False) -> dict[str, NDArray[Any]]:
+        """Compute all outputs. ``feeds`` holds all inputs, of the graph's types and widths and of one row count.
+
+        ``release``: free the memory that larger batches needed before, which onnxruntime otherwise keeps for the
+        next one.
+        """
         if len(feeds[self.inputs[0]]) == 1:
             return self.row.answer(feeds)
-        return dict(zip(self.outputs, self._session.run(self.outputs, feeds), strict=True))
+        options = self._releasing if release else None
+        return dict(zip(self.outputs, self._session.run(self.outputs, feeds, options), strict=True))
 
 
 class BoundRow:
@@ -90,12 +98,14 @@ class BoundRow:
 
 
 class LocalPolicy:
-    """One agent of a bundle, in this process.
+    """One agent of a bundle, in this process; ``temperature`` and ``seed`` are those of :class:`LocalTeam`.
 
     :meth:`act` raises :class:`ContractError` for inputs of other shapes and observations that are not finite.
     """
 
-    def __init__(self, bundle: Bundle, agent: str) -> None:
+    def __init__(self, bundle: Bundle, agent: str, *, temperature: float = 0.0, seed: int = 0) -> None:
+        self._noise = NoiseSource(bundle.spec, seed, temperature)
+        self.temperature = self._noise.temperature
         self.spec: AgentSpec = bundle.spec.agent(agent)
         self._model = _load(bundle, agent)
         self._parameters = parameter_names(bundle.spec)
@@ -113,9 +123,11 @@ class LocalPolicy:
     ) -> Decision:
         rows = _finite(observation, self.spec)
         shape = (len(rows), self.spec.action.size)
+        name = self.spec.name
+        noises = self._noise.for_call(None if noise is None else {name: noise}, {name: observation})
         feeds: dict[str, NDArray[Any]] = {
             "observation": rows,
-            "noise": _or_default(noise, shape, np.float32, 0),
+            "noise": _or_default(noises[name] if noises else None, shape, np.float32, 0),
         }
         if self._discrete:
             feeds["action_mask"] = _or_default(action_mask, shape, np.uint8, 1)
@@ -124,15 +136,22 @@ class LocalPolicy:
 
 
 class LocalTeam:
-    """All agents of a bundle in this process, one graph each, as per-agent servers run them."""
+    """All agents of a bundle in this process, one graph each, as per-agent servers run them.
 
-    def __init__(self, bundle: Bundle | str | Path) -> None:
+    ``temperature``: T of calls without ``noise``, 0 for deterministic actions, 1 for samples; their noise is drawn
+    from ``seed``. Noise that a call brings is used as it is. Raises :class:`ConfigError` for a temperature out of
+    range.
+    """
+
+    def __init__(self, bundle: Bundle | str | Path, *, temperature: float = 0.0, seed: int = 0) -> None:
         if not isinstance(bundle, Bundle):
             bundle = read_bundle(bundle)
         self.bundle = bundle
         self.spec: TeamSpec = bundle.spec
         self.bundle_digest, self.divergence_kind = bundle.digest, bundle.divergence_kind
         self.budgets = bundle.budgets
+        self._noise = NoiseSource(bundle.spec, seed, temperature)
+        self.temperature = self._noise.temperature
         self._policies = {name: LocalPolicy(bundle, name) for name in bundle.spec.names}
 
     def reset(self) -> None:
@@ -146,6 +165,7 @@ class LocalTeam:
         noise: Mapping[str, Float] | None = None,
         action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
     ) -> dict[str, Decision]:
+        noise = self._noise.for_call(noise, observations)
         return {
             name: policy.act(
                 observation_of(observations, name),
@@ -157,15 +177,20 @@ class LocalTeam:
 
 
 class JointTeam:
-    """All agents of a bundle in this process through the team graph: one run per control step."""
+    """All agents of a bundle in this process through the team graph: one run per control step.
 
-    def __init__(self, bundle: Bundle | str | Path) -> None:
+    ``temperature`` and ``seed`` are those of :class:`LocalTeam`.
+    """
+
+    def __init__(self, bundle: Bundle | str | Path, *, temperature: float = 0.0, seed: int = 0) -> None:
         if not isinstance(bundle, Bundle):
             bundle = read_bundle(bundle)
         self.bundle = bundle
         self.spec: TeamSpec = bundle.spec
         self.bundle_digest, self.divergence_kind = bundle.digest, bundle.divergence_kind
         self.budgets = bundle.budgets
+        self._noise = NoiseSource(bundle.spec, seed, temperature)
+        self.temperature = self._noise.temperature
         self._model = _load(bundle, TEAM)
 
     def reset(self) -> None:
@@ -178,6 +203,7 @@ class JointTeam:
         noise: Mapping[str, Float] | None = None,
         action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
     ) -> dict[str, Decision]:
+        noise = self._noise.for_call(noise, observations)
         agents = self.spec.agents
         single = np.ndim(observation_of(observations, agents[0].name)) == 1
         rows = [_finite(observation_of(observations, a.name), a) for a in agents]
@@ -247,10 +273,9 @@ def observation_of(observations: Mapping[str, Float], name: str) -> Float:
     """Take one agent's observation. Raises :class:`ContractError` where it is missing."""
     try:
         return observations[name]
-    except KeyError:
-        raise ContractError(
-            f"no observation for {name}: expected one per agent, got {sorted(observations)}"
-        ) from None
+    except (KeyError, IndexError, TypeError):
+        got = sorted(observations) if isinstance(observations, Mapping) else type(observations).__name__
+        raise ContractError(f"no observation for {name}: expected one per agent, got {got}") from None
 
 
 def batch_of(vectors: NDArray[Any], width: int, what: str) -> Float:
@@ -258,7 +283,13 @@ def batch_of(vectors: NDArray[Any], width: int, what: str) -> Float:
 
     ``what`` names the vectors in the message.
     """
-    rows = np.ascontiguousarray(vectors, np.float32)
+    try:
+        rows = np.ascontiguousarray(vectors, np.float32)
+    except (TypeError, ValueError):
+        raise ContractError(
+            f"{what}: expected numbers of shape [B, {width}] or [{width}], got {type(vectors).__name__} "
+            f"{reprlib.repr(vectors)}"
+        ) from None
     if rows.ndim == 1:
         rows = rows[None]
     if rows.ndim != 2 or rows.shape[1] != width:

@@ -1,7 +1,7 @@
 """``demo``: the whole pipeline on MuJoCo, with the commands a user would type.
 
 Collect a HalfCheetah dataset from the shipped behaviour policies, train BC and OMCDA on it, export both, serve each
-with one process per agent, and evaluate over gRPC.
+with one process per agent, and evaluate over gRPC at several temperatures of play.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omcda_deploy.commands import console, progress_bar
+from omcda_deploy.commands import claimed_folder, console, play_temperatures, print_whole
 from omcda_deploy.errors import ConfigError, EndpointError
-from omcda_deploy.processes import child_environment
+from omcda_deploy.processes import child_environment, run_child
 
 if TYPE_CHECKING:
     from omcda_deploy.client.remote import RemoteTeam
-    from omcda_deploy.play.evaluate import Evaluation
-    from omcda_deploy.report.evaluation import Returns
+    from omcda_deploy.report.evaluation import Entry
 
 TASK = "mamujoco/halfcheetah-6x1"
 TIER = "medium-replay"
@@ -41,10 +40,11 @@ class Scale:
     transitions: int
     behavior_steps: int
     steps: int
+    temperatures: tuple[float, ...]  # of play
 
 
-FULL = Scale(transitions=200_000, behavior_steps=5000, steps=5000)
-QUICK = Scale(transitions=40_000, behavior_steps=1000, steps=500)
+FULL = Scale(200_000, behavior_steps=5000, steps=5000, temperatures=(0.0, 0.25, 0.5, 0.75, 1.0))
+QUICK = Scale(40_000, behavior_steps=1000, steps=500, temperatures=(0.0, 0.5, 1.0))
 
 
 def demo(
@@ -55,14 +55,17 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of recording, training and playing.")] = 0,
 ) -> None:
     """Collect, train BC and OMCDA, export, serve every agent, evaluate over gRPC, and report."""
+    with claimed_folder(out):
+        _demo(out, QUICK if quick else FULL, seed)
+
+
+def _demo(out: Path, scale: Scale, seed: int) -> None:
     from omcda_deploy.local import LocalTeam
-    from omcda_deploy.play.evaluate import evaluate
     from omcda_deploy.play.shipped import behavior_policies
     from omcda_deploy.registry import read_dataset
     from omcda_deploy.report.evaluation import comparison_section, comparison_table, evaluation_section
     from omcda_deploy.report.html import write_report
 
-    scale = QUICK if quick else FULL
     started = time.monotonic()
     _make_empty(out)
     dataset = out / "dataset.hdf5"
@@ -79,28 +82,28 @@ def demo(
 
     recording = read_dataset(dataset)
     best = behavior_policies(TASK, TIER)[-1]  # the longest trained of the policies in the dataset
-    rows: dict[str, Evaluation] = {}
-    with progress_bar("behaviour policy") as progress:
-        rows["behaviour policy, deterministic"] = evaluate(
-            LocalTeam(best.bundle), TASK, episodes=EPISODES, num_envs=EPISODES, seed=seed, progress=progress
-        )
+    episodes = {"episodes": EPISODES, "num_envs": EPISODES, "seed": seed}
+    label = "behaviour policy"
+    rows = {label: play_temperatures(LocalTeam(best.bundle), TASK, (0.0,), label, **episodes)}
     for name in ("bc", "omcda"):
-        with _served(out / f"{name}-bundle") as team, progress_bar(f"{name}, served") as progress:
-            rows[f"{name.upper()}, served"] = evaluate(
-                team, TASK, episodes=EPISODES, num_envs=EPISODES, seed=seed, progress=progress
-            )
-    comparison: dict[str, Evaluation | Returns] = {"dataset": recording.episode_returns, **rows}
-    console.print(comparison_table(comparison, f"{TASK}, {EPISODES} episodes, {scale.steps} training steps"))
+        label = f"{name.upper()}, served"
+        with _served(out / f"{name}-bundle") as team:
+            rows[label] = play_temperatures(team, TASK, scale.temperatures, label, **episodes)
+    comparison: dict[str, Entry] = {"dataset": recording.episode_returns, **rows}
+    title = f"{TASK}, {EPISODES} episodes at temperature T, {scale.steps} training steps"
+    print_whole(comparison_table(comparison, title))
     report = out / "report.html"
-    sections = [comparison_section(comparison), *(evaluation_section(rows[name], name) for name in rows)]
+    details = [(f"{name}, temperature {e.temperature:g}", e) for name, row in rows.items() for e in row]
+    sections = [comparison_section(comparison), *(evaluation_section(e, heading) for heading, e in details)]
     write_report(
         report, "omcda-deploy demo", sections, f"{TASK}, dataset {TIER}, digest {recording.digest[:12]}"
     )
     console.print(f"report: {report}\ndone in {time.monotonic() - started:.0f} s", highlight=False)
     mean = float(recording.episode_returns.mean())
-    if rows["OMCDA, served"].mean <= mean:
+    deterministic = rows["OMCDA, served"][0]
+    if deterministic.mean <= mean:
         raise ConfigError(
-            f"the demo failed: OMCDA returned {rows['OMCDA, served'].mean:.1f} on average, expected more than the "
+            f"the demo failed: OMCDA returned {deterministic.mean:.1f} on average, expected more than the "
             f"dataset's {mean:.1f}"
         )
 
@@ -123,9 +126,7 @@ def _command(*words: object) -> None:
     """Print an omcda-deploy command and run it as a user would."""
     arguments = [str(word) for word in words]
     console.print(f"[bold]$ omcda-deploy {shlex.join(arguments)}[/bold]", highlight=False)
-    status = subprocess.run(
-        [sys.executable, "-m", "omcda_deploy.cli", *arguments], env=child_environment()
-    ).returncode
+    status = run_child([sys.executable, "-m", "omcda_deploy.cli", *arguments])
     if status:
         raise SystemExit(status)  # the command has printed its error
 
@@ -153,7 +154,8 @@ def _served(bundle: Path) -> Iterator[RemoteTeam]:
             if not line:
                 raise EndpointError(f"the servers of {bundle} did not start: the lines above say why")
             console.print(line.rstrip(), highlight=False)
-        with RemoteTeam([f"127.0.0.1:{base + index}" for index in range(len(names))]) as team:
+        endpoints = [f"127.0.0.1:{base + index}" for index in range(len(names))]
+        with RemoteTeam(endpoints, stream=True) as team:
             yield team
     finally:
         server.send_signal(signal.SIGTERM)

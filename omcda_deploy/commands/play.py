@@ -12,13 +12,24 @@ import typer
 
 from omcda_deploy.commands import (
     CredentialsFile,
+    DatasetTask,
+    OwnEnvironment,
+    RewardRule,
     SimulatorFactory,
     SimulatorPython,
+    Temperature,
+    Temperatures,
     addresses,
     console,
     credentials_of,
+    play_temperatures,
+    print_whole,
     progress_bar,
+    require_outputs,
     simulator_options,
+    task_of,
+    temperature_of,
+    temperatures_of,
 )
 from omcda_deploy.errors import ConfigError
 
@@ -50,7 +61,8 @@ OnMissOption = Annotated[
 
 
 def evaluate(
-    task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
+    task: Annotated[str | None, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")] = None,
+    env: OwnEnvironment = None,
     endpoints: Endpoints = None,
     bundle: Annotated[
         Path | None,
@@ -64,9 +76,7 @@ def evaluate(
     workers: Annotated[
         int, typer.Option(help="Processes that step simulators that have no batched form; 0 for none.")
     ] = 0,
-    stochastic: Annotated[
-        bool, typer.Option("--stochastic", help="Sample actions, seeded by --seed.")
-    ] = False,
+    temperature: Temperatures = "0",
     deadline: Annotated[float, typer.Option(help="Seconds a served agent may take to answer.")] = 1.0,
     stream: Annotated[
         bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
@@ -74,6 +84,7 @@ def evaluate(
     on_miss: OnMissOption = OnMiss.raise_,
     simulator_python: SimulatorPython = None,
     simulator_factory: SimulatorFactory = None,
+    reward: RewardRule = None,
     video: Annotated[Path | None, typer.Option(help="Write the first episode as mp4 (MuJoCo, SMAX).")] = None,
     credentials: CredentialsFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
@@ -81,37 +92,51 @@ def evaluate(
 ) -> None:
     """Play live episodes of a task against served agents, or against a bundle in process."""
     from omcda_deploy.files import write_json
-    from omcda_deploy.play.evaluate import evaluate as play
-    from omcda_deploy.report.evaluation import evaluation_section, evaluation_table
+    from omcda_deploy.formatting import count
+    from omcda_deploy.report.evaluation import (
+        comparison_section,
+        comparison_table,
+        evaluation_section,
+        evaluation_table,
+    )
     from omcda_deploy.report.html import write_report
 
-    _require_folders(video, json_file, report)
+    temperatures = temperatures_of(temperature)
+    if video is not None and len(temperatures) > 1:
+        raise ConfigError(f"--video: expected one --temperature, got {temperature}: film one of them")
+    require_outputs(video, json_file, report)
+    task = task_of(task, env)
     if endpoints is not None and bundle is not None and on_miss is not OnMiss.behavior:
         raise ConfigError(
             "expected --endpoints (a served team) or --bundle (in process), or both with --on-miss behavior: "
             "leave one of them out"
         )
-    with (
-        _team(endpoints, bundle, deadline, stream, on_miss, credentials) as team,
-        progress_bar(f"playing {task}") as progress,
-    ):
-        evaluation = play(
+    with _team(endpoints, bundle, deadline, stream, on_miss, credentials) as team:
+        evaluations = play_temperatures(
             team,
             task,
+            temperatures,
+            f"playing {task}",
             episodes=episodes,
             seed=seed,
             num_envs=num_envs,
-            stochastic=stochastic,
             workers=workers,
-            progress=progress,
             video=video,
-            options=simulator_options(simulator_python, simulator_factory),
+            options=simulator_options(simulator_python, simulator_factory, reward),
         )
-    console.print(evaluation_table(evaluation))
+    several = len(evaluations) > 1
+    heading = f"{task}: {count(episodes, 'episode')} at each temperature T"
+    print_whole(comparison_table({"": evaluations}, heading) if several else evaluation_table(evaluations[0]))
     if json_file:
-        write_json(json_file, evaluation.to_json())
+        parts = [evaluation.to_json() for evaluation in evaluations]
+        write_json(json_file, {"kind": "evaluations", "evaluations": parts} if several else parts[0])
     if report:
-        write_report(report, f"{task}: evaluation", [evaluation_section(evaluation)])
+        sections = [comparison_section({"": evaluations}, "Temperatures")] if several else []
+        sections += [
+            evaluation_section(each, f"Temperature {each.temperature:g}" if several else "Evaluation")
+            for each in evaluations
+        ]
+        write_report(report, f"{task}: evaluation", sections)
         console.print(f"report: {report}")
 
 
@@ -121,7 +146,7 @@ def replay(
     bundle: Annotated[
         Path | None, typer.Option(help="Local bundle: compared with the endpoints, or played without them.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Task of a dataset that does not say.")] = None,
+    task: DatasetTask = None,
     episodes: Annotated[int, typer.Option(help="Episodes drawn by --seed.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed that draws the episodes.")] = 0,
     batch: Annotated[int, typer.Option(help="Episodes sent side by side.")] = 1,
@@ -131,9 +156,7 @@ def replay(
     paced: Annotated[
         bool, typer.Option("--paced", help="Send in real time at the rate, not flat out.")
     ] = False,
-    stochastic: Annotated[
-        bool, typer.Option("--stochastic", help="Sample actions, seeded by --seed.")
-    ] = False,
+    temperature: Temperature = "0",
     deadline: Annotated[float, typer.Option(help="Seconds a served agent may take to answer.")] = 1.0,
     stream: Annotated[
         bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
@@ -151,7 +174,8 @@ def replay(
     from omcda_deploy.report.html import write_report
     from omcda_deploy.report.replay import replay_section, replay_table
 
-    _require_folders(json_file, report)
+    factor = temperature_of(temperature)
+    require_outputs(json_file, report)
     episodes_on_file = read_dataset(dataset, task)
     local = LocalTeam(bundle) if bundle and endpoints else None
     with (
@@ -165,7 +189,7 @@ def replay(
             rate=rate,
             batch=batch,
             local=local,
-            stochastic=stochastic,
+            temperature=factor,
             seed=seed,
             paced=paced,
             progress=progress,
@@ -216,10 +240,3 @@ def _team(
         yield LocalTeam(bundle)
     else:
         raise ConfigError("expected --endpoints (a served team) or --bundle (in process): give one of them")
-
-
-def _require_folders(*files: Path | None) -> None:
-    """Raise :class:`ConfigError` for an output in a folder that does not exist, before any time is spent on it."""
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"{file}: the folder {file.parent} does not exist, create it first")

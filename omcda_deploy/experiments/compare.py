@@ -1,48 +1,41 @@
-"""Comparisons of trained runs, by the last policy of each.
-
-Every finished run is exported and played once; for a run ``R`` the bundle ``R-bundle`` and the measurements
-``R-evaluation.json`` are written beside it, so that comparing again takes no time.
-"""
+"""Comparisons of trained runs, by the scores of each (:mod:`omcda_deploy.experiments.scores`)."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omcda_deploy.errors import ConfigError, OmcdaError
+from omcda_deploy.errors import ConfigError, NoSimulatorError, OmcdaError
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.experiments.scores import Conditions, score_clone, score_run
 from omcda_deploy.plugins import curves_of, scan_of
 from omcda_deploy.registry import load_algorithm
 
 if TYPE_CHECKING:
     from omcda_deploy.report.comparison import Comparison, LeftOut, Result, Variant
+    from omcda_deploy.report.scores import Score
     from omcda_deploy.training.run_folder import RunConfig
 
 
 def compare_runs(
-    folders: Sequence[Path],
-    episodes: int,
-    seed: int,
-    num_envs: int,
-    workers: int = 0,
-    *,
-    observer: Observer | None = None,
+    folders: Sequence[Path], conditions: Conditions, *, observer: Observer | None = None
 ) -> Comparison:
-    """Export and play the last policy of every run, and group the runs by variant.
+    """Export and play the last policies of every run, and group the runs by variant.
 
-    A run that is unfinished or cannot be played is left out, and the comparison lists it. Raises
-    :class:`ConfigError` where none is left.
+    Where no run is of BC, the clone that the first run of a dataset began with stands beside its runs. A run that
+    is unfinished or cannot be played is left out, and the comparison lists it. Raises :class:`ConfigError` where
+    none is left, unless it is for want of a simulator: then the list is the comparison.
     """
     from omcda_deploy.report.comparison import Comparison, LeftOut, summarise
 
     observer = observer or Observer()
     results: list[Result] = []
     left_out: list[LeftOut] = []
+    unplayable: list[LeftOut] = []
     failures: list[OmcdaError] = []
     for index, folder in enumerate(folders):
         label = "?"
@@ -54,25 +47,23 @@ def compare_runs(
                 left_out.append(LeftOut(str(folder), label, reason))
                 continue
             with observer.progress(f"run {index + 1} of {len(folders)}: {folder}") as report:
-                evaluation = evaluate_run(
-                    folder, config, step, episodes, seed, num_envs, workers, progress=report
-                )
-            results.append(_result(folder, config, evaluation))
+                score = score_run(folder, config, conditions, report)
+            results.append(_result(folder, config, score))
+        except NoSimulatorError as error:
+            unplayable.append(LeftOut(str(folder), label, str(error)))
+            observer.left_out(folder, error)
         except OmcdaError as error:
             failures.append(error)
             left_out.append(LeftOut(str(folder), label, f"failed: {error}"))
             observer.left_out(folder, error)
-    if not results:
+    if not results and not unplayable:
         first = (
             f"the first failed: {failures[0]}" if failures else f"{left_out[0].run} is {left_out[0].reason}"
         )
         raise ConfigError(f"none of {len(folders)} runs can be compared; {first}")
+    results += _clones(results, conditions, observer)
     summaries, repeated = summarise(results)
-    conditions = {
-        "Evaluation": f"{episodes} deterministic episodes per run, seed {seed}, "
-        f"{min(num_envs, episodes)} environments in step."
-    }
-    return Comparison(summaries, [*left_out, *repeated], conditions)
+    return Comparison(summaries, [*unplayable, *left_out, *repeated], {"Evaluation": str(conditions)})
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
@@ -111,86 +102,32 @@ def _last_step(folder: Path) -> tuple[RunConfig, int]:
     return read_config(folder), max(snapshot_steps(folder), default=0)
 
 
-def evaluate_run(
-    folder: Path,
-    config: RunConfig,
-    step: int,
-    episodes: int,
-    seed: int,
-    num_envs: int,
-    workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure a run's policy as ``omcda-deploy evaluate`` does, or read ``<run>-evaluation.json``.
+def _clones(results: Sequence[Result], conditions: Conditions, observer: Observer) -> list[Result]:
+    """Play the clone of every dataset on which no run is of BC."""
+    from omcda_deploy.report.comparison import CLONE, Result
+    from omcda_deploy.training.run_folder import read_config
 
-    The file is used where it is of this policy (by its sha256) and of the same episodes, seed and number of
-    environments. Raises :class:`OmcdaError` where the run cannot be exported or played.
-    """
-    from omcda_deploy.files import sha256, write_json
-    from omcda_deploy.local import LocalTeam
-    from omcda_deploy.play.evaluate import evaluate
-    from omcda_deploy.training.run_folder import snapshot_path
-
-    run = folder.resolve()
-    measurements = run.with_name(f"{run.name}-evaluation.json")
-    conditions = {
-        "policy": {"step": step, "sha256": sha256(snapshot_path(run, step))},
-        "episodes": episodes,
-        "seed": seed,
-        "num_envs": min(num_envs, episodes),
-    }
-    previous = _read(measurements)
-    if all(previous.get(name) == value for name, value in conditions.items()):
-        return previous
-    bundle = _export(run, step, previous.get("team", {}).get("bundle_digest"))
-    evaluation = evaluate(
-        LocalTeam(bundle),
-        config.spec.task,
-        episodes=episodes,
-        seed=seed,
-        num_envs=num_envs,
-        workers=workers,
-        progress=progress,
-    )
-    result = {"policy": conditions["policy"], **evaluation.to_json()}
-    write_json(measurements, result)
-    return result
+    by_dataset: dict[str, list[Result]] = {}
+    for result in results:
+        by_dataset.setdefault(result.variant.digest, []).append(result)
+    clones = []
+    for runs in by_dataset.values():
+        if any(result.variant.algorithm == "bc" for result in runs):
+            continue
+        folder = Path(runs[0].run)
+        config = read_config(folder)
+        with observer.progress(f"the clone of {folder}") as report:
+            score = score_clone(folder, config, conditions, report)
+        variant = replace(runs[0].variant, algorithm=CLONE, settings=(), steps=0)
+        clones.append(
+            Result(
+                variant, runs[0].run, config.seed, config.behavior, config.versions, score, None, None, 0.0
+            )
+        )
+    return clones
 
 
-def _read(measurements: Path) -> dict[str, Any]:
-    try:
-        previous = json.loads(measurements.read_text())
-    except (OSError, ValueError):  # missing or damaged: the run is played again
-        return {}
-    return previous if isinstance(previous, dict) else {}
-
-
-def _export(run: Path, step: int, previous_digest: str | None) -> Path:
-    """Export to ``<run>-bundle`` unless it holds the same graphs; return the bundle's folder.
-
-    The bundle of ``previous_digest`` was made here and is replaced. Any other may be the user's and raises
-    :class:`ConfigError`.
-    """
-    from omcda_deploy.bundle import read_bundle
-    from omcda_deploy.experiments.export import export
-
-    bundle = run.with_name(f"{run.name}-bundle")
-    with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.", dir=run.parent) as scratch:
-        exported = export(run, Path(scratch) / bundle.name, step)
-        if os.path.lexists(bundle):
-            present = read_bundle(bundle)
-            if present.manifest["files"] == exported.manifest["files"]:
-                return bundle
-            if present.digest != previous_digest:
-                raise ConfigError(
-                    f"{bundle} is not what step {step} of {run.name} exports to: move it away and compare again"
-                )
-            bundle.rename(Path(scratch) / "before")
-        exported.path.rename(bundle)
-    return bundle
-
-
-def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> Result:
+def _result(folder: Path, config: RunConfig, score: Score) -> Result:
     from omcda_deploy.report.comparison import Curves, Result
     from omcda_deploy.training.run_folder import training_seconds
 
@@ -208,7 +145,7 @@ def _result(folder: Path, config: RunConfig, evaluation: Mapping[str, Any]) -> R
         config.seed,
         config.settings,
         config.versions,
-        evaluation,
+        score,
         curves,
         scan_of(algorithm),
         training_seconds(folder),

@@ -7,16 +7,17 @@ The table is written beside the file, with the extension ``.md``::
     task = "mamujoco/halfcheetah-6x1"
     tier = "medium"              # behaviour policies that record the dataset
     transitions = 200000
-    episodes = 20                # per run, deterministic
+    episodes = 20                # per policy and temperature
+    temperatures = [0, 0.25, 0.5, 0.75, 1]   # of play; these when omitted
 
     [[runs]]                     # like a sweep file; several where algorithms train for different lengths
     algorithms = ["bc", "omiga", "omcda"]
     seeds = [0, 1, 2]
     steps = 20000
 
-The dataset is recorded, every run is trained, exported and played, and the table is written with everything on
-which its numbers depend. Finished parts are not repeated and a killed run is resumed: run the command again to go
-on. The table lists runs that failed, with the reason.
+The dataset is recorded, every run is trained, exported and played (docs/evaluation.md), and the table is written
+with everything on which its numbers depend, and its figure beside it as ``.svg``. Finished parts are not repeated
+and a killed run is resumed: run the command again to go on. The table lists runs that failed, with the reason.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.experiments.compare import compare_runs
 from omcda_deploy.experiments.engines import Engine, run_locally
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.experiments.scores import TEMPERATURES, Conditions
 from omcda_deploy.experiments.sweep import Job, Sweep, check_jobs, jobs_of, sweep_of
 from omcda_deploy.files import read_toml
 from omcda_deploy.formatting import digits_of
+from omcda_deploy.play.measurements import require_at_least
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -51,8 +54,14 @@ class Page:
     runs: list[dict[str, Any]]
     seed: int = 0  # of the recording
     episodes: int = 20
-    num_envs: int = 20  # episodes played side by side
+    num_envs: int = 20  # episodes played side by side, per temperature
+    temperatures: Sequence[float] = TEMPERATURES
     note: str = ""  # Markdown above the table, for its readers
+
+    @property
+    def conditions(self) -> Conditions:
+        """Conditions of play. Raises :class:`ConfigError` for numbers out of range."""
+        return Conditions(self.episodes, num_envs=self.num_envs, temperatures=self.temperatures)
 
 
 def write_page(
@@ -64,14 +73,16 @@ def write_page(
     else happens in this process. Raises :class:`ConfigError`, before anything is made, where the page or one of its
     runs cannot be, and later where nothing can be compared.
     """
-    from omcda_deploy.files import write_text
+    from omcda_deploy.files import require_writable
     from omcda_deploy.play.shipped import sources
     from omcda_deploy.registry import read_dataset, team_spec
     from omcda_deploy.report.comparison import LeftOut
-    from omcda_deploy.report.comparison_report import markdown
+    from omcda_deploy.report.comparison_report import write_markdown
 
     observer = observer or Observer()
     contents = read_page(page)
+    table = page.with_suffix(".md")
+    require_writable(table)
     dataset = out / f"{contents.task.replace('/', '-')}-{contents.tier}.hdf5"
     queue = [job for sweep in _sweeps(contents, dataset, page) for job in jobs_of(sweep, out)]
     if not dataset.exists():
@@ -82,11 +93,7 @@ def write_page(
     failures = engine(queue, jobs, observer)
     ended_early = {job.run for job, _ in failures}
     comparison = compare_runs(
-        [job.run for job in queue if job.run not in ended_early],
-        contents.episodes,
-        0,
-        contents.num_envs,
-        observer=observer,
+        [job.run for job in queue if job.run not in ended_early], contents.conditions, observer=observer
     )
     left_out = [LeftOut(str(job.run), _label(job), f"failed: {why}") for job, why in failures]
     comparison = dataclasses.replace(
@@ -94,8 +101,7 @@ def write_page(
         left_out=[*left_out, *comparison.left_out],
         conditions={"Data": _description(contents, read_dataset(dataset)), **comparison.conditions},
     )
-    table = page.with_suffix(".md")
-    write_text(table, markdown(comparison, contents.title, f"omcda-deploy results {page}", contents.note))
+    write_markdown(comparison, table, contents.title, f"omcda-deploy results {page}", contents.note)
     return table
 
 
@@ -106,7 +112,8 @@ def read_page(path: Path) -> Page:
     for name in values:
         if name not in {field.name for field in fields}:
             raise UnknownNameError(f"entry of {path}", name, [field.name for field in fields])
-    kinds: Mapping[str, type] = {"title": str, "task": str, "tier": str, "runs": list, "note": str}
+    texts, lists = dict.fromkeys(("title", "task", "tier", "note"), str), ("runs", "temperatures")
+    kinds: Mapping[str, type] = {**texts, **dict.fromkeys(lists, list)}
     for field in fields:
         kind = kinds.get(field.name, int)
         if field.name not in values:
@@ -115,9 +122,12 @@ def read_page(path: Path) -> Page:
         elif type(values[field.name]) is not kind:
             raise ConfigError(f"{path}: {field.name}: expected {kind.__name__}, got {values[field.name]!r}")
     page = Page(**values)
-    for name, least in (("transitions", 1), ("episodes", 1), ("num_envs", 1), ("seed", 0)):
-        if (number := getattr(page, name)) < least:
-            raise ConfigError(f"{path}: {name}: expected at least {least}, got {number}")
+    try:
+        require_at_least(page.transitions, 1, "transitions")
+        require_at_least(page.seed, 0, "seed")
+        page.conditions  # noqa: B018 (checked, before hours are spent on runs)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not page.runs or not all(isinstance(table, dict) for table in page.runs):
         raise ConfigError(f"{path}: expected one or more tables [[runs]], got {page.runs!r}")
     return page

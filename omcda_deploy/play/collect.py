@@ -24,9 +24,10 @@ from omcda_deploy.datasets import Episode, Scalar
 from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.envs.vector import BatchedEnvironment, vectorize
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.play.episodes import PlayedStep
 from omcda_deploy.play.recording import EpisodeRecorder
-from omcda_deploy.play.rollout import EpisodeBatch, PlayedStep
-from omcda_deploy.policy import Float, NoiseSource, TeamPolicy
+from omcda_deploy.play.rollout import EpisodeBatch
+from omcda_deploy.policy import Float, NoiseSource, TeamPolicy, checked_temperature
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 Progress = Callable[[int, int], None]  # (transitions recorded so far, transitions asked for)
@@ -51,18 +52,18 @@ def collect(
     behavior: str,
     num_envs: int = 32,
     workers: int = 2,
-    stochastic: bool = True,
+    temperature: float = 1.0,
     progress: Progress | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Record whole episodes of ``policy`` until they hold at least ``transitions``, as HDF5 at ``out``.
 
-    ``behavior`` labels the policy in the file. The file appears when it is complete; an exception, Ctrl-C
-    included, leaves nothing behind. ``options`` go to the task's simulator. Returns a summary: path, task,
-    behavior, seed, episodes, transitions, the mean and standard deviation of returns, digest, and the number of
-    episodes that the simulator lost. Raises :class:`ConfigError`, :class:`ContractError` for a policy of another
-    task, :class:`SimulatorError` where the simulator loses one episode after another, and what :func:`vectorize`
-    raises.
+    ``behavior`` labels the policy in the file. ``temperature`` is a factor of the noise that the policy acts
+    with: 1 samples, 0 is deterministic. The file appears when it is complete; an exception, Ctrl-C included, leaves
+    nothing behind. ``options`` go to the task's simulator. Returns a summary: path, task, behavior, seed, episodes,
+    transitions, the mean and standard deviation of returns, digest, and the number of episodes that the simulator
+    lost. Raises :class:`ConfigError`, :class:`ContractError` for a policy of another task, :class:`SimulatorError`
+    where the simulator loses one episode after another, and what :func:`vectorize` raises.
     """
     return collect_mixture(
         task,
@@ -73,7 +74,7 @@ def collect(
         behavior=behavior,
         num_envs=num_envs,
         workers=workers,
-        stochastic=stochastic,
+        temperature=temperature,
         progress=progress,
         options=options,
     )
@@ -89,7 +90,7 @@ def collect_mixture(
     behavior: str,
     num_envs: int = 32,
     workers: int = 2,
-    stochastic: bool = True,
+    temperature: float = 1.0,
     progress: Progress | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def collect_mixture(
     Shares are relative to their sum. ``behavior`` labels the whole (such as ``medium-replay``), and each episode
     is marked with its source's own label. Episodes are numbered through, so no two share a seed.
     """
+    temperature = checked_temperature(temperature)
     total_share = sum(source.share for source in sources)
     if not sources or min(source.share for source in sources) <= 0:
         raise ConfigError("expected at least one policy, each with a share above 0")
@@ -113,7 +115,7 @@ def collect_mixture(
         metadata: dict[str, Scalar] = {
             "behavior": behavior,
             "seed": seed,
-            "stochastic": stochastic,
+            "temperature": temperature,
             **{
                 f"version_{name}": number
                 for name, number in registry.simulator_versions(task, **(options or {})).items()
@@ -121,7 +123,7 @@ def collect_mixture(
         }
         with DatasetWriter(out, environment.spec, metadata) as writer:
             writer.declare_behaviors(source.behavior for source in sources)
-            collector = _Collector(environment, writer, seed, stochastic, transitions, progress)
+            collector = _Collector(environment, writer, seed, temperature, transitions, progress)
             share = 0.0
             for source in sources:
                 share += source.share
@@ -146,13 +148,15 @@ class _Collector:
         environment: BatchedEnvironment,
         writer: DatasetWriter,
         seed: int,
-        stochastic: bool,
+        temperature: float,
         transitions: int,
         progress: Progress | None,
     ) -> None:
         self.batch = EpisodeBatch(environment)
         self._recorder = EpisodeRecorder(environment.spec, environment.num_envs)
-        self._noise = _EpisodeNoise(environment.spec, environment.num_envs) if stochastic else None
+        self._noise = (
+            _EpisodeNoise(environment.spec, environment.num_envs, temperature) if temperature else None
+        )
         self._writer, self._seed = writer, seed
         self._transitions, self._progress = transitions, progress
         self._written = 0  # transitions
@@ -259,8 +263,8 @@ class _Queue:
 class _EpisodeNoise:
     """Noise of each environment's whole episode, drawn when it starts."""
 
-    def __init__(self, spec: TeamSpec, num_envs: int) -> None:
-        self._spec = spec
+    def __init__(self, spec: TeamSpec, num_envs: int, temperature: float) -> None:
+        self._spec, self._temperature = spec, temperature
         self._noise = {
             agent.name: np.zeros((num_envs, spec.episode_limit, agent.action.size), np.float32)
             for agent in spec.agents
@@ -268,7 +272,8 @@ class _EpisodeNoise:
 
     def draw(self, index: int, seed: int) -> None:
         """Draw the noise of the episode that starts in environment ``index``."""
-        for name, values in NoiseSource(self._spec, seed).draw(self._spec.episode_limit).items():
+        source = NoiseSource(self._spec, seed, self._temperature)
+        for name, values in source.draw(self._spec.episode_limit).items():
             self._noise[name][index] = values
 
     def at(self, age: NDArray[np.int64]) -> dict[str, Float]:

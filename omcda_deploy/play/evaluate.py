@@ -10,7 +10,6 @@ An episode that its simulator loses (info ``discarded``) counts nowhere; a later
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,48 +23,47 @@ from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.envs.vector import vectorize
+from omcda_deploy.play.episodes import Episodes, PlayedEpisode, episode_table
 from omcda_deploy.play.measurements import (
     CallLog,
     Divergence,
     Latency,
     TeamDescription,
-    describe,
     divergences,
     installed_versions,
     json_number,
     machine,
     now,
+    one_version,
     require_at_least,
 )
-from omcda_deploy.play.rollout import PlayedEpisode, rollout
+from omcda_deploy.play.rollout import Plan, rollout, rollouts
 from omcda_deploy.play.video import filming, rendering, require_video
-from omcda_deploy.policy import TeamPolicy
+from omcda_deploy.policy import TeamPolicy, checked_temperature, own_temperature
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 DEFAULT_NUM_ENVS = 10
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Episodes):
     """Measurements of E episodes, in order; ``to_json`` is the file that ``omcda-deploy evaluate`` writes.
 
+    ``temperature``: the factor of the noise, 0 for deterministic actions and 1 for samples.
     ``saturation``: share of action entries within 0.1 % of a bound, None for discrete actions.
     ``step_latency``: one ``team.act`` for the whole batch. ``agent_latency``: per agent, where the team times them.
-    ``won``: None where the simulator does not report it. ``fallback_steps``: by agent, the number of calls of
-    ``team.act`` that its fallback answered instead of its policy; they have no divergence and count nowhere in it.
+    ``stalled``, ``fell``, ``won``: as the simulator defines them (docs/simulators.md#outcomes), None where it does
+    not report them. ``fallback_steps``: by agent, the number of calls of ``team.act`` that its fallback answered
+    instead of its policy; they have no divergence and count nowhere in it. ``not_awaited``: those of them for which
+    it did not wait.
     """
 
     task: str
     spec: TeamSpec
     team: TeamDescription
     seed: int
-    stochastic: bool
+    temperature: float
     num_envs: int
-    episode_seeds: tuple[int, ...]
-    returns: NDArray[np.float64]  # [E]
-    lengths: NDArray[np.int64]  # [E]
-    terminated: NDArray[np.bool_]  # [E]; the others were cut by the time limit
-    won: NDArray[np.bool_] | None  # [E]
     divergence: dict[str, Divergence]
     saturation: dict[str, float | None]
     step_latency: Latency
@@ -76,20 +74,7 @@ class Evaluation:
     date: str
     discarded: int = 0  # episodes that the simulator lost; none of them is among the E
     fallback_steps: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> float:
-        return float(self.returns.mean())
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation of the returns, nan for a single episode."""
-        return float(self.returns.std(ddof=1)) if self.returns.size > 1 else math.nan
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of :attr:`mean`, nan for a single episode."""
-        return self.std / math.sqrt(self.returns.size)
+    not_awaited: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: numbers, strings, lists; null for what was not measured."""
@@ -99,7 +84,7 @@ class Evaluation:
             "contract_hash": self.spec.contract_hash,
             "team": self.team.to_json(),
             "seed": self.seed,
-            "stochastic": self.stochastic,
+            "temperature": self.temperature,
             "episodes": self.returns.size,
             "discarded": self.discarded,
             "num_envs": self.num_envs,
@@ -110,15 +95,12 @@ class Evaluation:
                 "min": json_number(self.returns.min()),
                 "max": json_number(self.returns.max()),
             },
-            "returns": self.returns.tolist(),
-            "lengths": self.lengths.tolist(),
-            "ended_by": ["terminal" if end else "time limit" for end in self.terminated],
-            "won": None if self.won is None else self.won.tolist(),
-            "win_rate": None if self.won is None else json_number(float(self.won.mean())),
-            "episode_seeds": list(self.episode_seeds),
+            **self.columns(),
+            "shares": self.shares,
             "divergence": {name: value.to_json() for name, value in self.divergence.items()},
             "saturation": {name: json_number(value) for name, value in self.saturation.items()},
             "fallback": {"by": self.team.fallback, "steps": self.fallback_steps},
+            "not_awaited": self.not_awaited,
             "latency": {
                 "step": self.step_latency.to_json(),
                 "agents": {name: value.to_json() for name, value in self.agent_latency.items()},
@@ -137,7 +119,7 @@ def evaluate(
     episodes: int = 20,
     seed: int = 0,
     num_envs: int | None = None,
-    stochastic: bool = False,
+    temperature: float | None = None,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     video: Path | None = None,
@@ -146,8 +128,10 @@ def evaluate(
     """Play ``episodes`` episodes of ``task`` with ``team`` and measure returns, divergences and latencies.
 
     Episode k starts from a seed made of ``seed`` and k, so a deterministic team plays the same episodes whatever
-    ``num_envs`` and ``workers`` are (up to the rounding of another batch size). ``stochastic`` samples with noise
-    seeded by ``seed`` and drawn for the whole batch each step, so there the episodes also depend on ``num_envs``.
+    ``num_envs`` and ``workers`` are (up to the rounding of another batch size). ``temperature`` is a factor of the
+    noise, which is drawn from ``seed`` for the whole batch each step: 0 is deterministic, 1 samples, and above 0
+    the episodes also depend on ``num_envs``. None is the team's own temperature, 0 for a team without one. A served
+    team answers all episodes by the version that is current when the first one begins.
 
     ``num_envs`` (default 10) is never more than ``episodes``. ``progress(done, total)`` is called after every
     control step; ``total`` supposes that every round lasts to the time limit. ``video`` is an mp4 of the first
@@ -156,10 +140,11 @@ def evaluate(
 
     Raises :class:`ContractError` when team and task do not fit or an answer cannot be played,
     :class:`ConfigError` for a setting out of range or where nothing can be rendered, and :class:`SimulatorError`
-    where the simulator loses one episode after another.
+    where the simulator loses one episode after another, or where none here plays the team's task.
     """
     require_at_least(episodes, 1, "episodes")
     require_at_least(seed, 0, "seed")
+    temperature = checked_temperature(own_temperature(team) if temperature is None else temperature)
     num_envs = min(episodes, DEFAULT_NUM_ENVS if num_envs is None else num_envs)
     require_at_least(num_envs, 1, "num_envs")
     options = dict(options or {})
@@ -168,14 +153,18 @@ def evaluate(
         os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported: it reads this once
         options["render_mode"] = "rgb_array"
 
+    _require_playable(team, task)
     with rendering(task) if video else nullcontext():
         simulator = vectorize(task, num_envs, workers=workers, **options)
     versions = {**installed_versions(), **registry.simulator_versions(task, **options)}
     with simulator as environment:
         spec = environment.spec
         require_same_contract(team.spec, spec, "the team", "the simulator")
-        description, calls = describe(team), CallLog(team)
-        with filming(environment, video) if video else nullcontext(environment) as stage:
+        with (
+            one_version(team) as description,
+            filming(environment, video) if video else nullcontext(environment) as stage,
+        ):
+            calls = CallLog(team)
             start = perf_counter()
             records = list(
                 rollout(
@@ -183,7 +172,7 @@ def evaluate(
                     stage,
                     episodes=episodes,
                     seed=seed,
-                    stochastic=stochastic,
+                    temperature=temperature,
                     on_step=lambda step: calls.add(step.seconds, step.decisions),
                     progress=progress,
                 )
@@ -196,11 +185,61 @@ def evaluate(
         records,
         calls,
         seed=seed,
-        stochastic=stochastic,
+        temperature=temperature,
         num_envs=num_envs,
         seconds=seconds,
         versions=versions,
     )
+
+
+def play_plans(
+    team: TeamPolicy,
+    task: str,
+    plans: Sequence[Plan],
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Episodes]:
+    """Play ``plans`` of ``task`` with a team that remembers nothing between calls; return a table for each.
+
+    They are played at once where the simulator steps many environments in one call, and otherwise one after
+    another: there, environments side by side save nothing, and each may be a game of its own. The numbers of a plan
+    are those of :func:`evaluate` at its temperature, to the last bit. ``workers``, ``progress`` and the errors are
+    those of :func:`evaluate`.
+    """
+    _require_playable(team, task)
+    indices = range(len(plans))
+    if registry.vector_factory(task) is not None:
+        stages = {sum(plan.num_envs for plan in plans): [list(indices)]}
+    else:
+        sizes = {plan.num_envs for plan in plans}
+        stages = {size: [[i] for i in indices if plans[i].num_envs == size] for size in sorted(sizes)}
+    played: list[list[PlayedEpisode]] = [[] for _ in plans]
+    finished = 0
+    for num_envs, groups in stages.items():
+        with vectorize(task, num_envs, workers=workers) as environment:
+            require_same_contract(team.spec, environment.spec, "the team", "the simulator")
+            for group in groups:
+                share = part_of(progress, finished, len(plans), len(group))
+                for index, episode in rollouts(team, environment, [plans[i] for i in group], progress=share):
+                    played[group[index]].append(episode)
+                finished += len(group)
+    return [episode_table(episodes) for episodes in played]
+
+
+def part_of(
+    progress: Callable[[int, int], None] | None, before: int, parts: int, size: int = 1
+) -> Callable[[int, int], None] | None:
+    """Report the progress of ``size`` of ``parts`` equal parts as the whole's; ``before`` are finished."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(before * total + size * done, parts * total)
+
+
+def _require_playable(team: TeamPolicy, task: str) -> None:
+    """Raise :class:`NoSimulatorError` where the team's own task is played and has no simulator here."""
+    if task == team.spec.task:  # else the name may be misspelt, which the registry tells
+        registry.require_simulator(task)
 
 
 def _evaluation(
@@ -211,31 +250,27 @@ def _evaluation(
     calls: CallLog,
     *,
     seed: int,
-    stochastic: bool,
+    temperature: float,
     num_envs: int,
     seconds: float,
     versions: dict[str, str],
 ) -> Evaluation:
     """Sum up ``episodes``; those that the simulator lost count nowhere."""
     counted = [episode for episode in episodes if not episode.discarded]
-    lengths = np.array([len(episode) for episode in counted], np.int64)
+    table = episode_table(counted)
     times, divergence = _in_order_of_answers(counted)
     return Evaluation(
         task=task,
         spec=spec,
         team=description,
         seed=seed,
-        stochastic=stochastic,
+        temperature=temperature,
         num_envs=num_envs,
-        episode_seeds=tuple(episode.seed for episode in counted),
-        returns=np.array([episode.episode_return for episode in counted]),
-        lengths=lengths,
-        terminated=np.array([episode.terminated for episode in counted]),
-        won=_won(counted),
+        **vars(table),
         divergence=divergences(spec, times, divergence, description.budgets),
         saturation={
             agent.name: sum(int(episode.saturated[index]) for episode in counted)
-            / (int(lengths.sum()) * agent.action.size)
+            / (int(table.lengths.sum()) * agent.action.size)
             if agent.action.kind == "continuous"
             else None
             for index, agent in enumerate(spec.agents)
@@ -248,14 +283,8 @@ def _evaluation(
         date=now(),
         discarded=len(episodes) - len(counted),
         fallback_steps=calls.fallback_steps,
+        not_awaited=calls.not_awaited,
     )
-
-
-def _won(episodes: Sequence[PlayedEpisode]) -> NDArray[np.bool_] | None:
-    """Wins [E], False before the simulator's first report of one; None where it reports none at all."""
-    if all(episode.won is None for episode in episodes):
-        return None
-    return np.array([bool(episode.won) for episode in episodes])
 
 
 def _in_order_of_answers(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -125,6 +126,20 @@ class HasFallback(Protocol):
 
 
 @runtime_checkable
+class Versioned(Protocol):
+    """A team whose bundle may change when an episode begins."""
+
+    @property
+    def version(self) -> str:
+        """Name of the bundle that answers this episode."""
+        ...
+
+    def pinned(self) -> AbstractContextManager[None]:
+        """Return a context in which all episodes are answered by the version that is current at its beginning."""
+        ...
+
+
+@runtime_checkable
 class TimesAgents(Protocol):
     """A team that measures how long each agent takes."""
 
@@ -138,16 +153,19 @@ class TimesAgents(Protocol):
 class TeamDescription:
     """A team's bundle, as far as it is made of one, and its fallback.
 
-    ``fallback``: :attr:`HasFallback.fallback`, None for a team without servers.
+    ``fallback``: :attr:`HasFallback.fallback`, and ``version``: :attr:`Versioned.version`; both None for a team
+    without servers.
     """
 
     bundle_digest: str | None
     divergence_kind: str | None
     budgets: Mapping[str, float | None]
     fallback: str | None = None
+    version: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
+            **({} if self.version is None else {"version": self.version}),
             "bundle_digest": self.bundle_digest,
             "divergence_kind": self.divergence_kind,
             "budgets": {name: json_number(value) for name, value in self.budgets.items()},
@@ -157,28 +175,49 @@ class TeamDescription:
 def describe(team: TeamPolicy) -> TeamDescription:
     """Description of a team; what it does not say about itself stays empty."""
     fallback = team.fallback if isinstance(team, HasFallback) else None
+    version = team.version if isinstance(team, Versioned) else None
     if not isinstance(team, Described):
-        return TeamDescription(None, None, {}, fallback)
-    return TeamDescription(team.bundle_digest, team.divergence_kind, team.budgets, fallback)
+        return TeamDescription(None, None, {}, fallback, version)
+    return TeamDescription(team.bundle_digest, team.divergence_kind, team.budgets, fallback, version)
+
+
+@contextmanager
+def one_version(team: TeamPolicy) -> Iterator[TeamDescription]:
+    """Keep a team at its current version, whatever servers switch to meanwhile, and yield its description."""
+    with team.pinned() if isinstance(team, Versioned) else nullcontext():
+        yield describe(team)
 
 
 class CallLog:
     """Wall-clock times of a team's calls, and the calls that a fallback answered.
 
-    ``step_seconds``: of each ``team.act``. ``fallback_steps``: by agent, the calls that its fallback answered.
+    ``step_seconds``: of each ``team.act``. ``fallback_steps``: by agent, the calls that its fallback answered;
+    ``not_awaited``: those for which it did not wait for the policy.
     """
 
     def __init__(self, team: TeamPolicy) -> None:
         self.step_seconds: list[float] = []
         self.fallback_steps: dict[str, int] = dict.fromkeys(team.spec.names, 0)
+        self.not_awaited: dict[str, int] = dict.fromkeys(team.spec.names, 0)
+        self._described = team if isinstance(team, Described) else None
+        self._digest = None if self._described is None else self._described.bundle_digest
         self._timed = team if isinstance(team, TimesAgents) else None
         self._agent_seconds: dict[str, list[float]] = {}
 
     def add(self, seconds: float, decisions: Mapping[str, Decision]) -> None:
-        """Log the call of ``team.act`` that was made last: its time, and its answers."""
+        """Log the call of ``team.act`` that was made last: its time, and its answers.
+
+        Raises :class:`ContractError` if another bundle has answered than the first.
+        """
         self.step_seconds.append(seconds)
+        if self._described is not None and self._described.bundle_digest != self._digest:
+            raise ContractError(
+                f"step {len(self.step_seconds)} was answered by bundle {self._described.bundle_digest[:12]}, those "
+                f"before by {(self._digest or '')[:12]}: measure one bundle at a time"
+            )
         for name in self.fallback_steps:
             self.fallback_steps[name] += decisions[name].fallback
+            self.not_awaited[name] += not decisions[name].awaited
         if self._timed is not None:
             for name, latency in self._timed.latencies.items():
                 self._agent_seconds.setdefault(name, []).append(latency)
@@ -194,8 +233,13 @@ class CallLog:
         return {name: Latency(np.array(seconds)) for name, seconds in self._agent_seconds.items()}
 
 
-def require_answer(spec: TeamSpec, decisions: Mapping[str, Decision], batch: int) -> None:
-    """Raise :class:`ContractError` unless every agent answered with finite actions of the contract's shape."""
+def require_answer(
+    spec: TeamSpec, decisions: Mapping[str, Decision], batch: int, steps: NDArray[np.int64] | None = None
+) -> None:
+    """Raise :class:`ContractError` unless every agent answered with actions of the contract's shape and range.
+
+    ``steps`` [B] are the steps that the rows of the batch are at, for the message.
+    """
     for agent in spec.agents:
         if agent.name not in decisions:
             raise ContractError(f"the team gave no action for {agent.name}: expected one for each agent")
@@ -206,10 +250,12 @@ def require_answer(spec: TeamSpec, decisions: Mapping[str, Decision], batch: int
                 f"{agent.name} answered with an action of shape {list(action.shape)}, expected {list(shape)}: "
                 "use a bundle exported for this task"
             )
-        if not np.isfinite(action).all():
+        if not agent.action.admits(action):
+            row = next(row for row in range(batch) if not agent.action.admits(action[row]))
+            place = f"row {row}" if steps is None else f"environment {row}, step {steps[row]}"
             raise ContractError(
-                f"{agent.name} answered with an action that is not finite: check the bundle with "
-                "omcda-deploy inspect, and export the run again"
+                f"{agent.name} answered with the action {action[row].tolist()} in {place}, expected "
+                f"{agent.action}: check the policy, and export it again if it is a bundle's"
             )
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Episode
 from omcda_deploy.envs.vector import VectorStep
-from omcda_deploy.play.rollout import PlayedStep
+from omcda_deploy.play.episodes import PlayedStep
 from omcda_deploy.spec import TeamSpec
 
 

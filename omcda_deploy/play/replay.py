@@ -26,10 +26,11 @@ from omcda_deploy.play.measurements import (
     json_number,
     machine,
     now,
+    one_version,
     require_at_least,
 )
 from omcda_deploy.play.sending import Answer, Round, Sender, masks_of, observations_of
-from omcda_deploy.policy import Decision, NoiseSource, TeamPolicy
+from omcda_deploy.policy import Decision, NoiseSource, TeamPolicy, own_temperature
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 
@@ -72,6 +73,7 @@ class Replay:
     ``misses``: steps that missed their deadline of 1 / ``rate`` seconds, as :func:`replay` defines it.
     ``fallback_steps``: by agent, the number of calls of ``team.act`` that its fallback answered instead of its
     policy. They count neither for agreement (nan where none is left) nor for parity and divergence.
+    ``not_awaited``: those of them for which it did not wait.
     """
 
     task: str
@@ -79,7 +81,7 @@ class Replay:
     team: TeamDescription
     dataset_digest: str
     seed: int
-    stochastic: bool
+    temperature: float
     batch: int
     episodes: tuple[int, ...]  # indices in the dataset
     steps: int  # joint actions compared
@@ -96,6 +98,7 @@ class Replay:
     machine: str
     date: str
     fallback_steps: dict[str, int] = field(default_factory=dict)
+    not_awaited: dict[str, int] = field(default_factory=dict)
 
     @property
     def miss_share(self) -> float:
@@ -110,7 +113,7 @@ class Replay:
             "team": self.team.to_json(),
             "dataset_digest": self.dataset_digest,
             "seed": self.seed,
-            "stochastic": self.stochastic,
+            "temperature": self.temperature,
             "batch": self.batch,
             "episodes": list(self.episodes),
             "steps": self.steps,
@@ -121,6 +124,7 @@ class Replay:
             "parity": self.parity.to_json() if self.parity else None,
             "divergence": {name: value.to_json() for name, value in self.divergence.items()},
             "fallback": {"by": self.team.fallback, "steps": self.fallback_steps},
+            "not_awaited": self.not_awaited,
             "latency": {
                 "step": self.step_latency.to_json(),
                 "agents": {name: value.to_json() for name, value in self.agent_latency.items()},
@@ -152,7 +156,7 @@ def replay(
     rate: float | None = None,
     batch: int = 1,
     local: TeamPolicy | None = None,
-    stochastic: bool = False,
+    temperature: float | None = None,
     seed: int = 0,
     paced: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -161,13 +165,15 @@ def replay(
 
     ``batch`` episodes are sent side by side (1: as one robot team would); one that ends before the others keeps
     sending its last observation, uncounted, so that all calls have one batch size. ``local`` is asked the same
-    questions afterwards, off the clock, for :class:`Parity`. ``stochastic`` samples with noise seeded by ``seed``.
+    questions afterwards, off the clock, for :class:`Parity`. ``temperature`` is a factor of the noise, which is
+    drawn from ``seed``: 0 is deterministic, 1 samples; None is the team's own, 0 for a team without one.
 
     ``rate`` is in Hz, by default the task's control rate. Flat out, a step misses its deadline when its own answer
     takes longer than 1 / rate. ``paced``, step t is sent at its tick, t / rate after the episode's start, or at
     once where the step before overran it, and misses when its answer is not there by the next tick: a long
     stall then counts once for every tick that it makes late, as it would in a running control loop.
 
+    A served team answers all episodes by the version that is current when the first one begins.
     ``progress(done, total)`` is called after every step, with numbers of calls. Raises :class:`ContractError`
     when team, dataset and local bundle do not fit together and :class:`ConfigError` for a setting out of range.
     """
@@ -187,20 +193,21 @@ def replay(
     rounds = [
         Round.of(dataset, numbers[first : first + batch], batch) for first in range(0, len(numbers), batch)
     ]
-    description = describe(team)
-    noise = NoiseSource(spec, seed) if stochastic else None
-    sender = Sender(team, dataset, rate, paced, noise, sum(map(len, rounds)), progress)
+    temperature = own_temperature(team) if temperature is None else temperature
+    noise = NoiseSource(spec, seed, temperature)
     comparison = _Comparison(dataset, local)
-    start = perf_counter()
-    for group in rounds:
-        comparison.add(group, sender.send(group))
+    with one_version(team) as description:
+        sender = Sender(team, dataset, rate, paced, noise, sum(map(len, rounds)), progress)
+        start = perf_counter()
+        for group in rounds:
+            comparison.add(group, sender.send(group))
     return Replay(
         task=spec.task,
         spec=spec,
         team=description,
         dataset_digest=dataset.digest,
         seed=seed,
-        stochastic=stochastic,
+        temperature=noise.temperature,
         batch=batch,
         episodes=tuple(numbers.tolist()),
         steps=comparison.steps,
@@ -217,6 +224,7 @@ def replay(
         machine=machine(),
         date=now(),
         fallback_steps=sender.calls.fallback_steps,
+        not_awaited=sender.calls.not_awaited,
     )
 
 

@@ -2,8 +2,9 @@
 
 Two layers. :class:`EpisodeBatch` takes one control step at a time; its caller says which episodes start and when,
 and sees everything of each step. :func:`rollout` plays rounds of episodes with it and yields them as records, for
-evaluation; :mod:`omcda_deploy.play.collect` has its own order of episodes and keeps their rows
-(:class:`omcda_deploy.play.recording.EpisodeRecorder`). Neither stores anything for the other.
+evaluation, and :func:`rollouts` plays several such plans at once; :mod:`omcda_deploy.play.collect` has its own
+order of episodes and keeps their rows (:class:`omcda_deploy.play.recording.EpisodeRecorder`). Neither stores
+anything for the other.
 
 Shapes: E environments, N agents, T steps of an episode.
 """
@@ -13,35 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.envs import OUTCOMES
+from omcda_deploy.envs.adapters.border import require_sound
 from omcda_deploy.envs.vector import BatchedEnvironment, VectorStep
 from omcda_deploy.errors import ContractError, SimulatorError
-from omcda_deploy.play.measurements import require_answer, saturated
+from omcda_deploy.play.episodes import PlayedEpisode, PlayedStep, RoundLog
+from omcda_deploy.play.measurements import require_answer
 from omcda_deploy.policy import Decision, Float, NoiseSource, TeamPolicy
 from omcda_deploy.spec import TeamSpec
 
 DISCARDED_IN_A_ROW = 10  # episodes lost to crashes of a simulator after which it is taken to be broken
-
-
-@dataclass(frozen=True, eq=False)
-class PlayedStep:
-    """One control step of a batch of environments."""
-
-    previous: VectorStep  # the observations that the team answers
-    decisions: Mapping[str, Decision]  # its answers, by agent
-    result: VectorStep  # the environments' answer to its actions
-    active: NDArray[np.bool_]  # [E] environments that took the step
-    age: NDArray[np.int64]  # [E] steps of each environment's episode, this one included
-    ended: NDArray[np.bool_]  # [E] the episode ended with this step
-    discarded: NDArray[np.bool_]  # [E] it ended because the simulator lost it
-    seeds: Mapping[int, int]  # environment -> seed of its episode
-    seconds: float  # wall-clock time of `team.act`
 
 
 class EpisodeBatch:
@@ -57,7 +45,7 @@ class EpisodeBatch:
         self.active = np.zeros(self.num_envs, np.bool_)  # environments with a running episode
         self.age = np.zeros(self.num_envs, np.int64)  # steps of each environment's episode so far
         self.discarded = 0
-        self.reports_wins = False  # True once the simulator has reported `won`
+        self.reported: set[str] = set()  # outcomes that the simulator has reported so far
         self._environment = environment
         self._seeds: dict[int, int] = {}
         self._latest: VectorStep | None = None
@@ -69,35 +57,54 @@ class EpisodeBatch:
         self._seeds |= seeds
         self.active[list(seeds)] = True
         self.age[list(seeds)] = 0
+        require_sound(self.spec, self.num_envs, self._latest, self.age)
 
     def stop(self, environments: Iterable[int]) -> None:
         """Give up the episodes that run in ``environments``."""
         self.active[list(environments)] = False
 
-    def step(self, team: TeamPolicy, noise: Mapping[str, Float] | None = None) -> PlayedStep:
-        """Ask ``team`` once for all environments, and step those with a running episode.
-
-        ``noise`` is float32 [E, A] per agent, None for deterministic actions. Raises :class:`ContractError` before
-        the first :meth:`start`, for an answer that cannot be played, and for an episode that outlasts the spec's
-        limit; :class:`SimulatorError` where the simulator loses one episode after another.
-        """
-        if (previous := self._latest) is None:
+    @property
+    def latest(self) -> VectorStep:
+        """The last step of the environments. Raises :class:`ContractError` before the first :meth:`start`."""
+        if self._latest is None:
             raise ContractError("expected episodes to step, got none: start some first")
+        return self._latest
+
+    def step(self, team: TeamPolicy, noise: Mapping[str, Float] | None = None) -> PlayedStep:
+        """Ask ``team`` once for all environments, and :meth:`take` its answers.
+
+        ``noise`` is float32 [E, A] per agent, None for actions without it. Raises what :meth:`take` raises, and
+        :class:`ContractError` for an answer that cannot be played.
+        """
+        previous = self.latest
         start = perf_counter()
         decisions = team.act(previous.observations, noise=noise, action_masks=previous.action_masks)
         seconds = perf_counter() - start
-        require_answer(self.spec, decisions, self.num_envs)
+        require_answer(self.spec, decisions, self.num_envs, self.age + 1)
+        return self.take(decisions, seconds)
+
+    def take(self, decisions: Mapping[str, Decision], seconds: float) -> PlayedStep:
+        """Step the environments with a running episode; ``decisions`` are [E, …], ``seconds`` the time they took.
+
+        They have been checked (:func:`~omcda_deploy.play.measurements.require_answer`). Raises
+        :class:`ContractError` before the first :meth:`start` and for an episode that outlasts the spec's limit, or
+        an answer of the simulator that is not sound; :class:`SimulatorError` where the simulator loses one episode
+        after another.
+        """
+        previous = self.latest
         active = self.active.copy()
         result = self._environment.step({name: decisions[name].action for name in self.spec.names}, active)
         self.age[active] += 1
+        require_sound(self.spec, self.num_envs, result, self.age)
         ended = active & (result.terminated | result.truncated)
         self._require_ended(active & ~ended)
         discarded = ended & np.asarray(result.info.get("discarded", False), np.bool_)
         self._count_discarded(discarded[ended].tolist())
-        self.reports_wins |= "won" in result.info
+        self.reported |= result.info.keys() & set(OUTCOMES)
         self.active &= ~ended
         self._latest = result
         return PlayedStep(
+            spec=self.spec,
             previous=previous,
             decisions=decisions,
             result=result,
@@ -129,27 +136,18 @@ class EpisodeBatch:
                 )
 
 
-@dataclass(frozen=True, eq=False)
-class PlayedEpisode:
-    """A finished episode of T steps, without its observations."""
+@dataclass(frozen=True)
+class Plan:
+    """Episodes that are played alike: ``episodes`` that count, ``num_envs`` of them side by side.
 
-    seed: int  # the environment was reset with it
-    round: int  # the batch that it was played in, counted from 0
-    rewards: NDArray[np.float64]  # [T]
-    divergence: NDArray[np.float64]  # [T, N] nats; nan where a fallback answered
-    saturated: NDArray[np.int64]  # [N] entries of continuous actions within 0.1 % of a bound
-    terminated: bool  # False: the time limit cut it
-    won: bool | None  # None where the simulator does not report it
-    discarded: bool  # the simulator lost it: it counts nowhere
+    Episode k starts from :func:`episode_seed` of ``seed`` and k. The noise of the actions is drawn from ``seed``
+    for ``num_envs`` rows each step, times ``temperature`` (:class:`omcda_deploy.policy.NoiseSource`).
+    """
 
-    def __len__(self) -> int:
-        """The number of steps T."""
-        return len(self.rewards)
-
-    @property
-    def episode_return(self) -> float:
-        """The undiscounted sum of the rewards, added step by step."""
-        return reduce(add, self.rewards.tolist(), 0.0)
+    episodes: int
+    num_envs: int
+    seed: int = 0
+    temperature: float = 0.0
 
 
 def rollout(
@@ -158,46 +156,55 @@ def rollout(
     *,
     episodes: int,
     seed: int = 0,
-    stochastic: bool = False,
+    temperature: float = 0.0,
     on_step: Callable[[PlayedStep], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PlayedEpisode]:
-    """Play rounds, one episode per environment, until ``episodes`` of them count; yields them in order.
+    """Play one :class:`Plan` in all environments, as :func:`rollouts` does; yields its episodes in order."""
+    plan = Plan(episodes, environment.num_envs, seed, temperature)
+    for _, episode in rollouts(team, environment, [plan], on_step=on_step, progress=progress):
+        yield episode
 
-    Episode k starts from :func:`episode_seed` of ``seed`` and k. A round lasts until its last episode ends; the
-    environments of shorter ones wait, so that all calls of the team have one batch size. An episode that the
-    simulator loses is yielded too, marked ``discarded``, and a later round plays one more instead. ``stochastic``
-    samples with noise seeded by ``seed``, drawn for the whole batch each step.
 
-    ``on_step`` sees each step as it is taken. ``progress(done, total)`` is called after every step, in steps, and
-    at the end; ``total`` supposes that every round lasts to the time limit. Raises what :meth:`EpisodeBatch.step`
-    raises.
+def rollouts(
+    team: TeamPolicy,
+    environment: BatchedEnvironment,
+    plans: Sequence[Plan],
+    *,
+    on_step: Callable[[PlayedStep], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, PlayedEpisode]]:
+    """Play ``plans`` at once; yields (index of its plan, episode), those of one plan in order.
+
+    The environments belong to the plans in turn, ``num_envs`` to each. A plan is played in rounds, one episode per
+    environment, until its ``episodes`` count. A round lasts until its last episode ends; the environments of
+    shorter ones wait. An episode that the simulator loses is yielded too, marked ``discarded``, and a later round
+    plays one more instead.
+
+    The team is asked once per step and plan, always for the plan's ``num_envs`` rows. So a plan's numbers are those
+    of the plan alone, to the last bit; several plans at once need a team that remembers nothing between calls.
+
+    ``on_step`` sees each step as it is taken. ``progress(done, total)`` is called after every step, in steps of all
+    plans, and at the end; ``total`` supposes that every round lasts to the time limit. Raises
+    :class:`ContractError` unless the plans have as many environments as there are, and what
+    :meth:`EpisodeBatch.take` raises.
     """
     batch = EpisodeBatch(environment)
-    noise = NoiseSource(batch.spec, seed) if stochastic else None
-    limit = batch.spec.episode_limit
-    counted = started = rounds = 0
-    while (missing := episodes - counted) > 0:
-        expected_rounds = rounds + math.ceil(missing / batch.num_envs)
-        seeds = [episode_seed(seed, started + i) for i in range(min(batch.num_envs, missing))]
-        team.reset()
-        batch.start(dict(enumerate(seeds)))
-        log = _RoundLog(batch)
-        while batch.active.any():
-            step = batch.step(team, noise.draw(batch.num_envs) if noise else None)
-            log.add(step)
-            if on_step:
-                on_step(step)
-            if progress:
-                progress(rounds * limit + log.steps, expected_rounds * limit)
-        for index, environment_seed in enumerate(seeds):
-            episode = log.episode(index, environment_seed, rounds)
-            counted += not episode.discarded
-            yield episode
-        started += len(seeds)
-        rounds += 1
+    courses = _courses(batch, plans)
+    while running := [course for course in courses if course.begin(team)]:
+        step = batch.take(*_ask(team, batch, running))
+        for course in running:
+            course.log.add(step)
+        if on_step:
+            on_step(step)
+        if progress:
+            progress(sum(course.done for course in courses), sum(course.total for course in courses))
+        for course in running:
+            for episode in course.finished():
+                yield course.index, episode
     if progress:
-        progress(rounds * limit, rounds * limit)
+        total = sum(course.total for course in courses)
+        progress(total, total)
 
 
 def episode_seed(seed: int, episode: int) -> int:
@@ -205,48 +212,96 @@ def episode_seed(seed: int, episode: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=(episode,)).generate_state(1)[0])
 
 
-class _RoundLog:
-    """Rewards, divergences and ends of one round, from which its episodes are made."""
+def _courses(batch: EpisodeBatch, plans: Sequence[Plan]) -> list[_Course]:
+    needed = sum(plan.num_envs for plan in plans)
+    if needed != batch.num_envs:
+        raise ContractError(f"expected {needed} environments for {len(plans)} plans, got {batch.num_envs}")
+    courses: list[_Course] = []
+    for index, plan in enumerate(plans):
+        first = courses[-1].rows.stop if courses else 0
+        courses.append(_Course(index, plan, slice(first, first + plan.num_envs), batch))
+    return courses
 
-    def __init__(self, batch: EpisodeBatch) -> None:
-        count, agents = batch.num_envs, len(batch.spec.agents)
+
+class _Course:
+    """A plan as it is played, in the environments ``rows`` of a batch."""
+
+    log: RoundLog  # of the round under way
+
+    def __init__(self, index: int, plan: Plan, rows: slice, batch: EpisodeBatch) -> None:
+        self.index, self.plan, self.rows = index, plan, rows
+        self.noise = NoiseSource(batch.spec, plan.seed, plan.temperature)
         self._batch = batch
-        self._rewards: list[NDArray[np.float64]] = []  # [E] each step
-        self._divergence: list[NDArray[np.float64]] = []  # [E, N] each step
-        self._saturated = np.zeros((count, agents), np.int64)
-        self._terminated = np.zeros(count, np.bool_)
-        self._won = np.zeros(count, np.bool_)
-        self._discarded = np.zeros(count, np.bool_)
+        self._seeds: list[int] = []  # of the round under way
+        self._counted = self._started = self._rounds = 0
 
     @property
-    def steps(self) -> int:
-        return len(self._rewards)
+    def done(self) -> int:
+        """Steps taken, those of a finished round as if it had lasted to the time limit."""
+        return self._rounds * self._batch.spec.episode_limit + (self.log.steps if self._seeds else 0)
 
-    def add(self, step: PlayedStep) -> None:
-        spec, ended = self._batch.spec, step.ended
-        self._rewards.append(step.result.reward)
-        self._divergence.append(
-            np.stack([np.asarray(step.decisions[n].divergence, np.float64) for n in spec.names], axis=1)
-        )
-        if spec.action_kind == "continuous":
-            for index, agent in enumerate(spec.agents):
-                entries = saturated(step.decisions[agent.name].action, agent.action).sum(axis=1)
-                self._saturated[step.active, index] += entries[step.active]
-        self._terminated[ended] = step.result.terminated[ended]
-        self._discarded |= step.discarded
-        if "won" in step.result.info:
-            self._won[ended] = np.asarray(step.result.info["won"], np.bool_)[ended]
+    @property
+    def total(self) -> int:
+        """Steps of all rounds, as far as they are known to be needed."""
+        missing = max(self.plan.episodes - self._counted, 0)
+        return (self._rounds + math.ceil(missing / self.plan.num_envs)) * self._batch.spec.episode_limit
 
-    def episode(self, index: int, seed: int, round_number: int) -> PlayedEpisode:
-        """The finished episode of environment ``index``."""
-        length = int(self._batch.age[index])
-        return PlayedEpisode(
-            seed=seed,
-            round=round_number,
-            rewards=np.array([rewards[index] for rewards in self._rewards[:length]], np.float64),
-            divergence=np.stack([values[index] for values in self._divergence[:length]]),
-            saturated=self._saturated[index],
-            terminated=bool(self._terminated[index]),
-            won=bool(self._won[index]) if self._batch.reports_wins else None,
-            discarded=bool(self._discarded[index]),
+    def begin(self, team: TeamPolicy) -> bool:
+        """Start the next round where none is under way; return False once there is none left."""
+        missing = self.plan.episodes - self._counted
+        if self._seeds or missing <= 0:
+            return missing > 0
+        numbers = range(self._started, self._started + min(self.plan.num_envs, missing))
+        self._seeds = [episode_seed(self.plan.seed, number) for number in numbers]
+        self._started = numbers.stop
+        team.reset()
+        self._batch.start(dict(enumerate(self._seeds, self.rows.start)))
+        self.log = RoundLog(self._batch.spec, self.rows)
+        return True
+
+    def finished(self) -> Iterator[PlayedEpisode]:
+        """Yield the episodes of the round once all of them have ended."""
+        if self._batch.active[self.rows].any():
+            return
+        for index, seed in enumerate(self._seeds):
+            episode = self.log.episode(index, seed, self._rounds, self._batch.reported)
+            self._counted += not episode.discarded
+            yield episode
+        self._seeds = []
+        self._rounds += 1
+
+
+def _ask(
+    team: TeamPolicy, batch: EpisodeBatch, courses: Sequence[_Course]
+) -> tuple[dict[str, Decision], float]:
+    """Ask ``team`` for each course's rows; return answers for all rows, zeros elsewhere, and its seconds."""
+    latest, names = batch.latest, batch.spec.names
+    answers: list[tuple[slice, dict[str, Decision]]] = []
+    seconds = 0.0
+    for course in courses:
+        rows = course.rows
+        observations = {name: values[rows] for name, values in latest.observations.items()}
+        masks = latest.action_masks
+        masks = None if masks is None else {name: values[rows] for name, values in masks.items()}
+        noise = course.noise.draw_for(team, course.plan.num_envs)
+        start = perf_counter()
+        decisions = team.act(observations, noise=noise, action_masks=masks)
+        seconds += perf_counter() - start
+        require_answer(batch.spec, decisions, course.plan.num_envs, batch.age[course.rows] + 1)
+        answers.append((rows, decisions))
+
+    def joined(field: str, name: str) -> NDArray[Any]:
+        parts = [(rows, np.asarray(getattr(decisions[name], field))) for rows, decisions in answers]
+        values = np.zeros((batch.num_envs, *parts[0][1].shape[1:]), parts[0][1].dtype)
+        for rows, part in parts:
+            values[rows] = part
+        return values
+
+    return {
+        name: Decision(
+            joined("action", name),
+            joined("divergence", name),
+            fallback=any(decisions[name].fallback for _, decisions in answers),
         )
+        for name in names
+    }, seconds

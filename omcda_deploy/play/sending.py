@@ -56,7 +56,7 @@ class Sender:
         dataset: Dataset,
         rate: float,
         paced: bool,
-        noise: NoiseSource | None,
+        noise: NoiseSource,
         total: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
@@ -75,7 +75,7 @@ class Sender:
         for t in range(len(episodes)):
             rows = self._dataset.episode_start[episodes.members] + np.minimum(t, episodes.lengths - 1)
             observations, masks = observations_of(self._dataset, rows), masks_of(self._dataset, rows)
-            noise = self._noise.draw(batch) if self._noise else None
+            noise = self._noise.draw_for(self._team, batch)
             if self._paced and (wait := origin + t / self._rate - perf_counter()) > 0:
                 sleep(wait)
             sent = perf_counter()

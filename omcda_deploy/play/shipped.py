@@ -3,22 +3,27 @@
 A tier is one bundle, or several in numbered folders: ``medium-replay`` has the checkpoints of the same training run
 up to medium. Where there are ``medium`` and ``expert``, the tier ``medium-expert`` is half of each.
 ``policies/README.md`` lists the bundles, their returns and the commands that made them. Tasks that are defined with
-behaviour policies of their own (``toy/…``) have the one tier ``behavior``.
+behaviour policies of their own (``toy/…``) have the one tier ``behavior``. Every task has the tier ``random``, of
+uniformly random actions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omcda_deploy import registry
 from omcda_deploy.bundle import MANIFEST
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.local import JointTeam
 from omcda_deploy.play.collect import Source
+from omcda_deploy.play.scripted import RandomTeam
 
 POLICIES = Path(__file__).parents[1] / "policies"
 BEHAVIOR = "behavior"
+RANDOM = "random"
 MIXTURE = "medium-expert"
 MIXED_TIERS = ("medium", "expert")
 
@@ -39,7 +44,7 @@ def shipped_tasks() -> tuple[str, ...]:
 
 
 def tiers(task: str) -> tuple[str, ...]:
-    """Return the tiers that datasets of a task can be recorded with; none without behaviour policies."""
+    """Return the tiers of a task's own behaviour policies, beside ``random``; none without such policies."""
     if registry.behavior_team(task) is not None:
         return (BEHAVIOR,)
     return _shipped_tiers(task)
@@ -54,10 +59,11 @@ def behavior_policies(task: str, tier: str) -> list[ShippedPolicy]:
     names = _shipped_tiers(task)
     if not names:
         raise ConfigError(
-            f"{task} comes without behaviour policies: record a policy of your own, with --bundle"
+            f"{task} comes without behaviour policies: use --tier random, or record a policy of your own, with "
+            "--bundle or --policy"
         )
     if tier not in names:
-        raise UnknownNameError(f"tier of {task}", tier, names)
+        raise UnknownNameError(f"tier of {task}", tier, (*names, RANDOM))
     folder = POLICIES / task
     if tier == MIXTURE:
         return [ShippedPolicy(name, folder / name, 0.5) for name in MIXED_TIERS]
@@ -65,16 +71,16 @@ def behavior_policies(task: str, tier: str) -> list[ShippedPolicy]:
     return [ShippedPolicy(str(bundle.relative_to(folder)), bundle, 1.0) for bundle in bundles]
 
 
-def sources(task: str, tier: str, bundle: Path | None = None) -> list[Source]:
-    """Return the policies that record a dataset of ``tier``, with their shares; only ``bundle``, if there is one.
+def sources(task: str, tier: str, options: Mapping[str, Any] | None = None) -> list[Source]:
+    """Return the policies that record a dataset of ``tier``, with their shares.
 
-    Raises :class:`UnknownNameError` for a tier that the task does not have, :class:`ConfigError` for a task without
-    behaviour policies.
+    ``options`` go to the task's simulator, which may be asked for its spec. Raises :class:`UnknownNameError` for a
+    tier that the task does not have, :class:`ConfigError` for a task without behaviour policies.
     """
-    if bundle is not None:
-        return [Source(bundle.absolute().name, JointTeam(bundle), 1.0)]
+    if tier == RANDOM:
+        return [Source(tier, RandomTeam(registry.team_spec(task, **(options or {}))), 1.0)]
     if (names := tiers(task)) and tier not in names:
-        raise UnknownNameError(f"tier of {task}", tier, names)
+        raise UnknownNameError(f"tier of {task}", tier, (*names, RANDOM))
     if (team := registry.behavior_team(task)) is not None:
         return [Source(tier, team, 1.0)]
     return [

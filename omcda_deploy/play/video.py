@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,12 @@ from numpy.typing import NDArray
 
 from omcda_deploy.envs.vector import BatchedEnvironment, VectorStep
 from omcda_deploy.errors import ConfigError, MissingExtraError, OmcdaError
-from omcda_deploy.files import atomic
+from omcda_deploy.files import atomic, require_writable
 from omcda_deploy.spec import TeamSpec
 
+log = logging.getLogger(__name__)
+
+_QUIET = {"ffmpeg_log_level": "fatal"}
 _MAX_FRAME_RATE = 30.0  # frames per second
 
 
@@ -47,7 +51,8 @@ def rendering(task: str) -> Iterator[None]:
 class FilmedEnvironment:
     """A :class:`BatchedEnvironment` that films the first episode of its first environment.
 
-    ``stride`` is the number of control steps per frame; frames go to the encoder ``writer`` as they come.
+    ``stride`` is the number of control steps per frame; frames go to the encoder ``writer`` as they come, until it
+    fails: ``failure`` is its error.
     """
 
     def __init__(self, environment: BatchedEnvironment, writer: Any, stride: int) -> None:
@@ -55,6 +60,8 @@ class FilmedEnvironment:
         self.num_envs = environment.num_envs
         self._environment, self._writer, self._stride = environment, writer, stride
         self._episodes = self._steps = 0
+        self.frames = 0
+        self.failure: Exception | None = None
 
     def reset(self, seeds: Mapping[int, int]) -> VectorStep:
         step = self._environment.reset(seeds)
@@ -87,31 +94,61 @@ class FilmedEnvironment:
         self.close()
 
     def _film(self) -> None:
-        if self._episodes == 1 and self._steps % self._stride == 0:
+        if self._episodes == 1 and self._steps % self._stride == 0 and self.failure is None:
             with rendering(self.spec.task):
                 frame = self._environment.render(0)
-            self._writer.append_data(frame)
+            try:
+                self._writer.append_data(frame)
+                self.frames += 1
+            except Exception as error:  # of a program of its own, which fails in many ways
+                self.failure = error
 
 
 @contextmanager
 def filming(environment: BatchedEnvironment, path: Path) -> Iterator[BatchedEnvironment]:
     """Film to ``path`` in real time, at 30 frames per second or fewer; yields the environment to play.
 
-    A block that fails leaves no file. Raises :class:`MissingExtraError` without an encoder.
+    A block that fails leaves no file, and a video that fails leaves none either: a warning says why, and the block
+    goes on. Raises :class:`MissingExtraError` without an encoder.
     """
     try:
         import imageio
 
-        import_module("imageio_ffmpeg")  # the encoder, which imageio misses only at the first frame
+        ffmpeg = import_module("imageio_ffmpeg")  # the encoder, which imageio misses only at the first frame
     except ImportError as error:
         raise MissingExtraError("imageio with imageio-ffmpeg", "mujoco") from error
     rate = environment.spec.control_rate
     stride = math.ceil(rate / _MAX_FRAME_RATE)
-    with atomic(path) as temporary:
+    with suppress(_VideoError), atomic(path) as temporary:
         writer = imageio.get_writer(
-            temporary, format="FFMPEG", fps=rate / stride, codec="libx264", macro_block_size=2
+            temporary, format="FFMPEG", fps=rate / stride, codec="libx264", macro_block_size=2, **_QUIET
         )
+        stage = FilmedEnvironment(environment, writer, stride)
         try:
-            yield FilmedEnvironment(environment, writer, stride)
-        finally:
+            yield stage
+        except BaseException:
+            with suppress(Exception):  # what the block raised is the one to be seen
+                writer.close()
+            raise
+        try:
             writer.close()
+            if stage.failure is not None:
+                raise stage.failure
+            if (frames := ffmpeg.count_frames_and_secs(str(temporary))[0]) != stage.frames:
+                raise OSError(f"{frames} of {stage.frames} frames arrived")
+        except Exception as error:
+            log.warning("the video %s was not written, as its encoder failed: %s", path, _reason(path, error))
+            raise _VideoError from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Say why the encoder failed: a pipe that it closed tells less than the place it wrote to."""
+    try:
+        require_writable(path)
+    except ConfigError as refused:
+        return str(refused)
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+class _VideoError(Exception):
+    """A video failed; nobody but :func:`filming` sees it."""

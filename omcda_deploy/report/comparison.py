@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.envs import OUTCOMES
 from omcda_deploy.plugins import CurveSection, Scan
+from omcda_deploy.report.scores import Score
 from omcda_deploy.report.statistics import (
     Interval,
     Values,
@@ -27,6 +29,7 @@ from omcda_deploy.report.statistics import (
     std,
 )
 
+CLONE = "clone"  # stands for an algorithm in the row of the behaviour model that runs began with
 CURVE_POINTS = 100  # most points of a training curve in figures and CSV; more are averaged in groups
 
 
@@ -109,22 +112,17 @@ class Curves:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run and the evaluation of its last policy (``Evaluation.to_json()``)."""
+    """One finished run and the score of its last policies."""
 
     variant: Variant
     run: str  # the folder, as it was given
     seed: int
     settings: Mapping[str, Any]  # all settings of the algorithm
     versions: Mapping[str, str]  # packages it was trained with, and the commit as ``git``
-    evaluation: Mapping[str, Any]
+    score: Score
     curves: Curves | None
     scan: Scan | None  # declared by its algorithm
     seconds: float  # wall clock of its training; 0 where the run did not record it
-
-    @property
-    def value(self) -> float:
-        """The run's mean return."""
-        return float(np.mean(self.evaluation["returns"]))
 
 
 @dataclass(frozen=True)
@@ -138,15 +136,45 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Summary:
-    """A variant over its runs, in the order of their seeds."""
+    """A variant over its runs, in the order of their seeds.
+
+    Its value is that at the temperature which was selected on other episodes than those that are reported.
+    """
 
     variant: Variant
     results: tuple[Result, ...]
 
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures that its runs were played at, [K]."""
+        return self.results[0].score.temperatures
+
     @cached_property
+    def curve(self) -> Values:
+        """Each run's reported score at each temperature, [R, K]."""
+        return np.array([result.score.values for result in self.results])
+
+    @cached_property
+    def selection(self) -> Values:
+        """Mean over runs of the scores that select the temperature, [K]."""
+        means: Values = np.array([result.score.selection for result in self.results]).mean(axis=0)
+        return means
+
+    @property
+    def best(self) -> int:
+        """Index of the selected temperature: the largest mean over runs, the lowest temperature of equal ones."""
+        return int(np.argmax(self.selection))
+
+    @property
     def values(self) -> Values:
         """Each run's value, [R]."""
-        return np.array([result.value for result in self.results])
+        values: Values = self.curve[:, self.best]
+        return values
+
+    def at(self, temperature: float) -> Values:
+        """Each run's reported score at one of the temperatures, [R]."""
+        values: Values = self.curve[:, self.temperatures.index(temperature)]
+        return values
 
     @property
     def mean(self) -> float:
@@ -169,16 +197,39 @@ class Summary:
         return bootstrap_interval([self.values])
 
     @property
-    def std_of_episodes(self) -> float:
-        """Mean over runs of the std over a run's episodes."""
-        return float(np.mean([np.std(result.evaluation["returns"]) for result in self.results]))
+    def snapshots(self) -> tuple[int, int]:
+        """Fewest and most policies that a run's score is a mean over."""
+        counts = [len(result.score.snapshots) for result in self.results]
+        return min(counts), max(counts)
+
+    @cached_property
+    def std_of_snapshots(self) -> Values:
+        """Mean over runs of the std over a run's policies, at each temperature [K]; nan where no run has two."""
+        several = [result.score.returns.mean(axis=2) for result in self.results]  # [S, K]
+        stds = [values.std(axis=0) for values in several if len(values) > 1]
+        return np.mean(stds, axis=0) if stds else np.full(len(self.temperatures), np.nan)
+
+    @cached_property
+    def std_of_episodes(self) -> Values:
+        """Mean over runs and policies of the std over a policy's episodes, at each temperature [K]."""
+        means: Values = np.mean([r.score.returns.std(axis=2).mean(axis=0) for r in self.results], axis=0)
+        return means
 
     @property
-    def won(self) -> Values | None:
-        """Each run's share of episodes won, [R]; None where the simulator does not report it."""
-        reports = [result.evaluation.get("won") for result in self.results]
-        shares = [float(np.mean(won)) for won in reports if won is not None]
-        return np.array(shares) if len(shares) == len(reports) else None
+    def lengths(self) -> Values:
+        """Mean length of the episodes in steps, at each temperature [K]."""
+        means: Values = np.mean([result.score.lengths for result in self.results], axis=0)
+        return means
+
+    @cached_property
+    def shares(self) -> dict[str, Values | None]:
+        """Each run's shares of episodes by outcome, [R, K]; None for one that a simulator does not report."""
+        by_outcome: dict[str, Values | None] = {}
+        for name in OUTCOMES:
+            shares = [result.score.shares[name] for result in self.results]
+            known = [share for share in shares if share is not None]
+            by_outcome[name] = np.array(known) if len(known) == len(shares) else None
+        return by_outcome
 
     @property
     def seconds(self) -> float | None:
@@ -282,7 +333,7 @@ class Comparison:
     def name(self, variant: Variant) -> str:
         """Name a variant by algorithm and settings, and by the number of steps where the runs' differ."""
         words = [variant.algorithm, *filter(None, [variant.settings_label])]
-        if len({summary.variant.steps for summary in self.summaries}) > 1:
+        if variant.steps and len({s.variant.steps for s in self.summaries if s.variant.steps}) > 1:
             words.append(f"{variant.steps:,} steps")
         return ", ".join(words)
 

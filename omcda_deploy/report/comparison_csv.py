@@ -10,24 +10,38 @@ from pathlib import Path
 
 import numpy as np
 
+from omcda_deploy.envs import OUTCOMES
 from omcda_deploy.files import write_text
+from omcda_deploy.play.episodes import Episodes
 from omcda_deploy.plugins import Scan
 from omcda_deploy.report.comparison import Comparison, Summary
 from omcda_deploy.report.statistics import Interval, Values, bootstrap_interval, interquartile_mean, std
 
 _VARIANT = "task dataset dataset_digest algorithm settings steps"
 _SCORE = "score_mean score_std score_iqm score_iqm_low score_iqm_high"
-_RETURNS = f"{_VARIANT} seed run commit episode episode_seed return length ended_by".split()
-_SUMMARY = f"{_VARIANT} datasets runs mean std iqm iqm_low iqm_high {_SCORE}".split()
+_OUTCOMES = " ".join(OUTCOMES)
+_RETURNS = (
+    f"{_VARIANT} seed run commit snapshot temperature use episode episode_seed return length ended_by {_OUTCOMES}"
+).split()
+_SUMMARY = (
+    f"{_VARIANT} datasets runs snapshots temperature mean std t0_mean t0_std t1_mean t1_std "
+    f"snapshot_std episode_std {_OUTCOMES} iqm iqm_low iqm_high {_SCORE}"
+).split()
+_TEMPERATURES = (
+    f"{_VARIANT} temperature selected selection_mean runs mean std iqm iqm_low iqm_high snapshot_std episode_std "
+    f"length {_OUTCOMES}"
+).split()
 _Row = dict[str, object]
 
 
 def write_tables(comparison: Comparison, out: Path) -> None:
     """Write the CSV files into the folder ``out``:
 
-    * ``returns.csv``: one row per run and episode;
-    * ``summary.csv``: one row per variant, ``score`` being the normalised one; rows whose task is ``*`` are methods
-      over several datasets, whose runs and datasets are joined;
+    * ``returns.csv``: one row per run, snapshot, temperature and episode; ``use`` says whether the episode is
+      reported or selects the temperature;
+    * ``summary.csv``: one row per variant at its selected temperature, ``score`` being the normalised one; rows
+      whose task is ``*`` are methods over several datasets, whose runs and datasets are joined;
+    * ``temperatures.csv``: one row per variant and temperature;
     * for algorithms that declare curves, such as ``influence.csv``: one row per run, logged step (at most 100,
       averaged in groups) and agent; ``<curve>_is`` names the metric behind a curve that may be an estimate;
     * for algorithms that declare a scan, such as ``d_tot.csv``: one row per variant.
@@ -36,6 +50,7 @@ def write_tables(comparison: Comparison, out: Path) -> None:
     """
     _write(out / "returns.csv", _RETURNS, _returns_rows(comparison))
     _write(out / "summary.csv", _SUMMARY, _summary_rows(comparison))
+    _write(out / "temperatures.csv", _TEMPERATURES, _temperature_rows(comparison))
     tables: dict[str, list[_Row]] = {}
     for summary in comparison.summaries:
         for file, row in _curve_rows(summary):
@@ -77,19 +92,31 @@ def _interval_cells(interval: Interval | None, name: str) -> _Row:
 def _returns_rows(comparison: Comparison) -> Iterator[_Row]:
     for summary in comparison.summaries:
         for result in summary.results:
-            evaluation = result.evaluation
-            for index, value in enumerate(evaluation["returns"]):
-                yield {
-                    **_variant_cells(summary),
-                    "seed": result.seed,
-                    "run": result.run,
-                    "commit": result.versions["git"],
-                    "episode": index,
-                    "episode_seed": evaluation["episode_seeds"][index],
-                    "return": value,
-                    "length": evaluation["lengths"][index],
-                    "ended_by": evaluation["ended_by"][index],
-                }
+            run = {
+                **_variant_cells(summary),
+                "seed": result.seed,
+                "run": result.run,
+                "commit": result.versions["git"],
+            }
+            for snapshot in result.score.snapshots:
+                for use, tables in (("reported", snapshot.reported), ("selection", snapshot.selection)):
+                    for temperature, episodes in zip(result.score.temperatures, tables, strict=True):
+                        played = {"snapshot": snapshot.step, "temperature": temperature, "use": use}
+                        for row in _episode_rows(episodes):
+                            yield {**run, **played, **row}
+
+
+def _episode_rows(episodes: Episodes) -> Iterator[_Row]:
+    columns = episodes.columns()
+    for index, value in enumerate(columns["returns"]):
+        yield {
+            "episode": index,
+            "episode_seed": columns["episode_seeds"][index],
+            "return": value,
+            "length": columns["lengths"][index],
+            "ended_by": columns["ended_by"][index],
+            **{name: columns[name][index] for name in OUTCOMES if columns[name] is not None},
+        }
 
 
 def _summary_rows(comparison: Comparison) -> Iterator[_Row]:
@@ -98,8 +125,12 @@ def _summary_rows(comparison: Comparison) -> Iterator[_Row]:
             **_variant_cells(summary),
             "datasets": 1,
             "runs": summary.values.size,
-            "mean": summary.mean,
-            "std": _cell(summary.std),
+            "snapshots": summary.snapshots[0],
+            "temperature": summary.temperatures[summary.best],
+            **_value_cells(summary.values),
+            **_value_cells(summary.at(0.0), "t0_"),
+            **_value_cells(summary.at(1.0), "t1_"),
+            **_spread_cells(summary, summary.best),
             "iqm": summary.iqm,
             **_interval_cells(summary.interval, "iqm"),
             **_score_cells([] if summary.scores is None else [summary.scores]),
@@ -112,6 +143,38 @@ def _summary_rows(comparison: Comparison) -> Iterator[_Row]:
             "runs": overall.runs,
             **_score_cells(overall.scores),
         }
+
+
+def _value_cells(values: Values, prefix: str = "") -> _Row:
+    return {f"{prefix}mean": float(values.mean()), f"{prefix}std": _cell(std(values))}
+
+
+def _spread_cells(summary: Summary, index: int) -> _Row:
+    """Spreads and shares of outcomes at a temperature."""
+    shares = {name: values for name, values in summary.shares.items() if values is not None}
+    return {
+        "snapshot_std": _cell(float(summary.std_of_snapshots[index])),
+        "episode_std": float(summary.std_of_episodes[index]),
+        **{name: float(values[:, index].mean()) for name, values in shares.items()},
+    }
+
+
+def _temperature_rows(comparison: Comparison) -> Iterator[_Row]:
+    for summary in comparison.summaries:
+        for index, temperature in enumerate(summary.temperatures):
+            values = summary.curve[:, index]
+            yield {
+                **_variant_cells(summary),
+                "temperature": temperature,
+                "selected": index == summary.best,
+                "selection_mean": float(summary.selection[index]),
+                "runs": values.size,
+                **_value_cells(values),
+                "iqm": float(interquartile_mean(values)),
+                **_interval_cells(bootstrap_interval([values]), "iqm"),
+                **_spread_cells(summary, index),
+                "length": float(summary.lengths[index]),
+            }
 
 
 def _score_cells(datasets: Sequence[Values]) -> _Row:
@@ -158,6 +221,6 @@ def _scan_row(summary: Summary, scan: Scan) -> _Row:
         scan.group: summary.scan_group,
         scan.setting: summary.scan_value,
         "runs": summary.values.size,
-        "mean": summary.mean,
-        "std": _cell(summary.std),
+        "temperature": summary.temperatures[summary.best],
+        **_value_cells(summary.values),
     }

@@ -1,4 +1,4 @@
-"""The report of a comparison: report.html and results.md."""
+"""The report of a comparison: report.html, results.md and its figures."""
 
 from __future__ import annotations
 
@@ -6,72 +6,113 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
+from omcda_deploy.envs import OUTCOMES
 from omcda_deploy.files import write_text
 from omcda_deploy.formatting import UNKNOWN, digits_of, number
 from omcda_deploy.play.measurements import now
 from omcda_deploy.plugins import Scan
-from omcda_deploy.report.comparison import Comparison, Overall, Summary
+from omcda_deploy.report.comparison import CLONE, Comparison, Overall, Summary
 from omcda_deploy.report.comparison_csv import write_tables
 from omcda_deploy.report.figures import Bar, Curve, curves_figure, grouped_bars_figure
-from omcda_deploy.report.html import Section, captioned, html_table, provenance_list, write_report
+from omcda_deploy.report.html import (
+    Section,
+    captioned,
+    folded,
+    html_table,
+    provenance_list,
+    svg_document,
+    write_report,
+)
 from omcda_deploy.report.statistics import REFERENCES, Interval, std
+from omcda_deploy.report.temperatures import (
+    CAPTION,
+    interval_words,
+    mean_words,
+    share_words,
+    shown,
+    temperature_figure,
+    temperature_table,
+)
+from omcda_deploy.report.terminal import terminal_table
 
 
 def write_comparison(comparison: Comparison, out: Path) -> None:
-    """Write ``report.html``, ``results.md`` and CSV files into the folder ``out``, each file whole or not at all.
+    """Write ``report.html``, ``results.md`` with its figures, and CSV files into the folder ``out``, each whole.
 
     :func:`~omcda_deploy.report.comparison_csv.write_tables` describes the CSV files. Raises :class:`ConfigError`
     where ``out`` cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_tables(comparison, out)
-    write_text(out / "results.md", markdown(comparison, "Comparison", "omcda-deploy compare"))
+    write_markdown(comparison, out / "results.md", "Comparison", "omcda-deploy compare")
     write_report(out / "report.html", "Comparison", _sections(comparison), _headline(comparison))
 
 
+def write_markdown(comparison: Comparison, path: Path, title: str, command: str, note: str = "") -> None:
+    """Write tables, conditions and provenance as Markdown to ``path``, and the figures as SVG files beside it.
+
+    ``note`` is Markdown above the tables; ``command`` makes the page again. Raises :class:`ConfigError` where a
+    file cannot be written.
+    """
+    names = {}
+    for index, (key, summaries) in enumerate(comparison.datasets.items()):
+        number_of = f"-{index + 1}" if len(comparison.datasets) > 1 else ""
+        names[key] = f"{path.stem}-temperatures{number_of}.svg"
+        write_text(path.with_name(names[key]), svg_document(temperature_figure(comparison, summaries)))
+    write_text(path, _markdown(comparison, title, command, note, names))
+
+
+def terminal_tables(comparison: Comparison) -> list[Table]:
+    """Make a table of each dataset for the terminal, with fewer columns."""
+    columns = [_HEADER.index(name) for name in _PRINTED]
+    tables = []
+    for (task, _), summaries in comparison.datasets.items():
+        rows = [[_cells(comparison, summary)[index] for index in columns] for summary in summaries]
+        header, cells = shown(_PRINTED, rows, len(_PRINTED) - len(OUTCOMES))
+        table = terminal_table(f"{task}, {comparison.dataset(summaries[0].variant)}", header[0], header[1:])
+        for row in cells:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
+_PRINTED = ("", "seeds", "snapshots", "selected T", "mean ± std", "T 0", "T 1", "std of snapshots", *OUTCOMES)
 _HEADER = (
-    "",
-    "steps",
-    "seeds",
-    "mean ± std",
-    "std of episodes",
-    "won",
-    "IQM",
-    "95 % interval",
-    "score",
-    "minutes",
+    *("", "steps", "seeds", "snapshots", "selected T", "mean ± std", "T 0", "T 1"),
+    *("std of snapshots", "std of episodes", *OUTCOMES, "IQM", "95 % interval", "score", "minutes"),
 )
-_ALWAYS = 5  # so many columns are shown always, the others where some row has a value
+_ALWAYS = 10  # so many columns are shown always, the others where some row has a value
 
 
 def _table(comparison: Comparison, summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """Make the header and the rows of a table."""
-    rows = [_cells(comparison, summary) for summary in summaries]
-    columns = [
-        index
-        for index in range(len(_HEADER))
-        if index < _ALWAYS or any(row[index] != UNKNOWN for row in rows)
-    ]
-    return [_HEADER[index] for index in columns], [[row[index] for index in columns] for row in rows]
+    return shown(_HEADER, [_cells(comparison, summary) for summary in summaries], _ALWAYS)
 
 
 def _interval_words(interval: Interval | None, runs: int, digits: int) -> str:
     if interval is None:
         return "one seed: none" if runs == 1 else "a dataset with one seed: none"
-    return f"{number(interval.low, digits)} to {number(interval.high, digits)}"
+    return interval_words(interval, digits)
 
 
 def _cells(comparison: Comparison, summary: Summary) -> list[str]:
-    digits = digits_of(summary.values)
-    scores, won, seconds = summary.scores, summary.won, summary.seconds
+    digits, best = digits_of(summary.curve), summary.best
+    scores, seconds, (fewest, most) = summary.scores, summary.seconds, summary.snapshots
+    trained = summary.variant.algorithm != CLONE
     return [
         comparison.name(summary.variant),
-        f"{summary.variant.steps:,}".replace(",", "\u202f"),
-        ", ".join(str(result.seed) for result in summary.results),
-        f"{number(summary.mean, digits)} ± {number(summary.std, digits)}",
-        number(summary.std_of_episodes, digits),
-        UNKNOWN if won is None else f"{number(100 * float(won.mean()), 1)} ± {number(100 * std(won), 1)} %",
+        f"{summary.variant.steps:,}".replace(",", "\u202f") if trained else UNKNOWN,
+        ", ".join(str(result.seed) for result in summary.results) if trained else UNKNOWN,
+        f"{fewest}" if fewest == most else f"{fewest}\u2013{most}",
+        f"{summary.temperatures[best]:g}",
+        mean_words(summary.values, digits),
+        mean_words(summary.at(0.0), digits),
+        mean_words(summary.at(1.0), digits),
+        number(float(summary.std_of_snapshots[best]), digits),
+        number(float(summary.std_of_episodes[best]), digits),
+        *(share_words(summary.shares[outcome], best) for outcome in OUTCOMES),
         number(summary.iqm, digits),
         _interval_words(summary.interval, summary.values.size, digits),
         UNKNOWN if scores is None else f"{number(float(scores.mean()), 1)} ± {number(std(scores), 1)}",
@@ -100,11 +141,17 @@ def _headline(comparison: Comparison) -> str:
 
 def _notes(comparison: Comparison) -> dict[str, str]:
     notes = {
-        "Values": "A run's value is its mean return over the evaluation episodes of its last policy; nothing was "
-        "selected. Mean ± population std over seeds; std of episodes: within a run, mean over runs; won: share "
-        "of episodes; IQM: mean of the middle half of the runs; interval: percentile bootstrap over runs, "
+        "Values": "A run's value at a temperature T of play is its mean return over the episodes of its last "
+        "policies (snapshots). A row's value, from mean to score, is that at its selected T, which other episodes "
+        "than those shown chose for all its runs together; T 0 (deterministic) and T 1 (sampled) always stand "
+        "beside it. Mean ± population std over seeds; std of snapshots: between the policies of a run, std of "
+        "episodes: within a policy, means over runs; stalled, fell, won: shares of episodes, as the simulator "
+        "defines them; IQM: mean of the middle half of the runs; interval: percentile bootstrap over runs, "
         "stratified by dataset (rliable's definitions). From few seeds intervals come out too narrow. Minutes: "
-        "wall clock of one run's training, without cloning and evaluation."
+        "wall clock of one run's training, without cloning and evaluation.",
+        "Clone": "BC played below T 1 is the sharpened clone of the behaviour policy, without any critic: compare "
+        "other rows with it at its own T. Where no run is of BC, the row clone is the behaviour model that the "
+        "first run of the dataset began with.",
     }
     for task in _tasks(comparison):
         reference = REFERENCES.get(task)
@@ -122,7 +169,7 @@ def _origin(comparison: Comparison) -> dict[str, str]:
     def packages(versions: Mapping[str, str]) -> str:
         return ", ".join(f"{name} {version}" for name, version in versions.items() if name != "git")
 
-    return {
+    origin = {
         **{
             f"Dataset {comparison.dataset(summaries[0].variant)} of {task}": digest
             for (task, digest), summaries in comparison.datasets.items()
@@ -131,15 +178,18 @@ def _origin(comparison: Comparison) -> dict[str, str]:
         "Trained with": distinct(packages(result.versions) for result in results),
         "Training seeds": ", ".join(map(str, sorted({result.seed for result in results}))),
         **comparison.conditions,
-        "Evaluated with": distinct(packages(result.evaluation["versions"]) for result in results),
-        "Machine": distinct(result.evaluation["machine"] for result in results),
-        "Evaluated": distinct(result.evaluation["date"][:10] for result in results),
+        "Evaluated with": distinct(packages(result.score.versions) for result in results),
+        "Machine": distinct(result.score.machine for result in results),
+        "Evaluated": distinct(result.score.date[:10] for result in results),
         "Written": now(),
     }
+    return {name: text for name, text in origin.items() if text}  # where no run was played, much is unknown
 
 
-def markdown(comparison: Comparison, title: str, command: str, note: str = "") -> str:
-    """Write ``note``, tables, conditions and provenance as Markdown; ``command`` makes the page again."""
+def _markdown(
+    comparison: Comparison, title: str, command: str, note: str, figures: Mapping[tuple[str, str], str]
+) -> str:
+    """Return the page; ``figures`` has the file of each dataset's figure."""
     lines = [f"# {title}", "", f"Written by `{command}`; do not edit.", ""]
     lines += [note.strip(), ""] if note else []
 
@@ -148,10 +198,12 @@ def markdown(comparison: Comparison, title: str, command: str, note: str = "") -
         lines.extend("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
         lines.append("")
 
-    for summaries in comparison.datasets.values():
+    for key, summaries in comparison.datasets.items():
         variant = summaries[0].variant
         lines += [f"## {variant.task}, {comparison.dataset(variant)}", ""]
         table(*_table(comparison, summaries))
+        lines += [f"![Return over the temperature of play]({figures[key]})", "", CAPTION, ""]
+        table(*temperature_table(comparison, summaries))
     if comparison.overall:
         lines += ["## All datasets", ""]
         table(_OVERALL, [_overall_cells(comparison, overall) for overall in comparison.overall])
@@ -201,13 +253,18 @@ def _returns_section(comparison: Comparison, task: str) -> Section:
     parts = [
         captioned(
             grouped_bars_figure(groups, "mean return", methods),
-            "Mean over seeds, whiskers one standard deviation to each side, a dot per seed.",
+            "Mean over seeds at the selected temperature of play, whiskers one standard deviation to each side, a "
+            "dot per seed.",
         )
     ]
     for summaries in datasets:
         label = comparison.dataset(summaries[0].variant)
         table = html_table(*_table(comparison, summaries))
-        parts.append(captioned(table, f"Dataset {label}, {summaries[0].variant.digest}."))
+        parts += [
+            captioned(table, f"Dataset {label}, {summaries[0].variant.digest}."),
+            captioned(temperature_figure(comparison, summaries), CAPTION),
+            folded("Every temperature", html_table(*temperature_table(comparison, summaries))),
+        ]
     return Section(f"Returns on {task}", "".join(parts))
 
 
@@ -238,7 +295,8 @@ def _scan_sections(comparison: Comparison) -> list[Section]:
                 f"{scan.title} of {algorithm} on {task}, {label}",
                 captioned(
                     figure,
-                    f"Mean ± std over seeds against {scan.caption}; {steps:,} steps. "
+                    f"Mean ± std over seeds, at each point's selected temperature of play, against {scan.caption}; "
+                    f"{steps:,} steps. "
                     "A point without a whisker has one seed.",
                 ),
             )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from omcda_deploy.formatting import count, digits_of, number, percent
+from omcda_deploy.envs import OUTCOMES
+from omcda_deploy.formatting import UNKNOWN, count, digits_of, number, percent
 from omcda_deploy.play.evaluate import Evaluation
-from omcda_deploy.report.figures import returns_figure
+from omcda_deploy.report.figures import Curve, returns_figure
 from omcda_deploy.report.html import Section, captioned, folded, html_table, provenance_list, tiles
 from omcda_deploy.report.measurements import (
     agent_section,
@@ -26,10 +27,14 @@ from omcda_deploy.report.measurements import (
     latency_tile,
     latency_words,
     origin,
+    temperature_words,
+    version_line,
 )
+from omcda_deploy.report.temperatures import over_temperatures
 from omcda_deploy.report.terminal import terminal_table
 
 Returns: TypeAlias = NDArray[np.float64]  # [E] of E episodes
+Entry: TypeAlias = Evaluation | Returns | Sequence[Evaluation]  # a row, or one team's at several temperatures
 
 
 def evaluation_section(evaluation: Evaluation, heading: str = "Evaluation") -> Section:
@@ -52,7 +57,7 @@ def evaluation_section(evaluation: Evaluation, heading: str = "Evaluation") -> S
         provenance_list(
             {
                 "Task": evaluation.task,
-                "Actions": "sampled" if evaluation.stochastic else "deterministic",
+                "Temperature": temperature_words(evaluation.temperature),
                 "Seed": str(evaluation.seed),
                 "Environments in step": str(evaluation.num_envs),
                 "Wall clock": f"{number(evaluation.seconds, 1)} s",
@@ -65,39 +70,61 @@ def evaluation_section(evaluation: Evaluation, heading: str = "Evaluation") -> S
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Per agent: divergence beside its budget, saturation, latency; the returns in the heading."""
-    won = "" if evaluation.won is None else f", {percent(evaluation.won.mean())} won"
+    known = {name: share for name, share in evaluation.shares.items() if share is not None}
     return agent_table(
         evaluation,
-        f"{evaluation.task}: return {_mean_words(evaluation)} over "
-        f"{count(evaluation.returns.size, 'episode')}{won}{_discarded_words(evaluation)}\n"
-        f"one answer of the team: {latency_words(evaluation.step_latency)}{fallback_line(evaluation)}",
+        f"{evaluation.task}: return {_mean_words(evaluation, ' (standard error)')} over "
+        f"{count(evaluation.returns.size, 'episode')} at temperature {evaluation.temperature:g}"
+        f"{''.join(f', {percent(share)} {name}' for name, share in known.items())}"
+        f"{_discarded_words(evaluation)}\n"
+        f"one answer of the team: {latency_words(evaluation.step_latency)}"
+        f"{fallback_line(evaluation)}{version_line(evaluation)}",
         "|a|>0.999",
         _saturation(evaluation),
     )
 
 
-def comparison_section(rows: Mapping[str, Evaluation | Returns], heading: str = "Comparison") -> Section:
-    """Several evaluations in one table and one figure. A row may be bare returns [E], such as a dataset's."""
-    header = ["", "mean", "standard error", "min", "max", "episodes", "p50, ms", "p95, ms", "p99, ms"]
-    table = html_table(header, _comparison_rows(rows))
-    figure = returns_figure({name: _returns(entry) for name, entry in rows.items()})
+def comparison_section(rows: Mapping[str, Entry], heading: str = "Comparison") -> Section:
+    """Several evaluations in one table and figures. A row may be bare returns [E], such as a dataset's.
+
+    A team that was played at several temperatures has a row for each, and a curve over them.
+    """
+    entries = _entries(rows)
+    table = html_table(*_comparison(entries, _COMPARED))
+    figure = returns_figure({_label(name, entry): _returns(entry) for name, entry in entries})
+    curves = {
+        name: Curve(
+            np.array([evaluation.temperature for evaluation in entry]),
+            np.array([evaluation.mean for evaluation in entry]),
+            np.array([evaluation.standard_error for evaluation in entry]),
+        )
+        for name, entry in rows.items()
+        if isinstance(entry, Sequence) and len(entry) > 1
+    }
     return Section(
         heading,
-        captioned(table, "Returns per episode, and the latency of one answer of the whole team.")
+        captioned(
+            table,
+            "Returns per episode at temperature T of play, mean length, shares of episodes that stalled, fell or "
+            "were won, and the latency of one answer of the whole team.",
+        )
+        + (captioned(over_temperatures(curves), _OVER_TEMPERATURES) if curves else "")
         + captioned(figure, "Every episode, the mean, one standard error."),
     )
 
 
-def comparison_table(rows: Mapping[str, Evaluation | Returns], title: str = "Returns") -> Table:
+def comparison_table(rows: Mapping[str, Entry], title: str = "Returns") -> Table:
     """:func:`comparison_section` for the terminal."""
-    table = terminal_table(title, "", ("mean", "std. error", "episodes", "p50 ms", "p95 ms", "p99 ms"))
-    for name, mean, error, _, _, *rest in _comparison_rows(rows):
-        table.add_row(name, mean, error, *rest)
+    left_out = ("min", "max")
+    header, cells = _comparison(_entries(rows), [name for name in _COMPARED if name not in left_out])
+    table = terminal_table(title, "", header[1:])
+    for row in cells:
+        table.add_row(*row)
     return table
 
 
 def _tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    returns, won = evaluation.returns, evaluation.won
+    returns = evaluation.returns
     digits = digits_of(returns)
     mean = (
         "mean return",
@@ -116,7 +143,10 @@ def _tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     )
     return [
         mean,
-        *([] if won is None else [("won", percent(won.mean()), f"{int(won.sum())} of {won.size} episodes")]),
+        *(
+            (name, percent(values.mean()), f"{int(values.sum())} of {values.size} episodes")
+            for name, values in _outcomes(evaluation).items()
+        ),
         spread,
         length,
         latency_tile(evaluation.step_latency),
@@ -124,10 +154,11 @@ def _tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     ]
 
 
-def _mean_words(evaluation: Evaluation) -> str:
+def _mean_words(evaluation: Evaluation, unit: str = "") -> str:
+    """The mean with its standard error, which ``unit`` names, where there is one."""
     digits = digits_of(evaluation.returns)
     mean, error = number(evaluation.mean, digits), evaluation.standard_error
-    return mean if math.isnan(error) else f"{mean} ± {number(error, digits)}"
+    return mean if math.isnan(error) else f"{mean} ± {number(error, digits)}{unit}"
 
 
 def _discarded_words(evaluation: Evaluation) -> str:
@@ -135,13 +166,19 @@ def _discarded_words(evaluation: Evaluation) -> str:
     return f"; {count(lost, 'episode')} lost by the simulator and left out" if lost else ""
 
 
+def _outcomes(evaluation: Evaluation) -> dict[str, NDArray[np.bool_]]:
+    """The outcomes [E] that the simulator reports, by name."""
+    outcomes = {name: getattr(evaluation, name) for name in OUTCOMES}
+    return {name: values for name, values in outcomes.items() if values is not None}
+
+
 def _saturation(evaluation: Evaluation) -> dict[str, str]:
     return {name: percent(share) for name, share in evaluation.saturation.items()}
 
 
 def _episode_table(evaluation: Evaluation) -> str:
-    digits, won = digits_of(evaluation.returns) + 1, evaluation.won
-    header = ["episode", "seed", "return", "length", "ended by", *([] if won is None else ["won"])]
+    digits, outcomes = digits_of(evaluation.returns) + 1, _outcomes(evaluation)
+    header = ["episode", "seed", "return", "length", "ended by", *outcomes]
     rows = [
         [
             str(episode),
@@ -149,27 +186,60 @@ def _episode_table(evaluation: Evaluation) -> str:
             number(evaluation.returns[episode], digits),
             str(evaluation.lengths[episode]),
             "terminal" if evaluation.terminated[episode] else "time limit",
-            *([] if won is None else ["yes" if won[episode] else "no"]),
+            *("yes" if values[episode] else "no" for values in outcomes.values()),
         ]
         for episode in range(evaluation.returns.size)
     ]
     return html_table(header, rows)
 
 
+_OVER_TEMPERATURES = "Mean return over the temperature of play; whiskers: one standard error over episodes."
+_OUTCOMES = ("length", *OUTCOMES)
+_COMPARED = ("T", "mean", "std. error", "min", "max", "episodes", *_OUTCOMES, "p50 ms", "p95 ms", "p99 ms")
+
+
+def _entries(rows: Mapping[str, Entry]) -> list[tuple[str, Evaluation | Returns]]:
+    """List the rows, one for each temperature."""
+    return [
+        (name, one)
+        for name, entry in rows.items()
+        for one in (entry if isinstance(entry, Sequence) else [entry])
+    ]
+
+
+def _label(name: str, entry: Evaluation | Returns) -> str:
+    return f"{name}, T {entry.temperature:g}".removeprefix(", ") if isinstance(entry, Evaluation) else name
+
+
 def _returns(entry: Evaluation | Returns) -> Returns:
     return entry.returns if isinstance(entry, Evaluation) else np.asarray(entry, np.float64)
 
 
-def _comparison_rows(rows: Mapping[str, Evaluation | Returns]) -> list[list[str]]:
-    digits = digits_of(np.concatenate([_returns(entry) for entry in rows.values()]))
-    return [[name, *_comparison_cells(entry, digits)] for name, entry in rows.items()]
+def _comparison(
+    entries: Sequence[tuple[str, Evaluation | Returns]], columns: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Make header and rows of a table of ``columns``, without outcomes that no row knows."""
+    digits = digits_of(np.concatenate([_returns(entry) for _, entry in entries]))
+    cells = [_comparison_cells(entry, digits) for _, entry in entries]
+    shown = [name for name in columns if name not in _OUTCOMES or any(row[name] != UNKNOWN for row in cells)]
+    names = [name for name, _ in entries]
+    return ["", *shown], [
+        [name, *(row[column] for column in shown)] for name, row in zip(names, cells, strict=True)
+    ]
 
 
-def _comparison_cells(entry: Evaluation | Returns, digits: int) -> list[str]:
+def _comparison_cells(entry: Evaluation | Returns, digits: int) -> dict[str, str]:
     returns = _returns(entry)
     error = returns.std(ddof=1) / math.sqrt(returns.size) if returns.size > 1 else math.nan
-    return [
-        *(number(value, digits) for value in (returns.mean(), error, returns.min(), returns.max())),
+    values = (returns.mean(), error, returns.min(), returns.max())
+    played = entry if isinstance(entry, Evaluation) else None
+    shares = played.shares if played else dict.fromkeys(OUTCOMES)
+    cells = [
+        f"{played.temperature:g}" if played else UNKNOWN,
+        *(number(value, digits) for value in values),
         str(returns.size),
-        *latency_cells(entry.step_latency if isinstance(entry, Evaluation) else None),
+        number(float(played.lengths.mean()) if played else None, 0),
+        *(percent(shares[name]) for name in OUTCOMES),
+        *latency_cells(played.step_latency if played else None),
     ]
+    return dict(zip(_COMPARED, cells, strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -47,11 +47,23 @@ class Bar:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x, y), in order where they are joined; ``error`` to each side of y, nan where it is not known."""
+    """Points (x, y), in order where they are joined.
+
+    Their whiskers are ``error`` to each side of y or ``interval`` [P, 2], from low to high; nan where they are not
+    known.
+    """
 
     x: NDArray[np.float64]
     y: NDArray[np.float64]
     error: NDArray[np.float64] | None = None
+    interval: NDArray[np.float64] | None = None
+
+    @property
+    def whiskers(self) -> NDArray[np.float64] | None:
+        """Low and high end of each point's whisker, [P, 2]; None for a curve without."""
+        if self.interval is not None or self.error is None:
+            return self.interval
+        return np.stack([self.y - self.error, self.y + self.error], axis=1)
 
 
 def returns_figure(rows: Mapping[str, NDArray[np.float64]], label: str = "return per episode") -> str:
@@ -270,20 +282,23 @@ def curves_figure(
     *,
     joined: bool = True,
     log_x: bool = False,
+    marked: bool = False,
+    apart: float = 0.0,
     width: float = 440.0,
+    height: float = 170.0,
 ) -> str:
     """Curves, or points where they are not ``joined``, over one pair of axes with a legend.
 
-    ``log_x`` is for a scan of few values: the axis is marked at these.
+    ``log_x`` is for a scan of few values: the axis is marked at these, as it is where it is ``marked``. ``apart``:
+    pixels between points of neighbouring curves at the same x, so that their whiskers can be told apart. ``height``
+    is that of the plot.
     """
     classes = {name: series_class(index) for index, name in enumerate(curves)}
     key, top = legend(classes, width)
-    left, right, bottom = 78.0, 14.0, top + 170.0
+    left, right, bottom = 78.0, 14.0, top + height
     xs = np.concatenate([curve.x for curve in curves.values()])
     ends = [curve.y for curve in curves.values()]
-    for curve in curves.values():
-        if curve.error is not None:
-            ends += [curve.y - curve.error, curve.y + curve.error]
+    ends += [curve.whiskers.ravel() for curve in curves.values() if curve.whiskers is not None]
     ys = np.concatenate(ends)
     y = linear_scale(ys[np.isfinite(ys)], bottom, top)
     if log_x:
@@ -292,9 +307,12 @@ def curves_figure(
         x = linear_scale(xs, left, width - right)
     parts = [*key, *y_axis(y, left, width - right, y_label, (top + bottom) / 2, about=5)]
     measured = sorted(set(xs.tolist()))
-    parts += x_axis(x, top, bottom, x_label, about=5, ticks=measured if log_x else None)
-    for name, curve in curves.items():
-        parts += _curve(x, y, name, curve, classes[name], joined)
+    parts += x_axis(x, top, bottom, x_label, about=5, ticks=measured if log_x or marked else None)
+    for index, (name, curve) in enumerate(curves.items()):
+        shift = apart * (index - (len(curves) - 1) / 2)
+        parts += _curve(
+            replace(x, start=x.start + shift, end=x.end + shift), y, name, curve, classes[name], joined
+        )
     return svg(width, bottom + 44, f"{y_label} against {x_label}, {', '.join(curves)}", parts)
 
 
@@ -309,13 +327,14 @@ def _curve(x: Scale, y: Scale, name: str, curve: Curve, kind: str, joined: bool)
     if joined and len(points) > 1:
         path = "L".join(f"{across:.1f} {up:.1f}" for across, up in points)
         parts.append(f'<path class="stroked {kind}" d="M{path}">{title}</path>')
-    if not joined or len(points) == 1 or curve.error is not None:
+    whiskers = curve.whiskers
+    if not joined or len(points) == 1 or whiskers is not None:
         parts += [
             f'<circle class="filled {kind}" cx="{across:.1f}" cy="{up:.1f}" r="4">{title}</circle>'
             for across, up in points
         ]
-    if curve.error is not None:
-        for step, value, error in zip(curve.x, curve.y, curve.error, strict=True):
-            if math.isfinite(value) and math.isfinite(error):
-                parts += whisker(x(float(step)), y(value - error), y(value + error), f"stroked {kind}")
+    if whiskers is not None:
+        for step, (low, high) in zip(curve.x, whiskers, strict=True):
+            if math.isfinite(low) and math.isfinite(high):
+                parts += whisker(x(float(step)), y(low), y(high), f"stroked {kind}")
     return parts

@@ -88,30 +88,27 @@ def provenance_list(entries: Mapping[str, str]) -> str:
     return f'<h3>Provenance</h3><dl class="provenance">{rows}</dl>'
 
 
-_STYLE = """
-:root{color-scheme:light dark;--page:#fff;--text:#1b1f24;--soft:#5b6570;--rule:#dde2e7;--panel:#f6f8fa;
+def svg_document(svg: str) -> str:
+    """Make a figure of :mod:`omcda_deploy.report.figures` a file of its own, which brings its style along."""
+    opening, _, content = svg.partition(">")
+    return (
+        opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+        + f">\n<style>{_COLOURS}{_FIGURES}</style>\n"
+        + f'<rect width="100%" height="100%" style="fill:var(--page)"/>{content}\n'
+    )
+
+
+_COLOURS = """
+:root{color-scheme:light dark;--font:system-ui,-apple-system,"Segoe UI","Helvetica Neue",Arial,sans-serif;
+--page:#fff;--text:#1b1f24;--soft:#5b6570;--rule:#dde2e7;--panel:#f6f8fa;
 --data:#2364aa;--limit:#b3460f;--s0:#2364aa;--s1:#cf6a16;--s2:#2e8b57;--s3:#b8324f;--s4:#75519a;--s5:#8a6a2c;
 --s6:#158f96;--s7:#c9509a;--s8:#66717d;--s9:#8f9a17}
 @media (prefers-color-scheme:dark){:root{--page:#14181d;--text:#e3e7eb;--soft:#9aa5b1;--rule:#313942;
 --panel:#1c2229;--data:#6fb1f2;--limit:#f0a35e;--s0:#6fb1f2;--s1:#f0a35e;--s2:#6cc79a;--s3:#f0788f;--s4:#b89be0;
 --s5:#cfae6a;--s6:#57c9cf;--s7:#ee92c8;--s8:#a9b3be;--s9:#c9d356}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--text);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI","Helvetica Neue",Arial,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
-h1{font-size:1.9rem;line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:0 0 .35rem}
-h2{font-size:1.3rem;font-weight:650;margin:0 0 1rem}
-h3{font-size:1rem;font-weight:650;margin:2rem 0 .6rem}
-.lead{color:var(--soft);margin:0}
-section{margin-top:2.5rem;padding-top:1.75rem;border-top:1px solid var(--rule)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(12.5rem,1fr));gap:.75rem;margin-bottom:1.75rem}
-.tiles div{background:var(--panel);border-radius:8px;padding:.8rem 1rem .75rem}
-.tiles span{display:block;font-size:.8rem;color:var(--soft)}
-.tiles strong{display:block;font-size:1.3rem;font-weight:600;line-height:1.4}
-.tiles strong,table,dd{font-variant-numeric:tabular-nums}
-figure{margin:1.75rem 0}
-figcaption{font-size:.85rem;color:var(--soft);margin-top:.35rem}
-svg{display:block;width:100%;height:auto}
+""".replace("\n", "")
+_FIGURES = """
+svg{display:block;width:100%;height:auto;font-family:var(--font)}
 svg text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}
 svg .name,svg .mark{fill:var(--text)}
 svg .limit-text{fill:var(--limit)}
@@ -132,6 +129,24 @@ svg .stroked{fill:none;stroke:currentColor;stroke-width:1.75;stroke-linejoin:rou
 svg .run{fill:var(--page);stroke:var(--text);stroke-width:1}
 svg .error{stroke:var(--text);stroke-width:1.5}
 svg .dashed{stroke-width:1.5;stroke-dasharray:6 4}
+""".replace("\n", "")
+_PAGE = """
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--text);
+font:16px/1.5 var(--font)}
+main{max-width:60rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+h1{font-size:1.9rem;line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:0 0 .35rem}
+h2{font-size:1.3rem;font-weight:650;margin:0 0 1rem}
+h3{font-size:1rem;font-weight:650;margin:2rem 0 .6rem}
+.lead{color:var(--soft);margin:0}
+section{margin-top:2.5rem;padding-top:1.75rem;border-top:1px solid var(--rule)}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(12.5rem,1fr));gap:.75rem;margin-bottom:1.75rem}
+.tiles div{background:var(--panel);border-radius:8px;padding:.8rem 1rem .75rem}
+.tiles span{display:block;font-size:.8rem;color:var(--soft)}
+.tiles strong{display:block;font-size:1.3rem;font-weight:600;line-height:1.4}
+.tiles strong,table,dd{font-variant-numeric:tabular-nums}
+figure{margin:1.75rem 0}
+figcaption{font-size:.85rem;color:var(--soft);margin-top:.35rem}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(24rem,1fr));gap:1rem}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr));gap:1rem}
 .scroll{overflow-x:auto}
@@ -148,3 +163,4 @@ summary{cursor:pointer;color:var(--soft);font-size:.9rem}
 .provenance dd{margin:0;overflow-wrap:anywhere}
 @media print{body{font-size:12px}main{max-width:none;padding:0}section{break-inside:auto}figure{break-inside:avoid}}
 """.replace("\n", "")
+_STYLE = _COLOURS + _PAGE + _FIGURES

@@ -132,7 +132,9 @@ def _fallback_words(result: Evaluation | Replay) -> str:
     """The steps of each agent that the fallback answered; empty where it answered none."""
     steps = [f"{name} in {number(missed, 0)}" for name, missed in result.fallback_steps.items() if missed]
     total = count(result.step_latency.seconds.size, "step")
-    return f"{', '.join(steps)} of {total}, by {result.team.fallback}" if steps else ""
+    at_once = sum(result.not_awaited.values())
+    waited = f" ({number(at_once, 0)} without waiting for the policy)" if at_once else ""
+    return f"{', '.join(steps)} of {total}{waited}, by {result.team.fallback}" if steps else ""
 
 
 def fallback_line(result: Evaluation | Replay) -> str:
@@ -148,10 +150,29 @@ def fallback_tiles(result: Evaluation | Replay) -> list[tuple[str, str, str]]:
     return [("answered by the fallback", total, words)] if words else []
 
 
+def _bundle(team: TeamDescription) -> str:
+    digest = team.bundle_digest or "none: the team is not a bundle"
+    return digest if team.version is None else f"{digest}, version {team.version}"
+
+
+def version_line(result: Evaluation | Replay) -> str:
+    """The version of a served team that answered, as a further line of a heading; empty for other teams."""
+    team = result.team
+    return (
+        "" if team.version is None else f"\nversion {team.version}, bundle {(team.bundle_digest or '')[:12]}"
+    )
+
+
+def temperature_words(temperature: float) -> str:
+    """A temperature of play, with its meaning where it has a name."""
+    meaning = {0.0: ", deterministic actions", 1.0: ", sampled actions"}
+    return f"{temperature:g}{meaning.get(temperature, '')}"
+
+
 def origin(result: Evaluation | Replay) -> dict[str, str]:
     """Bundle, contract, versions, machine and date, for a list of provenance."""
     return {
-        "Bundle": result.team.bundle_digest or "none: the team is not a bundle",
+        "Bundle": _bundle(result.team),
         "Contract": result.spec.contract_hash,
         "Versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
         "Machine": result.machine,

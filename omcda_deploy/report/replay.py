@@ -22,6 +22,8 @@ from omcda_deploy.report.measurements import (
     latency_tile,
     latency_words,
     origin,
+    temperature_words,
+    version_line,
 )
 
 
@@ -44,7 +46,7 @@ def replay_section(replay: Replay, heading: str = "Replay") -> Section:
                 "Task": replay.task,
                 "Dataset": replay.dataset_digest,
                 "Episodes": f"{len(replay.episodes)}, {number(replay.steps, 0)} joint actions",
-                "Actions": "sampled" if replay.stochastic else "deterministic",
+                "Temperature": temperature_words(replay.temperature),
                 "Seed": str(replay.seed),
                 "Wall clock": f"{number(replay.seconds, 1)} s",
                 **origin(replay),
@@ -63,7 +65,7 @@ def replay_table(replay: Replay) -> Table:
         f"parity: {parity}{'' if parity == 'exact' else ', ' + detail}\n"
         f"one answer of the team: {latency_words(replay.step_latency)}; {replay.misses} of "
         f"{replay.step_latency.seconds.size} missed {1e3 / replay.rate:.1f} ms {_pace(replay)}"
-        f"{fallback_line(replay)}",
+        f"{fallback_line(replay)}{version_line(replay)}",
         "|a-a_rec|" if replay.spec.action_kind == "continuous" else "equal",
         _agreement(replay),
     )

@@ -22,14 +22,17 @@ from omcda_deploy.datasets import Dataset
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, ExportError
 from omcda_deploy.experiments import compare as command
-from omcda_deploy.experiments.compare import evaluate_run, find_runs
+from omcda_deploy.experiments.compare import find_runs
+from omcda_deploy.experiments.scores import Conditions, score_run, scored_steps
 from omcda_deploy.local import LocalTeam
+from omcda_deploy.play.episodes import Episodes
 from omcda_deploy.play.evaluate import evaluate
 from omcda_deploy.plugins import CurveSection, Scan, TrainingCurve
 from omcda_deploy.registry import team_spec
 from omcda_deploy.report.comparison import Comparison, Curves, Result, Variant, summarise
 from omcda_deploy.report.comparison_report import write_comparison
 from omcda_deploy.report.figures import Bar, Curve, curves_figure, grouped_bars_figure
+from omcda_deploy.report.scores import Score, SnapshotScore
 from omcda_deploy.training import loop
 from omcda_deploy.training.algorithms import omcda
 from omcda_deploy.training.request import TrainRequest
@@ -39,7 +42,10 @@ from tests.support.synthetic import write_dataset
 TASK = "mamujoco/hopper-3x1"
 STEPS = 20
 SMALL = {"hidden": 8, "batch_size": 8}
-FILES = ("returns.csv", "summary.csv", "influence.csv", "d_tot.csv", "results.md", "report.html")
+FILES = (
+    *("returns.csv", "summary.csv", "temperatures.csv", "influence.csv", "d_tot.csv"),
+    *("results.md", "report.html", "results-temperatures-1.svg", "results-temperatures-2.svg"),
+)
 
 
 def train(
@@ -91,24 +97,39 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Simulators stand still: two episodes per run, chosen by its seed. Yields the runs that were played."""
     names: list[str] = []
 
-    def evaluation(folder: Path, config: Any, step: int, *_: Any, **__: Any) -> dict[str, Any]:
-        names.append(f"{folder.parent.name}/{folder.name} at {step}")
-        return evaluation_of(RETURNS[config.seed])
+    def played_score(folder: Path, config: Any, *_: Any) -> Score:
+        steps = scored_steps(folder, config)
+        names.append(f"{folder.parent.name}/{folder.name} at {', '.join(map(str, steps))}")
+        return score_of(RETURNS[config.seed])
 
-    monkeypatch.setattr(command, "evaluate_run", evaluation)
+    monkeypatch.setattr(command, "score_run", played_score)
+    monkeypatch.setattr(command, "score_clone", lambda *_: score_of([15.0]))
     return names
 
 
-def evaluation_of(returns: Sequence[float]) -> dict[str, Any]:
-    return {
-        "returns": list(returns),
-        "lengths": [7] * len(returns),
-        "episode_seeds": list(range(100, 100 + len(returns))),
-        "ended_by": ["terminal"] * len(returns),
-        "versions": {"numpy": "2"},
-        "machine": "a processor, 2 cores",
-        "date": "2026-01-02T03:04:05Z",
-    }
+def episodes_of(returns: Sequence[float], first_seed: int = 100, **outcomes: Any) -> Episodes:
+    return Episodes(
+        episode_seeds=tuple(range(first_seed, first_seed + len(returns))),
+        returns=np.array(returns),
+        lengths=np.full(len(returns), 7),
+        terminated=np.ones(len(returns), np.bool_),
+        **outcomes,
+    )
+
+
+def score_of(returns: Sequence[float], sampled: Sequence[float] | None = None) -> Score:
+    """One policy's score at T 0 and T 1; the returns of T 1 are those of T 0 unless they are given."""
+    tables = (episodes_of(returns), episodes_of(returns if sampled is None else sampled))
+    selection = tuple(replace(table, episode_seeds=(7,) * len(returns)) for table in tables)
+    return Score(
+        (0.0, 1.0),
+        (SnapshotScore(STEPS, "sha", tables, selection),),
+        Conditions(len(returns), temperatures=(0, 1)).to_json(),
+        "digest",
+        {"numpy": "2"},
+        "a processor, 2 cores",
+        "2026-01-02T03:04:05Z",
+    )
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -174,6 +195,8 @@ def test_what_is_written(runs: Path, tmp_path: Path, played: list[str]) -> None:
     compare([runs], out)
     assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
     returns = rows_of(out / "returns.csv")
+    assert len(returns) == 6 * 2 * 2 * 2  # runs, temperatures, uses, episodes
+    returns = [row for row in returns if (row["use"], row["temperature"]) == ("reported", "0.0")]
     assert len(returns) == 12
     [row] = [row for row in returns if row["run"].endswith("bc/seed2") and row["episode"] == "1"]
     assert (row["return"], row["episode_seed"], row["length"], row["ended_by"]) == (
@@ -211,7 +234,9 @@ def test_what_is_written(runs: Path, tmp_path: Path, played: list[str]) -> None:
         assert read_config(runs / "bc" / "seed0").versions["git"] in text
         assert "one seed: none" in text
     figures = figures_of(out / "report.html")
-    assert len(figures) == 1 + 1 + 2 * 4  # returns, the scan, influence of two variants
+    assert (
+        len(figures) == 1 + 2 + 1 + 2 * 4
+    )  # returns, temperatures of two datasets, the scan, influence of two
     assert "http" not in (out / "report.html").read_text().replace("http://www.w3.org", "")
 
 
@@ -237,14 +262,15 @@ def test_what_is_left_out_is_named(
     edit(runs / "bc" / "seed2", steps=4000)
     shutil.copytree(runs / "bc" / "seed1", runs / "copy" / "seed1")
     (runs / "other" / "seed0" / "config.json").write_text("{")
-    original = command.evaluate_run
+    original = vars(command)["score_run"]  # of the fixture
 
-    def failing(folder: Path, *rest: Any, **options: Any) -> dict[str, Any]:
+    def failing(folder: Path, *rest: Any) -> Score:
         if folder.parent.name == "omcda":
             raise ExportError("no parity")
-        return original(folder, *rest, **options)
+        score: Score = original(folder, *rest)
+        return score
 
-    monkeypatch.setattr(command, "evaluate_run", failing)
+    monkeypatch.setattr(command, "score_run", failing)
     out = tmp_path / "out"
     compare([runs], out)
     [row] = [row for row in rows_of(out / "summary.csv") if row["algorithm"] == "bc"]
@@ -304,27 +330,36 @@ def test_each_run_is_exported_and_played_once(
 ) -> None:
     """On the simulator: as ``evaluate --bundle``; then from the files beside the run, while they are of it."""
     run = runs / "bc" / "seed0"
-    compare([run], tmp_path / "first", episodes=3, seed=5, num_envs=2)
+    settings: dict[str, Any] = {"episodes": 3, "seed": 5, "num_envs": 2, "temperature": "0,0.5,1"}
+    compare([run], tmp_path / "first", **settings)
     bundle, measured = run.with_name("seed0-bundle"), run.with_name("seed0-evaluation.json")
-    expected = evaluate(LocalTeam(bundle), TASK, episodes=3, seed=5, num_envs=2)
-    returns = [float(row["return"]) for row in rows_of(tmp_path / "first" / "returns.csv")]
-    assert returns == expected.returns.tolist()
+    rows = rows_of(tmp_path / "first" / "returns.csv")
+    for use, seed, episodes in (("reported", 5, 3), ("selection", 1_000_005, 1)):
+        for temperature in (0.0, 0.5, 1.0):
+            expected = evaluate(
+                LocalTeam(bundle), TASK, episodes=episodes, seed=seed, num_envs=2, temperature=temperature
+            )
+            own = [row for row in rows if (row["use"], float(row["temperature"])) == (use, temperature)]
+            assert [float(row["return"]) for row in own] == expected.returns.tolist()
+            assert [int(row["episode_seed"]) for row in own] == list(expected.episode_seeds)
+            assert [row["fell"] for row in own] == [str(fell) for fell in expected.columns()["fell"]]
     assert LocalTeam(bundle).bundle.manifest["training"]["step"] == STEPS
 
     with monkeypatch.context() as patch:
         patch.setattr("omcda_deploy.experiments.export.export", _never)
-        patch.setattr("omcda_deploy.play.evaluate.evaluate", _never)
-        compare([runs / "bc" / ".." / "bc" / "seed0"], tmp_path / "again", episodes=3, seed=5, num_envs=2)
+        patch.setattr("omcda_deploy.play.evaluate.play_plans", _never)
+        compare([runs / "bc" / ".." / "bc" / "seed0"], tmp_path / "again", **settings)
         assert rows_of(tmp_path / "again" / "summary.csv") == rows_of(tmp_path / "first" / "summary.csv")
-        for other in ({"episodes": 4}, {"seed": 6}, {"num_envs": 3}):
+        for other in ({"episodes": 4}, {"seed": 6}, {"num_envs": 3}, {"temperature": "0,1"}):
             with pytest.raises(AssertionError, match="again"):
-                compare([run], tmp_path / "again", **{"episodes": 3, "seed": 5, "num_envs": 2, **other})
+                compare([run], tmp_path / "again", **{**settings, **other})
 
     # Another policy in the same place: what was made of the old one is replaced.
     digest = LocalTeam(bundle).bundle.digest
     policy = f"policies/step-{STEPS:08d}.pt"
     shutil.copy(runs / "bc" / "seed1" / policy, run / policy)
-    evaluate_run(run, read_config(run), STEPS, 3, 5, 2)
+    conditions = Conditions(3, 5, 2, (0, 1))
+    score_run(run, read_config(run), conditions)
     assert LocalTeam(bundle).bundle.digest != digest
     assert json.loads(measured.read_text())["team"]["bundle_digest"] == LocalTeam(bundle).bundle.digest
     assert sorted(path.name for path in run.parent.iterdir() if "seed0" in path.name) == [
@@ -338,7 +373,7 @@ def test_each_run_is_exported_and_played_once(
     with pytest.raises(
         ConfigError, match="seed1-bundle is not what step 20 of seed1 exports to: move it away"
     ):
-        evaluate_run(runs / "bc" / "seed1", read_config(runs / "bc" / "seed1"), STEPS, 3, 5, 2)
+        score_run(runs / "bc" / "seed1", read_config(runs / "bc" / "seed1"), conditions)
     assert LocalTeam(theirs).bundle.digest == LocalTeam(bundle).bundle.digest
 
 
@@ -391,7 +426,7 @@ def result(seed: int, returns: Sequence[float], **changes: Any) -> Result:
         seed,
         settings,
         {"git": "c0ffee"},
-        evaluation_of(returns),
+        score_of(returns),
         Curves.of(omcda.CURVES, AGENTS, lines_of(4)),
         omcda.SCAN,
         90.0,

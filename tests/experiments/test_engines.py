@@ -21,9 +21,10 @@ from omcda_deploy.experiments import engines
 from omcda_deploy.experiments.compare import compare_runs
 from omcda_deploy.experiments.engines import RayEngine, SlurmEngine, make_engine, run_locally
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.experiments.scores import Conditions
 from omcda_deploy.experiments.sweep import Job, check_jobs, jobs_of, read_sweep
 from omcda_deploy.registry import team_spec
-from omcda_deploy.report.comparison_report import markdown
+from omcda_deploy.report.comparison_report import write_markdown
 from omcda_deploy.training.checkpoint import load_state
 from omcda_deploy.training.run_folder import snapshot_steps
 from tests.support.behavior_cache import cache_behavior
@@ -93,10 +94,11 @@ def command(out: str, *words: object) -> Iterator[subprocess.Popen[bytes]]:
 
 def table(jobs: Sequence[Job]) -> str:
     """The comparison of the runs as a page shows it, from exported bundles that were played, without the times."""
-    comparison = compare_runs([job.run for job in jobs], 2, 0, 2)
-    lines = markdown(comparison, "Title", "command", "").splitlines()
+    comparison = compare_runs([job.run for job in jobs], Conditions(2, num_envs=2, temperatures=(0, 1)))
+    write_markdown(comparison, Path("page.md"), "Title", "command")
+    lines = Path("page.md").read_text().splitlines()
     rows = [line.rsplit("|", 2)[0] for line in lines if line.startswith("|")]
-    assert len(rows) == 3
+    assert len(rows) == 3 + 4  # the variant, and both its temperatures
     assert "| 200 | 0, 1, 2 |" in rows[2]
     return "\n".join(rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -67,8 +68,15 @@ def test_a_page_shows_runs_and_failures(tmp_path: Path, monkeypatch: pytest.Monk
     dataset = read_dataset(tmp_path / "results" / "toy-masked-behavior.hdf5")
     assert dataset.digest in text
     assert f"return {dataset.episode_returns.mean():.3f} ±" in text
-    [row] = [line for line in text.splitlines() if line.startswith("| bc, hidden 8")]
-    assert "| 20 | 0, 1 |" in row
+    row, *by_temperature = [line for line in text.splitlines() if line.startswith("| bc, hidden 8")]
+    assert "| 20 | 0, 1 | 1 |" in row
+    assert [line.split("|")[2].split()[0] for line in by_temperature] == ["0", "0.25", "0.5", "0.75", "1"]
+    assert "3 episodes of seed 0 at every temperature of 0, 0.25, 0.5, 0.75, 1;" in text
+    assert "selected by 1 other episodes of seed 1000000" in text
+    assert "![Return over the temperature of play](toy-temperatures.svg)" in text
+    figure = ElementTree.parse(tmp_path / "toy-temperatures.svg").getroot()
+    assert "temperature of play" in figure.get("aria-label", "")
+    assert figure.find("{http://www.w3.org/2000/svg}style") is not None  # it brings its colours along
     assert "(cql, seed 0): failed: training diverged" in text
     # Again: nothing is recorded or trained anew, and the table has the same row.
     before = (tmp_path / "results" / "toy-masked-behavior.hdf5").stat().st_mtime_ns
@@ -84,6 +92,19 @@ def test_a_page_shows_runs_and_failures(tmp_path: Path, monkeypatch: pytest.Monk
         (("transitions = 1200", 'transitions = "many"'), "transitions: expected int, got 'many'"),
         (("episodes = 3", "epsiodes = 3"), "did you mean 'episodes'"),
         (("episodes = 3", "episodes = 0"), r"page\.toml: episodes: expected at least 1, got 0"),
+        (
+            ("episodes = 3", "temperatures = [0.5]"),
+            r"page\.toml: temperatures: expected 0 and 1 .*, got 0\.5",
+        ),
+        (("episodes = 3", "temperatures = []"), r"page\.toml: temperatures: expected one or more numbers"),
+        (("episodes = 3", "temperatures = [0, 1, 1]"), r"page\.toml: temperatures: expected each once"),
+        (("episodes = 3", 'temperatures = [0, 1, "a"]'), r"page\.toml: temperature: expected a number .*'a'"),
+        (
+            ("episodes = 3", "temperatures = [0, 1, nan]"),
+            r"page\.toml: temperature: expected a number .* nan",
+        ),
+        (("episodes = 3", "temperatures = [0, 1, true]"), r"page\.toml: temperature: expected .* True"),
+        (("episodes = 3", "temperatures = 1"), r"page\.toml: temperatures: expected list, got 1"),
         (("[[runs]]", "[runs]"), "TOML"),
     ],
 )

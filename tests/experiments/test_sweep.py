@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.engines import run_locally
 from omcda_deploy.experiments.observer import Observer
 from omcda_deploy.experiments.sweep import Job, Sweep, check_jobs, fleets_of, jobs_of, read_sweep, run_fleet
+from omcda_deploy.processes import child_environment
 from omcda_deploy.registry import team_spec
 from omcda_deploy.training.run_folder import RunConfig, read_config, write_config
 from tests.support.behavior_cache import cache_behavior
@@ -67,7 +67,7 @@ def finish(job: Job) -> None:
             time_limit_is_terminal=False,
             log_every=100,
             checkpoint_every=1000,
-            snapshot_every=job.snapshot_every,
+            snapshot_every=job.request.kept_every,
             dataset=str(job.dataset),
             dataset_digest=dataset.digest,
             behavior={},
@@ -97,7 +97,7 @@ def test_a_file_is_every_combination_of_its_entries(file: Path, tmp_path: Path) 
             ),
         ]
     }
-    assert {(job.steps, job.snapshot_every) for job in jobs} == {(20, 5000)}
+    assert {(job.steps, job.snapshot_every) for job in jobs} == {(20, None)}
     assert jobs[0].run == tmp_path / "out" / "a" / "bc" / "seed0"
     assert jobs[-1].run == tmp_path / "out" / "b" / "omcda-d_tot=1.2-allocation=uniform" / "seed3"
 
@@ -161,7 +161,6 @@ def test_a_dataset_that_an_algorithm_cannot_take_is_refused(
         ({"algorithm": "bcq"}, "a run of algorithm bcq, expected omcda"),
         ({"steps": 30}, "a run of 30 steps, expected 20"),
         ({"seed": 7}, "a run of seed 7, expected 0"),
-        ({"snapshot_every": 300}, "a run of snapshot_every 300, expected 5000"),
         ({"time_limit_is_terminal": True}, "a run of time_limit_is_terminal True, expected False"),
         ({"dataset_digest": "0" * 64}, "a run of dataset digest 000000000000…, expected [0-9a-f]{12}…"),
         ({"settings": {"d_tot": 0.7}}, r"a run of d_tot 0\.7, expected 0\.3"),
@@ -182,6 +181,16 @@ def test_a_folder_of_another_request_is_refused(
     expected = rf"^{re.escape(str(job.run))}: the folder is {message}: sweep into another --out, or remove it"
     with pytest.raises(ConfigError, match=expected):
         check_jobs(jobs)
+
+
+def test_an_interval_of_policies_counts_where_the_file_states_it(file: Path, tmp_path: Path) -> None:
+    """Runs of an earlier version kept policies at another interval: they are finished all the same."""
+    job = jobs_of(read_sweep(file), tmp_path / "out")[0]
+    finish(job)
+    write_config(job.run, replace(read_config(job.run), snapshot_every=300))
+    check_jobs([job])
+    with pytest.raises(ConfigError, match="a run of snapshot_every 300, expected 500"):
+        check_jobs([replace(job, snapshot_every=500)])
 
 
 def test_a_run_that_is_older_than_a_setting_has_its_default(file: Path, tmp_path: Path) -> None:
@@ -267,13 +276,13 @@ def answered(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[list[str]]
     """Let ``answer`` stand for the training processes; returns their commands."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], *, stdout: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], output: Any, **changes: str) -> int:
         commands.append(command)
-        assert options["env"]["OMP_NUM_THREADS"] == "1"
-        stdout.write("a line\nthe last line\n")
-        return subprocess.CompletedProcess(command, answer(command))
+        assert changes == {"OMP_NUM_THREADS": "1"}
+        output.write("a line\nthe last line\n")
+        return answer(command)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("omcda_deploy.experiments.sweep.run_child", run)
     return commands
 
 
@@ -329,9 +338,18 @@ def test_a_run_is_trained_with_what_its_job_says(
     [command] = commands
     assert command[:3] == [sys.executable, "-m", "omcda_deploy.cli"]
     assert " ".join(command[3:]) == (
-        f"train {tmp_path}/b.hdf5 --algo omcda --steps 20 --snapshot-every 5000 --out {jobs[0].run.parent} "
+        f"train {tmp_path}/b.hdf5 --algo omcda --steps 20 --out {jobs[0].run.parent} "
         "--set d_tot=1.2 --set allocation=uniform --seeds 0,3"
     )
+
+
+def test_an_interval_that_a_file_states_is_trained_with(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = answered(monkeypatch, lambda command: 0)
+    file.write_text(file.read_text().replace("steps = 20", "steps = 20\nsnapshot_every = 10"))
+    run_fleet(jobs_of(read_sweep(file), tmp_path / "out")[:1])
+    assert "--steps 20 --snapshot-every 10 --out" in " ".join(commands[0])
 
 
 def test_results_hold_sweeps_to_the_same_rules(tmp_path: Path) -> None:
@@ -364,23 +382,22 @@ def test_a_killed_run_is_taken_up_again(
     commands: list[list[str]] = []
     kills = True
 
-    def run(
-        command: list[str], *, stdout: IO[str], env: Mapping[str, str], **options: Any
-    ) -> subprocess.CompletedProcess[bytes]:
+    def run(command: list[str], output: IO[str], **changes: str) -> int:
         commands.append(command)
         assert command[:3] == [sys.executable, "-m", "omcda_deploy.cli"]
-        process = forking.Process(target=run_command, args=(command[3:], dict(env), Path(stdout.name)))
+        log, environment = Path(output.name), child_environment(**changes)
+        process = forking.Process(target=run_command, args=(command[3:], environment, log))
         process.start()
         while kills and not job.run.exists():
-            assert process.exitcode is None, Path(stdout.name).read_text()
+            assert process.exitcode is None, log.read_text()
             time.sleep(0.002)
         if kills:
             process.kill()
         process.join()
         assert process.exitcode is not None
-        return subprocess.CompletedProcess(command, process.exitcode)
+        return process.exitcode
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("omcda_deploy.experiments.sweep.run_child", run)
     [reason] = run_fleet([job])
     assert re.search("seed0 stopped with status -9", str(reason))
     assert not job.finished

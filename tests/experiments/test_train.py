@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,16 @@ def test_importing_it_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("steps", "log_every", "kept"),
+    [(20_000, 100, 1000), (5000, 100, 200), (500, 100, 100), (20, 100, 100), (100, 1, 5), (19, 1, 1)],
+)
+def test_a_twentieth_of_the_steps_lies_between_policies(steps: int, log_every: int, kept: int) -> None:
+    """Rounded to steps that are logged, and never none; what a request states comes first."""
+    request = TrainRequest("bc", steps, log_every=log_every)
+    assert request.kept_every == kept
+    request.check()
+    assert replace(request, evaluate_every=400).kept_every == 400
+    assert replace(request, evaluate_every=400, snapshot_every=200).kept_every == 200

@@ -203,11 +203,11 @@ def test_without_noise_the_policy_is_deterministic(tmp_path: Path, walk: Stub) -
         seed=0,
         behavior="x",
         workers=0,
-        stochastic=False,
+        temperature=0.0,
     )
     assert walk.noises
     assert all(noise is None for noise in walk.noises)
-    assert read(tmp_path / "d.hdf5").metadata["stochastic"] is False
+    assert read(tmp_path / "d.hdf5").metadata["temperature"] == 0.0
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path, walk: Stub) -> None:

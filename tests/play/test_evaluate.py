@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.client.remote import RemoteTeam
-from omcda_deploy.envs.vector import VectorStep
+from omcda_deploy.envs.vector import VectorStep, vectorize
 from omcda_deploy.errors import ConfigError, ContractError
 from omcda_deploy.local import JointTeam, LocalTeam
 from omcda_deploy.play import evaluate as module
-from omcda_deploy.play.evaluate import Evaluation, evaluate
+from omcda_deploy.play.evaluate import Evaluation, evaluate, play_plans
 from omcda_deploy.play.measurements import (
     CallLog,
     Described,
@@ -28,7 +28,7 @@ from omcda_deploy.play.measurements import (
     TimesAgents,
     describe,
 )
-from omcda_deploy.play.rollout import episode_seed
+from omcda_deploy.play.rollout import Plan, episode_seed
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from tests.support.bundles import write_test_bundle
@@ -86,7 +86,7 @@ class CountingEnvironment:
             reward=reward,
             terminated=ended & even,
             truncated=ended & ~even,
-            info={"won": ended & (self._seeds % 3 == 0)},
+            info={"won": ended & (self._seeds % 3 == 0), "fell": ~ended},  # an end alone tells an outcome
         )
 
     def reset(self, seeds: Mapping[int, int]) -> VectorStep:
@@ -145,7 +145,12 @@ def environments(monkeypatch: pytest.MonkeyPatch) -> list[CountingEnvironment]:
     CountingEnvironment.instances = []
     monkeypatch.setattr(module, "vectorize", CountingEnvironment)
     monkeypatch.setattr(
-        module, "registry", SimpleNamespace(simulator_versions=lambda task, **options: {"counting": "7"})
+        module,
+        "registry",
+        SimpleNamespace(
+            simulator_versions=lambda task, **options: {"counting": "7"},
+            require_simulator=lambda task: None,
+        ),
     )
     return CountingEnvironment.instances
 
@@ -169,6 +174,9 @@ def test_returns_are_those_of_the_seeds_for_any_number_of_environments(
     assert result.terminated.tolist() == [s % 2 == 0 for s in seeds]
     assert result.won is not None
     assert result.won.tolist() == [s % 3 == 0 for s in seeds]
+    assert result.fell is not None
+    assert not result.fell.any()
+    assert result.stalled is None
     # Constant batch, never more environments than episodes, every step of every episode exactly once.
     assert set(team.batches) == {min(num_envs, 7)}
     assert sum(int(active.sum()) for active in environments[0].stepped) == sum(lengths)
@@ -237,7 +245,7 @@ def test_noise_is_the_seeded_source_drawn_for_the_whole_batch(
 ) -> None:
     silent, noisy = StubTeam(), StubTeam()
     evaluate(silent, "stub/counting", episodes=4, seed=9)
-    evaluate(noisy, "stub/counting", episodes=4, seed=9, stochastic=True)
+    evaluate(noisy, "stub/counting", episodes=4, seed=9, temperature=1.0)
     assert set(silent.noises) == {None}
     source = NoiseSource(SPEC, 9)
     for noise in noisy.noises:
@@ -268,7 +276,14 @@ def test_another_contract_is_refused_before_the_first_step(environments: list[Co
     ("answer", "message"),
     [
         (np.zeros((4, 3), np.float32), r"right answered .* \[4, 3\], expected \[4, 2\]"),
-        (np.full((4, 2), np.nan, np.float32), "right answered .* not finite"),
+        (
+            np.full((4, 2), np.nan, np.float32),
+            r"right answered .*\[nan, nan\] in environment 0, step 1, expected n",
+        ),
+        (
+            np.array([[0, 0], [0, 0], [0.5, -1.5], [0, 2]], np.float32),
+            r"right answered .*\[0\.5, -1\.5\] in environment 2, step 1, expected numbers from -1 to 1",
+        ),
     ],
 )
 def test_answers_that_cannot_be_played(
@@ -341,6 +356,39 @@ def test_video_holds_the_first_episode_in_real_time(
     np.testing.assert_allclose(frames, 20 * np.arange(result.lengths[0] + 1), atol=4)
 
 
+@pytest.mark.parametrize("failure", ["a frame", "the end", "silence"])
+def test_a_video_that_fails_costs_the_video_alone(
+    environments: list[CountingEnvironment],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failure: str,
+) -> None:
+    imageio = pytest.importorskip("imageio")
+    pytest.importorskip("imageio_ffmpeg")
+
+    class Encoder:
+        def append_data(self, frame: NDArray[np.uint8]) -> None:
+            if failure == "a frame":
+                raise OSError("the pipe\nis broken")
+
+        def close(self) -> None:
+            if failure == "the end":
+                raise OSError("the pipe\nis broken")
+
+    monkeypatch.setattr(imageio, "get_writer", lambda *_, **__: Encoder())
+    monkeypatch.setattr(CountingEnvironment, "render", lambda *_: np.zeros((32, 48, 3), np.uint8))
+    without_gl(monkeypatch)
+    plain = evaluate(StubTeam(), "stub/counting", episodes=4, num_envs=2, seed=1)
+    filmed = evaluate(StubTeam(), "stub/counting", episodes=4, num_envs=2, seed=1, video=tmp_path / "run.mp4")
+    assert filmed.returns.tolist() == plain.returns.tolist()
+    assert list(tmp_path.iterdir()) == []
+    (record,) = caplog.records
+    assert "run.mp4 was not written, as its encoder failed: " in record.message
+    assert "\n" not in record.message
+    assert failure == "silence" or record.message.endswith(": the pipe")
+
+
 class BundleTeam:
     """A team that asks a local one on the far side of a copy, as a server would."""
 
@@ -354,21 +402,21 @@ class BundleTeam:
         return self.team.act({name: np.array(rows) for name, rows in observations.items()}, **rest)
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
-def test_real_game_real_bundle(tmp_path: Path, stochastic: bool) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_real_game_real_bundle(tmp_path: Path, temperature: float) -> None:
     pytest.importorskip("onnx")
     task = "toy/chain-mixed"
     bundle = write_test_bundle(tmp_path / "bundle", registry.team_spec(task))
     team = LocalTeam(bundle)
 
     def play(team: Any, **settings: Any) -> Evaluation:
-        return evaluate(team, task, episodes=6, seed=2, stochastic=stochastic, **settings)
+        return evaluate(team, task, episodes=6, seed=2, temperature=temperature, **settings)
 
     first = play(team, num_envs=3)
     again = play(BundleTeam(team), num_envs=3)
     assert first.returns.tolist() == again.returns.tolist()
     assert first.divergence["agent_0"].by_step.tolist() == again.divergence["agent_0"].by_step.tolist()
-    if not stochastic:
+    if not temperature:
         assert play(team, num_envs=6).returns.tolist() == first.returns.tolist()
     assert first.team.bundle_digest == bundle.digest
     assert first.team.budgets == bundle.budgets
@@ -444,3 +492,68 @@ def test_teams_of_a_bundle_describe_it(tmp_path: Path, kind: type[LocalTeam | Jo
     assert isinstance(described(team), Described)
     assert describe(team) == TeamDescription(bundle.digest, bundle.divergence_kind, bundle.budgets)
     assert not isinstance(team, HasFallback | TimesAgents)
+
+
+def test_a_teams_own_temperature_is_played_unless_another_is_asked_for(
+    environments: list[CountingEnvironment],
+) -> None:
+    def played(team: StubTeam, **settings: Any) -> Evaluation:
+        return evaluate(team, "stub/counting", episodes=4, seed=9, **settings)
+
+    class Sampling(StubTeam):
+        temperature = 0.5
+
+    for team, settings, expected in (
+        (Sampling(), {}, 0.5),
+        (Sampling(), {"temperature": 2}, 2.0),
+        (StubTeam(), {"temperature": 0.25}, 0.25),
+        (Sampling(), {"temperature": 0}, 0.0),  # zeros, as it would draw its own for None
+    ):
+        result = played(team, **settings)
+        assert result.temperature == result.to_json()["temperature"] == expected
+        source = NoiseSource(SPEC, 9)
+        for noise in team.noises:
+            for name, whole in source.draw(4).items():
+                assert noise[name].tolist() == (np.float32(expected) * whole).tolist()
+    silent = StubTeam()
+    assert played(silent).temperature == 0.0
+    assert set(silent.noises) == {None}
+    with pytest.raises(ConfigError, match="temperature: expected a number from 0"):
+        played(StubTeam(), temperature=-1)
+
+
+@pytest.mark.parametrize(("task", "at_once"), [("mamujoco/hopper-3x1", [8]), ("toy/masked", [2, 3])])
+def test_plans_are_evaluations_of_their_temperatures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, at_once: list[int]
+) -> None:
+    """At once where the simulator has batches; a game per environment is never started for all plans at once."""
+    pytest.importorskip("onnx")
+    team = LocalTeam(write_test_bundle(tmp_path / "bundle", registry.team_spec(task)))
+    plans = [Plan(5, 3, 4, 0.0), Plan(5, 3, 4, 0.5), Plan(2, 2, 9, 0.5)]
+    sizes, calls = [], []
+
+    def made(name: str, num_envs: int, **options: Any) -> Any:
+        sizes.append(num_envs)
+        return vectorize(name, num_envs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "vectorize", made)
+        tables = play_plans(team, task, plans, progress=lambda done, total: calls.append((done, total)))
+    assert sizes == at_once
+    for plan, table in zip(plans, tables, strict=True):
+        alone = evaluate(
+            team,
+            task,
+            episodes=plan.episodes,
+            seed=plan.seed,
+            num_envs=plan.num_envs,
+            temperature=plan.temperature,
+        )
+        assert table.columns() == alone.columns()
+    assert len({tuple(table.returns.tolist()) for table in tables}) == 3
+    shares = [done / total for done, total in calls]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    other = LocalTeam(write_test_bundle(tmp_path / "other", SPEC))
+    with pytest.raises(ContractError, match="do not fit together"):
+        play_plans(other, task, plans)

@@ -282,8 +282,10 @@ def test_without_a_local_bundle_there_is_no_parity() -> None:
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("stochastic", [False, True])
-def test_a_bundle_agrees_with_itself_exactly(tmp_path: Path, kind: str, batch: int, stochastic: bool) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_a_bundle_agrees_with_itself_exactly(
+    tmp_path: Path, kind: str, batch: int, temperature: float
+) -> None:
     pytest.importorskip("onnx")
     from tests.support.bundles import write_test_bundle
 
@@ -294,7 +296,7 @@ def test_a_bundle_agrees_with_itself_exactly(tmp_path: Path, kind: str, batch: i
     dataset = recorded(spec, actions=actions)
 
     def parity(team: Any) -> Any:
-        result = replay(team, dataset, batch=batch, stochastic=stochastic, local=LocalTeam(bundle))
+        result = replay(team, dataset, batch=batch, temperature=temperature, local=LocalTeam(bundle))
         assert result.team.bundle_digest == team.bundle.digest
         assert result.parity is not None
         assert result.parity.local_digest == bundle.digest
@@ -365,7 +367,7 @@ def test_recorded_episodes_are_replayed_without_any_simulator(tmp_path: Path, ta
         behavior="b",
         num_envs=4,
         workers=0,
-        stochastic=False,
+        temperature=0.0,
     )
     code = (
         f"import sys\nsys.modules.update(dict.fromkeys({SIMULATORS!r}))\n"
@@ -393,7 +395,7 @@ def test_what_a_fallback_answered_is_compared_with_nothing() -> None:
             if len(self.seen) % 2 == 0:
                 return decisions
             rows = len(observations["left"])
-            far = Decision(np.full((rows, 2), 9.0), np.full(rows, np.nan, np.float32), fallback=True)
+            far = Decision(np.full((rows, 2), -1.0), np.full(rows, np.nan, np.float32), fallback=True)
             return decisions | {"left": far}
 
     dataset = recorded()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,11 +16,15 @@ from omcda_deploy.datasets import Episode
 from omcda_deploy.envs import toy
 from omcda_deploy.envs.vector import BatchedEnvironment, VectorStep, vectorize
 from omcda_deploy.errors import ContractError, SimulatorError
+from omcda_deploy.local import JointTeam
 from omcda_deploy.play import rollout as module
+from omcda_deploy.play.episodes import PlayedEpisode, PlayedStep
 from omcda_deploy.play.recording import EpisodeRecorder
-from omcda_deploy.play.rollout import EpisodeBatch, PlayedEpisode, PlayedStep, episode_seed, rollout
+from omcda_deploy.play.rollout import EpisodeBatch, Plan, episode_seed, rollout, rollouts
 from omcda_deploy.policy import Decision, NoiseSource
+from omcda_deploy.registry import team_spec
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
+from tests.support.bundles import write_test_bundle
 
 SPEC = TeamSpec(
     task="stub/lossy",
@@ -109,7 +114,7 @@ class StubTeam:
     ) -> dict[str, Decision]:
         count = len(observations["left"])
         self.batches.append(count)
-        action = np.zeros((count, 1), np.float32) if noise is None else noise["left"]
+        action = np.zeros((count, 1), np.float32) if noise is None else np.tanh(noise["left"])
         bound = np.tile(np.array([1.0, 0.5], np.float32), (count, 1))
         return {
             "left": Decision(action, observations["left"][:, 1]),
@@ -136,7 +141,7 @@ def test_rounds_are_played_until_enough_episodes_count(num_envs: int) -> None:
         np.testing.assert_array_equal(episode.divergence[:, 1], np.full(length, 0.5))
         assert episode.saturated.tolist() == [0, length]
         assert episode.terminated == (episode.seed % 2 == 0)
-        assert episode.won is None
+        assert episode.outcomes == {}
 
 
 def test_a_return_is_summed_step_by_step() -> None:
@@ -144,16 +149,16 @@ def test_a_return_is_summed_step_by_step() -> None:
     total = 0.0
     for reward in rewards:
         total += reward
-    episode = PlayedEpisode(0, 0, rewards, np.zeros((1000, 1)), np.zeros(1, np.int64), True, None, False)
+    episode = PlayedEpisode(0, 0, rewards, np.zeros((1000, 1)), np.zeros(1, np.int64), True, {}, False)
     assert episode.episode_return == total != float(rewards.sum())
 
 
 def test_noise_is_drawn_for_the_whole_batch() -> None:
     environment = LossyEnvironment(3)
-    list(rollout(StubTeam(), environment, episodes=5, seed=2, stochastic=True))
+    list(rollout(StubTeam(), environment, episodes=5, seed=2, temperature=1.0))
     source = NoiseSource(SPEC, 2)
     for _, actions in environment.stepped:
-        np.testing.assert_array_equal(actions["left"], source.draw(3)["left"])
+        np.testing.assert_array_equal(actions["left"], np.tanh(source.draw(3)["left"]))
 
 
 def test_progress_counts_steps_of_rounds_and_ends_at_its_total() -> None:
@@ -206,7 +211,7 @@ def record(environment: BatchedEnvironment, team: Any, count: int) -> list[tuple
     def keep(step: PlayedStep) -> None:
         by_seed.update({step.seeds[index]: episode for index, episode in recorder.add(step).items()})
 
-    played = rollout(team, environment, episodes=count, seed=1, stochastic=True, on_step=keep)
+    played = rollout(team, environment, episodes=count, seed=1, temperature=1.0, on_step=keep)
     counted = [episode for episode in played if not episode.discarded]
     assert by_seed.keys() == {episode.seed for episode in counted}
     return [(episode, by_seed[episode.seed]) for episode in counted]
@@ -254,3 +259,85 @@ def test_an_unplayable_answer_is_refused_before_the_environment_is_stepped() -> 
     with pytest.raises(ContractError, match=r"right answered with an action of shape \[1, 2\]"):
         list(rollout(Broken(), environment, episodes=2))
     assert not environment.stepped
+
+
+# -- several plans at once --------------------------------------------------------------------------------------
+
+PLANS = (Plan(7, 3, 4, 0.0), Plan(7, 3, 4, 0.5), Plan(4, 4, 9, 1.0), Plan(1, 1, 2, 0.25), Plan(7, 2, 4, 1.0))
+
+
+def alike(one: PlayedEpisode, other: PlayedEpisode) -> bool:
+    """Equal to the last bit."""
+    arrays = ("rewards", "divergence", "saturated")
+    values = ("seed", "round", "terminated", "outcomes", "discarded")
+    return all(getattr(one, name).tobytes() == getattr(other, name).tobytes() for name in arrays) and all(
+        getattr(one, name) == getattr(other, name) for name in values
+    )
+
+
+def test_plans_at_once_are_the_plans_alone() -> None:
+    """Episodes of unequal length, some of them lost, so that rounds of the plans begin at different steps."""
+
+    class Noisy(StubTeam):
+        """Its divergence shows the noise; its answers are asked for with one batch size per plan."""
+
+        def act(self, observations: Mapping[str, Any], **rest: Any) -> dict[str, Decision]:
+            decisions = super().act(observations, **rest)
+            noise = rest["noise"]
+            shown = np.zeros(len(observations["left"]), np.float32) if noise is None else noise["left"][:, 0]
+            return {**decisions, "left": replace(decisions["left"], divergence=shown)}
+
+    team = Noisy()
+    environment = LossyEnvironment(sum(plan.num_envs for plan in PLANS))
+    together = list(rollouts(team, environment, PLANS))
+    assert set(team.batches) == {plan.num_envs for plan in PLANS}
+    for index, plan in enumerate(PLANS):
+        alone = list(
+            rollout(
+                Noisy(),
+                LossyEnvironment(plan.num_envs),
+                episodes=plan.episodes,
+                seed=plan.seed,
+                temperature=plan.temperature,
+            )
+        )
+        ours = [episode for k, episode in together if k == index]
+        assert len(ours) == len(alone)
+        assert all(alike(one, other) for one, other in zip(ours, alone, strict=True))
+        assert sum(not episode.discarded for episode in ours) == plan.episodes
+    shown = [bool(episode.divergence[:, 0].any()) for k, episode in together if k < 2]
+    assert shown == [k == 1 for k, _ in together if k < 2]  # T 0 has no noise
+    stepped = np.sum([active for active, _ in environment.stepped], axis=0)
+    assert stepped.sum() == sum(len(episode) for _, episode in together)
+
+
+@pytest.mark.parametrize("task", ["toy/chain-mixed", "mamujoco/hopper-3x1"])
+def test_temperatures_at_once_are_the_temperatures_alone_on_a_simulator(tmp_path: Path, task: str) -> None:
+    """With real graphs, in batches whose matrix products would be summed in another order if they were joined."""
+    team = JointTeam(write_test_bundle(tmp_path / "bundle", team_spec(task)))
+    plans = [Plan(3, 3, 5, temperature) for temperature in (0.0, 0.5, 1.0)] + [Plan(2, 1, 8, 0.5)]
+    with vectorize(task, sum(plan.num_envs for plan in plans)) as environment:
+        together = list(rollouts(team, environment, plans))
+    returns = set()
+    for index, plan in enumerate(plans):
+        with vectorize(task, plan.num_envs) as environment:
+            alone = rollouts(team, environment, [plan])
+            ours = [episode for k, episode in together if k == index]
+            assert all(alike(one, other) for one, (_, other) in zip(ours, alone, strict=True))
+        returns.add(tuple(episode.episode_return for episode in ours))
+    assert len(returns) == len(plans)
+
+
+def test_progress_of_several_plans_counts_all_their_steps() -> None:
+    calls: list[tuple[int, int]] = []
+    environment = LossyEnvironment(sum(plan.num_envs for plan in PLANS))
+    episodes = list(rollouts(StubTeam(), environment, PLANS, progress=lambda *call: calls.append(call)))
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    rounds = sum(max(e.round + 1 for k, e in episodes if k == index) for index in range(len(PLANS)))
+    assert calls[-1] == (rounds * SPEC.episode_limit, rounds * SPEC.episode_limit)
+    assert all(done <= total for done, total in calls)
+
+
+def test_plans_that_do_not_fill_the_environments_are_refused() -> None:
+    with pytest.raises(ContractError, match="expected 3 environments for 1 plans, got 4"):
+        list(rollouts(StubTeam(), LossyEnvironment(4), [Plan(3, 3)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,12 +23,13 @@ from omcda_deploy.play.measurements import Divergence, Latency, TeamDescription
 from omcda_deploy.play.replay import Parity, Replay
 from omcda_deploy.report import figures
 from omcda_deploy.report.evaluation import (
+    Entry,
     comparison_section,
     comparison_table,
     evaluation_section,
     evaluation_table,
 )
-from omcda_deploy.report.html import Section, write_report
+from omcda_deploy.report.html import Section, svg_document, write_report
 from omcda_deploy.report.replay import replay_section, replay_table
 from omcda_deploy.report.svg import Scale
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
@@ -55,7 +57,7 @@ EVALUATION = Evaluation(
     spec=SPEC,
     team=TEAM,
     seed=4242,
-    stochastic=False,
+    temperature=0.0,
     num_envs=2,
     episode_seeds=(11, 12, 13, 14),
     returns=np.array([1000.0, 2000.0, 3000.0, -1234.5]),
@@ -74,7 +76,7 @@ REPLAY = Replay(
     team=TEAM,
     dataset_digest="d1ce" * 8,
     seed=4343,
-    stochastic=False,
+    temperature=0.0,
     batch=1,
     episodes=(0, 5),
     steps=1500,
@@ -131,11 +133,14 @@ def rendered(tmp_path: Path, *sections: Section) -> tuple[str, Checker]:
 
 SECTIONS = [
     evaluation_section(EVALUATION),
-    evaluation_section(replace(EVALUATION, won=np.array([True, False, True, True]), stochastic=True)),
+    evaluation_section(replace(EVALUATION, won=np.array([True, False, True, True]), temperature=1.0)),
     replay_section(REPLAY),
     replay_section(replace(REPLAY, parity=Parity(0.0, 1e-7, 0.5, None), paced=True)),
     replay_section(replace(REPLAY, parity=None)),
     comparison_section({"dataset": np.linspace(0, 100, 1000), "OMCDA <1>": EVALUATION}),
+    comparison_section(
+        {"<a>": [replace(EVALUATION, temperature=t, fell=np.ones(4, np.bool_)) for t in (0.0, 0.5)]}
+    ),
 ]
 
 
@@ -272,11 +277,57 @@ def test_comparison_of_bare_returns_and_evaluations() -> None:
     table = comparison_table({"dataset": np.array([1.0, 2.0, 3.0]), "one": np.array([7.0]), "BC": EVALUATION})
     columns = cells(table)
     assert columns[0] == ["dataset", "one", "BC"]
-    assert columns[1] == ["2.0", "7.0", "1\u202f191.4"]
-    assert columns[2][:2] == [f"{1 / math.sqrt(3):.1f}", "\u2013"]
-    assert columns[3] == ["3", "1", "4"]
-    assert [column[2] for column in columns[4:]] == ["51.00", "96.00", "100.00"]
-    assert [column[0] for column in columns[4:]] == ["\u2013"] * 3
+    assert columns[1] == ["\u2013", "\u2013", "0"]  # bare returns know no temperature
+    assert columns[2] == ["2.0", "7.0", "1\u202f191.4"]
+    assert columns[3][:2] == [f"{1 / math.sqrt(3):.1f}", "\u2013"]
+    assert columns[4] == ["3", "1", "4"]
+    assert columns[5] == ["\u2013", "\u2013", "730"]  # mean length
+    assert [column[2] for column in columns[6:]] == ["51.00", "96.00", "100.00"]  # no outcomes are reported
+    assert [column[0] for column in columns[6:]] == ["\u2013"] * 3
+
+
+def test_comparison_of_temperatures(tmp_path: Path) -> None:
+    """A row for each temperature of a team, shares where the simulator reports them, and a curve."""
+    fell = np.array([True, False, False, False])
+    curve = [
+        replace(EVALUATION, temperature=0.0, fell=fell),
+        replace(EVALUATION, temperature=0.5, fell=~fell),
+    ]
+    rows: dict[str, Entry] = {"dataset": np.array([1.0, 2.0]), "BC": curve}
+    table = comparison_table(rows)
+    assert [str(column.header) for column in table.columns] == [
+        *("", "T", "mean", "std. error", "episodes", "length", "fell", "p50 ms", "p95 ms", "p99 ms"),
+    ]
+    columns = cells(table)
+    assert columns[0] == ["dataset", "BC", "BC"]
+    assert columns[1] == ["\u2013", "0", "0.5"]
+    assert columns[6] == ["\u2013", "25.0 %", "75.0 %"]
+    _, page = rendered(tmp_path, comparison_section(rows))
+    text = " ".join([*page.text, *(value for _, value in page.attributes)])
+    for words in ("BC, T 0.5", "return against temperature of play, BC", "whiskers: one standard error"):
+        assert words in text
+    without = comparison_section({"BC": curve[0]}).body
+    assert "temperature of play, BC" not in without
+
+
+def test_an_evaluation_says_its_temperature_its_shares_and_what_its_error_is(tmp_path: Path) -> None:
+    won = np.array([True, False, True, True])
+    evaluation = replace(EVALUATION, temperature=0.25, stalled=~won, won=won)
+    heading = " ".join(printed(evaluation_table(evaluation)).split())
+    error = np.std([1000, 2000, 3000, -1234.5], ddof=1) / 2
+    assert (
+        f"return 1\u202f191.4 ± {error:.1f} (standard error) over 4 episodes at temperature 0.25, "
+        "25.0 % stalled, 75.0 % won"
+    ).replace("\u202f", " ") in heading.replace("\u202f", " ")
+    _, page = rendered(tmp_path, evaluation_section(evaluation))
+    assert {"stalled", "won"} <= set(page.text)
+    assert "fell" not in page.text
+    assert "0.25" in page.text
+    data = evaluation.to_json()
+    assert data["temperature"] == 0.25
+    assert data["shares"] == {"stalled": 0.25, "fell": None, "won": 0.75}
+    assert data["fell"] is None
+    assert data["won"] == won.tolist()
 
 
 @pytest.mark.parametrize(
@@ -301,6 +352,29 @@ def test_figures_of_awkward_values(values: NDArray[np.float64]) -> None:
     for drawing in drawings:
         Checker(drawing)
         assert not re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', drawing)
+
+
+def test_a_figure_in_a_file_of_its_own() -> None:
+    """Curves whose whiskers are intervals, side by side at one x, with their colours in light and dark."""
+    x = np.array([0.0, 0.5, 1.0])
+    curves = {
+        f"method {k} & <co>": figures.Curve(
+            x, 10.0 * k + x, interval=np.array([[-1.0, 30.0]] * 2 + [[np.nan] * 2])
+        )
+        for k in range(12)
+    }
+    text = svg_document(figures.curves_figure(curves, "temperature", "return", apart=3.0, width=900.0))
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "prefers-color-scheme:dark" in text
+    assert "var(--s0)" in text
+    assert "://" not in text.replace("http://www.w3.org/2000/svg", "")
+    stems = [line for line in root.iter() if line.get("class", "").startswith("stroked") and line.get("y1")]
+    upright = [line for line in stems if line.get("x1") == line.get("x2")]
+    assert len(upright) == 12 * 2  # nan has no whisker
+    assert len({line.get("x1") for line in upright}) == 12 * 2  # none covers another
+    width = float(root.get("viewBox", "").split()[2])
+    assert all(0 <= float(line.get(end, "")) <= width for line in stems for end in ("x1", "x2"))
 
 
 def test_axis_ticks_are_round_and_inside() -> None:
