@@ -7,9 +7,8 @@
 | `blend`    | an action of ``pi_w ~ pi_b^(1-w) pi^w`` with the largest w for which KL(pi_w || pi_b) <= threshold |
 
 A blend mixes distributions (natural parameters of the Gaussians under the tanh, or log-probabilities), never
-actions: the mean of two good actions can be a bad one. KL(pi_w || pi_b) grows with w, from 0 at w = 0, so the
-largest w is found by bisection. All modes use the noise of the request; a row of zeros stands for no noise and
-means the mode of the distribution.
+actions: the mean of two good actions can be a bad one (:mod:`omcda_deploy.blend`). All modes use the noise of the
+request; a row of zeros stands for no noise and means the mode of the distribution.
 
 A threshold is in nats per agent and sample. Its default is the 99th percentile of the divergence on the training
 data. A budget d_i would not do: it bounds the mean over a batch, and the divergence of single states has a heavy
@@ -31,18 +30,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.blend import Joined, JoinedActions
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.spec import AgentSpec, TeamSpec
 
 Mode = Literal["observe", "fallback", "blend"]
 
+_ACTING: tuple[Mode, ...] = ("fallback", "blend")
+_NOT_PARAMETERS = ("action", "divergence")  # outputs that describe no distribution
+
 PERCENTILE = 99.0
-_BISECTIONS = 30
 # Smallest scale of an entry, relative to the root mean square of the standard deviations of all entries: even a
 # constant entry of the data may move that much.
 _LEAST_STD = 0.1
@@ -66,7 +69,7 @@ class GuardSetting:
             raise ConfigError(f"guard mode: expected one of {', '.join(get_args(Mode))}, got {self.mode!r}")
         for name in ("threshold", "distance_limit"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0.0 <= value < np.inf):
+            if value is not None and not (type(value) in (int, float) and 0.0 <= value < np.inf):
                 raise ConfigError(f"guard {name}: expected a number from 0 on, got {value!r}")
 
 
@@ -145,26 +148,70 @@ def behavior_action(
     deterministic = parameters["behavior_action"]
     if noise is None:
         return deterministic
-    if agent.action.kind == "discrete":
-        logits = _contiguous(parameters["behavior_logits"])
-        noise = np.reshape(noise, logits.shape)
-        choice = np.where(noise.any(axis=-1), np.argmax(logits + noise, axis=-1), deterministic)
-        return choice[()]  # a scalar rather than an array without dimensions
-    mean, log_std = _contiguous(parameters["behavior_mean"]), _contiguous(parameters["behavior_log_std"])
-    noise = _contiguous(np.reshape(noise, mean.shape))
-    sample = _scaled(agent, np.tanh(mean + np.exp(log_std) * noise))
-    action = np.where(noise.any(axis=-1, keepdims=True), sample, deterministic)
-    return action.astype(np.float32)
+    size, discrete = agent.action.size, agent.action.kind == "discrete"
+    rows = {
+        name: np.reshape(values, (-1, 1 if discrete and name == "behavior_action" else size))
+        for name, values in parameters.items()
+        if name.startswith("behavior_")
+    }
+    action = _joined((agent,)).behavior(rows, np.reshape(noise, (-1, size)))
+    return action.reshape(np.shape(deterministic))[()]  # a scalar rather than an array without dimensions
 
 
-def _scaled(agent: AgentSpec, squashed: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scale actions from [-1, 1] to the agent's range."""
-    low, high = agent.action.low, agent.action.high
-    return (high + low) / 2.0 + (high - low) / 2.0 * squashed
+@lru_cache(maxsize=256)
+def _joined(agents: tuple[AgentSpec, ...]) -> JoinedActions:
+    return JoinedActions(agents)
 
 
-def _contiguous(values: NDArray[Any]) -> NDArray[np.float64]:
-    return np.ascontiguousarray(values, np.float64)
+class _Group:
+    """The agents of a model that have one mode."""
+
+    def __init__(self, mode: Mode, agents: Sequence[AgentSpec], members: Sequence[int]) -> None:
+        """``members``: their indices among all ``agents`` of the model."""
+        whole = len(members) == len(agents)
+        places = Joined.of([agent.action.size for agent in agents])
+        self.members: slice | NDArray[np.int64] = slice(None) if whole else np.array(members)
+        self._entries = slice(None) if whole else np.flatnonzero(np.isin(places.owner, members))
+        self._actions = _joined(tuple(agents[index] for index in members))
+        self._mode = mode
+
+    def replace(
+        self,
+        guarded: Guarded,
+        untrusted: NDArray[np.bool_],
+        thresholds: NDArray[np.float64],
+        noise: NDArray[Any],
+        outputs: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Replace the actions and weights of ``guarded`` that are ``untrusted`` [B, k], of these agents."""
+        wanted = untrusted[:, self.members]
+        acted = wanted.any(axis=1)
+        rows = slice(None) if acted.all() else np.flatnonzero(acted)
+        wanted = wanted[rows]
+        if not len(wanted):
+            return
+        places, discrete = self._actions.places, self._actions.discrete
+        columns = self.members if discrete else self._entries
+        parameters = {
+            name: values.reshape(len(noise), -1)[rows][
+                :, columns if name == "behavior_action" else self._entries
+            ]
+            for name, values in outputs.items()
+            if name not in _NOT_PARAMETERS
+        }
+        noise = noise[rows][:, self._entries]
+        if self._mode == "fallback":
+            action, weight = self._actions.behavior(parameters, noise), np.zeros(wanted.shape)
+        else:
+            action, weight = self._actions.blend(parameters, noise, thresholds[self.members], wanted)
+        replaced = wanted if discrete else places.spread(wanted)
+        for target, at, chosen, values in (
+            (guarded.action.reshape(len(untrusted), -1), columns, replaced, action),
+            (guarded.policy_weight, self.members, wanted, weight),
+        ):
+            block = target[rows]
+            block[:, at] = np.where(chosen, values, block[:, at])
+            target[rows] = block
 
 
 class Guard:
@@ -188,7 +235,6 @@ class Guard:
         model_spec = replace(spec, agents=self.agents)
         self.observation_slices, self.action_slices = model_spec.observation_slices, model_spec.action_slices
         self.settings = tuple(settings.get(agent.name, GuardSetting()) for agent in agents)
-        self._discrete = spec.action_kind == "discrete"
         self._normalizer = spec.normalizer
         thresholds = []
         for agent, setting in zip(self.agents, self.settings, strict=True):
@@ -213,6 +259,8 @@ class Guard:
         )
         self._active = np.array([setting.mode != "observe" for setting in self.settings])
         self._acts = bool(self._active.any())
+        modes = {mode: [i for i, s in enumerate(self.settings) if s.mode == mode] for mode in _ACTING}
+        self._groups = [_Group(mode, self.agents, members) for mode, members in modes.items() if members]
         self._data = [
             (np.array(reference.observation_mean), np.array(reference.observation_std))
             for reference in (references[agent.name] for agent in agents if agent.name in references)
@@ -252,112 +300,12 @@ class Guard:
         ``outputs`` stay as they are.
         """
         divergence = outputs["divergence"].reshape(len(noise), -1)  # [B, k]
-        weight = np.ones(divergence.shape, np.float32)
-        action = outputs["action"]
+        guarded = Guarded(outputs["action"], np.ones(divergence.shape, np.float32))
         if self._acts and (untrusted := self.exceeded(divergence) & self._active).any():
-            action = action.copy()
-            for index in np.flatnonzero(untrusted.any(axis=0)).tolist():
-                rows = np.flatnonzero(untrusted[:, index])
-                weight[rows, index] = self._replace(action, rows, index, noise, outputs)
-        return Guarded(action, weight)
-
-    def _replace(
-        self,
-        action: NDArray[Any],
-        rows: NDArray[np.int64],
-        index: int,
-        noise: NDArray[Any],
-        outputs: Mapping[str, NDArray[Any]],
-    ) -> NDArray[np.float64]:
-        """Replace the actions of agent ``index`` in ``rows`` of ``action`` and return their weights [rows]."""
-        agent, columns = self.agents[index], self.action_slices[index]
-        action_columns = action.reshape(len(action), -1)  # a view, [B, sum A] or [B, k]
-        target = index if self._discrete else columns
-        row_noise = noise[rows, columns]
-        if self.settings[index].mode == "fallback":
-            names = ("behavior_logits",) if self._discrete else ("behavior_mean", "behavior_log_std")
-            parameters = {name: outputs[name][rows, columns] for name in names}
-            parameters["behavior_action"] = outputs["behavior_action"].reshape(action_columns.shape)[
-                rows, target
-            ]
-            action_columns[rows, target] = behavior_action(agent, parameters, row_noise)
-            return np.zeros(len(rows))
-        pair = (_Logits if self._discrete else _Gaussian)(outputs, rows, columns)
-        weight = _largest_weight(pair, float(self.thresholds[index]), len(rows))
-        sample: NDArray[Any] = pair.act(weight, row_noise.astype(np.float64))
-        action_columns[rows, target] = sample if self._discrete else _scaled(agent, sample)
-        return weight
-
-
-class _Gaussian:
-    """Blends pi_w of Gaussians under the tanh: precision and precision-weighted mean are linear in w."""
-
-    def __init__(self, outputs: Mapping[str, NDArray[Any]], rows: NDArray[np.int64], columns: slice) -> None:
-        mean, log_std, mean_b, log_std_b = (
-            outputs[name][rows, columns].astype(np.float64)
-            for name in ("mean", "log_std", "behavior_mean", "behavior_log_std")
-        )
-        self._precision, self._precision_b = np.exp(-2.0 * log_std), np.exp(-2.0 * log_std_b)
-        self._mean, self._mean_b = mean, mean_b
-
-    def at(self, weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and precision [rows, A] of pi_w."""
-        w = weight[:, None]
-        precision = (1.0 - w) * self._precision_b + w * self._precision
-        mean = ((1.0 - w) * self._precision_b * self._mean_b + w * self._precision * self._mean) / precision
-        return mean, precision
-
-    def kl(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return KL(pi_w || pi_b) [rows] in nats."""
-        mean, precision = self.at(weight)
-        ratio = self._precision_b / precision
-        terms = ratio + self._precision_b * (mean - self._mean_b) ** 2 - 1.0 - np.log(ratio)
-        kl: NDArray[np.float64] = 0.5 * terms.sum(axis=1)
-        return kl
-
-    def act(self, weight: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sample actions [rows, A] in [-1, 1] with standard normal ``noise`` [rows, A]."""
-        mean, precision = self.at(weight)
-        return np.tanh(mean + noise / np.sqrt(precision))
-
-
-class _Logits:
-    """Blends pi_w of categorical distributions: log-probabilities are linear in w, up to their normalisation."""
-
-    def __init__(self, outputs: Mapping[str, NDArray[Any]], rows: NDArray[np.int64], columns: slice) -> None:
-        self._logits, self._logits_b = (
-            outputs[name][rows, columns].astype(np.float64) for name in ("logits", "behavior_logits")
-        )
-
-    def at(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Log-probabilities [rows, A] of pi_w; actions that the mask forbids stay as unlikely as they were."""
-        w = weight[:, None]
-        scores = (1.0 - w) * self._logits_b + w * self._logits
-        scores -= scores.max(axis=1, keepdims=True)
-        log_probs: NDArray[np.float64] = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-        return log_probs
-
-    def kl(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return KL(pi_w || pi_b) [rows] in nats."""
-        log_probs = self.at(weight)
-        terms = np.exp(log_probs) * (log_probs - self._logits_b)
-        kl: NDArray[np.float64] = terms.sum(axis=1)
-        return kl
-
-    def act(self, weight: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Sample actions [rows] with Gumbel ``noise`` [rows, A]."""
-        choice: NDArray[np.int64] = np.argmax(self.at(weight) + noise, axis=1)
-        return choice
-
-
-def _largest_weight(pair: _Gaussian | _Logits, threshold: float, rows: int) -> NDArray[np.float64]:
-    """Find the largest w [rows] with KL(pi_w || pi_b) <= threshold, approached from below."""
-    low, high = np.zeros(rows), np.ones(rows)
-    for _ in range(_BISECTIONS):
-        middle = 0.5 * (low + high)
-        inside = pair.kl(middle) <= threshold
-        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
-    return low
+            guarded = Guarded(guarded.action.copy(), guarded.policy_weight)
+            for group in self._groups:
+                group.replace(guarded, untrusted, self.thresholds, noise, outputs)
+        return guarded
 
 
 def _distance(

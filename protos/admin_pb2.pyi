@@ -7,10 +7,42 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class VersionRequest(_message.Message):
-    __slots__ = ("version",)
+    __slots__ = ("version", "expected_current", "previous")
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_CURRENT_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     version: str
-    def __init__(self, version: _Optional[str] = ...) -> None: ...
+    expected_current: str
+    previous: str
+    def __init__(self, version: _Optional[str] = ..., expected_current: _Optional[str] = ..., previous: _Optional[str] = ...) -> None: ...
+
+class ListStreamsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EndStreamsRequest(_message.Message):
+    __slots__ = ("client",)
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    def __init__(self, client: _Optional[str] = ...) -> None: ...
+
+class ControlStreams(_message.Message):
+    __slots__ = ("streams",)
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    streams: _containers.RepeatedCompositeFieldContainer[ControlStream]
+    def __init__(self, streams: _Optional[_Iterable[_Union[ControlStream, _Mapping]]] = ...) -> None: ...
+
+class ControlStream(_message.Message):
+    __slots__ = ("client", "age_s", "idle_s", "steps")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    age_s: float
+    idle_s: float
+    steps: int
+    def __init__(self, client: _Optional[str] = ..., age_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

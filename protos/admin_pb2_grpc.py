@@ -59,6 +59,16 @@ class AdminServiceStub(object):
                 request_serializer=omcda__deploy_dot_protos_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
                 _registered_method=True)
+        self.ListStreams = channel.unary_unary(
+                '/omcda.v1.AdminService/ListStreams',
+                request_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ListStreamsRequest.SerializeToString,
+                response_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ControlStreams.FromString,
+                _registered_method=True)
+        self.EndStreams = channel.unary_unary(
+                '/omcda.v1.AdminService/EndStreams',
+                request_serializer=omcda__deploy_dot_protos_dot_admin__pb2.EndStreamsRequest.SerializeToString,
+                response_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ControlStreams.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -99,6 +109,21 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListStreams(self, request, context):
+        """The control streams that are open, in the order in which they were opened.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndStreams(self, request, context):
+        """End the control streams of a client, each after the step that is being answered; returns them. The client is told
+        UNAVAILABLE, and may open new ones.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +151,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.SerializeToString,
+            ),
+            'ListStreams': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListStreams,
+                    request_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ListStreamsRequest.FromString,
+                    response_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ControlStreams.SerializeToString,
+            ),
+            'EndStreams': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndStreams,
+                    request_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.EndStreamsRequest.FromString,
+                    response_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ControlStreams.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +298,60 @@ class AdminService(object):
             '/omcda.v1.AdminService/GetStatus',
             omcda__deploy_dot_protos_dot_admin__pb2.GetStatusRequest.SerializeToString,
             omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListStreams(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omcda.v1.AdminService/ListStreams',
+            omcda__deploy_dot_protos_dot_admin__pb2.ListStreamsRequest.SerializeToString,
+            omcda__deploy_dot_protos_dot_admin__pb2.ControlStreams.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndStreams(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omcda.v1.AdminService/EndStreams',
+            omcda__deploy_dot_protos_dot_admin__pb2.EndStreamsRequest.SerializeToString,
+            omcda__deploy_dot_protos_dot_admin__pb2.ControlStreams.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,7 +4,7 @@ import sys
 
 from omcda_deploy.serve.event_loop import choose_poller
 
-choose_poller()
+choose_poller(json_lines="--log-json" in sys.argv)
 
 from omcda_deploy.serve.server import main  # noqa: E402, as it imports grpc
 

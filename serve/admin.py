@@ -1,4 +1,4 @@
-"""``omcda.v1.AdminService``: load, switch and unload versions, for operators of a server.
+"""``omcda.v1.AdminService``: versions and control streams of a server, for its operators.
 
 The service has its own port, so that a network can restrict it to operators. Every call that may change something
 leaves one line in the audit log, refused calls too.
@@ -9,41 +9,62 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
+from google.protobuf.message import Message
 
 from omcda_deploy.protos import admin_pb2
-from omcda_deploy.serve.handlers import Context, abort, parse
+from omcda_deploy.protos.admin_pb2 import (
+    ControlStream,
+    ControlStreams,
+    EndStreamsRequest,
+    GetStatusRequest,
+    ListStreamsRequest,
+    VersionRequest,
+)
+from omcda_deploy.serve.handlers import Handler, abort, parse
 from omcda_deploy.serve.logs import audit
 from omcda_deploy.serve.meter import Totals
+from omcda_deploy.serve.places import Context, Place, Places
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.session import Session
-from omcda_deploy.serve.status import status_of
+from omcda_deploy.serve.status import EndedError, RequestError, status_of
 
 SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 RETIRE_EVERY_S = 1.0
+ALL = "all"  # every client
+
+R = TypeVar("R", bound=Message)
 
 
 class AdminService:
-    """Changes and describes the versions that a server holds."""
+    """Changes and describes the versions that a server holds, and its control streams."""
 
-    def __init__(self, releases: Releases, serving: Callable[[], bool]) -> None:
+    def __init__(self, releases: Releases, streams: Places, serving: Callable[[], bool]) -> None:
         """``serving``: tells whether the server answers steps, or is about to stop."""
-        self._releases, self._serving = releases, serving
+        self._releases, self._streams, self._serving = releases, streams, serving
         self._started = time.monotonic()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        changes: dict[str, Callable[[str], Awaitable[None]]] = {
-            "Load": self._releases.load,
-            "Switch": self._releases.switch,
-            "Unload": self._releases.unload,
-            "Shadow": self._releases.set_shadow,
+        releases = self._releases
+        changes: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Message | None]]]] = {
+            "Load": (VersionRequest, lambda request: releases.load(request.version)),
+            "Switch": (VersionRequest, self._switch),
+            "Unload": (VersionRequest, lambda request: releases.unload(request.version)),
+            "Shadow": (VersionRequest, lambda request: releases.set_shadow(request.version)),
+            "EndStreams": (EndStreamsRequest, self._end_streams),
         }
-        handlers = {name: self._change(name, change) for name, change in changes.items()}
+        looks: dict[str, tuple[type[Any], Callable[[], Message]]] = {
+            "GetStatus": (GetStatusRequest, self.status),
+            "ListStreams": (ListStreamsRequest, lambda: _described(self._streams)),
+        }
         return grpc.method_handlers_generic_handler(
-            SERVICE, {**handlers, "GetStatus": grpc.unary_unary_rpc_method_handler(self._get_status)}
+            SERVICE,
+            {name: self._change(name, *change) for name, change in changes.items()}
+            | {name: _look(*look) for name, look in looks.items()},
         )
 
     async def retire(self) -> None:
@@ -55,42 +76,57 @@ class AdminService:
                     "version %s retired", version, extra={"fields": {"call": "retire", "version": version}}
                 )
 
-    def _change(self, name: str, change: Callable[[str], Awaitable[None]]) -> grpc.RpcMethodHandler[Any, Any]:
+    def _change(
+        self, name: str, request_type: type[R], change: Callable[[R], Awaitable[Message | None]]
+    ) -> Handler:
+        """Return the handler of a method that may change something; its answer is ``change``'s, or the status."""
+
         async def handle(data: bytes, context: Context) -> bytes:
             fields: dict[str, Any] = {"call": name, "peer": context.peer(), "version": "", "outcome": "OK"}
+            try:
+                # When the caller gives up, gRPC cancels this coroutine; the shield lets the change finish.
+                answer = await asyncio.shield(asyncio.ensure_future(work(data, fields)))
+                return (answer or self.status()).SerializeToString()
+            except Exception as error:
+                await abort(context, error)
+
+        async def work(data: bytes, fields: dict[str, Any]) -> Message | None:
             started = time.perf_counter()
             try:
-                version = parse(admin_pb2.VersionRequest, data).version
-                fields["version"] = version[:100]
-                # When the caller gives up, gRPC cancels this coroutine; the shield lets the change finish.
-                await asyncio.shield(asyncio.ensure_future(change(version)))
-                answer = self.status().SerializeToString()
+                request = parse(request_type, data)
+                fields |= {field.name: value[:100] for field, value in request.ListFields()}
+                return await change(request)
             except Exception as error:
                 code, details = status_of(error)
                 fields |= {"outcome": code.name, "reason": details}
-                self._audit(fields, started)
-                await context.abort(code, details)
-                raise  # not reached: abort raises
-            self._audit(fields, started)
-            return answer
+                raise
+            finally:
+                fields |= {
+                    "current": self._releases.current,
+                    "seconds": round(time.perf_counter() - started, 6),
+                }
+                audit.info(
+                    "%s by %s: %s, version %s answers",
+                    " ".join(filter(None, (name, fields["version"], fields.get("client")))),
+                    *(fields[entry] for entry in ("peer", "outcome", "current")),
+                    extra={"fields": fields},
+                )
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
-    async def _get_status(self, data: bytes, context: Context) -> bytes:
-        try:
-            parse(admin_pb2.GetStatusRequest, data)
-            return self.status().SerializeToString()
-        except Exception as error:
-            await abort(context, error)
-            raise  # not reached: abort raises
+    async def _switch(self, request: VersionRequest) -> None:
+        previous = request.previous if request.HasField("previous") else None
+        await self._releases.switch(request.version, request.expected_current, previous)
 
-    def _audit(self, fields: dict[str, Any], started: float) -> None:
-        fields |= {"current": self._releases.current, "seconds": round(time.perf_counter() - started, 6)}
-        audit.info(
-            "%(call)s %(version)s by %(peer)s: %(outcome)s, version %(current)s answers",
-            fields,
-            extra={"fields": fields},
-        )
+    async def _end_streams(self, request: EndStreamsRequest) -> ControlStreams:
+        """End the control streams of a client."""
+        if not request.client:
+            raise RequestError(f"expected the address or the host of a client, or {ALL}, got none")
+        ended = [place for place in self._streams if request.client in (ALL, *_addresses(place))]
+        for place in ended:
+            self._streams.end(place, EndedError("an operator ended this stream: open a new one, or ask them"))
+            self._streams.refused["operator"] += 1
+        return _described(ended)
 
     def status(self) -> admin_pb2.ServerStatus:
         """Describe the server, the versions it holds and the current version's models."""
@@ -111,6 +147,40 @@ class AdminService:
             contract_hash=releases.contract_hash,
             serving=self._serving(),
         )
+
+
+def _look(request_type: type[R], look: Callable[[], Message]) -> Handler:
+    """Return the handler of a method that changes nothing and leaves no line."""
+
+    async def handle(data: bytes, context: Context) -> bytes:
+        try:
+            parse(request_type, data)
+            return look().SerializeToString()
+        except Exception as error:
+            await abort(context, error)
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _addresses(place: Place) -> tuple[str, str]:
+    """Return a client's address without gRPC's scheme and escapes, and its host."""
+    address = unquote(place.peer).removeprefix("ipv4:").removeprefix("ipv6:")
+    return address, address.rpartition(":")[0].strip("[]")
+
+
+def _described(streams: Iterable[Place]) -> ControlStreams:
+    now = time.monotonic()
+    return ControlStreams(
+        streams=[
+            ControlStream(
+                client=_addresses(place)[0],
+                age_s=now - place.began,
+                idle_s=now - place.since,
+                steps=place.steps,
+            )
+            for place in streams
+        ]
+    )
 
 
 def _model_status(session: Session, budgets: dict[str, float | None]) -> admin_pb2.ModelStatus:

@@ -15,9 +15,10 @@
 
     [limits]
     concurrent_calls = 64      # concurrent unary calls (streams are limited separately)
-    streams = 16               # open control streams
-    message_bytes = 4194304
-    rows = 4096                # rows of one request, for which all other requests wait
+    streams = 32               # open control streams, half of them for one connection
+    connection_calls = 32      # calls, streams and watchers of one connection; clients keep further ones back
+    message_bytes = 1048576
+    rows = 4096                # rows of one request
 
     [tls]                      # default: plaintext
     certificate = "server.pem"
@@ -45,6 +46,7 @@ from omcda_deploy.guard import GuardSetting
 from omcda_deploy.serve.security import Tls
 
 C = TypeVar("C")
+LARGEST = 2**31 - 1  # a C int, which gRPC takes
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class Limits:
     """Limits of a server's load; a call beyond them is answered RESOURCE_EXHAUSTED at once."""
 
     concurrent_calls: int = 64
-    streams: int = 16
-    message_bytes: int = 4 << 20
+    streams: int = 32
+    connection_calls: int = 32
+    message_bytes: int = 1 << 20
     rows: int = 4096
 
     def __post_init__(self) -> None:
@@ -61,6 +64,18 @@ class Limits:
             value = getattr(self, entry.name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"limits.{entry.name}: expected a whole number from 1 on, got {value!r}")
+            if value > LARGEST:
+                raise ConfigError(f"limits.{entry.name}: expected at most {LARGEST}, got {value}")
+
+    @property
+    def large_requests(self) -> int:
+        """Number of requests that may wait for the thread of large ones."""
+        return (self.concurrent_calls + 1) // 2
+
+    @property
+    def streams_of_one_connection(self) -> int:
+        """Number of control streams that one connection may have: half, so that no client can have them all."""
+        return (self.streams + 1) // 2
 
 
 @dataclass(frozen=True)

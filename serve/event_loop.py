@@ -1,4 +1,4 @@
-"""Choice of gRPC's poller and of the event loop.
+"""Choice of gRPC's poller, its own messages, and the event loop.
 
 Waiting for the network costs more than a small policy's answer. gRPC's newer event engine passes every message
 through threads of its own before asyncio's loop sees it; the older poller wakes one thread. uvloop saves more, but
@@ -17,9 +17,14 @@ _EXPERIMENTS = "GRPC_EXPERIMENTS"
 _POLLER = "-event_engine_listener"
 
 
-def choose_poller() -> None:
-    """Choose the older poller, unless the environment chooses. Call it before grpc is imported."""
+def choose_poller(*, json_lines: bool = False) -> None:
+    """Choose the older poller, unless the environment chooses. Call it before grpc is imported.
+
+    ``json_lines``: also turn gRPC's own messages on stderr off, as they are text.
+    """
     os.environ.setdefault(_EXPERIMENTS, _POLLER)
+    if json_lines:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

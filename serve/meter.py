@@ -3,13 +3,15 @@
 RPCs are counted as they come. Answers of models are kept as samples and counted in blocks, or when metrics or
 status are read: a numpy call costs about a microsecond, whether for one row or for a hundred.
 
-Samples are added in the event loop's thread only. They are counted under a lock, by that thread when a block is
-full or by a reader in another thread. Shapes: B rows of an answer, k agents of a model, O the sizes of their
-observations.
+Samples are added by the event loop's thread and that of large requests. They are counted under a lock, by one
+of these when a block is full, after the answer, or by a reader in another thread.
+
+Shapes: B rows of an answer, k agents of a model, O the sizes of their observations.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter, deque
@@ -137,13 +139,19 @@ class ModelMeter:
         self.shadow_failures = 0  # answers that a shadow could not give
 
     def add(self, sample: Sample) -> None:
-        """Add an answer."""
+        """Add an answer. A full block is counted after the answer was sent, if this is an event loop's thread."""
         self._samples.append(sample)
         self._entries += sample.rows * self._width
         if self._entries >= BLOCK:
             self._entries = 0
-            with self._counting:
-                self._count()
+            try:
+                asyncio.get_running_loop().call_soon(self._count_block)
+            except RuntimeError:  # no event loop here: nobody waits
+                self._count_block()
+
+    def _count_block(self) -> None:
+        with self._counting:
+            self._count()
 
     def totals(self) -> Totals:
         """Count all samples, and return a copy of the totals."""
@@ -181,9 +189,10 @@ class ModelMeter:
     def compare(self, action: NDArray[Any], shadow_action: NDArray[Any]) -> None:
         """Add the difference of a shadow's action from the one that was answered."""
         discrete = action.dtype.kind == "i"
-        difference = action != shadow_action if discrete else np.abs(action - shadow_action)
-        self.compared += 1
-        self.difference += float(difference.mean())
+        difference = float((action != shadow_action if discrete else np.abs(action - shadow_action)).mean())
+        with self._counting:
+            self.compared += 1
+            self.difference += difference
 
     def reset_comparison(self) -> None:
         self.compared, self.difference, self.shadow_failures = 0, 0.0, 0

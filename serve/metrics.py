@@ -6,9 +6,17 @@ agent, or ``team``), ``agent`` and ``version`` where they apply.
 
 from __future__ import annotations
 
+import logging
+import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import ThreadingHTTPServer
+from socketserver import TCPServer
+from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, MetricsHandler
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -20,8 +28,13 @@ from prometheus_client.process_collector import ProcessCollector
 
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.serve.handlers import CallTracker
+from omcda_deploy.serve.places import REFUSALS
 from omcda_deploy.serve.releases import Releases
 
+log = logging.getLogger(__name__)
+
+CONNECTIONS = 16  # of scrapers
+REQUEST_LIMIT_S = 5.0  # for each read of a request
 _RPC = ("grpc_type", "grpc_service", "grpc_method")
 _AGENT = ("model", "agent", "version")
 _VERSION = ("version", "current", "shadow")
@@ -59,12 +72,17 @@ class ServerCollector:
                 handled.add_metric([*labels, code], count)
             seconds.add_metric(labels, meter.seconds.cumulative(), meter.seconds.sum)
         streams = GaugeMetricFamily("omcda_control_streams", "Open control streams.")
-        streams.add_metric([], self._tracker.streams)
+        streams.add_metric([], len(self._tracker.streams))
         denied = CounterMetricFamily(
             "omcda_denied_calls", "Calls without a valid token, which no method saw."
         )
         denied.add_metric([], self._tracker.denied)
-        yield from (started, handled, seconds, late, streams, denied)
+        refused = CounterMetricFamily(
+            "omcda_refused_calls", "Calls refused or ended for lack of places, by reason.", labels=("reason",)
+        )
+        for reason in REFUSALS:
+            refused.add_metric([reason], self._tracker.refused[reason])
+        yield from (started, handled, seconds, late, streams, denied, refused)
 
     def _versions(self) -> Iterator[Metric]:
         releases = self._releases
@@ -138,6 +156,45 @@ class ServerCollector:
         yield from (compared, difference, failures)
 
 
+class _MetricsServer(ThreadingHTTPServer):
+    """Answers scrapes, each in a thread; when too many connections are open, the oldest one is closed."""
+
+    daemon_threads = True
+    request_queue_size = 128  # more than can come before the oldest are closed
+
+    def __init__(self, address: tuple[str, int], handler: type[MetricsHandler]) -> None:
+        family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        self.address_family = family
+        self._connections: list[socket.socket] = []  # from the oldest
+        self._changing = threading.Lock()
+        super().__init__(place[:2], handler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Bind, for IPv4 too if the address is that of all IPv6; without looking up the host's name."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changing:
+            self._connections.append(request)
+            oldest = self._connections.pop(0) if len(self._connections) > CONNECTIONS else None
+        if oldest is not None:
+            with suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread sees the end, and closes it
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._changing, suppress(ValueError):
+            self._connections.remove(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore clients that vanish; a defect of the metrics goes to the log."""
+        if not isinstance(error := sys.exc_info()[1], OSError):
+            log.error("metrics cannot be told", exc_info=error)
+
+
 def serve_metrics(collector: ServerCollector, host: str, port: int) -> Callable[[], None]:
     """Answer ``GET /metrics`` from a new thread; returns a function that stops it.
 
@@ -147,12 +204,16 @@ def serve_metrics(collector: ServerCollector, host: str, port: int) -> Callable[
     registry.register(collector)
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
+    handler: Any = MetricsHandler.factory(registry)
+    handler.timeout = REQUEST_LIMIT_S
     try:
-        server, thread = start_http_server(port, host, registry)
+        server = _MetricsServer((host, port), handler)
     except OSError as error:
         raise EndpointError(
             f"cannot serve metrics on {host}:{port}: {error.strerror}. Choose another port or stop what uses it"
         ) from error
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
 
     def stop() -> None:
         server.shutdown()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK, EVERYWHERE = "127.0.0.1", "::"
 GRACE_S = 5.0
 
 
@@ -30,7 +31,7 @@ class Listen:
     know no TLS and must be answered at any load, as those of Kubernetes.
     """
 
-    host: str = field(default=LOOPBACK, metadata=_cli("Address to listen on."))
+    host: str = field(default=LOOPBACK, metadata=_cli("Address to listen on; :: for all, of IPv4 too."))
     port: int = field(default=0, metadata=_cli("Port of the policy services; 0 takes a free one.", type=int))
     metrics_port: int | None = field(
         default=None, metadata=_cli("Port of /metrics, for Prometheus.", type=int)
@@ -51,6 +52,17 @@ class Listen:
             if entry.name != "host" and (port := getattr(self, entry.name)) is not None
         }
         return dataclasses.replace(self, **ports)
+
+    def usable(self) -> Listen:
+        """Return the addresses that this machine has: without IPv6, those of IPv4 for ``::``, which means all."""
+        if self.host != EVERYWHERE:
+            return self
+        try:
+            with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+                probe.bind((EVERYWHERE, 0))
+        except OSError:
+            return dataclasses.replace(self, host="0.0.0.0")
+        return self
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,10 @@ class ServeOptions:
     supervisor: int | None = field(
         default=None,
         metadata=_cli("Id of the parent process; the server stops when that process has ended.", type=int),
+    )
+    pin: str | None = field(
+        default=None,
+        metadata=_cli("VERSION@DIGEST that answered before this start; a supervisor sets it."),
     )
 
     def to_argv(self) -> list[str]:

@@ -1,11 +1,6 @@
 """The versions of a team that a server holds, and which of them answers.
 
-A server is given one bundle, or a folder of bundles named by version::
-
-    releases/1/bundle.json …
-    releases/2/bundle.json …
-    releases/current              the version that answers and, on the next line, the one before;
-                                  without this file the highest version answers
+A server is given one bundle, or a folder of bundles named by version (:mod:`omcda_deploy.serve.repository`).
 
 A request may name its version, so that an episode keeps one version while others are loaded and unloaded; a request
 that names none is answered by the current one. A version that is no longer current is unloaded when no request has
@@ -15,7 +10,6 @@ named it for ``releases.retire_s`` seconds. All versions of a team have one cont
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import sys
@@ -28,11 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from omcda_deploy.bundle import MANIFEST, Bundle, read_bundle
 from omcda_deploy.errors import BundleError, ConfigError, ContractError, UnknownNameError
-from omcda_deploy.files import atomic
+from omcda_deploy.serve.batches import return_free_memory
 from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.meter import Histogram
+from omcda_deploy.serve.repository import Pin, Repository
 from omcda_deploy.serve.session import NAME_LIMIT, Models, Session
 from omcda_deploy.serve.status import ExhaustedError, RequestError, StateError
 from omcda_deploy.serve.wire import WireTensors
@@ -41,65 +35,10 @@ from omcda_deploy.spec import require_same_contract
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-ONLY_VERSION = "1"  # the name of the version where one bundle is served
-CURRENT = "current"  # name of the file with the current and the previous version
 LEAST_PRIORITY = 19
 LOADING_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
 # Pauses after each model that is loaded or freed: they keep the milliseconds in which requests wait rare.
 LOAD_PAUSE_S, CLOSE_PAUSE_S = 0.2, 0.02
-
-
-class Repository:
-    """The bundles on disk by version."""
-
-    def __init__(self, source: Path) -> None:
-        self._source = source
-        self._single = (source / MANIFEST).is_file()
-
-    def versions(self) -> list[str]:
-        """List the versions, from the lowest. Raises :class:`BundleError` if there is none."""
-        if self._single:
-            return [ONLY_VERSION]
-        versions = [
-            path.name
-            for path in (self._source.iterdir() if self._source.is_dir() else ())
-            if path.name.isdecimal() and (path / MANIFEST).is_file()
-        ]
-        if not versions:
-            raise BundleError(
-                f"{self._source}: expected a bundle, or a folder of bundles named 1, 2, …, found none. Make one "
-                "with  omcda-deploy export"
-            )
-        return sorted(versions, key=int)
-
-    def read(self, version: str) -> Bundle:
-        """Read a version's bundle. Raises :class:`UnknownNameError` and :class:`BundleError`."""
-        if version not in (versions := self.versions()):
-            raise UnknownNameError("version", version[:NAME_LIMIT], versions)
-        return read_bundle(self._source if self._single else self._source / version)
-
-    def current(self) -> tuple[str, str]:
-        """Return the current version and the previous one, which is empty if there is none any more."""
-        versions = self.versions()
-        file = self._source / CURRENT
-        if self._single or not file.is_file():
-            return versions[-1], ""
-        version, previous = [*file.read_text(errors="replace").split(), "", ""][:2]
-        if version not in versions:
-            raise BundleError(
-                f"{file} says {version!r}: expected one of {', '.join(versions)}; correct or remove it"
-            )
-        return version, previous if previous in versions else ""
-
-    def write_current(self, version: str, previous: str) -> None:
-        """Remember both for the next start. Raises :class:`ConfigError` if the folder cannot be written."""
-        if self._single:
-            return
-        try:
-            with atomic(self._source / CURRENT) as temporary:
-                temporary.write_text(f"{version}\n{previous}\n")
-        except OSError as error:
-            raise ConfigError(f"{self._source / CURRENT} cannot be written: {error.strerror}") from error
 
 
 def _lower_priority() -> None:
@@ -109,10 +48,9 @@ def _lower_priority() -> None:
 
 
 def _free(models: Models) -> None:
-    """Close models and return their memory, which glibc would keep in pieces too small for the next version."""
+    """Close models and return their memory, of which pieces too small for the next version would be left."""
     models.close(CLOSE_PAUSE_S)
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc only
-        trim(0)
+    return_free_memory()
 
 
 def _require_named(version: str) -> None:
@@ -142,16 +80,19 @@ class Releases:
     Its coroutines change which versions those are; a lock lets one of them run at a time.
     """
 
-    def __init__(self, source: str | Path, models: Sequence[str], config: ServerConfig) -> None:
+    def __init__(
+        self, source: str | Path, models: Sequence[str], config: ServerConfig, pin: Pin | None = None
+    ) -> None:
         """Load the current version, and the previous one for episodes that outlive a server which died.
 
-        ``source``: a bundle or a folder of versions. ``models``: agents or ``team``; all if empty.
+        ``source``: a bundle or a folder of versions. ``models``: agents or ``team``; all if empty. ``pin``: as for
+        :meth:`Repository.begin`.
 
         Raises :class:`BundleError`, :class:`ConfigError`, and :class:`UnknownNameError` for an unknown model.
         """
         self._repository = Repository(Path(source))
         self._names, self._config = models, config
-        self.current, self.previous = self._repository.current()
+        self.current, self.previous = self._repository.begin(pin)
         self.shadow = ""
         first = self._load(self.current)
         self.spec = first.bundle.spec
@@ -162,6 +103,9 @@ class Releases:
                 self._hold(self._load(self.previous))
             except (BundleError, ConfigError, ContractError) as error:
                 log.warning("version %s, which answered before, is not held: %s", self.previous, error)
+        self.answered: Callable[[str, str], None] | None = (
+            None  # called with model and version of each answer
+        )
         self._lock = asyncio.Lock()
         self.loading = Histogram(LOADING_BOUNDS)  # seconds of each load
         self._worker = ThreadPoolExecutor(1, "releases", _lower_priority)
@@ -198,6 +142,8 @@ class Releases:
                 "batches, or raise limits.rows"
             )
         answer = session.answer(tensors)
+        if self.answered is not None:
+            self.answered(session.name, session.version)
         if self.shadow and session.version == self.current:
             self._compare_with_shadow(session, tensors, answer["action"])
         return answer
@@ -223,18 +169,32 @@ class Releases:
             self.loading.add(time.perf_counter() - began)
             self._hold(loaded)
 
-    async def switch(self, version: str) -> None:
-        """Make a version the current one. Raises :class:`UnknownNameError` if it is not held: load it first."""
+    async def switch(self, version: str, expected: str = "", previous: str | None = None) -> None:
+        """Make a version the current one.
+
+        ``expected``: the version that it replaces, if that matters. ``previous``: the version that counts from then
+        on as the one before; the one that it replaces if None.
+
+        Raises :class:`UnknownNameError` if it is not held (load it first), and :class:`StateError` if ``expected``
+        is not current.
+        """
         _require_named(version)
         async with self._lock:
             self.models(version)
+            if expected not in ("", self.current):
+                raise StateError(
+                    f"expected version {expected[:NAME_LIMIT]} to be current, version {self.current} is: somebody "
+                    "else has switched meanwhile, look at the status and decide again"
+                )
+            if version == self.current and previous is None:
+                return
+            previous = self.current if previous is None else previous
+            # Writing to a disk takes milliseconds, in which the event loop goes on answering.
+            await self._in_worker(self._repository.write_current, version, previous)
             if version == self.shadow:
                 self.shadow = ""
-            if version != self.current:
-                # Writing to a disk takes milliseconds, in which the event loop goes on answering.
-                await self._in_worker(self._repository.write_current, version, self.current)
-                self.models(self.current)  # its idle time begins now
-                self.previous, self.current = self.current, version
+            self.models(self.current)  # its idle time begins now
+            self.previous, self.current = previous, version
 
     async def unload(self, version: str) -> None:
         """Stop holding a version. Raises :class:`StateError` if it is the current one or the shadow."""
@@ -269,6 +229,12 @@ class Releases:
             for version in idle:
                 await self._drop(version)
             return idle
+
+    def release_memory(self) -> None:
+        """Free the memory that large batches needed."""
+        for models, _ in list(self.held_versions()):
+            for session in list(models.sessions.values()):
+                session.release_memory()
 
     def _hold(self, loaded: Models) -> None:
         """Hold a loaded version. Raises :class:`ContractError` if it was made for another team."""

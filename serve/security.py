@@ -40,6 +40,7 @@ class Tls:
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one port. Raises :class:`ConfigError` for a file that cannot be read."""
         current = self._read()
+        trouble = _Trouble()
 
         def fetch() -> Any:
             """Return the files' configuration at a handshake if it has changed, otherwise None."""
@@ -47,8 +48,9 @@ class Tls:
             try:
                 files = self._read()
             except ConfigError as error:  # half-written, or missing for a moment: the last contents stay
-                log.warning("%s", error)
+                trouble.tell(error)
                 return None
+            trouble.end()
             if files == current:
                 return None
             current = files
@@ -68,6 +70,21 @@ def _configuration(key: bytes, certificate: bytes, authority: bytes | None) -> A
     return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
 
 
+class _Trouble:
+    """Warns of a file once, until it can be read again: it may be wanted hundreds of times a second."""
+
+    def __init__(self) -> None:
+        self._told = ""
+
+    def tell(self, error: ConfigError) -> None:
+        if str(error) != self._told:
+            self._told = str(error)
+            log.warning("%s; the last contents stay", error)
+
+    def end(self) -> None:
+        self._told = ""
+
+
 class Tokens:
     """The tokens of a file. Raises :class:`ConfigError` if it has none at the start."""
 
@@ -76,6 +93,7 @@ class Tokens:
         self._checked = time.monotonic()
         self._stamp = self._file_stamp()
         self._digests = self._load()
+        self._trouble = _Trouble()
 
     def admit(self, authorization: str) -> bool:
         """Return whether the value of an ``authorization`` header is ``Bearer`` and one of the tokens."""
@@ -108,8 +126,9 @@ class Tokens:
             if (stamp := self._file_stamp()) != self._stamp:
                 self._digests, self._stamp = self._load(), stamp
                 log.info("%s was read again: %d tokens", self._file, len(self._digests))
+            self._trouble.end()
         except ConfigError as error:  # half-written, or missing for a moment: the last tokens stay
-            log.warning("%s", error)
+            self._trouble.tell(error)
 
     def _file_stamp(self) -> tuple[int, int]:
         """Return the file's modification time in ns and its size."""

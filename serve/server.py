@@ -14,20 +14,22 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
 from omcda_deploy.errors import ConfigError, EndpointError, OmcdaError
 from omcda_deploy.serve import event_loop, introspection, oip, policy_service
 from omcda_deploy.serve.admin import AdminService
+from omcda_deploy.serve.batches import return_free_memory, return_large_memory
 from omcda_deploy.serve.config import ServerConfig, read_server_config
 from omcda_deploy.serve.handlers import CallTracker
 from omcda_deploy.serve.logs import configure_logging
 from omcda_deploy.serve.options import LOOPBACK, Listen, ServeOptions
 from omcda_deploy.serve.releases import Releases
+from omcda_deploy.serve.repository import Pin
 from omcda_deploy.serve.security import Tls, TokenInterceptor, Tokens
 from omcda_deploy.serve.tracing import Tracing
 
@@ -35,8 +37,14 @@ log = logging.getLogger(__name__)
 
 SUPERVISOR_CHECK_S = 1.0  # between two checks that the supervisor is alive
 NOTICE_S = 0.1  # from NOT_SERVING to the first refusal, in which watchers hear of it and requests arrive
-# By default gRPC shares a port between servers: a second server would take half of the first one's calls.
-_CHANNEL_OPTIONS = (("grpc.so_reuseport", 0),)
+_CHANNEL_OPTIONS = (
+    # By default gRPC shares a port between servers: a second server would take half of the first one's calls.
+    ("grpc.so_reuseport", 0),
+    # Peers that vanished without a word are noticed in half a minute, and their streams end.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+)
 
 
 def serve(options: ServeOptions) -> None:
@@ -51,11 +59,21 @@ def serve(options: ServeOptions) -> None:
     an address cannot be used.
     """
     config = read_server_config(options.config)
+    options = replace(options, listen=options.listen.usable())
+    return_large_memory()
     tracing = Tracing() if options.trace else None
     tracker = CallTracker(config.limits, tracing)
     security = _Security.of(config, tracker)
     require_startable([options.listen], options.grace_s)
-    releases = Releases(options.source, options.models, config)
+    pin = None if options.pin is None else Pin.parse(options.pin)
+    releases = Releases(options.source, options.models, config, pin)
+    releases.answered = None if tracing is None else tracing.answered
+
+    def release_memory() -> None:
+        releases.release_memory()
+        return_free_memory()
+
+    tracker.batches.release_memory = release_memory
     try:
         event_loop.run(_serve(options, config, releases, tracker, security))
     finally:
@@ -165,8 +183,11 @@ async def _serve(
     limits, listen = config.limits, options.listen
     server = grpc.aio.server(
         interceptors=security.interceptors,
-        options=(*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", limits.message_bytes)),
-        maximum_concurrent_rpcs=limits.concurrent_calls + limits.streams,
+        options=(
+            *_CHANNEL_OPTIONS,
+            ("grpc.max_receive_message_length", limits.message_bytes),
+            ("grpc.max_concurrent_streams", limits.connection_calls),
+        ),
     )
     inference = oip.InferenceService(releases)
     policy = policy_service.PolicyService(releases)
@@ -174,13 +195,15 @@ async def _serve(
     services = (oip.SERVICE, policy_service.SERVICE)
     health = introspection.Health(services, tracker)
     server.add_generic_rpc_handlers((health.handlers(),))
-    introspection.add_reflection(server, (*services, introspection.HEALTH))
+    introspection.add_reflection(server, (*services, introspection.HEALTH), tracker)
     port = security.add_port(server, listen.host, listen.port)
     async with AsyncExitStack() as stack:
         if options.supervisor is not None:
             stack.callback(asyncio.create_task(_stop_with(options.supervisor, stop)).cancel)
+            stack.callback(_answer_supervisor())
+        stack.callback(asyncio.create_task(tracker.sweep()).cancel)
         if listen.admin_port is not None:
-            admin = AdminService(releases, lambda: inference.ready)
+            admin = AdminService(releases, tracker.streams, lambda: inference.ready)
             await _start_beside(stack, admin.handlers(), security, LOOPBACK, listen.admin_port)
             stack.callback(asyncio.create_task(admin.retire()).cancel)
         if listen.metrics_port is not None:
@@ -193,16 +216,12 @@ async def _serve(
             await _start_beside(stack, health.handlers(), _Security(), listen.host, listen.health_port)
         gc.collect()
         gc.freeze()  # the loaded objects stay, so later collections need not visit them
-        print_ready_line(
-            f"serving {', '.join(releases.models().sessions)} on {address_of(listen.host, port)}"
-        )
+        print_line(f"serving {', '.join(releases.models().sessions)} on {address_of(listen.host, port)}")
         await stop.wait()
         inference.ready = False
         await health.enter_graceful_shutdown()
         await asyncio.sleep(min(NOTICE_S, options.grace_s))
-        await tracker.wait_until_quiet(options.grace_s / 2)
-        await tracker.stop()
-        await server.stop(options.grace_s / 2)
+        await tracker.stop(server, options.grace_s)
 
 
 async def _stop_with(supervisor: int, stop: asyncio.Event) -> None:
@@ -211,6 +230,20 @@ async def _stop_with(supervisor: int, stop: asyncio.Event) -> None:
         await asyncio.sleep(SUPERVISOR_CHECK_S)
     log.error("the supervisor of this server has died: stopping")
     stop.set()
+
+
+def _answer_supervisor() -> Callable[[], object]:
+    """Answer each question on standard input from the event loop; returns a function that ends this."""
+    loop, questions = asyncio.get_running_loop(), sys.stdin.fileno()
+
+    def answer() -> None:
+        if os.read(questions, 1 << 12):
+            print_line("well")
+        else:
+            loop.remove_reader(questions)
+
+    loop.add_reader(questions, answer)
+    return lambda: loop.remove_reader(questions)
 
 
 async def _start_beside(
@@ -224,10 +257,18 @@ async def _start_beside(
     stack.push_async_callback(server.stop, 0)
 
 
-def print_ready_line(line: str) -> None:
-    """Print one line and flush it; the supervisor waits for it."""
+def print_line(line: str) -> None:
+    """Print one line and flush it, as the supervisor waits for it."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def print_error(error: OmcdaError, *, json_lines: bool) -> None:
+    """Print the one line of an error that ends this process, in the form of its logs."""
+    if json_lines:
+        log.critical("%s", error)
+    else:
+        sys.stderr.write(f"error: {error}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         serve(options)
     except OmcdaError as error:
-        sys.stderr.write(f"error: {error}\n")
+        print_error(error, json_lines=options.log_json)
         return 2
     except KeyboardInterrupt:  # before the server handles signals itself
         return 130

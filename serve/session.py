@@ -15,6 +15,7 @@ from omcda_deploy.errors import UnknownNameError
 from omcda_deploy.guard import Guard, GuardSetting
 from omcda_deploy.local import OnnxModel
 from omcda_deploy.protos.tensors import DTYPES, answer_tensors, input_tensors
+from omcda_deploy.serve.batches import LARGE_BYTES
 from omcda_deploy.serve.meter import ModelMeter, Sample
 from omcda_deploy.serve.status import RangeError, RequestError
 from omcda_deploy.serve.step import OrdinaryStep, all_finite
@@ -48,6 +49,7 @@ class Session:
         # The fast path copies bytes, which are little-endian on the wire, and measures no distance.
         fast = sys.byteorder == "little" and not self._limited
         self._step = OrdinaryStep(self._model.row, self.guard, self.meter) if fast else None
+        self._grown = False  # the model keeps the memory of a large batch
         self._warm_up()
 
     def answer(self, tensors: WireTensors) -> dict[str, bytes]:
@@ -98,6 +100,7 @@ class Session:
         return self.guard(feeds["noise"], outputs).action
 
     def _run_model(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        self._grown |= feeds["observation"].nbytes > LARGE_BYTES
         with np.errstate(all="ignore"):
             outputs = self._model.run(feeds)
         # A tanh hides an overflow, an argmax turns it into an arbitrary action, and no guard can compare NaN.
@@ -167,14 +170,21 @@ class Session:
                     f"in row {int(available.argmin())}"
                 )
 
+    def release_memory(self) -> None:
+        """Free the memory that large batches needed."""
+        if self._grown:
+            self._grown = False
+            self._model.run(self._example(2), release=True)
+
     def _warm_up(self) -> None:
         """Run the model once, so that the first request does not wait for its allocations."""
-        self._model.run(
-            {
-                name: np.full(tensor.shape(1), tensor.datatype == "UINT8", DTYPES[tensor.datatype])
-                for name, tensor in self.inputs.items()
-            }
-        )
+        self._model.run(self._example(1))
+
+    def _example(self, rows: int) -> dict[str, NDArray[Any]]:
+        return {
+            name: np.full(tensor.shape(rows), tensor.datatype == "UINT8", DTYPES[tensor.datatype])
+            for name, tensor in self.inputs.items()
+        }
 
 
 class Models:

@@ -34,6 +34,10 @@ class StoppingError(OmcdaError):
     """A control step that came after the server began to stop."""
 
 
+class EndedError(OmcdaError):
+    """A control stream that an operator has ended."""
+
+
 STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (DecodeError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -45,13 +49,18 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (ContractError, grpc.StatusCode.FAILED_PRECONDITION),
     (ExhaustedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StoppingError, grpc.StatusCode.UNAVAILABLE),
+    (EndedError, grpc.StatusCode.UNAVAILABLE),
 )
+
+
+def code_of(error: Exception) -> grpc.StatusCode:
+    """Return the status code for ``error``: INTERNAL for a defect."""
+    return next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
     """Return the status code and details for ``error``; the particulars of a defect go to the log only."""
-    for kind, code in STATUS:
-        if isinstance(error, kind):
-            return code, str(error)[:DETAILS_LIMIT]
+    if (code := code_of(error)) is not grpc.StatusCode.INTERNAL:
+        return code, str(error)[:DETAILS_LIMIT]
     log.error("request failed", exc_info=error)
-    return grpc.StatusCode.INTERNAL, "the server failed to answer; its log says why"
+    return code, "the server failed to answer; its log says why"

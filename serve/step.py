@@ -1,8 +1,8 @@
 """The fast path for one ordinary control step, from bytes to bytes.
 
-A step is ordinary if it needs no error message: one row of finite numbers, an available action, and a guard that
-does not act. :class:`omcda_deploy.serve.session.Session` handles all other requests. On an ordinary step both paths
-answer byte for byte the same.
+A step is ordinary if it needs no error message: one row of finite numbers, and an available action.
+:class:`omcda_deploy.serve.session.Session` handles all other requests. On an ordinary step both paths answer byte
+for byte the same.
 
 In a server, whose CPU caches are used by gRPC too, each numpy call costs more than a microsecond. Hence this path
 uses buffers that are bound once, and plain Python numbers.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.guard import Guard
 from omcda_deploy.local import BoundRow
+from omcda_deploy.serve.guarded_row import GuardedRow
 from omcda_deploy.serve.meter import ModelMeter, Sample
 from omcda_deploy.serve.wire import WireTensors
 
@@ -36,6 +38,10 @@ class OrdinaryStep:
         self._names = (*row.outputs, "policy_weight")
         weight = np.ones(len(guard.agents), np.float32)
         self._outputs = [array.data.cast("B") for array in (*row.outputs.values(), weight)]
+        self._guarded = GuardedRow(guard, row)
+        action = row.outputs["action"]
+        self._pack_action = Struct(f"<{action.size}{'q' if action.dtype.kind == 'i' else 'f'}").pack
+        self._pack_weight = Struct(f"<{len(guard.agents)}f").pack
         self._zero_noise = bytes(self._noise.nbytes)
         self._limits = guard.limits
         self._divergence = row.outputs["divergence"].reshape(-1).data
@@ -70,15 +76,22 @@ class OrdinaryStep:
             if not math.isfinite(sum(divergence)):
                 return None
             action = self._action.tolist()
-            if mask:
-                if not all(mask[agent][choice] for agent, choice in zip(self._choices, action, strict=True)):
-                    return None
-            elif not math.isfinite(sum(action)):
+            if not mask and not math.isfinite(sum(action)):
                 return None
+            outputs = dict(zip(self._names, map(memoryview.tobytes, self._outputs), strict=True))
             for index, limit in self._limits:
                 if divergence[index] > limit:
-                    return None
-            outputs = dict(zip(self._names, map(memoryview.tobytes, self._outputs), strict=True))
+                    try:
+                        action, weight = self._guarded(divergence)
+                    except ArithmeticError:
+                        return None
+                    outputs["action"] = self._pack_action(*action)
+                    outputs["policy_weight"] = self._pack_weight(*weight)
+                    break
+            if mask and not all(
+                mask[agent][choice] for agent, choice in zip(self._choices, action, strict=True)
+            ):
+                return None
         divergences, weights = outputs["divergence"], outputs["policy_weight"]
         seconds = time.perf_counter() - began
         self._meter.add(Sample(1, observation, divergences, weights, began, seconds))

@@ -1,4 +1,8 @@
-"""A supervisor: one server process per agent, started together, restarted if one dies, stopped together."""
+"""A supervisor: one server process per agent, started together, restarted if one dies or hangs, stopped together.
+
+The supervisor asks each server every second whether it is well, on the server's standard input. The server's event
+loop, which also answers steps, answers on standard output: this needs no port, certificate or token.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import FrameType
 
-from omcda_deploy.errors import EndpointError
+from omcda_deploy.errors import EndpointError, OmcdaError
 from omcda_deploy.serve.config import read_server_config
 from omcda_deploy.serve.options import Listen, ServeOptions
-from omcda_deploy.serve.releases import Repository
-from omcda_deploy.serve.server import NOTICE_S, address_of, print_ready_line, require_startable
+from omcda_deploy.serve.repository import Pin, Repository
+from omcda_deploy.serve.server import NOTICE_S, address_of, print_line, require_startable
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +30,13 @@ START_LIMIT_S = 60.0
 POLL_S = 0.1
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 10.0  # before a server that died is started again
 HEALTHY_S = 60.0  # a server that lived this long is started again after the first delay
-KILL_MARGIN_S = 5.0  # from the end of the grace period until a server is killed
+KILL_MARGIN_S = 3.0  # from the end of the grace period until a server is killed
+LOOK_S = 1.0  # between two questions to a server, and between two looks at the version
+HUNG, SILENT = (
+    5,
+    3,
+)  # questions without an answer after which a server is restarted; on a stop, not waited for
+QUESTION = b"?\n"
 
 
 class Backoff:
@@ -44,12 +54,12 @@ class Backoff:
 
 
 class AgentServer:
-    """The process that serves one agent, and its restarts."""
+    """The process that serves one agent, and its restarts. ``command``: of the next start."""
 
     def __init__(self, agent: str, endpoint: str, command: Sequence[str]) -> None:
         self.agent = agent
         self.endpoint = endpoint
-        self._command = command
+        self.command = command
         self._backoff = Backoff()
         self._restart_at: float | None = None
         self._start()
@@ -57,6 +67,25 @@ class AgentServer:
     def exit_status(self) -> int | None:
         """Return the process' exit status, negative for a signal that killed it; None while it lives."""
         return self._process.poll()
+
+    def look(self) -> None:
+        """Ask the process whether it is well, and kill it if it has not answered for long."""
+        if self._restart_at is not None:
+            return
+        if self._unanswered >= HUNG:
+            self._kill(f"has not answered for {HUNG * LOOK_S:.0f} s")
+        elif self.ready:
+            self._unanswered += 1
+            assert self._process.stdin is not None
+            with suppress(OSError):  # it has died, or the pipe is full of questions
+                os.write(self._process.stdin.fileno(), QUESTION)
+        elif time.monotonic() - self._started > START_LIMIT_S:
+            self._kill(f"was not ready within {START_LIMIT_S:.0f} s")
+
+    def _kill(self, why: str) -> None:
+        log.error("the server of %s on %s %s and is killed", self.agent, self.endpoint, why)
+        self._unanswered = 0
+        self._process.kill()
 
     def keep_alive(self) -> None:
         """Start the process again if it has died and its delay has passed. Never waits."""
@@ -68,6 +97,7 @@ class AgentServer:
                 except OSError as error:  # no memory or process left: tried again after the next delay
                     log.error("the server of %s cannot be started: %s", self.agent, error.strerror)
         elif (status := self.exit_status()) is not None:
+            self._close_pipe()
             delay = self._backoff.after(now - self._started)
             self._restart_at = now + delay
             log.error(
@@ -84,8 +114,9 @@ class AgentServer:
         return self._ready.is_set()
 
     def terminate(self) -> None:
+        """Let the process drain; one that hangs would not."""
         if self.exit_status() is None:
-            self._process.terminate()
+            (self._process.kill if self._unanswered >= SILENT else self._process.terminate)()
 
     def wait(self, limit_s: float) -> None:
         """Return when the process has ended; kill it after ``limit_s`` seconds."""
@@ -95,23 +126,33 @@ class AgentServer:
             log.error("the server of %s did not stop within its grace and is killed", self.agent)
             self._process.kill()
             self._process.wait()
+        self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def _start(self) -> None:
-        """Start the process, and a thread that waits for its ready line."""
+        """Start the process, and a thread that reads its lines."""
         self._restart_at = None
         self._started = time.monotonic()
-        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        self._unanswered = 0
+        self._process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
         self._ready = threading.Event()
-        # A server prints its first line when it is ready, whatever its address and certificates are.
         reader = threading.Thread(target=self._listen, args=(self._process, self._ready), daemon=True)
         reader.start()
 
-    @staticmethod
-    def _listen(process: subprocess.Popen[bytes], ready: threading.Event) -> None:
+    def _listen(self, process: subprocess.Popen[bytes], ready: threading.Event) -> None:
+        """Read lines: the first one comes when the server is ready, and one for every question."""
         assert process.stdout is not None
         with process.stdout as lines:
-            for _ in lines:
+            while lines.readline():
                 ready.set()
+                self._unanswered = 0
 
 
 def serve_team(options: ServeOptions) -> None:
@@ -124,8 +165,10 @@ def serve_team(options: ServeOptions) -> None:
     Raises :class:`BundleError`, :class:`ConfigError`, and :class:`EndpointError` if a server does not start the
     first time (the others are then stopped).
     """
+    options = replace(options, listen=options.listen.usable())
     repository = Repository(options.source)
-    agents = repository.read(repository.current()[0]).spec.names
+    pin = repository.pin()
+    agents = repository.read(pin.version).spec.names
     read_server_config(options.config).guards_of(agents)  # one error message rather than one per process
     places = {agent: options.listen.shifted(index) for index, agent in enumerate(agents)}
     if options.listen.port == 0:
@@ -136,21 +179,29 @@ def serve_team(options: ServeOptions) -> None:
         try:
             for agent, place in places.items():
                 endpoint = address_of(place.host, place.port)
-                servers.append(AgentServer(agent, endpoint, _command(options, agent, place)))
+                servers.append(AgentServer(agent, endpoint, _command(options, agent, place, pin)))
             _wait_until_ready(servers, stop)
             if not stop.is_set():
                 for server in servers:
-                    print_ready_line(f"serving {server.agent} on {server.endpoint}")
+                    print_line(f"serving {server.agent} on {server.endpoint}")
+            look_at = 0.0
             while not stop.wait(POLL_S):
+                if (now := time.monotonic()) >= look_at:
+                    look_at = now + LOOK_S
+                    with suppress(OmcdaError):  # a folder that cannot be read now: the last version stays
+                        pin = repository.pin(pin)
+                    for server in servers:
+                        server.command = _command(options, server.agent, places[server.agent], pin)
+                        server.look()
                 for server in servers:
                     server.keep_alive()
         finally:
             _stop(servers, options.grace_s)
 
 
-def _command(options: ServeOptions, agent: str, place: Listen) -> list[str]:
+def _command(options: ServeOptions, agent: str, place: Listen, pin: Pin) -> list[str]:
     """Return the command line of one agent's server."""
-    child = replace(options, models=(agent,), listen=place, supervisor=os.getpid())
+    child = replace(options, models=(agent,), listen=place, pin=str(pin), supervisor=os.getpid())
     return [sys.executable, "-m", "omcda_deploy.serve", *child.to_argv()]
 
 

@@ -1,28 +1,43 @@
-"""Administration of a team's servers: load, switch and roll back versions on all of them together.
+"""Administration of a team's servers: versions and control streams of all of them together.
 
 A switch has two phases. First every server loads and warms up the version, which changes nothing for clients; if
 one server cannot, the switch fails and the others unload the version again. Only then every server makes it
 current. Clients name the version of their episode in every request, so none of them notices the moment in which
 some servers have switched and others have not.
+
+In the second phase each server is told which version it is to replace, and refuses if that is not current any more.
+So of two operators who switch at once at most one succeeds, and the other one's half is undone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from google.protobuf.message import Message
 
 from omcda_deploy.client.channel import Credentials, open_channel
 from omcda_deploy.errors import EndpointError
-from omcda_deploy.protos.admin_pb2 import GetStatusRequest, ServerStatus, VersionRequest
+from omcda_deploy.protos.admin_pb2 import (
+    ControlStream,
+    ControlStreams,
+    EndStreamsRequest,
+    GetStatusRequest,
+    ListStreamsRequest,
+    ServerStatus,
+    VersionRequest,
+)
 
 SERVICE = "/omcda.v1.AdminService/"
 LIMIT_S = 60.0  # for one call, as a large bundle on a slow disk needs it
+UNDO_LIMIT_S = 5.0  # a server that does not answer has done nothing that could be undone
 
 Statuses = dict[str, ServerStatus]  # by endpoint
+Streams = dict[str, list[ControlStream]]  # by endpoint
+_ANSWERS: Mapping[str, Any] = {"ListStreams": ControlStreams, "EndStreams": ControlStreams}
 
 
 class TeamAdmin:
@@ -43,54 +58,65 @@ class TeamAdmin:
 
     def status(self) -> Statuses:
         """Return the statuses of all servers."""
-        return self._all("GetStatus", self._channels)
+        return self._all("GetStatus", GetStatusRequest())
 
     def survey(self) -> tuple[Statuses, Mapping[str, str]]:
         """Return the statuses of the servers that answer, and the errors of the others, by endpoint."""
-        return self._ask("GetStatus", self._channels, "")
+        return self._ask("GetStatus", dict.fromkeys(self._channels, GetStatusRequest()))
 
     def load(self, version: str) -> Statuses:
         """Load a version on all servers, or on none."""
+        request = VersionRequest(version=version)
         without = [
             endpoint for endpoint, status in self.status().items() if version not in _held_versions(status)
         ]
         try:
-            return self._all("Load", self._channels, version)
+            return self._all("Load", request)
         except EndpointError:
-            self._undo("Unload", without, version)
+            self._ask("Unload", dict.fromkeys(without, request))
             raise
 
-    def switch(self, version: str) -> Statuses:
-        """Load a version on all servers and make it current on all, or on none."""
-        statuses = self.load(version)
-        try:
-            return self._all("Switch", self._channels, version)
-        except EndpointError:
-            for endpoint, status in statuses.items():
-                self._undo("Switch", [endpoint], status.current)
-            raise
+    def switch(self, version: str, replacing: str | None = None) -> Statuses:
+        """Load a version on all servers and make it current on all, or on none.
+
+        ``replacing``: the version that must be current on all of them; what is current on each now if None.
+        """
+        return self._switch(version, self.status(), replacing)
 
     def rollback(self) -> Statuses:
         """Switch to the version that answered before."""
-        previous = {endpoint: status.previous for endpoint, status in self.status().items()}
-        versions = set(previous.values())
+        statuses = self.status()
+        versions = {status.previous for status in statuses.values()}
         if len(versions) != 1 or "" in versions:
-            listing = ", ".join(f"{endpoint} {version or 'none'}" for endpoint, version in previous.items())
+            listing = ", ".join(
+                f"{endpoint} {status.previous or 'none'}" for endpoint, status in statuses.items()
+            )
             raise EndpointError(
                 f"expected one previous version on all servers, got {listing}: name the version with  "
                 "release switch"
             )
-        return self.switch(versions.pop())
+        return self._switch(versions.pop(), statuses)
 
     def unload(self, version: str) -> Statuses:
         """Unload a version on all servers."""
-        return self._all("Unload", self._channels, version)
+        return self._all("Unload", VersionRequest(version=version))
 
     def shadow(self, version: str) -> Statuses:
         """Load a version on all servers and run it beside the current one; an empty version ends that."""
         if version:
             self.load(version)
-        return self._all("Shadow", self._channels, version)
+        return self._all("Shadow", VersionRequest(version=version))
+
+    def streams(self) -> Streams:
+        """Return the open control streams of all servers, by endpoint."""
+        return _streams(self._all("ListStreams", ListStreamsRequest()))
+
+    def end_streams(self, client: str) -> Streams:
+        """End the control streams of a client on all servers, and return them.
+
+        ``client``: its address as :meth:`streams` tells it, its host for all its streams, or ``"all"``.
+        """
+        return _streams(self._all("EndStreams", EndStreamsRequest(client=client)))
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -105,23 +131,44 @@ class TeamAdmin:
     ) -> None:
         self.close()
 
-    def _all(self, method: str, endpoints: Iterable[str], version: str = "") -> Statuses:
-        answers, failures = self._ask(method, endpoints, version)
+    def _switch(self, version: str, before: Statuses, replacing: str | None = None) -> Statuses:
+        """Switch from the versions that are current in ``before``, or leave those and the previous ones."""
+        self.load(version)
+        answers, failures = self._ask(
+            "Switch",
+            {
+                endpoint: VersionRequest(version=version, expected_current=replacing or status.current)
+                for endpoint, status in before.items()
+            },
+        )
         if failures:
-            listing = "; ".join(f"{endpoint}: {reason}" for endpoint, reason in failures.items())
-            raise EndpointError(
-                f"{method} {version}".strip() + f" failed on {len(failures)} servers: {listing}"
-            )
+            undo = {
+                endpoint: VersionRequest(
+                    version=status.current, expected_current=version, previous=status.previous
+                )
+                for endpoint, status in before.items()
+                if status.current != version
+            }
+            self._ask("Switch", undo, UNDO_LIMIT_S)  # refused by the servers that have not switched
+            raise _failure("Switch", version, failures)
         return answers
 
-    def _undo(self, method: str, endpoints: Iterable[str], version: str) -> None:
-        """Undo a change where it can be undone: a server that cannot be reached has no change left to undo."""
-        self._ask(method, endpoints, version)
+    def _all(self, method: str, request: Any) -> dict[str, Any]:
+        answers, failures = self._ask(method, dict.fromkeys(self._channels, request))
+        if failures:
+            raise _failure(method, getattr(request, "version", ""), failures)
+        return answers
 
-    def _ask(self, method: str, endpoints: Iterable[str], version: str) -> tuple[Statuses, Mapping[str, str]]:
-        request = GetStatusRequest() if method == "GetStatus" else VersionRequest(version=version)
-        calls = {endpoint: self._pool.submit(self._call(endpoint, method), request) for endpoint in endpoints}
-        answers: Statuses = {}
+    def _ask(
+        self, method: str, requests: Mapping[str, Message], limit_s: float | None = None
+    ) -> tuple[dict[str, Any], Mapping[str, str]]:
+        """Send the requests at once; returns the answers, and the reasons of those who gave none, by endpoint."""
+        limit = LIMIT_S if limit_s is None else limit_s
+        calls = {
+            endpoint: self._pool.submit(self._call(endpoint, method), request, limit)
+            for endpoint, request in requests.items()
+        }
+        answers: dict[str, Any] = {}
         failures: dict[str, str] = {}
         for endpoint, call in calls.items():
             try:
@@ -130,13 +177,22 @@ class TeamAdmin:
                 failures[endpoint] = _reason(error)
         return answers, failures
 
-    def _call(self, endpoint: str, method: str) -> Callable[[Any], ServerStatus]:
+    def _call(self, endpoint: str, method: str) -> Callable[[Message, float], Any]:
         ask: Any = self._channels[endpoint].unary_unary(
             SERVICE + method,
             request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=ServerStatus.FromString,
+            response_deserializer=_ANSWERS.get(method, ServerStatus).FromString,
         )
-        return lambda request: ask(request, timeout=LIMIT_S, metadata=self._metadata)
+        return lambda request, limit_s: ask(request, timeout=limit_s, metadata=self._metadata)
+
+
+def _failure(method: str, version: str, failures: Mapping[str, str]) -> EndpointError:
+    listing = "; ".join(f"{endpoint}: {reason}" for endpoint, reason in failures.items())
+    return EndpointError(f"{method} {version}".strip() + f" failed on {len(failures)} servers: {listing}")
+
+
+def _streams(answers: Mapping[str, ControlStreams]) -> Streams:
+    return {endpoint: list(answer.streams) for endpoint, answer in answers.items()}
 
 
 def _held_versions(status: ServerStatus) -> list[str]:

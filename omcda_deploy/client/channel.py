@@ -18,11 +18,12 @@ from pathlib import Path
 
 import grpc
 
-from omcda_deploy.errors import ConfigError, UnknownNameError
+from omcda_deploy.errors import ConfigError, EndpointError, UnknownNameError
 from omcda_deploy.files import read_toml
 
 Metadata = tuple[tuple[str, str], ...]  # names and values, sent with a call
 
+_SCHEMES, _UNCHECKED = ("dns", "ipv4", "ipv6"), ("unix", "unix-abstract", "vsock", "xds")
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -78,8 +79,31 @@ def read_credentials(path: Path) -> Credentials:
     return Credentials(**files, server_name=values.get("server_name"), token=token)
 
 
+def require_endpoint(endpoint: str) -> None:
+    """Check an address, of which gRPC takes wrong ones without a word: port 99999 is 34463 to it, and none is 443.
+
+    Raises :class:`EndpointError`. Sockets of Unix (``unix:…``) and other schemes of gRPC are not looked at.
+    """
+    scheme, colon, rest = endpoint.partition(":")
+    if scheme in _UNCHECKED:
+        return
+    address = rest.rpartition("/")[2] if colon and scheme in _SCHEMES else endpoint
+    host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    bracketed = host == f"[{bare}]"
+    if not (port.isdecimal() and 1 <= int(port) <= 65535 and bare and (":" in bare) == bracketed):
+        raise EndpointError(
+            f"expected an endpoint as HOST:PORT or [IPv6]:PORT with a port from 1 to 65535, got {endpoint!r}: "
+            "correct it"
+        )
+
+
 def open_channel(endpoint: str, credentials: Credentials | None = None) -> grpc.Channel:
-    """Open a channel that reconnects within a second and uses no HTTP proxy; plaintext without an authority."""
+    """Open a channel that reconnects within a second and uses no HTTP proxy; plaintext without an authority.
+
+    Raises :class:`EndpointError` for an address that is none.
+    """
+    require_endpoint(endpoint)
     if credentials is None or credentials.ca is None:
         return grpc.insecure_channel(endpoint, _OPTIONS)
     name = credentials.server_name

@@ -2,30 +2,38 @@
 
 A step is missed if its answer does not come before the deadline or the server is gone (:class:`MissedAnswerError`).
 An answer that arrives later is dropped: a call is cancelled, a stream is replaced by a new one, and an answer with
-another step id than the request's is refused.
+another step id than the request's is refused. A model that keeps missing is asked in the background
+(:mod:`omcda_deploy.client.circuit`).
 """
 
 from __future__ import annotations
 
 import json
-import queue
-import threading
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from numpy.typing import NDArray
 
 from omcda_deploy.client.channel import Credentials, Metadata, open_channel
-from omcda_deploy.errors import ContractError, EndpointError, MissedAnswerError, OmcdaError
+from omcda_deploy.client.circuit import Circuit, NotAwaitedError
+from omcda_deploy.client.transport import SERVICE, Arrivals, Calls, Stream
+from omcda_deploy.errors import (
+    ConfigError,
+    ContractError,
+    EndpointError,
+    MissedAnswerError,
+    OmcdaError,
+)
 from omcda_deploy.protos.policy_pb2 import ActRequest, ActResponse, GetContractRequest, GetContractResponse
 from omcda_deploy.protos.tensors import answer_tensors, input_tensors
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 CONNECT_LIMIT_S = 5.0
-SERVICE = "/omcda.v1.PolicyService/"
 
 Rows: TypeAlias = dict[str, NDArray[Any]]  # a model's inputs by name, one row per sample
 Outputs: TypeAlias = dict[str, NDArray[Any]]
@@ -53,6 +61,7 @@ class ServerConnection:
 
     def __init__(self, endpoint: str, credentials: Credentials | None = None) -> None:
         self.endpoint = endpoint
+        self.circuits: list[Circuit] = []  # of its models that are in use
         self.channel = open_channel(endpoint, credentials)
         self.metadata: Metadata = () if credentials is None else credentials.metadata
         self._get_contract = self.channel.unary_unary(
@@ -65,6 +74,11 @@ class ServerConnection:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def silent(self) -> bool:
+        """True while a model of it is not waited for."""
+        return any(circuit.open for circuit in self.circuits)
 
     def current_version(self) -> str:
         """Ask for the version that answers new episodes."""
@@ -106,6 +120,9 @@ class ServerConnection:
         try:
             return self._get_contract(request, timeout=CONNECT_LIMIT_S, metadata=self.metadata)
         except grpc.RpcError as error:
+            if _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
+                for circuit in self.circuits:
+                    circuit.miss(CONNECT_LIMIT_S)
             raise _error_of(error, f"{self.endpoint}: GetContract", CONNECT_LIMIT_S) from error
 
 
@@ -113,10 +130,14 @@ class ServedModel:
     """One model of one server. :meth:`ask` is a whole step; :meth:`send` and :meth:`receive` are its halves.
 
     ``version``: requested in every step. ``latency``: seconds from sending the last step to its answer's arrival,
-    however late the answer is read; None without an answer.
+    however late the answer is read; None without an answer. ``breaks``: whether a circuit opens after misses.
     """
 
-    def __init__(self, server: ServerConnection, model: str, deadline_s: float, stream: bool) -> None:
+    def __init__(
+        self, server: ServerConnection, model: str, deadline_s: float, stream: bool, breaks: bool
+    ) -> None:
+        if not 0.0 < deadline_s < math.inf:
+            raise ConfigError(f"deadline_s: expected a number of seconds above 0, got {deadline_s}")
         contract = server.contract
         if model not in contract.models:
             raise EndpointError(
@@ -130,37 +151,60 @@ class ServedModel:
         self._deadline_s = deadline_s
         self._inputs = {tensor.name: tensor for tensor in input_tensors(contract.team, model)}
         self._outputs = answer_tensors(contract.team, model)
-        self._arrivals = _Arrivals()
-        self._transport: _Calls | _Stream = (_Stream if stream else _Calls)(
+        self._arrivals = Arrivals()
+        self._transport: Calls | Stream = (Stream if stream else Calls)(
             server.channel, deadline_s, self._arrivals, server.metadata
         )
         self._step_id = 0
         self._first = True
         self._sent_at = 0.0
+        self._under_way = False  # a request that was sent and not answered
+        self._circuit = Circuit(breaks)
+        server.circuits.append(self._circuit)
 
     def reset(self) -> None:
         """Mark the next step as the first of an episode."""
+        if self._under_way:
+            self.abandon()
         self._first = True
 
     def ask(self, rows: Rows) -> Outputs:
         """Send one step and wait for its answer; raises as :meth:`receive`."""
+        if self._circuit.open:
+            self.send(rows)
+            return self.receive()
         request = self._request(rows)
         return self._answer(lambda: self._transport.ask(request))
 
     def send(self, rows: Rows) -> None:
-        """Send one step without waiting."""
+        """Send one step without waiting; while the circuit is open, only if no other one is under way."""
+        if self._circuit.open and not self._settled():
+            self.latency = None
+            return
         self._transport.send(self._request(rows))
+        self._under_way = True
 
     def receive(self) -> Outputs:
         """Wait for the answer to the step that was sent.
 
-        Raises :class:`MissedAnswerError`, :class:`ContractError`, and :class:`EndpointError` for a refusal.
+        Raises :class:`MissedAnswerError`, which is a :class:`NotAwaitedError` while the circuit is open,
+        :class:`ContractError`, and :class:`EndpointError` for a refusal.
         """
+        if self._circuit.open:
+            raise NotAwaitedError(f"{self._step_name} was not waited for, as its last answers were missed")
         return self._answer(self._transport.receive)
 
     def abandon(self) -> None:
         """Forget a request that was sent, so that the next answer is the next request's."""
+        self._under_way = False
         self._transport.abandon()
+
+    def _settled(self) -> bool:
+        """Return whether no step is under way; an answer in time to the last one closes the circuit."""
+        if self._under_way and self._transport.arrived():
+            with suppress(MissedAnswerError):
+                self._answer(self._transport.receive)
+        return not self._under_way
 
     def _request(self, rows: Rows) -> ActRequest:
         self._step_id += 1
@@ -180,19 +224,23 @@ class ServedModel:
     def _answer(self, receive: Callable[[], ActResponse]) -> Outputs:
         try:
             response = receive()
+            self._under_way = False
         except BaseException as error:
-            self._transport.abandon()
+            self.abandon()
             if isinstance(error, (grpc.RpcError, TimeoutError)):
+                if _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    self._circuit.miss(time.perf_counter() - self._sent_at)
                 raise _error_of(error, self._step_name, self._deadline_s) from error
             raise
         if (response.step_id, response.model_version) != (self._step_id, self.version):
-            self._transport.abandon()
+            self.abandon()
             raise EndpointError(
                 f"{self._step_name}: expected the answer to step {self._step_id} of version {self.version}, got "
                 f"that to {response.step_id} of {response.model_version}: the server mixes up its answers, update "
                 "it"
             )
         self.latency = self._arrivals.last - self._sent_at
+        self._circuit.close()
         self._first = False
         # Copies, as bytes are read-only and a caller may change an action in place.
         return {
@@ -201,151 +249,18 @@ class ServedModel:
         }
 
 
-class _Arrivals:
-    """Parses answers and records their arrival, as gRPC parses an answer as soon as it has arrived."""
-
-    def __init__(self) -> None:
-        self.last = 0.0
-
-    def __call__(self, data: bytes) -> ActResponse:
-        self.last = time.perf_counter()
-        return ActResponse.FromString(data)
-
-
-class _Calls:
-    """One unary call per step."""
-
-    def __init__(
-        self,
-        channel: grpc.Channel,
-        deadline_s: float,
-        parse: Callable[[bytes], ActResponse],
-        metadata: Metadata,
-    ) -> None:
-        self._metadata = metadata
-        self._act = channel.unary_unary(
-            SERVICE + "Act", request_serializer=ActRequest.SerializeToString, response_deserializer=parse
-        )
-        self._deadline_s = deadline_s
-        self._pending: grpc.Future[ActResponse] | None = None
-
-    def ask(self, request: ActRequest) -> ActResponse:
-        # A blocking call, which costs less than a future.
-        return self._act(request, timeout=self._deadline_s, metadata=self._metadata)
-
-    def send(self, request: ActRequest) -> None:
-        self._pending = self._act.future(request, timeout=self._deadline_s, metadata=self._metadata)
-
-    def receive(self) -> ActResponse:
-        if self._pending is None:
-            raise RuntimeError("receive() before send()")
-        pending, self._pending = self._pending, None
-        return pending.result()
-
-    def abandon(self) -> None:
-        if self._pending is not None:
-            self._pending.cancel()
-            self._pending = None
-
-
-class _Answers(Protocol):
-    """A gRPC stream: an iterator of its answers, which can be cancelled."""
-
-    def __iter__(self) -> Iterator[ActResponse]: ...
-
-    def cancel(self) -> object: ...
-
-
-_Requests = queue.SimpleQueue["ActRequest | None"]  # None ends the requests
-_Arrived = queue.SimpleQueue["ActResponse | Exception"]  # an exception ends the answers
-
-
-class _Stream:
-    """One stream for all steps, opened by the first step, and again by the first step after an error.
-
-    In gRPC a deadline holds for a whole stream, and waiting for a message has none. Hence answers are put into a
-    queue, which can be read with a timeout, when gRPC parses them, which is before the stream's iterator returns
-    them.
-    """
-
-    def __init__(
-        self,
-        channel: grpc.Channel,
-        deadline_s: float,
-        parse: Callable[[bytes], ActResponse],
-        metadata: Metadata,
-    ) -> None:
-        self._channel = channel
-        self._metadata = metadata
-        self._deadline_s = deadline_s
-        self._parse = parse
-        self._due = 0.0
-        self._requests = _Requests()
-        self._answers = _Arrived()
-        self._call: _Answers | None = None
-
-    def ask(self, request: ActRequest) -> ActResponse:
-        self.send(request)
-        return self.receive()
-
-    def send(self, request: ActRequest) -> None:
-        if not self._answers.empty():  # the stream ended between two steps: open a new one for this step
-            self.abandon()
-        if self._call is None:
-            self._call = self._open()
-        self._due = time.monotonic() + self._deadline_s
-        self._requests.put(request)
-
-    def receive(self) -> ActResponse:
-        if self._call is None:
-            raise RuntimeError("receive() before send()")
-        try:
-            answer = self._answers.get(timeout=max(0.0, self._due - time.monotonic()))
-        except queue.Empty:
-            raise TimeoutError from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def abandon(self) -> None:
-        if self._call is not None:
-            self._requests.put(None)  # ends the thread in which gRPC waits for requests
-            self._call.cancel()
-            self._call = None
-
-    def _open(self) -> _Answers:
-        """Open a stream with new queues, which contain no late answers."""
-        self._requests, self._answers = requests, answers = _Requests(), _Arrived()
-
-        def parse(data: bytes) -> ActResponse:
-            response = self._parse(data)
-            answers.put(response)
-            return response
-
-        call: _Answers = self._channel.stream_stream(
-            SERVICE + "ActStream",
-            request_serializer=ActRequest.SerializeToString,
-            response_deserializer=parse,
-        )(iter(requests.get, None), metadata=self._metadata)
-        threading.Thread(
-            target=_read, args=(call, answers), name="answers of a policy stream", daemon=True
-        ).start()
-        return call
-
-
-def _read(call: _Answers, answers: _Arrived) -> None:
-    """Read a stream to its end, as gRPC parses a message only when the next one is wanted, and add the end."""
-    try:
-        for _ in call:
-            pass
-        answers.put(EndpointError("the server ended the stream without an answer: update it"))
-    except grpc.RpcError as error:
-        answers.put(error)
+def _code(error: BaseException) -> grpc.StatusCode:
+    """Return the status of a failed call; an answer that did not come on a stream has none of its own."""
+    return error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def _error_of(error: BaseException, call: str, deadline_s: float) -> OmcdaError:
-    """Return the error for a failed call, with what the user can do about it."""
-    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.DEADLINE_EXCEEDED
+    """Return the error for a failed call, with what the user can do about it.
+
+    What may well be answered at another moment is a miss, in which a fallback acts. What is wrong with the request
+    is none, as a fallback would hide it for ever.
+    """
+    code = _code(error)
     details = (error.details() if isinstance(error, grpc.Call) else None) or "no details"
     match code:
         # The server was killed, or it aborted the call because it stops.
@@ -366,6 +281,9 @@ def _error_of(error: BaseException, call: str, deadline_s: float) -> OmcdaError:
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             # This package's servers say what to do; gRPC's own messages do not.
             hint = "" if "expected" in details else ". Send smaller batches, or fewer calls at once"
-            return EndpointError(f"{call} was refused: {details}{hint}")
+            return MissedAnswerError(f"{call} was refused: {details}{hint}")
+        # The version of this episode is not held any more, or not by the server that has taken this one's place.
+        case grpc.StatusCode.NOT_FOUND if details.startswith("unknown version"):
+            return MissedAnswerError(f"{call} was refused with {code.name}: {details}")
         case _:
             return EndpointError(f"{call} was refused with {code.name}: {details}")

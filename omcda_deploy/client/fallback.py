@@ -23,7 +23,7 @@ from omcda_deploy.bundle import Bundle
 from omcda_deploy.errors import ConfigError, ContractError, MissedAnswerError
 from omcda_deploy.guard import behavior_action
 from omcda_deploy.local import LocalTeam
-from omcda_deploy.policy import Decision, Float, Policy, TeamPolicy
+from omcda_deploy.policy import Decision, Float, NoiseSource, Policy, TeamPolicy
 from omcda_deploy.spec import AgentSpec, TeamSpec, require_same_contract
 
 Mask: TypeAlias = NDArray[np.uint8]
@@ -86,11 +86,14 @@ class BehaviorTeam:
 
     Its actions are those of a server whose guard is in mode ``fallback`` and never trusts the policy
     (:func:`omcda_deploy.guard.behavior_action`). ``divergence`` and ``parameters`` are the bundle's,
-    ``policy_weight`` is 0.
+    ``policy_weight`` is 0; ``temperature`` and ``seed`` are those of :class:`~omcda_deploy.local.LocalTeam`. A
+    team hands its own noise on to its fallback.
     """
 
-    def __init__(self, bundle: Bundle | str | Path) -> None:
+    def __init__(self, bundle: Bundle | str | Path, *, temperature: float = 0.0, seed: int = 0) -> None:
         self._team = LocalTeam(bundle)
+        self._noise = NoiseSource(self._team.spec, seed, temperature)
+        self.temperature = self._noise.temperature
         self.spec: TeamSpec = self._team.spec
 
     def reset(self) -> None:
@@ -103,6 +106,7 @@ class BehaviorTeam:
         noise: Mapping[str, Float] | None = None,
         action_masks: Mapping[str, Mask] | None = None,
     ) -> dict[str, Decision]:
+        noise = self._noise.for_call(noise, observations)
         return {
             name: replace(
                 decision,

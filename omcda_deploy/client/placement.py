@@ -63,22 +63,35 @@ def only_agent(server: ServerConnection) -> str:
     return agents[0]
 
 
-def next_version(servers: Sequence[ServerConnection], spec: TeamSpec) -> str:
-    """Return the version of a new episode: the first server's current one, which all servers must hold.
+def next_contract(servers: Sequence[ServerConnection], spec: TeamSpec, *, lenient: bool) -> Contract:
+    """Return the contract of a new episode: of the current version of the first server that answers.
 
-    A first server that does not answer now keeps the last version; the episode's steps then fail, or the fallback
-    acts. Raises as :func:`agreed_contract`, and :class:`EndpointError` if a server does not hold the version.
+    Without an answer it is the last one; the episode's steps then fail, or the fallback acts. ``lenient``: the same
+    holds for the steps of another server that does not hold this version or does not answer.
+
+    Raises as :func:`agreed_contract`, and unless ``lenient`` :class:`EndpointError` if a server does not hold the
+    version or does not answer.
     """
-    first = servers[0]
-    try:
-        version = first.current_version()
-    except MissedAnswerError:
-        return first.contract.version
-    if version != first.contract.version:
-        for server in servers:
+    asked = [server for server in servers if not server.silent] or servers
+    for first in asked:
+        try:
+            version = first.current_version()
+        except MissedAnswerError:
+            continue
+        if version == first.contract.version:
+            return first.contract
+        break
+    else:
+        return servers[0].contract
+    described = []
+    for server in asked:
+        try:
             server.describe(version)
-        agreed_contract(servers, spec)
-    return version
+            described.append(server)
+        except MissedAnswerError:
+            if not lenient:
+                raise
+    return agreed_contract(described, spec)
 
 
 def _named(endpoints: Mapping[str, str], servers: Servers, team: TeamSpec) -> dict[str, ServerConnection]:

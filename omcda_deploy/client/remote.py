@@ -1,30 +1,36 @@
 """Served policies over gRPC, with the same :class:`~omcda_deploy.policy.Policy` protocols as policies in process.
 
 Endpoints are gRPC targets, as ``127.0.0.1:8500``. When it connects, a client asks each server for its contract and
-refuses one that does not fit. A policy is for one thread.
+refuses one that does not fit. A policy is for one thread at a time (:mod:`omcda_deploy.client.usage`).
 
-A step whose answer is missed (:class:`MissedAnswerError`: too late, or the server is gone) is answered by the
-caller's ``fallback`` (:mod:`omcda_deploy.client.fallback`); the next step asks the server again.
+A step whose answer is missed (:class:`MissedAnswerError`: too late, the server is gone or has no place) is answered
+by the caller's ``fallback`` (:mod:`omcda_deploy.client.fallback`); the next step asks the server again. A server
+that keeps a loop waiting is not waited for any more until it answers in time (:mod:`omcda_deploy.client.circuit`).
 
 Shapes: B rows, O observation size and A action size of an agent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NoReturn, Self
 
 import numpy as np
 
 from omcda_deploy.bundle import TEAM, parameter_names
 from omcda_deploy.client.channel import Credentials
+from omcda_deploy.client.circuit import NotAwaitedError
 from omcda_deploy.client.connection import Outputs, Rows, ServedModel, ServerConnection
 from omcda_deploy.client.fallback import FallbackChoice, Mask, fallback_of
-from omcda_deploy.client.placement import agreed_contract, next_version, only_agent, place_models
+from omcda_deploy.client.inputs import agent_rows, joined_rows, require_one_batch
+from omcda_deploy.client.placement import agreed_contract, next_contract, only_agent, place_models
+from omcda_deploy.client.usage import Usage
 from omcda_deploy.errors import ContractError, EndpointError, MissedAnswerError
-from omcda_deploy.local import batch_of, decision_of, first_row, observation_of, split_decisions
-from omcda_deploy.policy import Decision, Float, Policy
+from omcda_deploy.local import decision_of, first_row, observation_of, split_decisions
+from omcda_deploy.policy import Decision, Float, NoiseSource, Policy, checked_temperature
 from omcda_deploy.spec import AgentSpec, TeamSpec
 
 
@@ -34,10 +40,14 @@ class RemotePolicy:
     ``agent``: its name; None for the only agent that the endpoint serves. ``spec``: the team that the caller was
     built for; None accepts any. ``deadline_s``: seconds for one answer. ``stream``: send one message per step on
     one gRPC stream, about half the cost of a call per step. ``fallback``: acts if the answer to a step is missed.
-    ``credentials``: TLS and tokens; without them, plaintext and no token. ``missed``: number of missed answers.
+    ``credentials``: TLS and tokens; without them, plaintext and no token. ``temperature``: T of calls without
+    ``noise``, 0 for deterministic actions, 1 for samples; their noise is drawn here, from ``seed``, and the server,
+    its guard and the fallback all use it. Noise that a call brings is used as it is. ``missed``: number of missed
+    answers, ``not_awaited``: of those that were not waited for.
 
     Raises :class:`EndpointError` if the endpoint cannot be reached, does not serve the agent or refuses a request,
-    :class:`MissedAnswerError`, and :class:`ContractError` if its contract is another one than ``spec``'s.
+    :class:`MissedAnswerError`, :class:`ContractError` if its contract is another one than ``spec``'s, and
+    :class:`ConfigError` for a temperature out of range.
     """
 
     def __init__(
@@ -50,8 +60,12 @@ class RemotePolicy:
         stream: bool = False,
         fallback: Literal["raise", "hold"] | Policy = "raise",
         credentials: Credentials | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        self.missed = 0
+        self._usage = Usage("RemotePolicy")
+        self.missed = self.not_awaited = 0
+        self.temperature = checked_temperature(temperature)
         self._server = ServerConnection(endpoint, credentials)
         try:
             self._server.require_contract(spec)
@@ -60,7 +74,8 @@ class RemotePolicy:
             self.spec: AgentSpec = self.team.agent(name)
             choice = fallback if isinstance(fallback, str) else {name: fallback}
             self._fallback = fallback_of(choice, self.team, [self.spec])
-            self._model = ServedModel(self._server, name, deadline_s, stream)
+            self._model = ServedModel(self._server, name, deadline_s, stream, self._fallback is not None)
+            self._noise = NoiseSource(self.team, seed, temperature)
         except BaseException:
             self._server.close()
             raise
@@ -73,10 +88,12 @@ class RemotePolicy:
 
     def reset(self) -> None:
         """Mark the next step as the first of an episode, which the server's current version will answer."""
-        self._model.version = next_version([self._server], self.team)
-        self._model.reset()
-        if self._fallback is not None:
-            self._fallback.reset()
+        with self._usage:
+            contract = next_contract([self._server], self.team, lenient=self._fallback is not None)
+            self._model.version = contract.version
+            self._model.reset()
+            if self._fallback is not None:
+                self._fallback.reset()
 
     def act(
         self, observation: Float, *, noise: Float | None = None, action_mask: Mask | None = None
@@ -85,16 +102,24 @@ class RemotePolicy:
 
         ``observation`` [B, O] or [O]; ``noise`` and ``action_mask`` [B, A] or [A].
         """
+        with self._usage:
+            return self._act(observation, noise, action_mask)
+
+    def _act(self, observation: Float, noise: Float | None, action_mask: Mask | None) -> Decision:
         name = self.spec.name
+        noises = self._noise.for_call(None if noise is None else {name: noise}, {name: observation})
         try:
-            outputs = self._model.ask(_rows(self.spec, observation, noise, action_mask))
+            outputs = self._model.ask(
+                agent_rows(self.spec, observation, noises[name] if noises else None, action_mask)
+            )
         except MissedAnswerError as error:
             self.missed += 1
+            self.not_awaited += isinstance(error, NotAwaitedError)
             if self._fallback is None:
                 raise
-            noises = None if noise is None else {name: noise}
             masks = None if action_mask is None else {name: action_mask}
-            return self._fallback.answer({name: error}, {name: observation}, noises, masks)[name]
+            decisions = self._fallback.answer({name: error}, {name: observation}, noises, masks)
+            return _marked(decisions, {name: error})[name]
         decision = decision_of(outputs, self._parameters)
         if np.ndim(observation) == 1:
             decision = first_row(decision)
@@ -104,8 +129,12 @@ class RemotePolicy:
 
     def close(self) -> None:
         """Give up what is under way and close the connection."""
+        self._usage.closed = True
         self._model.abandon()
         self._server.close()
+
+    def __reduce__(self) -> NoReturn:
+        self._usage.refuse_pickling()
 
     def __enter__(self) -> Self:
         return self
@@ -124,9 +153,10 @@ class RemoteTeam:
     it waits for the first answer; if one agent's answer is missed, the other agents' answers are used all the same.
 
     As attributes, ``spec`` is the served team, ``endpoints`` has the address by agent, or of ``"team"``, ``missed``
-    the number of missed answers by agent (one missed by the joint graph is missed by all agents), and ``fallback``
-    is ``raise``, ``hold`` or the type of the fallback's policies. ``version``, ``bundle_digest``,
-    ``divergence_kind`` and ``budgets`` (d_i in nats by agent) describe the bundle that answers this episode.
+    the number of missed answers by agent (one missed by the joint graph is missed by all agents), ``not_awaited``
+    that of those which were not waited for, and ``fallback`` is ``raise``, ``hold`` or the type of the fallback's
+    policies. ``version``, ``bundle_digest``, ``divergence_kind`` and ``budgets`` (d_i in nats by agent) describe
+    the bundle that answers this episode.
 
     Raises :class:`EndpointError` as :class:`RemotePolicy` does, if an agent is served twice or not at all, and if
     the servers do not all hold the same bundle.
@@ -141,7 +171,11 @@ class RemoteTeam:
         stream: bool = False,
         fallback: FallbackChoice = "raise",
         credentials: Credentials | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> None:
+        self.temperature = checked_temperature(temperature)
+        self._usage = Usage("RemoteTeam")
         if isinstance(endpoints, str):
             endpoints = [endpoints]
         self._servers: dict[str, ServerConnection] = {}  # by endpoint
@@ -152,19 +186,23 @@ class RemoteTeam:
             placement = place_models(endpoints, self._servers, contract.team)
             self._fallback = fallback_of(fallback, contract.team, contract.team.agents)
             for model, server in placement.items():
-                self._models[model] = ServedModel(server, model, deadline_s, stream)
+                breaks = self._fallback is not None
+                self._models[model] = ServedModel(server, model, deadline_s, stream, breaks)
+            self._noise = NoiseSource(contract.team, seed, temperature)
         except BaseException:
             self.close()
             raise
         self.spec: TeamSpec = contract.team
         self.endpoints: dict[str, str] = {model: server.endpoint for model, server in placement.items()}
         self.missed: dict[str, int] = dict.fromkeys(self.spec.names, 0)
+        self.not_awaited: dict[str, int] = dict.fromkeys(self.spec.names, 0)
         self.fallback: str = "raise" if self._fallback is None else self._fallback.name
         self.version: str = contract.version
         self.bundle_digest: str = contract.bundle_digest
         self.divergence_kind: str = contract.divergence_kind
         self.budgets: dict[str, float | None] = contract.budgets
         self._parameters = parameter_names(self.spec)
+        self._pinned = False  # episodes keep their version
 
     def _connect(self, endpoints: Sequence[str] | Mapping[str, str], credentials: Credentials | None) -> None:
         """Connect to every endpoint once. Raises :class:`EndpointError`."""
@@ -191,19 +229,33 @@ class RemoteTeam:
     def reset(self) -> None:
         """Mark the next step as the first of an episode.
 
-        The whole episode is answered by the version that is now the first server's current one. Raises
-        :class:`EndpointError` if another server does not hold that version.
+        The whole episode is answered by the version that is now the first server's current one. Without a fallback
+        it raises :class:`EndpointError` if another server does not hold that version.
         """
-        servers = list(self._servers.values())
-        version = next_version(servers, self.spec)
-        contract = servers[0].contract
-        self.version, self.bundle_digest = contract.version, contract.bundle_digest
-        self.divergence_kind, self.budgets = contract.divergence_kind, contract.budgets
+        with self._usage:
+            self._reset()
+
+    def _reset(self) -> None:
+        if not self._pinned:
+            servers = list(self._servers.values())
+            contract = next_contract(servers, self.spec, lenient=self._fallback is not None)
+            self.version, self.bundle_digest = contract.version, contract.bundle_digest
+            self.divergence_kind, self.budgets = contract.divergence_kind, contract.budgets
         for model in self._models.values():
-            model.version = version
+            model.version = self.version
             model.reset()
         if self._fallback is not None:
             self._fallback.reset()
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Let the version that is current now answer all episodes that begin inside the context."""
+        self.reset()
+        before, self._pinned = self._pinned, True
+        try:
+            yield
+        finally:
+            self._pinned = before
 
     def act(
         self,
@@ -212,12 +264,22 @@ class RemoteTeam:
         noise: Mapping[str, Float] | None = None,
         action_masks: Mapping[str, Mask] | None = None,
     ) -> dict[str, Decision]:
-        """Ask for one step of every agent; shapes as in :meth:`RemotePolicy.act`.
+        """Ask for one step of every agent, all of one batch size; shapes as in :meth:`RemotePolicy.act`.
 
         After an error no request is pending.
         """
+        with self._usage:
+            self._require_agents(observations=observations, noise=noise, action_masks=action_masks)
+            return self._act(observations, self._noise.for_call(noise, observations), action_masks)
+
+    def _act(
+        self,
+        observations: Mapping[str, Float],
+        noise: Mapping[str, Float] | None,
+        action_masks: Mapping[str, Mask] | None,
+    ) -> dict[str, Decision]:
         rows = {
-            agent.name: _rows(
+            agent.name: agent_rows(
                 agent,
                 observation_of(observations, agent.name),
                 noise[agent.name] if noise else None,
@@ -225,6 +287,7 @@ class RemoteTeam:
             )
             for agent in self.spec.agents
         }
+        require_one_batch(rows)
         outputs, missed = self._ask(rows)
         decisions = (
             split_decisions(self.spec, outputs[TEAM])
@@ -237,10 +300,20 @@ class RemoteTeam:
         }
         if self._fallback is not None:
             if missed:
-                decisions |= self._fallback.answer(missed, observations, noise, action_masks)
+                answers = self._fallback.answer(missed, observations, noise, action_masks)
+                decisions |= _marked(answers, missed)
                 decisions = {name: decisions[name] for name in self.spec.names}
             self._fallback.note(decisions)
         return decisions
+
+    def _require_agents(self, **inputs: Mapping[str, object] | None) -> None:
+        """Raise :class:`ContractError` for vectors of agents that the team does not have."""
+        for name, vectors in inputs.items():
+            if isinstance(vectors, Mapping) and len(vectors) > len(self.spec.agents):
+                others = ", ".join(sorted(set(vectors) - set(self.spec.names)))
+                raise ContractError(
+                    f"{name}: expected those of {', '.join(self.spec.names)}, got {others} too: leave it out"
+                )
 
     def _ask(self, rows: Mapping[str, Rows]) -> tuple[dict[str, Outputs], dict[str, MissedAnswerError]]:
         """Return the models' answers, and the errors of the agents whose answers are missed."""
@@ -249,7 +322,7 @@ class RemoteTeam:
         receivers: dict[str, Callable[[], Outputs]]
         try:
             if TEAM in self._models:
-                receivers = {TEAM: lambda: self._models[TEAM].ask(_joined(self.spec, rows))}
+                receivers = {TEAM: lambda: self._models[TEAM].ask(joined_rows(self.spec, rows))}
             else:
                 for name, model in self._models.items():
                     model.send(rows[name])
@@ -266,16 +339,21 @@ class RemoteTeam:
                 model.abandon()
             raise
         finally:
-            for name in missed:
+            for name, miss in missed.items():
                 self.missed[name] += 1
+                self.not_awaited[name] += isinstance(miss, NotAwaitedError)
         return outputs, missed
 
     def close(self) -> None:
         """Give up what is under way and close all connections."""
+        self._usage.closed = True
         for model in self._models.values():
             model.abandon()
         for server in self._servers.values():
             server.close()
+
+    def __reduce__(self) -> NoReturn:
+        self._usage.refuse_pickling()
 
     def __enter__(self) -> Self:
         return self
@@ -286,34 +364,11 @@ class RemoteTeam:
         self.close()
 
 
-def _rows(agent: AgentSpec, observation: Float, noise: Float | None, action_mask: Mask | None) -> Rows:
-    """Return an agent's inputs as [B, O] and [B, A]; absent noise is not sent."""
-    rows: Rows = {
-        "observation": batch_of(observation, agent.observation_size, f"observation of {agent.name}")
-    }
-    batch, actions = len(rows["observation"]), agent.action.size
-    if noise is not None:
-        rows["noise"] = batch_of(noise, actions, f"noise of {agent.name}")
-    if agent.action.kind == "discrete":
-        rows["action_mask"] = (
-            np.ones((batch, actions), np.uint8)
-            if action_mask is None
-            else batch_of(action_mask, actions, f"action_mask of {agent.name}")
-        )
-    for name, values in rows.items():
-        if len(values) != batch:
-            raise ContractError(
-                f"{name} of {agent.name}: expected {batch} rows as in the observation, got {len(values)}"
-            )
-    return rows
-
-
-def _joined(spec: TeamSpec, rows: Mapping[str, Rows]) -> Rows:
-    """Return the joint graph's inputs: the agents' side by side."""
-    batches = {name: len(inputs["observation"]) for name, inputs in rows.items()}
-    if len(set(batches.values())) > 1:
-        raise ContractError(f"expected as many observations of every agent, got {batches}")
+def _marked(
+    decisions: Mapping[str, Decision], missed: Mapping[str, MissedAnswerError]
+) -> dict[str, Decision]:
+    """Mark the decisions of a fallback that did not wait for the policy's answer."""
     return {
-        name: np.concatenate([rows[agent][name] for agent in spec.names], axis=1)
-        for name in rows[spec.names[0]]
+        name: replace(decision, awaited=not isinstance(missed[name], NotAwaitedError))
+        for name, decision in decisions.items()
     }

@@ -36,10 +36,18 @@ def load(version: Version, admin: Admin, credentials: CredentialsFile = None) ->
 
 
 @app.command("switch")
-def switch(version: Version, admin: Admin, credentials: CredentialsFile = None) -> None:
+def switch(
+    version: Version,
+    admin: Admin,
+    replacing: Annotated[
+        str | None,
+        typer.Option(help="Version that must be current on all servers; otherwise nothing changes."),
+    ] = None,
+    credentials: CredentialsFile = None,
+) -> None:
     """Make a version the current one, on all servers or on none; running episodes keep theirs."""
     with _team(admin, credentials) as team:
-        _print_versions(team.switch(version))
+        _print_versions(team.switch(version, replacing))
 
 
 @app.command("rollback")
@@ -65,6 +73,29 @@ def shadow(
     """Run a version beside the current one and measure how their actions differ; it answers no request."""
     with _team(admin, credentials) as team:
         _print_versions(team.shadow(version))
+
+
+@app.command("streams")
+def streams(
+    admin: Admin,
+    end: Annotated[
+        str | None, typer.Option(help="End the streams of this client: its address, its host, or 'all'.")
+    ] = None,
+    credentials: CredentialsFile = None,
+) -> None:
+    """List the open control streams, or end those of a client; it may open new ones."""
+    with _team(admin, credentials) as team:
+        found = team.streams() if end is None else team.end_streams(end)
+    table = Table(box=None, pad_edge=False)
+    for column in ("server", "client", "open", "idle s", "steps"):
+        table.add_column(column)
+    for endpoint, streams in found.items():
+        for stream in streams:
+            age = timedelta(seconds=int(stream.age_s))
+            table.add_row(endpoint, stream.client, str(age), f"{stream.idle_s:.1f}", str(stream.steps))
+    console.print(table)
+    if end is not None:
+        console.print(f"ended {sum(map(len, found.values()))} streams", highlight=False)
 
 
 def status(admin: Admin, credentials: CredentialsFile = None) -> None:

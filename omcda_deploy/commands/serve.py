@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from omcda_deploy.errors import ConfigError
+from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.serve.options import GRACE_S, HELP, LOOPBACK, Listen, ServeOptions
 
 _SHIFT = " With one process per agent, agent i has this port + i."
@@ -48,13 +48,18 @@ def serve(
     if model:  # answered by this process
         from omcda_deploy.serve.event_loop import choose_poller
 
-        choose_poller()  # before anything imports grpc
-        from omcda_deploy.serve.logs import configure_logging
-        from omcda_deploy.serve.server import serve as serve_models
+        choose_poller(json_lines=log_json)  # before anything imports grpc
+    from omcda_deploy.serve.logs import configure_logging
 
-        configure_logging(json_lines=log_json)
-        serve_models(options)
-    else:
-        from omcda_deploy.serve.supervisor import serve_team
+    configure_logging(json_lines=log_json)
+    from omcda_deploy.serve.server import print_error
+    from omcda_deploy.serve.server import serve as serve_models
+    from omcda_deploy.serve.supervisor import serve_team
 
-        serve_team(options)
+    try:
+        (serve_models if model else serve_team)(options)
+    except OmcdaError as error:
+        if not log_json:
+            raise
+        print_error(error, json_lines=True)
+        raise typer.Exit(2) from None

@@ -42,8 +42,8 @@ class Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._endpoint = endpoint
         self._stream = stream
-        headers = _headers(path, endpoint)
-        self._literal = b"".join(b"\x40" + _text(name) + _text(value) for name, value in headers)
+        headers = request_headers(path, endpoint)
+        self._literal = b"".join(b"\x40" + text(name) + text(value) for name, value in headers)
         self._indexed = bytes(0x80 | FIRST_DYNAMIC + index for index in reversed(range(len(headers))))
         self._calls = 0
         self._open: dict[int, deque[float]] = {}  # start times of the requests in flight, by stream
@@ -56,8 +56,8 @@ class Connection:
         settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, WINDOW)
         self._socket.sendall(
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-            + _frame(SETTINGS, 0, 0, settings)
-            + _frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - FIRST_WINDOW))
+            + frame(SETTINGS, 0, 0, settings)
+            + frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - FIRST_WINDOW))
         )
 
     def fileno(self) -> int:
@@ -71,7 +71,7 @@ class Connection:
         if opens:
             block = self._indexed if self._calls else self._literal
             self._calls += 1
-            headers = _frame(HEADERS, END_HEADERS, 2 * self._calls - 1, block)
+            headers = frame(HEADERS, END_HEADERS, 2 * self._calls - 1, block)
         number = 2 * self._calls - 1
         self._open.setdefault(number, deque()).append(began)
         data = struct.pack(">BI", 0, len(message)) + message
@@ -87,7 +87,7 @@ class Connection:
             self._held.popleft()
             self._window -= len(data)
             self._stream_window -= len(data)
-            self._socket.sendall(headers + _frame(DATA, 0 if self._stream else END_STREAM, number, data))
+            self._socket.sendall(headers + frame(DATA, 0 if self._stream else END_STREAM, number, data))
 
     def answers(self) -> Iterator[tuple[float, bool]]:
         """Read once, and yield (start of the request, whether it was granted) per answer that is now complete.
@@ -135,12 +135,12 @@ class Connection:
 
     def _control(self, kind: int, flags: int, number: int, payload: bytes) -> None:
         if kind == PING and not flags & ACK:
-            self._socket.sendall(_frame(PING, ACK, 0, payload))
+            self._socket.sendall(frame(PING, ACK, 0, payload))
         elif kind == SETTINGS and not flags & ACK:
             for name, value in struct.iter_unpack(">HI", payload):
                 if name == INITIAL_WINDOW_SIZE:
                     self._stream_window += value - FIRST_WINDOW  # sent once, at the start
-            self._socket.sendall(_frame(SETTINGS, ACK, 0, b""))
+            self._socket.sendall(frame(SETTINGS, ACK, 0, b""))
         elif kind == WINDOW_UPDATE:
             more = int.from_bytes(payload)
             if number == 0:
@@ -157,7 +157,8 @@ class Connection:
         self._socket.close()
 
 
-def _headers(path: str, authority: str) -> Sequence[tuple[str, str]]:
+def request_headers(path: str, authority: str) -> Sequence[tuple[str, str]]:
+    """Return the names and values of the headers of a gRPC call."""
     return (
         (":method", "POST"),
         (":scheme", "http"),
@@ -170,9 +171,11 @@ def _headers(path: str, authority: str) -> Sequence[tuple[str, str]]:
     )
 
 
-def _text(text: str) -> bytes:
-    return bytes([len(text)]) + text.encode()
+def text(characters: str) -> bytes:
+    """Return a string literal of HPACK, without Huffman code."""
+    return bytes([len(characters)]) + characters.encode()
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """Return a frame of HTTP/2."""
     return struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream) + payload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import socket
 import threading
 import time
@@ -17,13 +18,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from omcda_deploy import cli
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
-from omcda_deploy.errors import ContractError, EndpointError
+from omcda_deploy.errors import ConfigError, ContractError, EndpointError
 from omcda_deploy.local import JointTeam, LocalPolicy, LocalTeam
+from omcda_deploy.play.evaluate import evaluate
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.protos import policy_pb2_grpc
 from omcda_deploy.protos.policy_pb2 import ActResponse, GetContractResponse
+from omcda_deploy.registry import team_spec
 from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.policy_service import PolicyService
 from omcda_deploy.serve.releases import Releases
@@ -123,6 +127,103 @@ def test_a_remote_policy_acts_as_the_local_one(
         assert policy.latency is not None
         decision = policy.act(seen)
         decision.action[:] = 0  # the caller's own copy
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_a_temperature_gives_served_and_local_teams_the_same_actions(
+    kind: str, stream: bool, request: pytest.FixtureRequest
+) -> None:
+    """Each draws its own noise, of one seed; policies of that seed act as their team."""
+    bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
+    server: ServerProcess = request.getfixturevalue(f"{kind}_server")
+    spec = bundle.spec
+    options: dict[str, Any] = {"temperature": 0.5, "seed": 6}
+    local, sampled = LocalTeam(bundle, **options), LocalTeam(bundle)
+    last = spec.names[-1]
+    with (
+        RemoteTeam([server.endpoint], stream=stream, deadline_s=5, **options) as team,
+        RemotePolicy(server.endpoint, last, stream=stream, deadline_s=5, **options) as policy,
+    ):
+        assert team.temperature == policy.temperature == 0.5
+        different = 0
+        for step, batch in enumerate((1, None, 4)):
+            seen = observations(spec, batch, seed=step)
+            ours, theirs = team.act(seen), local.act(seen)
+            assert_same(ours, theirs)
+            assert_same({last: policy.act(seen[last])}, {last: theirs[last]})
+            different += int(np.sum(ours[last].action != sampled.act(seen)[last].action))
+        assert different
+        noise = NoiseSource(spec, 1).draw(4)  # used as it is
+        assert_same(team.act(seen, noise=noise), sampled.act(seen, noise=noise))
+    with pytest.raises(ConfigError, match="temperature: expected a number from 0"):
+        RemoteTeam([server.endpoint], temperature=-1.0)
+    with pytest.raises(ConfigError, match="temperature: expected a number from 0"):
+        RemotePolicy(server.endpoint, last, temperature=float("nan"))
+
+
+@pytest.mark.parametrize("task", ["mamujoco/hopper-3x1", "toy/masked"])
+def test_temperatures_are_played_alike_served_and_in_process(
+    tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line: all numbers of the episodes, and the shape of the files for one and several."""
+    bundle = write_test_bundle(tmp_path / "bundle", team_spec(task))
+
+    def played(name: str, *words: str) -> dict[str, Any]:
+        file = tmp_path / f"{name}.json"
+        line = [
+            "evaluate",
+            task,
+            "--episodes",
+            "5",
+            "--num-envs",
+            "3",
+            "--seed",
+            "4",
+            "--json",
+            str(file),
+            *words,
+        ]
+        monkeypatch.setattr("sys.argv", ["omcda-deploy", *line])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0, capsys.readouterr().err
+        values: dict[str, Any] = json.loads(file.read_text())
+        return values
+
+    report = tmp_path / "report.html"
+    with threaded_server(bundle, *bundle.spec.names) as endpoint:
+        served = played(
+            "served",
+            "--endpoints",
+            endpoint,
+            "--temperature",
+            "1,0.5,0",
+            "--deadline",
+            "5",
+            "--report",
+            str(report),
+        )
+        with RemoteTeam([endpoint], temperature=0.5, deadline_s=5) as team:
+            own = evaluate(team, task, episodes=5, num_envs=3, seed=4)
+    printed = capsys.readouterr().out
+    assert f"{task}: 5 episodes at each temperature T" in printed
+    local = played("local", "--bundle", str(bundle.path), "--temperature", "0,0.5,1")
+    one = played("one", "--bundle", str(bundle.path), "--temperature", "0.5")
+    assert served["kind"] == local["kind"] == "evaluations"
+    returns = set()
+    for ours, theirs, temperature in zip(
+        served["evaluations"], local["evaluations"], (0.0, 0.5, 1.0), strict=True
+    ):
+        assert ours["temperature"] == theirs["temperature"] == temperature
+        for key in ("returns", "lengths", "ended_by", "fell", "divergence", "shares", "episode_seeds"):
+            assert ours[key] == theirs[key], key
+        returns.add(tuple(ours["returns"]))
+    assert len(returns) == 3
+    assert (one["kind"], one["temperature"]) == ("evaluation", 0.5)
+    assert one["returns"] == served["evaluations"][1]["returns"] == own.returns.tolist()
+    assert own.temperature == 0.5
+    assert "Temperature 0.5" in report.read_text()
 
 
 def test_the_report_learns_what_the_bundle_says(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,21 +38,25 @@ DEADLINE_S = 0.5  # far longer than an answer takes, far shorter than a test
 class SlowService(policy_pb2_grpc.PolicyServiceServicer):
     """Answer a step in ``late`` (model, step id) only after the model's next step has arrived, which is too late.
 
-    ``pause_s`` is the number of seconds that a model takes for every step.
+    ``pause_s`` is the number of seconds that a model takes for every step. ``hold_up`` is called with the model of
+    each step, and with an empty name for a contract.
     """
 
     def __init__(self, bundle: Bundle, models: tuple[str, ...]) -> None:
         self.late: set[tuple[str, int]] = set()
         self.pause_s: dict[str, float] = {}
+        self.hold_up: Callable[[str], object] = len
         self.requests: list[policy_pb2.ActRequest] = []
         self.answered_late = 0
         self._service = PolicyService(Releases(bundle.path, models, ServerConfig()))
         self._came = threading.Condition()
 
     def GetContract(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.hold_up("")
         return policy_pb2.GetContractResponse.FromString(self._service.get_contract(request))
 
     def Act(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.hold_up(request.model)
         with self._came:
             self.requests.append(request)
             self._came.notify_all()
@@ -263,15 +267,15 @@ def test_the_command_line_says_who_answered(
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
-@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
-    kind: str, noisy: bool, request: pytest.FixtureRequest
+    kind: str, temperature: float, request: pytest.FixtureRequest
 ) -> None:
     """Actions are equal to the bit, in a batch and row by row; the team's graph agrees with itself as well."""
     bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
     spec, rows = bundle.spec, 2000
     batch = observations(spec, rows)
-    noise = NoiseSource(spec, 4).draw(rows) if noisy else None
+    noise = NoiseSource(spec, 4, temperature).draw(rows) if temperature else None
     allowed = masks(spec, rows) if kind == "discrete" else None
     team = BehaviorTeam(bundle)
     decisions = team.act(batch, noise=noise, action_masks=allowed)
@@ -295,7 +299,7 @@ def test_the_behavior_team_acts_as_a_guard_that_never_trusts_the_policy(
         assert decision.action.dtype == answer["action"].dtype
         assert decision.action.shape == answer["action"].shape
         assert decision.action[replaced].tobytes() == answer["action"][replaced].tobytes()
-        if not noisy:
+        if noise is None:
             assert answer["action"][replaced].tobytes() == answer["behavior_action"][replaced].tobytes()
             columns = spec.action_slices[index] if kind == "continuous" else index
             in_team = joint["policy_weight"][:, index] == 0

@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks for metrics and labels that a server has."""
+"""The Grafana dashboard and the alert rules ask for metrics and labels that a server has."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
+import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from omcda_deploy.bundle import TEAM, Bundle
@@ -17,9 +19,10 @@ from omcda_deploy.client.remote import RemoteTeam
 from tests.support.server_process import free_port, server_process
 
 BOARD = json.loads((Path(__file__).parents[2] / "serve" / "deploy" / "grafana-dashboard.json").read_text())
-FROM_PROMETHEUS = {"instance"}  # a label that a scrape does not have
+RULES = yaml.safe_load((Path(__file__).parents[2] / "serve" / "deploy" / "prometheus-rules.yaml").read_text())
+FROM_PROMETHEUS = {"instance", "job"}  # labels that a scrape does not have
 WORDS = {"and", "by", "on", "group_left"}
-FUNCTIONS = {"rate", "sum", "count", "histogram_quantile"}
+FUNCTIONS = {"rate", "sum", "count", "histogram_quantile", "changes"}
 REQUIRED = {  # metrics that the dashboard must show
     *("grpc_server_started_total", "grpc_server_handled_total", "grpc_server_handling_seconds_bucket"),
     *("omcda_divergence_nats_total", "omcda_divergence_budget_nats", "omcda_guard_threshold_nats"),
@@ -29,13 +32,15 @@ REQUIRED = {  # metrics that the dashboard must show
         "omcda_observation_distance_bucket",
     ),
     *("omcda_answers_total", "omcda_control_streams", "process_resident_memory_bytes"),
+    *("omcda_refused_calls_total", "omcda_denied_calls_total", "omcda_late_answers_total"),
+    *("omcda_shadow_difference_total", "omcda_shadow_answers_total"),
     "process_cpu_seconds_total",
 }
 
 
 def selectors(query: str) -> tuple[dict[str, set[str]], set[str]]:
     """Metric -> labels that it is selected by; and the labels that the query groups by or joins on."""
-    text = re.sub(r"\[[^]]*\]", "", query)
+    text = re.sub(r"\[[^]]*\]|\boffset \w+", "", query)
     grouped = {
         label.strip()
         for listed in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", text)
@@ -59,7 +64,9 @@ def targets() -> Iterator[dict[str, Any]]:
         yield from panel.get("targets", ())
 
 
-def test_the_dashboard_asks_for_what_a_server_says(continuous_bundle: Bundle) -> None:
+@pytest.fixture(scope="module")
+def labels_of(continuous_bundle: Bundle) -> dict[str, set[str]]:
+    """The labels of every metric that a server tells."""
     port = free_port()
     with server_process(continuous_bundle, options=("--metrics-port", str(port))) as process:
         with RemoteTeam({TEAM: process.endpoint}) as team:
@@ -68,10 +75,34 @@ def test_the_dashboard_asks_for_what_a_server_says(continuous_bundle: Bundle) ->
             )
         with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-    labels_of: dict[str, set[str]] = {}
+    labels: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            labels_of.setdefault(sample.name, set()).update(sample.labels)
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    return labels
+
+
+def test_the_rules_ask_for_what_a_server_says(labels_of: dict[str, set[str]]) -> None:
+    rules = [rule for group in RULES["groups"] for rule in group["rules"]]
+    assert len({rule["alert"] for rule in rules}) == len(rules) > 5
+    used: set[str] = set()
+    for rule in rules:
+        metrics, grouped = selectors(rule["expr"])
+        known = {**labels_of, "up": set()}  # Prometheus' own
+        for name, labels in metrics.items():
+            assert labels <= known[name], rule["expr"]
+        available = set().union(*(known[name] for name in metrics)) | FROM_PROMETHEUS
+        assert grouped <= available, rule["expr"]
+        said = rule["annotations"]["summary"] + rule["annotations"]["action"]
+        assert set(re.findall(r"\$labels\.(\w+)", said)) <= available
+        assert re.fullmatch(r"\d+[smh]", rule.get("for", "1m"))
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["expr"].count("(") == rule["expr"].count(")")
+        used |= metrics.keys()
+    assert used >= {"omcda_refused_calls_total", "omcda_denied_calls_total", "omcda_late_answers_total"}
+
+
+def test_the_dashboard_asks_for_what_a_server_says(labels_of: dict[str, set[str]]) -> None:
     used: set[str] = set()
     for target in targets():
         metrics, grouped = selectors(target["expr"])

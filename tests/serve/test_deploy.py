@@ -8,11 +8,15 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import threading
+import time
 import tomllib
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import kubernetes_validate
@@ -22,11 +26,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import omcda_deploy
 from omcda_deploy.bundle import TEAM, Bundle
-from omcda_deploy.serve import introspection, oip, policy_service, server
-from omcda_deploy.serve.config import read_server_config
+from omcda_deploy.serve import oip, policy_service, server
+from omcda_deploy.serve.config import Limits, read_server_config
 from omcda_deploy.serve.options import Listen, ServeOptions
-from omcda_deploy.serve.releases import CURRENT, Repository
+from omcda_deploy.serve.repository import CURRENT, Repository
 from tests.support.bundles import continuous_spec, write_test_bundle
+from tests.support.hostile import CHECK, WATCH, HostileConnection
 from tests.support.server_process import free_port, server_process
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +201,71 @@ def test_servers_are_started_as_their_ports_probes_and_files_say(
         assert pod["terminationGracePeriodSeconds"] > options.grace_s + server.NOTICE_S + 1
 
 
+def mebibytes(quantity: str) -> int:
+    assert quantity.endswith("Mi")
+    return int(quantity.removesuffix("Mi"))
+
+
+def test_memory_and_probes_fit_what_callers_may_occupy(rendered: list[Document], tmp_path: Path) -> None:
+    """The arithmetic of docs/serving.md: an idle server, and each place twice with the largest message."""
+    (config,) = of_kind(rendered, "ConfigMap")
+    file = tmp_path / "serve.toml"
+    file.write_text(next(iter(config["data"].values())))
+    limits = read_server_config(file).limits
+    assert limits == Limits(), "the manifests state other limits than the defaults"
+    places = limits.concurrent_calls + limits.streams + limits.large_requests
+    for deployment in of_kind(rendered, "Deployment"):
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        resources = container["resources"]
+        idle = mebibytes(resources["requests"]["memory"])
+        assert idle + 2 * places * limits.message_bytes / 2**20 < mebibytes(resources["limits"]["memory"])
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container[probe]["timeoutSeconds"] >= 5, "a busy machine is no dead server"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, for its kustomize")
+@pytest.mark.parametrize("base", OVERLAYS)
+def test_two_teams_share_a_namespace(base: str, tmp_path: Path) -> None:
+    """As docs/serving.md says: each has a prefix and an instance."""
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (overlay,) = re.findall(r"```yaml\n(# left/kustomization.yaml\n.*?)```", page, flags=re.DOTALL)
+    teams = []
+    for name in ("left", "right"):
+        folder = tmp_path / "kubernetes" / name
+        folder.mkdir()
+        text = overlay.replace("left", name).replace("../agents", f"../{base}")
+        (folder / "kustomization.yaml").write_text(text)
+        done = subprocess.run(
+            ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=True
+        )
+        teams.append(list(yaml.safe_load_all(done.stdout)))
+    left, right = teams
+    assert not {(d["kind"], d["metadata"]["name"]) for d in left} & {
+        (d["kind"], d["metadata"]["name"]) for d in right
+    }
+    for service in of_kind(left, "Service"):
+        chosen = service["spec"]["selector"].items()
+        pods = [d["spec"]["template"]["metadata"]["labels"].items() for d in of_kind(left, "Deployment")]
+        others = [d["spec"]["template"]["metadata"]["labels"].items() for d in of_kind(right, "Deployment")]
+        assert sum(chosen <= labels for labels in pods) == 1
+        assert not any(chosen <= labels for labels in others), "it finds servers of the other team"
+    (policy,) = of_kind(left, "NetworkPolicy")
+    client = {"key": "omcda-deploy/client", "operator": "In", "values": ["true"]}
+    assert policy["spec"]["ingress"][0]["from"] == [{"podSelector": {"matchExpressions": [client]}}]
+
+
+def test_the_volume_can_be_filled() -> None:
+    (pod,) = documents(KUBERNETES / "fill" / "pod.yaml")
+    (server_pod,) = pods("server/deployment.yaml")
+    assert pod["spec"]["securityContext"] == server_pod["securityContext"], "may not write, or may be refused"
+    mine, theirs = ({v["name"]: v for v in spec["volumes"]}["releases"] for spec in (pod["spec"], server_pod))
+    assert mine == theirs
+    (fill,), (serving,) = pod["spec"]["containers"], server_pod["containers"]
+    assert fill["securityContext"] == serving["securityContext"]
+    assert fill["volumeMounts"] == [{"name": "releases", "mountPath": "/releases"}]
+
+
 def test_the_configuration_holds_with_tls_and_tokens_too(rendered: list[Document], tmp_path: Path) -> None:
     (config,) = of_kind(rendered, "ConfigMap")
     ((name, text),) = config["data"].items()
@@ -224,6 +294,31 @@ def test_only_policies_and_metrics_can_be_reached(rendered: list[Document]) -> N
         assert labels <= deployment["spec"]["template"]["metadata"]["labels"].items()
 
 
+@pytest.mark.parametrize("host", ["::", "0.0.0.0"])
+def test_a_server_of_all_addresses_is_found_at_each(continuous_bundle: Bundle, host: str) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("needs IPv6")
+    metrics, health = free_port(), free_port()
+    options = ("--host", host, "--metrics-port", str(metrics), "--health-port", str(health))
+    with server_process(continuous_bundle, "agent_0", options=options) as process:
+        port = process.endpoint.rpartition(":")[2]
+        for address in ("127.0.0.1", "[::1]") if host == "::" else ("127.0.0.1",):
+            for place in (port, health):
+                with grpc.insecure_channel(f"{address}:{place}") as channel:
+                    health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            with urlopen(f"http://{address}:{metrics}/metrics", timeout=5) as answer:
+                assert b"omcda_answers_total" in answer.read()
+
+
+def test_without_ipv6_all_addresses_are_those_of_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(family: int, kind: int) -> None:
+        raise OSError(97, "Address family not supported by protocol")
+
+    monkeypatch.setattr("omcda_deploy.serve.options.socket.socket", refuse)
+    assert Listen("::", 8500).usable() == Listen("0.0.0.0", 8500)
+    assert Listen("10.0.0.1", 8500).usable() == Listen("10.0.0.1", 8500)
+
+
 # -- requirements of the manifests to the server -------------------------------------------------------------------
 
 
@@ -237,13 +332,15 @@ def test_probes_need_neither_token_nor_a_free_place(continuous_bundle: Bundle, t
         server_process(continuous_bundle, "agent_0", options=options) as process,
         grpc.insecure_channel(process.endpoint) as busy,
         grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ExitStack() as stack,
     ):
-        watch: Any = busy.unary_stream(f"/{introspection.HEALTH}/Watch")
-        watchers = [watch(b"", timeout=30) for _ in range(2)]
-        for watcher in watchers:
-            next(watcher)
-        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
-            health_pb2_grpc.HealthStub(busy).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        held = [stack.enter_context(closing(HostileConnection(process.endpoint))) for _ in range(4)]
+        for connection in held:
+            for _ in range(30):
+                connection.open(WATCH, b"")
+                connection.open(CHECK)
+        time.sleep(0.2)
+        health_pb2_grpc.HealthStub(busy).Check(health_pb2.HealthCheckRequest(), timeout=5)
         health = health_pb2_grpc.HealthStub(channel)
         for service in HEALTH_SERVICES:
             answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)

@@ -1,4 +1,4 @@
-"""2,000 hostile calls, and tests of the fuzzer and of its judge (``make fuzz`` sends 100,000 calls)."""
+"""2,400 hostile calls, and tests of the fuzzer and of its judge (``make fuzz`` sends 100,000 calls)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from omcda_deploy.bundle import TEAM
 from omcda_deploy.protos import oip, policy_pb2
 from tests.support.bundles import continuous_spec, discrete_spec, write_test_bundle
 from tests.support.fuzz import CONTROL_EVERY, TEAMS, fuzz
+from tests.support.fuzz_admin import fuzz_admin
 from tests.support.fuzz_calls import ACT, INFER, STREAM, WEIGHTS, Fuzzer
 from tests.support.judge import complaint
 
 CALLS = 1000  # for each of two servers
+ADMIN_CALLS = 400
 
 
 @pytest.mark.parametrize("team", TEAMS)
@@ -31,6 +33,15 @@ def test_no_call_breaks_a_server(team: str, tmp_path: Path) -> None:
         assert report.statuses["message", status] > 0, report.statuses
     assert CALLS / 10 < report.statuses["message", "OK"] < CALLS / 4
     assert report.statuses["bytes", "INVALID_ARGUMENT"] > CALLS / 10
+
+
+def test_no_operator_breaks_a_server() -> None:
+    report = fuzz_admin(seed=0, calls=ADMIN_CALLS)
+    assert report.failures == [], "\n".join(report.failures)[:10_000]
+    assert report.statuses.total() == ADMIN_CALLS
+    for status in ("OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"):
+        assert sum(n for (_, told), n in report.statuses.items() if told == status) > 0, report.statuses
+    assert len(report.steps) > 1, "no switch came about: the test shows little"
 
 
 def test_a_call_depends_on_its_seed_and_number_alone() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -36,6 +38,7 @@ from omcda_deploy.serve.meter import (
     ModelMeter,
     Sample,
 )
+from omcda_deploy.serve.metrics import CONNECTIONS
 from tests.support.bundles import continuous_spec
 from tests.support.server_process import free_port, server_process
 
@@ -108,6 +111,24 @@ def test_a_scrape_adds_up(continuous_bundle: Bundle, tmp_path: Path) -> None:
     assert value(samples, "omcda_shadow_answers_total", model=TEAM, version="1") == 0.0
     alone = {"model": "agent_1", "version": "1"}
     assert value(samples, "omcda_answers_total", **alone) == 1.0
+
+
+def test_half_open_requests_take_no_threads_and_no_scrape(continuous_bundle: Bundle) -> None:
+    port = free_port()
+    with (
+        server_process(continuous_bundle, "agent_0", options=("--metrics-port", str(port))) as server,
+        ExitStack() as stack,
+    ):
+        threads = Path(f"/proc/{server.process.pid}/task")
+        idle = len(list(threads.iterdir()))
+        for _ in range(100):
+            half_open = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            half_open.sendall(b"GET /metrics HTTP/1.1\r\n")
+        assert scrape(port)
+        end = time.monotonic() + 3.0  # far less than the half-open requests are waited for
+        while len(list(threads.iterdir())) > idle + CONNECTIONS + 1:
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
 def test_histograms_are_cumulative_with_closed_upper_bounds() -> None:
@@ -187,8 +208,12 @@ def test_answers_that_come_too_late_are_counted() -> None:
     details = cast("grpc.HandlerCallDetails", SimpleNamespace(method="/a.B/C"))
     for left_s in (None, 0.5, -0.001):
         handler: Any = service.service(details)
-        context = SimpleNamespace(time_remaining=lambda left_s=left_s: left_s)
-        assert asyncio.run(handler.unary_unary(b"", context)) == b""
+
+        async def read() -> bytes:
+            return b""
+
+        context = SimpleNamespace(read=read, time_remaining=lambda left_s=left_s: left_s)
+        assert asyncio.run(handler.stream_unary(None, context)) == b""
     service.service(details)  # one that was given up before it was handled
     (meter,) = tracker.meters
     assert (meter.started, meter.handled["OK"], meter.late) == (4, 3, 1)

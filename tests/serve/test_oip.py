@@ -243,7 +243,7 @@ BAD: dict[str, tuple[oip.ModelInferRequest | bytes, str, tuple[str, ...]]] = {
     "unknown output": (with_output("action", "q"), "INVALID_ARGUMENT", ("action, divergence", "q")),
     "output twice": (with_output("action", "action"), "INVALID_ARGUMENT", ("each once",)),
     "bytes that are no message": (b"\x0a\xff\xff", "INVALID_ARGUMENT", ("inference.ModelInferRequest",)),
-    "oversize": (with_raw(bytes(5 << 20)), "RESOURCE_EXHAUSTED", ("4194304",)),
+    "oversize": (with_raw(bytes(5 << 20)), "RESOURCE_EXHAUSTED", ("1048576",)),
 }
 
 

@@ -16,7 +16,7 @@ from omcda_deploy.serve.server import main
 SOURCE = Path("releases")
 LISTEN = Listen("::1", 8500, 9600, 9500, 9700)
 EVERYTHING = ServeOptions(
-    Path("-a folder=odd"), ("agent_0", "team"), LISTEN, Path("-serve.toml"), True, True, 0.1, 4711
+    Path("-a folder=odd"), ("agent_0", "team"), LISTEN, Path("-serve.toml"), True, True, 0.1, 4711, "2@da2afe"
 )
 ONE_AT_A_TIME = [
     *(
@@ -58,9 +58,9 @@ def test_unknown_options_end_with_status_2(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_command_has_every_option_of_a_server() -> None:
-    """``--agent`` and ``--team`` choose the models; only the supervisor names a supervisor."""
+    """``--agent`` and ``--team`` choose the models; only a supervisor names itself and a pin."""
     entries = (*dataclasses.fields(ServeOptions), *dataclasses.fields(Listen))
-    names = {entry.name for entry in entries} - {"source", "models", "listen", "supervisor"}
+    names = {entry.name for entry in entries} - {"source", "models", "listen", "supervisor", "pin"}
     parameters = set(inspect.signature(command.serve).parameters)
     assert {name.removesuffix("_s") for name in names} <= parameters
     assert parameters - names == {"bundle", "agent", "team", "base_port", "grace"}

@@ -144,7 +144,7 @@ BAD: dict[str, tuple[policy_pb2.ActRequest, str, tuple[str, ...]]] = {
     "NaN": (good(observation=(ROWS * np.nan).tobytes()), "INVALID_ARGUMENT", ("finite", "nan")),
     "infinite noise": (good(noise=np.full(2, np.inf, "<f4").tobytes()), "INVALID_ARGUMENT", ("noise", "inf")),
     "another contract": (good(contract_hash="0" * 64), "FAILED_PRECONDITION", ("000000", "GetContract")),
-    "oversize": (good(observation=bytes(5 << 20)), "RESOURCE_EXHAUSTED", ("4194304",)),
+    "oversize": (good(observation=bytes(5 << 20)), "RESOURCE_EXHAUSTED", ("1048576",)),
 }
 
 

@@ -25,7 +25,8 @@ from omcda_deploy.errors import BundleError, ContractError, EndpointError, Unkno
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos import policy_pb2
 from omcda_deploy.serve.config import Limits, ServerConfig
-from omcda_deploy.serve.releases import CURRENT, Releases
+from omcda_deploy.serve.releases import Releases
+from omcda_deploy.serve.repository import CURRENT
 from omcda_deploy.serve.status import ExhaustedError, RequestError, StateError
 from omcda_deploy.serve.wire import WireTensors
 from omcda_deploy.spec import TeamSpec
@@ -55,7 +56,12 @@ def action(releases: Releases, version: str = "") -> Any:
     return releases.find("agent_0", version).action(WireTensors(2, ROWS["agent_0"].tobytes()))
 
 
-def test_the_highest_version_answers_unless_the_folder_says_otherwise(folder: Path) -> None:
+def test_the_first_start_notes_the_highest_version_and_nothing_else_promotes_one(folder: Path) -> None:
+    assert Releases(folder, (), ServerConfig()).current == "10"
+    assert (folder / CURRENT).read_text() == "10\n\n"
+    write_test_bundle(folder / "11", SPEC, seed=11)
+    assert Releases(folder, (), ServerConfig()).current == "10"  # a restart
+    (folder / "11" / "agent_0" / "1" / "model.onnx").write_bytes(b"no graph")
     assert Releases(folder, (), ServerConfig()).current == "10"
     (folder / CURRENT).write_text("2\n")
     assert Releases(folder, (), ServerConfig()).current == "2"
@@ -100,7 +106,7 @@ def test_admin_calls_name_a_version(folder: Path) -> None:
             with pytest.raises(RequestError, match="expected the name of a version, got an empty one"):
                 await change("")
         assert (releases.current, releases.shadow, held(releases)) == ("10", "2", ["2", "10"])
-        assert not (folder / CURRENT).exists()
+        assert (folder / CURRENT).read_text() == "10\n\n"
 
     asyncio.run(run())
 

@@ -174,6 +174,15 @@ def test_reflection_describes_both_protocols(channel: grpc.Channel, version: str
     requests += [reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol) for symbol in symbols]
     listed, *described = ask(iter(requests))
     assert set(symbols) <= {service.name for service in listed.list_services_response.service}
+    everything = [service.name for service in listed.list_services_response.service]
+    asked = (reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in everything)
+    for name, answer in zip(everything, ask(asked), strict=True):
+        assert answer.WhichOneof("message_response") == "file_descriptor_response", name
+        files = [
+            descriptor_pb2.FileDescriptorProto.FromString(data)
+            for data in answer.file_descriptor_response.file_descriptor_proto
+        ]
+        assert name in {f"{file.package}.{service.name}" for file in files for service in file.service}
     methods = set()
     for answer in described:
         for data in answer.file_descriptor_response.file_descriptor_proto:
@@ -222,7 +231,7 @@ def test_a_signal_tells_watchers_ends_streams_and_exits_0(
 
 def test_what_is_in_flight_is_answered(continuous_bundle: Bundle, tmp_path: Path) -> None:
     rows = 100_000
-    (tmp_path / "serve.toml").write_text(f"[limits]\nrows = {rows}\n")
+    (tmp_path / "serve.toml").write_text(f"[limits]\nrows = {rows}\nmessage_bytes = 4194304\n")
     request = policy_pb2.ActRequest(model="agent_0", batch=rows, observation=bytes(16 * rows))
     with (
         server_process(

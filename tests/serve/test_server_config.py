@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import numpy as np
 import pytest
 
 from omcda_deploy.bundle import MANIFEST, TEAM, Bundle, read_bundle
-from omcda_deploy.client.remote import RemoteTeam
+from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import BundleError, ConfigError, EndpointError, UnknownNameError
 from omcda_deploy.guard import GuardSetting
 from omcda_deploy.serve.config import Limits, ServerConfig, read_server_config
@@ -53,6 +58,12 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     [
         (("[limits]", "[limit]"), "unknown table 'limit': did you mean 'limits'"),
         (("streams = 3", "streams = true"), "limits.streams: expected a whole number from 1 on, got True"),
+        (
+            ("streams = 3", "message_bytes = 99999999999"),
+            "limits.message_bytes: expected at most 2147483647, got 99999999999",
+        ),
+        (("threshold = 0.5", "threshold = true"), "threshold: expected a number from 0 on, got True"),
+        (("threshold = 0.5", "distance_limit = true"), "distance_limit: expected a number from 0 on"),
         (('mode = "blend"', 'mode = "mix"'), "expected one of observe, fallback, blend, got 'mix'"),
         (("threshold = 0.5", "threshold = nan"), "threshold: expected a number from 0 on, got nan"),
         (("threshold", "treshold"), r"entry of \[guard\] 'treshold': did you mean 'threshold'"),
@@ -174,15 +185,70 @@ def test_a_message_beyond_the_limit_is_refused(narrow_server: ServerProcess) -> 
 
 
 def test_calls_beyond_the_limit_are_refused_at_once(narrow_server: ServerProcess) -> None:
-    with grpc.insecure_channel(narrow_server.endpoint) as channel:
-        watch: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
-        watchers = [watch(b"", timeout=30) for _ in range(2)]
-        for watcher in watchers:
-            next(watcher)
+    """A call whose message has not come gives way to other connections, but not to its own."""
+    never = threading.Event()
+    pool = (("grpc.use_local_subchannel_pool", 1),)  # a connection of its own
+    with (
+        grpc.insecure_channel(narrow_server.endpoint, pool) as channel,
+        grpc.insecure_channel(narrow_server.endpoint, pool) as other,
+    ):
+        open_call: Any = channel.stream_unary("/omcda.v1.PolicyService/Act")
+        first = open_call.future((never.wait() for _ in range(1)), timeout=30)
+        time.sleep(0.3)  # nothing tells when it has arrived
         ask: Any = channel.unary_unary("/omcda.v1.PolicyService/GetContract")
         with pytest.raises(grpc.RpcError) as raised:
             ask(b"", timeout=30)
         assert isinstance(raised.value, grpc.Call)
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert raised.value.details() == (
+            "expected at most 1 concurrent calls, and so many are open: close one, or raise limits.concurrent_calls"
+        )
+        assert not first.done()
+        ask_too: Any = other.unary_unary("/omcda.v1.PolicyService/GetContract")
+        assert ask_too(b"", timeout=30)
+        assert first.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "its place was given to another connection" in first.details()
+        never.set()
+
+
+def test_one_connection_has_half_of_the_streams(continuous_bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text("[limits]\nstreams = 4\n")
+    row = np.ones((1, 4), np.float32)
+    with (
+        server_process(continuous_bundle, "agent_0", options=("--config", str(path))) as server,
+        ExitStack() as stack,
+    ):
+        first, second, third = (
+            stack.enter_context(RemotePolicy(server.endpoint, stream=True)) for _ in range(3)
+        )
+        for policy in (first, second):
+            policy.act(row)
+        with pytest.raises(
+            EndpointError, match="at most 2 control streams of one connection, and so many are"
+        ):
+            third.act(row)  # gRPC gives all channels of a process to one address the same connection
+        words = ["-c", ASK_ONCE, server.endpoint]
+        other = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=30)
+        assert other.returncode == 0, other.stderr
+
+
+ASK_ONCE = """if True:
+    import sys
+    import numpy as np
+    from omcda_deploy.client.remote import RemotePolicy
+    with RemotePolicy(sys.argv[1], stream=True) as policy:
+        policy.act(np.ones((1, 4), np.float32))
+"""
+
+
+def test_health_watchers_take_no_place_of_calls(narrow_server: ServerProcess) -> None:
+    with grpc.insecure_channel(narrow_server.endpoint) as channel:
+        watch: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        watchers = [watch(b"", timeout=30) for _ in range(3)]
+        for watcher in watchers:
+            next(watcher)
+        ask: Any = channel.unary_unary("/omcda.v1.PolicyService/GetContract")
+        assert ask(b"", timeout=30)
         for watcher in watchers:
             watcher.cancel()

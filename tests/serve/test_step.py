@@ -151,25 +151,42 @@ def test_each_agent_of_a_team_needs_an_available_action(discrete_bundle: Bundle)
     assert np.frombuffer(session.answer(wire(inputs))["action"], np.int64).tolist() == [1, 3]
 
 
-def test_a_guard_that_acts_takes_the_checked_path(
-    continuous_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", ["observe", "fallback", "blend"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guard_that_acts_is_answered_byte_for_byte_as_any_request(
+    kind: str, mode: Mode, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator, limit = np.random.default_rng(2), 2.0
-    modes: tuple[Mode, ...] = ("observe", "fallback")
-    for mode in modes:
-        session = Session(continuous_bundle, "agent_1", {"agent_1": GuardSetting(mode, limit)})
+    """Check an agent and the team, one agent of which has a guard of its own."""
+    bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
+    generator = np.random.default_rng(2)
+    names = bundle.spec.names
+    guards = dict.fromkeys(names, GuardSetting(mode, 1.0 if kind == "continuous" else 0.3))
+    guards |= {names[-1]: GuardSetting("fallback", 0.2)} if len(names) > 2 else {}
+    for model in (names[0], TEAM):
+        session, other = Session(bundle, model, guards), Session(bundle, model, guards)
         watch = Watch(session, monkeypatch)
         acted = 0
-        for _ in range(50):
-            before = watch.checked
-            tensors = wire(row(continuous_bundle, "agent_1", generator, noisy=True))
+        for index in range(200):
+            tensors = wire(row(bundle, model, generator, noisy=index % 3 != 0))
             answer = session.answer(tensors)
-            exceeded = np.frombuffer(answer["divergence"], np.float32)[0] > limit
-            assert watch.checked - before == int(mode == "fallback" and exceeded)
-            weight = np.frombuffer(answer["policy_weight"], np.float32)[0]
-            assert weight == (0.0 if mode == "fallback" and exceeded else 1.0)
-            acted += exceeded
-        assert 5 < acted < 45
+            assert answer == checked(other, tensors)
+            acted += int((np.frombuffer(answer["policy_weight"], np.float32) < 1.0).sum())
+        assert watch.checked == 0
+        replaceable = 200 * (len(names) if model == TEAM else 1)
+        assert 0.1 < acted / replaceable < 0.9 if mode != "observe" else acted == 0 or model == TEAM
+
+
+def test_numbers_too_large_for_the_plain_guard_take_the_checked_path(
+    continuous_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(continuous_bundle, "agent_1", {"agent_1": GuardSetting("blend", 0.1)})
+    tensors = wire({"observation": np.ones((1, 5), np.float32)})
+    expected = session.answer(tensors)
+    assert np.frombuffer(expected["policy_weight"], np.float32)[0] < 1.0
+    watch = Watch(session, monkeypatch)
+    monkeypatch.setattr("omcda_deploy.serve.guarded_row.largest_weight", lambda *curve: 1.0 / 0.0)
+    assert session.answer(tensors) == expected
+    assert watch.checked == 1
 
 
 def test_a_distance_limit_holds_for_single_steps_too(tmp_path: Path) -> None:

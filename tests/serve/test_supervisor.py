@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,8 +38,9 @@ TASK = "toy/chain-mixed"
 EPISODES = 12  # about 20 steps each
 
 
-def supervisor(bundle: Bundle, base_port: int) -> subprocess.Popen[str]:
-    code = (
+def supervisor(source: Path, base_port: int, code: str = "") -> subprocess.Popen[str]:
+    """Start a supervisor. ``code``: run first."""
+    code += (
         "import sys\n"
         "from omcda_deploy.errors import OmcdaError\n"
         "from omcda_deploy.serve.options import ServeOptions\n"
@@ -46,13 +48,13 @@ def supervisor(bundle: Bundle, base_port: int) -> subprocess.Popen[str]:
         "try: serve_team(ServeOptions.parse(sys.argv[1:]))\n"
         "except OmcdaError as error: sys.exit(f'error: {error}')\n"
     )
-    command = [sys.executable, "-c", code, str(bundle.path), "--port", str(base_port)]
+    command = [sys.executable, "-c", code, str(source), "--port", str(base_port)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_serve_team_runs_one_process_per_agent(discrete_bundle: Bundle) -> None:
     base = free_ports(2)
-    with supervisor(discrete_bundle, base) as process:
+    with supervisor(discrete_bundle.path, base) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]
         endpoints = {f"agent_{i}": f"{LOOPBACK}:{base + i}" for i in range(2)}
@@ -73,7 +75,7 @@ def test_serve_team_stops_all_when_one_cannot_start(discrete_bundle: Bundle, tmp
     manifest["files"]["agent_1/1/model.onnx"] = hashlib.sha256(b"no graph").hexdigest()
     (bundle.path / "bundle.json").write_text(json.dumps(manifest))
     base = free_ports(2)
-    with supervisor(bundle, base) as process:
+    with supervisor(bundle.path, base) as process:
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert output == "", "ready lines of a team that is not ready"
@@ -118,7 +120,7 @@ def test_what_cannot_be_started_is_refused_before_any_process_is(
 
 def test_servers_stop_when_their_supervisor_is_killed(discrete_bundle: Bundle) -> None:
     base = free_ports(2)
-    with supervisor(discrete_bundle, base) as process:
+    with supervisor(discrete_bundle.path, base) as process:
         assert process.stdout is not None
         for _ in range(2):
             assert process.stdout.readline().startswith("serving ")
@@ -223,12 +225,14 @@ def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @contextmanager
-def supervised(bundle: Bundle) -> Iterator[tuple[int, list[str], Callable[[], list[str]]]]:
+def supervised(
+    source: Path, agents: int, code: str = ""
+) -> Iterator[tuple[int, list[str], Callable[[], list[str]]]]:
     """Yield the process id, the endpoints, and a function that stops all servers and returns their log lines."""
-    base = free_ports(len(bundle.spec.agents))
-    with supervisor(bundle, base) as process:
+    base = free_ports(agents)
+    with supervisor(source, base, code) as process:
         assert process.stdout is not None
-        endpoints = [process.stdout.readline().split()[-1] for _ in bundle.spec.agents]
+        endpoints = [process.stdout.readline().split()[-1] for _ in range(agents)]
 
         def stop() -> list[str]:
             process.terminate()
@@ -251,7 +255,7 @@ def restarted(agent: str, endpoint: str, status: int, pause: float) -> str:
 def test_an_evaluation_outlives_its_servers(toy_bundle: Bundle) -> None:
     local = LocalTeam(toy_bundle)
     expected = evaluate(local, TASK, episodes=EPISODES, num_envs=1)
-    with supervised(toy_bundle) as (process, endpoints, stop):
+    with supervised(toy_bundle.path, 3) as (process, endpoints, stop):
         first = agent_process(process, "agent_0")
         for stream, number, fallback in (
             (True, signal.SIGKILL, local),
@@ -281,6 +285,44 @@ def test_an_evaluation_outlives_its_servers(toy_bundle: Bundle) -> None:
             restarted("agent_1", endpoints[1], 0, 0.2),
             restarted("agent_2", endpoints[2], -9, 0.1),
         ]
+
+
+def test_a_restart_promotes_no_version(discrete_bundle: Bundle, tmp_path: Path) -> None:
+    """A new bundle lies in the folder, then the note of the current version is gone: neither is a switch."""
+    folder = tmp_path / "releases"
+    shutil.copytree(discrete_bundle.path, folder / "1")
+    with supervised(folder, 2) as (process, endpoints, stop), RemoteTeam(endpoints, fallback="hold") as team:
+        write_test_bundle(folder / "2", discrete_bundle.spec, seed=9)
+        for gone in (False, True):
+            if gone:
+                (folder / "current").unlink()
+            os.kill(agent_process(process, "agent_0"), signal.SIGKILL)
+            wait_for(endpoints[0], "agent_0")
+            time.sleep(0.2)
+            team.reset()
+            assert (team.version, team.bundle_digest) == ("1", discrete_bundle.digest)
+            assert (folder / "current").read_text() == "1\n\n"
+        assert len(stop()) == 2
+
+
+def test_a_hung_server_is_killed_and_started_again(
+    discrete_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go on; a stop does not wait for one that hangs."""
+    code = "from omcda_deploy.serve import supervisor; supervisor.LOOK_S = 0.2\n"
+    with supervised(discrete_bundle.path, 2, code) as (process, endpoints, stop):
+        first, other = agent_process(process, "agent_0"), agent_process(process, "agent_1")
+        os.kill(first, signal.SIGSTOP)
+        wait_for(endpoints[0], "agent_0")
+        assert agent_process(process, "agent_1") == other
+        os.kill(agent_process(process, "agent_0"), signal.SIGSTOP)
+        time.sleep(0.9)
+        began = time.monotonic()
+        assert stop() == [
+            f"the server of agent_0 on {endpoints[0]} has not answered for 1 s and is killed",
+            restarted("agent_0", endpoints[0], -9, 0.1),
+        ]
+        assert time.monotonic() - began < 3.0
 
 
 def test_a_server_is_ready_only_when_its_models_are_warm(continuous_bundle: Bundle, tmp_path: Path) -> None:

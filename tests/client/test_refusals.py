@@ -1,0 +1,177 @@
+"""Refusals for which a fallback may stand in, as another moment can end them, and what clients refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from omcda_deploy.bundle import Bundle
+from omcda_deploy.client.admin import TeamAdmin
+from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
+from omcda_deploy.errors import ConfigError, ContractError, EndpointError, MissedAnswerError
+from omcda_deploy.local import LocalPolicy, LocalTeam
+from tests.client.test_client import assert_same, observations
+from tests.client.test_fallback import SlowService, slow_server
+from tests.support.bundles import continuous_spec, write_test_bundle
+from tests.support.server_process import ServerProcess, free_port, server_process
+
+ENDPOINTS = [
+    "127.0.0.1:99999",
+    "127.0.0.1",
+    "::1:22331",
+    "127.0.0.1:0",
+    ":8500",
+    "host:http",
+    "",
+    "dns:///host",
+]
+MISSES = [
+    (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "expected at most 16 control streams, and so many are open: close one",
+    ),
+    (grpc.StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!"),
+    (grpc.StatusCode.NOT_FOUND, "unknown version '1': known are 2"),
+    (grpc.StatusCode.UNAVAILABLE, "an operator ended this stream"),
+]
+REFUSALS = [
+    (grpc.StatusCode.INVALID_ARGUMENT, "agent_0: expected finite numbers"),
+    (grpc.StatusCode.NOT_FOUND, "unknown model 'agent_0': known are agent_1"),
+    (grpc.StatusCode.UNAUTHENTICATED, "expected the metadata"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("code", "details", "missed"), [(*m, True) for m in MISSES] + [(*r, False) for r in REFUSALS]
+)
+def test_a_fallback_acts_for_what_may_pass(
+    continuous_bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+    code: grpc.StatusCode,
+    details: str,
+    missed: bool,
+) -> None:
+    monkeypatch.setattr(SlowService, "Act", lambda self, request, context: context.abort(code, details))
+    fallback = LocalPolicy(continuous_bundle, "agent_0")
+    observation = observations(continuous_bundle.spec, 2)["agent_0"]
+    with (
+        slow_server(continuous_bundle, "agent_0") as (endpoint, _, _),
+        RemotePolicy(endpoint, stream=stream, fallback=fallback) as policy,
+        RemotePolicy(endpoint, stream=stream) as alone,
+    ):
+        if missed:
+            assert policy.act(observation).fallback
+            assert policy.missed == 1
+        else:
+            with pytest.raises(EndpointError, match=details) as raised:
+                policy.act(observation)
+            assert not isinstance(raised.value, MissedAnswerError)
+        with pytest.raises(EndpointError, match=details[:20]):
+            alone.act(observation)
+
+
+def test_an_episode_whose_version_is_gone_goes_on_by_its_fallback(tmp_path: Path) -> None:
+    """Until the next episode, which takes the version that is current by then, on the servers that hold it."""
+    spec = continuous_spec(agents=2)
+    for version in ("1", "2"):
+        write_test_bundle(tmp_path / version, spec, seed=int(version))
+    (tmp_path / "current").write_text("1\n\n")
+    port = free_port()
+    batch: Any = observations(spec, 2)
+    with (
+        server_process(tmp_path, *spec.names, options=("--admin-port", str(port))) as server,
+        TeamAdmin([f"127.0.0.1:{port}"]) as admin,
+        RemoteTeam([server.endpoint], fallback=LocalTeam(tmp_path / "1")) as team,
+    ):
+        assert_same(team.act(batch), LocalTeam(tmp_path / "1").act(batch))
+        admin.switch("2")
+        admin.unload("1")
+        decisions = team.act(batch)
+        assert all(decision.fallback and decision.awaited for decision in decisions.values())
+        team.reset()
+        assert team.version == "2"
+        assert_same(team.act(batch), LocalTeam(tmp_path / "2").act(batch))
+        assert team.missed == dict.fromkeys(spec.names, 1)
+
+
+def test_an_episode_begins_without_the_servers_that_lack_its_version(tmp_path: Path) -> None:
+    spec = continuous_spec(agents=2)
+    for version in ("1", "2"):
+        write_test_bundle(tmp_path / version, spec, seed=int(version))
+    (tmp_path / "current").write_text("1\n\n")
+    ports = [free_port(), free_port()]
+    batch: Any = observations(spec, 2)
+    with (
+        server_process(tmp_path, "agent_0", options=("--admin-port", str(ports[0]))) as first,
+        server_process(tmp_path, "agent_1") as second,
+        TeamAdmin([f"127.0.0.1:{ports[0]}"]) as half,
+        RemoteTeam([first.endpoint, second.endpoint], fallback=LocalTeam(tmp_path / "1")) as team,
+        RemoteTeam([first.endpoint, second.endpoint]) as strict,
+    ):
+        half.switch("2")
+        with pytest.raises(EndpointError, match=f"{second.endpoint}: GetContract was refused with NOT_FOUND"):
+            strict.reset()
+        team.reset()
+        decisions = team.act(batch)
+        assert [decision.fallback for decision in decisions.values()] == [False, True]
+        np.testing.assert_array_equal(
+            decisions["agent_0"].action, LocalTeam(tmp_path / "2").act(batch)["agent_0"].action
+        )
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_addresses_that_grpc_would_take_otherwise_are_refused(endpoint: str) -> None:
+    with pytest.raises(EndpointError, match=r"expected an endpoint as HOST:PORT or \[IPv6\]:PORT .* got"):
+        RemotePolicy(endpoint, "agent_0")
+
+
+def test_addresses_in_every_form_are_taken(
+    continuous_bundle: Bundle, continuous_server: ServerProcess
+) -> None:
+    port = continuous_server.endpoint.rpartition(":")[2]
+    for form in (
+        "127.0.0.1:{}",
+        "localhost:{}",
+        "dns:///127.0.0.1:{}",
+        "dns:127.0.0.1:{}",
+        "ipv4:127.0.0.1:{}",
+    ):
+        RemotePolicy(form.format(port), "agent_0").close()
+    for form in ("[::1]:{}", "ipv6:[::1]:{}", "unix:/nowhere/{}"):
+        with pytest.raises(MissedAnswerError):
+            RemotePolicy(form.format(port), "agent_0")
+
+
+@pytest.mark.parametrize("deadline_s", [-1.0, 0.0, float("nan"), float("inf")])
+def test_deadlines_that_are_none_are_refused(continuous_server: ServerProcess, deadline_s: float) -> None:
+    connects: list[Callable[[], object]] = [
+        lambda: RemotePolicy(continuous_server.endpoint, "agent_0", deadline_s=deadline_s),
+        lambda: RemoteTeam(continuous_server.endpoint, deadline_s=deadline_s),
+    ]
+    for connect in connects:
+        with pytest.raises(ConfigError, match="deadline_s: expected a number of seconds above 0, got"):
+            connect()
+
+
+def test_what_does_not_belong_to_the_team_is_refused(
+    continuous_bundle: Bundle, continuous_server: ServerProcess
+) -> None:
+    spec = continuous_bundle.spec
+    batch = observations(spec, 2)
+    with RemoteTeam([continuous_server.endpoint]) as team:
+        with pytest.raises(ContractError, match=r"as many observations of every agent, got \{'agent_0': 1"):
+            team.act(batch | {"agent_0": batch["agent_0"][:1]})
+        with pytest.raises(ContractError, match=r"observations: expected those of .*, got agent_9 too"):
+            team.act(batch | {"agent_9": batch["agent_0"]})
+        with pytest.raises(
+            ContractError, match="action_mask of agent_0: expected none for continuous actions"
+        ):
+            team.act(batch, action_masks={a.name: np.ones((2, a.action.size), np.uint8) for a in spec.agents})
+        assert_same(team.act(batch), LocalTeam(continuous_bundle).act(batch))
