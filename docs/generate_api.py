@@ -29,12 +29,17 @@ PAGES = {  # page -> title, and the modules whose public names it describes
         (
             "omcda_deploy.registry",
             "omcda_deploy.envs",
+            "omcda_deploy.envs.adapters.parallel",
+            "omcda_deploy.envs.adapters.pettingzoo",
             "omcda_deploy.play.collect",
             "omcda_deploy.play.evaluate",
             "omcda_deploy.play.replay",
         ),
     ),
-    "datasets": ("Datasets", ("omcda_deploy.datasets", "omcda_deploy.datasets.writer")),
+    "datasets": (
+        "Datasets",
+        ("omcda_deploy.datasets", "omcda_deploy.datasets.writer", "omcda_deploy.datasets.record"),
+    ),
     "teams": (
         "Teams, served and local",
         (
@@ -85,9 +90,15 @@ def class_entry(name: str, subject: type[Any]) -> Iterator[str]:
     if not protocol and not issubclass(subject, Exception):
         yield from block(signature(name, subject))
     yield from (*prose(subject), "")
+    # What a class inherits from a base that is not public itself is described with it.
+    ours = [base for base in subject.__bases__ if base.__module__.startswith("omcda_deploy.")]
+    inherited = [base for base in ours if base.__name__ not in omcda_deploy._MODULES]
     if dataclasses.is_dataclass(subject):
-        yield from (*fields(name), "")
-    for member, value in vars(subject).items():
+        for described in (*inherited, subject):
+            yield from fields(described)
+        yield ""
+    members = {key: value for described in (*inherited, subject) for key, value in vars(described).items()}
+    for member, value in members.items():
         if member.startswith("_"):
             continue
         if isinstance(value, property):
@@ -108,9 +119,10 @@ class _Annotation:
         return self._text
 
 
-def fields(name: str) -> Iterator[str]:
-    """The fields of a dataclass, with the comments that give their shapes and units."""
-    module = importlib.import_module(omcda_deploy._MODULES[name])
+def fields(subject: type[Any]) -> Iterator[str]:
+    """The fields that a dataclass defines, with the comments that give their shapes and units."""
+    name = subject.__name__  # a public class names the package as its module
+    module = importlib.import_module(omcda_deploy._MODULES.get(name, subject.__module__))
     text = Path(str(module.__file__)).read_text()
     (body,) = (n.body for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name)
     for node in body:

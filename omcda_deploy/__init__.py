@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from omcda_deploy.client.remote import RemoteTeam as RemoteTeam
     from omcda_deploy.datasets import Dataset as Dataset
     from omcda_deploy.datasets import Episode as Episode
+    from omcda_deploy.datasets.record import RecordDataset as RecordDataset
     from omcda_deploy.datasets.writer import write_dataset as write_dataset
     from omcda_deploy.envs import Environment as Environment
+    from omcda_deploy.envs.adapters.parallel import from_parallel as from_parallel
+    from omcda_deploy.envs.adapters.pettingzoo import to_parallel as to_parallel
     from omcda_deploy.errors import BundleError as BundleError
     from omcda_deploy.errors import ConfigError as ConfigError
     from omcda_deploy.errors import ContractError as ContractError
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from omcda_deploy.errors import MissedAnswerError as MissedAnswerError
     from omcda_deploy.errors import MissingExtraError as MissingExtraError
     from omcda_deploy.errors import OmcdaError as OmcdaError
+    from omcda_deploy.errors import PluginError as PluginError
     from omcda_deploy.errors import SimulatorError as SimulatorError
     from omcda_deploy.errors import UnknownNameError as UnknownNameError
     from omcda_deploy.experiments.export import export as export
@@ -65,8 +69,11 @@ _NAMES = {  # module -> its public names
     "omcda_deploy.client.fallback": ("BehaviorTeam",),
     "omcda_deploy.client.remote": ("RemotePolicy", "RemoteTeam"),
     "omcda_deploy.datasets": ("Dataset", "Episode"),
+    "omcda_deploy.datasets.record": ("RecordDataset",),
     "omcda_deploy.datasets.writer": ("write_dataset",),
     "omcda_deploy.envs": ("Environment",),
+    "omcda_deploy.envs.adapters.parallel": ("from_parallel",),
+    "omcda_deploy.envs.adapters.pettingzoo": ("to_parallel",),
     "omcda_deploy.errors": (
         "BundleError",
         "ConfigError",
@@ -77,6 +84,7 @@ _NAMES = {  # module -> its public names
         "MissedAnswerError",
         "MissingExtraError",
         "OmcdaError",
+        "PluginError",
         "SimulatorError",
         "UnknownNameError",
     ),

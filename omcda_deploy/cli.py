@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 
 import typer
 
 from omcda_deploy.commands import (
     behavior,
     benchmark,
+    budget,
     compare,
-    convert,
     data,
+    datasets,
     demo,
     export,
     play,
@@ -27,9 +29,19 @@ from omcda_deploy.commands import (
     toy_results,
     train,
 )
-from omcda_deploy.errors import OmcdaError
-from omcda_deploy.processes import end_with_parent
+from omcda_deploy.errors import MissingExtraError, OmcdaError
+from omcda_deploy.files import refusal
+from omcda_deploy.processes import end_with_parent, unwinding_on_sigterm
 from omcda_deploy.version import __version__
+
+EXTRAS = {  # modules that import an extra's packages without naming it, longest names first
+    "omcda_deploy.training.behavior": "behavior",
+    "omcda_deploy.commands.behavior": "behavior",
+    "omcda_deploy.commands.benchmark": "train",
+    "omcda_deploy.training": "train",
+    "omcda_deploy.export": "export",
+    "omcda_deploy.serve": "serve",
+}
 
 app = typer.Typer(
     help="Train, export, serve and evaluate offline multi-agent policies: "
@@ -44,10 +56,15 @@ app.add_typer(benchmark.app, name="bench")
 app.add_typer(release.app, name="release")
 app.command("tasks")(data.tasks)
 app.command("collect")(data.collect)
-app.command("merge")(data.merge)
-app.command("convert")(convert.convert)
+app.command("import")(datasets.import_dataset)
+app.command("convert", hidden=True)(datasets.import_dataset)  # its name before; kept for scripts
+app.command("merge")(datasets.merge)
+app.command("split")(datasets.split)
+app.command("subset")(datasets.subset)
+app.command("to-minari")(datasets.to_minari)
 app.command("algorithms")(train.algorithms)
 app.command("train")(train.train)
+app.command("choose-budget")(budget.choose_budget)
 app.command("export")(export.export)
 app.command("serve")(serve.serve)
 app.command("status")(release.status)
@@ -78,18 +95,34 @@ def _options(
     )
 
 
+def _extra_of(error: ModuleNotFoundError) -> str:
+    """Return the smallest extra with what the innermost of our modules imported when it failed."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for module in reversed(modules):
+        for prefix, extra in EXTRAS.items():
+            if module.startswith(prefix):
+                return extra
+    return "all"
+
+
 def main() -> None:
     """Run the command line: the entry point of the ``omcda-deploy`` script."""
     end_with_parent()
     try:
-        app()
+        with unwinding_on_sigterm():
+            app()
     except OmcdaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("omcda_deploy"):
             raise
-        print(f"error: {error.name} is not installed: run  pip install 'omcda-deploy[all]'", file=sys.stderr)
+        package = (error.name or str(error)).partition(".")[0]
+        print(f"error: {MissingExtraError(package, _extra_of(error))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of the disk, the network or the system's limits
+        place = f"{error.filename} cannot be used" if error.filename else "the system refused"
+        print(f"error: {place} {refusal(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,11 +8,13 @@
     ├── EndpointError
     │   └── MissedAnswerError
     ├── SimulatorError
+    │   └── NoSimulatorError
     ├── ExportError
     ├── UnknownNameError
     ├── MissingExtraError
     ├── PluginError
-    ├── RequestError, RangeError, ExhaustedError, StateError, StoppingError     omcda_deploy.serve.status
+    ├── RequestError, RangeError, ExhaustedError, StateError, StoppingError, EndedError
+    │                                                                           omcda_deploy.serve.status
     └── DivergedError                                                           omcda_deploy.training.metrics
 
 Every message says what was expected, what came, and what to do next. The command line prints the message as one
@@ -55,6 +57,16 @@ class MissedAnswerError(EndpointError):
 
 class SimulatorError(OmcdaError):
     """A simulator failed, or the process that ran it died."""
+
+
+class NoSimulatorError(SimulatorError):
+    """A task cannot be played here. Everything else needs no more than its spec."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(
+            f"{task} has no simulator here: it can be trained, exported, served and replayed, but not played. "
+            "Install the package that has its simulator, if there is one"
+        )
 
 
 class ExportError(OmcdaError):

@@ -2,18 +2,82 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import stat
+import tempfile
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from omcda_deploy.errors import ConfigError
+
+_ADVICE = {
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some of your quota, or choose another place",
+    errno.EFBIG: "raise  ulimit -f, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise  ulimit -n, or ask for fewer processes and connections",
+    errno.ENFILE: "end other programs, or have the system's limit raised",
+    errno.ENOMEM: "end other programs, or ask for less at once",
+    errno.EAGAIN: "another process holds it: wait for it, and try again",
+    errno.EIO: "look at the system's log: the disk may be failing",
+}
+
+
+def refusal(error: OSError) -> str:
+    """Say why the system refused and what to do next, as ``(No space left on device): free some space, …``."""
+    said = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"({said}): {_ADVICE.get(error.errno or 0, 'choose another place')}"
+
+
+def require_writable(path: Path, size: int = 4096) -> None:
+    """Raise :class:`ConfigError` unless a file or folder can be written at ``path``, before time is spent on it.
+
+    Folders above it may be missing, as :func:`folder_of` makes them; a folder that exists is to be written into.
+    ``size``: bytes that will be written at least.
+    """
+    try:
+        probe(path, size)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path} {refusal(error)}") from error
+
+
+def probe(path: Path, size: int = 4096) -> None:
+    """Write some bytes to where ``path`` is to be; raises :class:`OSError` as :func:`require_writable` describes.
+
+    Access rights alone tell nothing about space and quotas.
+    """
+    place = path.absolute()
+    anchor = place if place.is_dir() else next(folder for folder in place.parents if os.path.lexists(folder))
+    with tempfile.TemporaryFile(dir=anchor) as file:
+        file.write(bytes(4096))
+    if shutil.disk_usage(anchor).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def folder_of(path: Path) -> Iterator[None]:
+    """Make the folders above ``path``; when the block fails, remove those that were made and are empty.
+
+    Raises :class:`OSError` where they cannot be made.
+    """
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # also one that somebody else has filled meanwhile
+                folder.rmdir()
+        raise
 
 
 @contextmanager
@@ -41,6 +105,20 @@ def atomic(path: Path, *, durable: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that is moved to ``path`` when the block succeeds, and removed when it fails.
+
+    Makes the folders above ``path`` as :func:`folder_of` does. Raises :class:`OSError` where it cannot be written,
+    and where ``path`` exists and is not an empty folder.
+    """
+    with folder_of(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        folder = Path(scratch).absolute() / path.name  # the scratch folder itself is private to this user
+        folder.mkdir()
+        yield folder
+        folder.rename(path)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole UTF-8 file, or leave the one that is there.
 
@@ -50,7 +128,7 @@ def write_text(path: str | Path, text: str) -> None:
         with atomic(Path(path)) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write {path} ({error.strerror}): choose another place") from error
+        raise ConfigError(f"cannot write {path} {refusal(error)}") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -84,3 +162,28 @@ def read_toml(path: Path, content: str) -> dict[str, Any]:
 def cache_folder() -> Path:
     """Folder for files that can be computed again: ``$OMCDA_CACHE``, else ``~/.cache/omcda-deploy``."""
     return Path(os.environ.get("OMCDA_CACHE") or Path.home() / ".cache" / "omcda-deploy")
+
+
+@contextmanager
+def cached(name: str) -> Iterator[Path]:
+    """Yield the path of the cache file ``name``, which the block reads, or makes where it is not there yet.
+
+    Processes that start together wait here for the first, which makes it for all of them; the system drops the lock
+    of one that is killed. Raises :class:`ConfigError` at once where it is not there and cannot be written.
+    """
+    path = cache_folder() / name
+    with ExitStack() as stack:
+        try:
+            with folder_of(path):
+                if not path.is_file():
+                    probe(path)
+                lock = stack.enter_context(path.with_suffix(".lock").open("w"))
+        except OSError as error:
+            if not path.is_file():  # files of a cache that cannot be written are whole, too
+                raise ConfigError(
+                    f"the cache {cache_folder()} cannot be written ({error.strerror}): set OMCDA_CACHE to another "
+                    "folder, or free some space"
+                ) from error
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path

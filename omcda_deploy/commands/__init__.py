@@ -8,18 +8,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from omcda_deploy.claims import claimed
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.files import folder_of, require_writable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from omcda_deploy.client.channel import Credentials
+    from omcda_deploy.play.evaluate import Evaluation
+    from omcda_deploy.policy import TeamPolicy
 
 console = Console()
 stderr = Console(stderr=True)
@@ -35,10 +43,79 @@ SimulatorFactory = Annotated[
     ),
 ]
 
+OwnEnvironment = Annotated[
+    str | None,
+    typer.Option(
+        "--env",
+        metavar="MODULE:CALLABLE",
+        help="Makes an environment of your own, to be played instead of TASK.",
+    ),
+]
+
+DatasetTask = Annotated[
+    str | None,
+    typer.Option("--task", "--env", help="Task of a dataset that does not say: a name, or MODULE:CALLABLE."),
+]
+
+
+class Reward(StrEnum):
+    shared = "shared"
+    sum = "sum"
+    mean = "mean"
+
+
+RewardRule = Annotated[
+    Reward | None,
+    typer.Option(
+        help="With --env, the team's reward: the one that all agents share, or the sum or mean of theirs."
+    ),
+]
+
 CredentialsFile = Annotated[
     Path | None,
     typer.Option("--credentials", help="TOML file with TLS files and a token (docs/serving.md)."),
 ]
+
+
+# Read by temperatures_of and temperature_of: typer's own error for a number would not be one line.
+Temperatures = Annotated[
+    str,
+    typer.Option(
+        "--temperature",
+        metavar="T[,T…]",
+        help="Factors of the actions' noise, comma-separated: 0 is deterministic, 1 samples (docs/evaluation.md).",
+    ),
+]
+Temperature = Annotated[
+    str,
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        help="Factor of the actions' noise: 0 is deterministic, 1 samples (docs/evaluation.md).",
+    ),
+]
+
+
+def temperatures_of(text: str) -> tuple[float, ...]:
+    """Read the value of ``--temperature``, in ascending order.
+
+    Raises :class:`ConfigError` for anything but different numbers of the range.
+    """
+    from omcda_deploy.policy import checked_temperatures
+
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--temperature: expected numbers such as 0,0.5,1, got {text!r}") from None
+    return checked_temperatures(values)
+
+
+def temperature_of(text: str) -> float:
+    """Read the value of a ``--temperature`` that takes one number; errors as of :func:`temperatures_of`."""
+    temperatures = temperatures_of(text)
+    if len(temperatures) > 1:
+        raise ConfigError(f"--temperature: expected one number, got {text!r}: call once for each")
+    return temperatures[0]
 
 
 def credentials_of(path: Path | None) -> Credentials | None:
@@ -48,9 +125,26 @@ def credentials_of(path: Path | None) -> Credentials | None:
     return None if path is None else read_credentials(path)
 
 
-def simulator_options(python: str | None, factory: str | None) -> dict[str, str]:
+def task_of(task: str | None, environment: str | None) -> str:
+    """Return the task to play: a name, known or not, or a reference of the user's own.
+
+    Raises :class:`ConfigError` unless one of the two is given.
+    """
+    from omcda_deploy.references import is_reference
+
+    if (task is None) == (environment is None):
+        raise ConfigError("expected a TASK, or --env module:callable in its place: give one of them")
+    if environment is not None and not is_reference(environment):
+        raise ConfigError(f"--env: expected module:callable, such as warehouse:make, got {environment!r}")
+    return task or environment or ""
+
+
+def simulator_options(
+    python: str | None, factory: str | None, reward: Reward | None = None
+) -> dict[str, str]:
     """Options of a task's simulator by name, without those left at None."""
-    return {name: value for name, value in (("python", python), ("factory", factory)) if value is not None}
+    options = {"python": python, "factory": factory, "reward": None if reward is None else reward.value}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def named_values(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
@@ -62,6 +156,37 @@ def named_values(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
             raise ConfigError(f"{option}: expected name=value, got {pair!r}")
         values[name] = value
     return values
+
+
+def print_whole(table: Table) -> None:
+    """Print a table with all its columns, also where the terminal, or none at all, seems too narrow for them."""
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(width=max(console.width, needed)).print(table)  # print's own width is at most the terminal's
+
+
+def require_outputs(*files: Path | None) -> None:
+    """Raise :class:`ConfigError` for a file that cannot be written, before any time is spent on its content."""
+    for file in files:
+        if file is None:
+            continue
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder: expected a name for the file, such as {file / 'result'}")
+        if not file.parent.is_dir():
+            raise ConfigError(f"{file}: the folder {file.parent} does not exist, create it first")
+        require_writable(file)
+
+
+@contextmanager
+def claimed_folder(out: Path) -> Iterator[None]:
+    """Hold the folder ``out``, which need not exist, while the block writes into it.
+
+    Raises :class:`ConfigError` where it cannot be written, and where another process writes it.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: expected a folder to write to")
+    require_writable(out)
+    with folder_of(out), claimed(out):
+        yield
 
 
 @contextmanager
@@ -77,6 +202,22 @@ def progress_bar(description: str) -> Iterator[ProgressReport]:
         transient=True,
     ) as progress:
         yield ProgressReport(progress, description)
+
+
+def play_temperatures(
+    team: TeamPolicy, task: str, temperatures: Sequence[float], label: str, **settings: Any
+) -> list[Evaluation]:
+    """Evaluate ``team`` at one temperature after another, with a progress bar for each.
+
+    ``settings`` are those of :func:`omcda_deploy.play.evaluate.evaluate`, whose errors are raised.
+    """
+    from omcda_deploy.play.evaluate import evaluate
+
+    evaluations = []
+    for temperature in temperatures:
+        with progress_bar(f"{label}, temperature {temperature:g}") as progress:
+            evaluations.append(evaluate(team, task, temperature=temperature, progress=progress, **settings))
+    return evaluations
 
 
 class ProgressReport:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from omcda_deploy.commands import console
+from omcda_deploy.commands import console, require_outputs
 
 app = typer.Typer(help="Benchmarks: ratios measured within one run.", no_args_is_help=True)
 
@@ -36,6 +36,7 @@ def train(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure CPU milliseconds per run and training step beside its matrix products alone, in the same run."""
+    require_outputs(json_file)
     import torch
 
     from omcda_deploy import registry
@@ -99,6 +100,7 @@ def comparison(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
 ) -> None:
     """Estimate what a comparison of all algorithms and OMCDA's three ablations costs to train on this machine."""
+    require_outputs(json_file)
     import torch
 
     from omcda_deploy import registry
@@ -150,6 +152,7 @@ def serve(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
     """Measure a served step beside a bare gRPC echo of the same messages, as ratios within one run."""
+    require_outputs(json_file)
     from omcda_deploy.commands import progress_bar
     from omcda_deploy.files import write_json
     from omcda_deploy.play.measurements import machine
@@ -217,6 +220,7 @@ def reload(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
     """Measure reloads of a team's policies: their cost for concurrent requests, and their lasting effect."""
+    require_outputs(json_file)
     from omcda_deploy.commands import progress_bar
     from omcda_deploy.files import write_json
     from omcda_deploy.play.measurements import machine

@@ -1,21 +1,31 @@
-"""Commands ``tasks``, ``collect``, ``merge`` and ``inspect``: list tasks, record and join datasets, print files."""
+"""Commands ``tasks``, ``collect`` and ``inspect``: list tasks, record datasets, print files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from omcda_deploy.commands import (
+    DatasetTask,
+    OwnEnvironment,
+    RewardRule,
     SimulatorFactory,
     SimulatorPython,
+    Temperature,
     console,
     progress_bar,
     simulator_options,
+    task_of,
+    temperature_of,
 )
-from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
+from omcda_deploy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omcda_deploy.play.collect import Source
 
 inspect_app = typer.Typer(help="Look at a dataset or a bundle.", no_args_is_help=True)
 
@@ -32,17 +42,25 @@ def tasks() -> None:
 
 
 def collect(
-    task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
     out: Annotated[Path, typer.Option(help="HDF5 file to write.")],
+    task: Annotated[str | None, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")] = None,
+    env: OwnEnvironment = None,
     tier: Annotated[
         str | None,
         typer.Option(
             help="medium (default), expert, medium-replay or medium-expert; smax/…: good, medium, poor; "
-            "toy/…: behavior."
+            "toy/…: behavior; every task: random."
         ),
     ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Record this bundle's policy instead of a tier.")
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:CALLABLE",
+            help="Record a callable of your own instead, from observations by agent to actions by agent.",
+        ),
     ] = None,
     transitions: Annotated[int, typer.Option(help="At least so many, in whole episodes.")] = 1_000_000,
     seed: Annotated[int, typer.Option(help="Seed of the episodes and of the actions.")] = 0,
@@ -50,22 +68,25 @@ def collect(
     workers: Annotated[
         int, typer.Option(help="Processes that step simulators that have no batched form; 0 for none.")
     ] = 2,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="Record mean actions.")] = False,
+    temperature: Temperature = "1",
     simulator_python: SimulatorPython = None,
     simulator_factory: SimulatorFactory = None,
+    reward: RewardRule = None,
 ) -> None:
-    """Record a dataset in OMIGA's HDF5 format with the task's behaviour policies, acting stochastically."""
-    from omcda_deploy import registry
+    """Record a dataset in OMIGA's HDF5 format with the task's behaviour policies."""
+    from omcda_deploy.datasets.writer import require_new_file
     from omcda_deploy.play.collect import collect_mixture
-    from omcda_deploy.play.shipped import sources
+    from omcda_deploy.play.shipped import RANDOM
+    from omcda_deploy.registry import require_task
 
-    if out.exists():
-        raise DatasetError(f"{out} exists already: choose another --out, or remove it first")
-    if task not in registry.tasks():
-        raise UnknownNameError("task", task, registry.tasks())
-    if bundle is not None and tier is not None:
-        raise ConfigError("expected --tier or --bundle, got both: leave one out")
-    policies = sources(task, tier or "medium", bundle)
+    factor = temperature_of(temperature)
+    require_new_file(out)
+    if tier == RANDOM and factor != 1.0:
+        raise ConfigError(f"tier random: its actions are uniform, expected --temperature 1, got {factor:g}")
+    task = task_of(task, env)
+    require_task(task)
+    options = simulator_options(simulator_python, simulator_factory, reward)
+    policies = _policies(task, tier, bundle, policy, options)
     with progress_bar(f"recording {task}") as report:
         summary = collect_mixture(
             task,
@@ -73,49 +94,40 @@ def collect(
             out,
             transitions=transitions,
             seed=seed,
-            behavior=policies[0].behavior if bundle else tier or "medium",
+            behavior=policies[0].behavior if bundle or policy else tier or "medium",
             num_envs=num_envs,
             workers=workers,
-            stochastic=not deterministic,
+            temperature=factor,
             progress=report,
-            options=simulator_options(simulator_python, simulator_factory),
+            options=options,
         )
     console.print_json(json.dumps(summary))
 
 
-def merge(
-    files: Annotated[
-        list[Path], typer.Argument(help="Datasets of one task, recorded with other --seed each.")
-    ],
-    out: Annotated[Path, typer.Option(help="HDF5 file to write.")],
-    behavior: Annotated[
-        str | None,
-        typer.Option(help="Label of the behaviour; those of the files, joined by +, when omitted."),
-    ] = None,
-) -> None:
-    """Join datasets of one task, recorded on several machines for instance; the files must fit together."""
-    from omcda_deploy.datasets.summary import summarize
-    from omcda_deploy.datasets.writer import concatenate
-    from omcda_deploy.registry import read_dataset
+def _policies(
+    task: str, tier: str | None, bundle: Path | None, policy: str | None, options: Mapping[str, str]
+) -> list[Source]:
+    """Return the policies to record: those of a tier, or one of the user's own."""
+    from omcda_deploy import registry
+    from omcda_deploy.local import JointTeam
+    from omcda_deploy.play.collect import Source
+    from omcda_deploy.play.scripted import CallableTeam
+    from omcda_deploy.play.shipped import sources
 
-    if out.exists():
-        raise DatasetError(f"{out} exists already: choose another --out, or remove it first")
-    digests: dict[str, Path] = {}
-    for file in files:
-        digest = read_dataset(file).digest
-        if digest in digests:
-            raise DatasetError(
-                f"{digests[digest]} and {file} hold the same episodes: record each with a --seed of its own"
-            )
-        digests[digest] = file
-    concatenate(files, out, behavior)
-    console.print_json(json.dumps(summarize(read_dataset(out))))
+    given = {"--tier": tier, "--bundle": bundle, "--policy": policy}
+    if len(several := [option for option, value in given.items() if value is not None]) > 1:
+        raise ConfigError(f"expected one of {', '.join(given)}, got {' and '.join(several)}: leave one out")
+    if bundle is not None:
+        return [Source(bundle.absolute().name, JointTeam(bundle), 1.0)]
+    if policy is not None:
+        return [Source(policy, CallableTeam(policy, registry.team_spec(task, **options)), 1.0)]
+    return sources(task, tier or "medium", options)
 
 
 @inspect_app.command("dataset")
 def inspect_dataset(
     file: Annotated[Path, typer.Argument(help="A dataset file.")],
-    task: Annotated[str | None, typer.Option(help="Its task, for a file that does not say.")] = None,
+    task: DatasetTask = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print shapes, episodes, returns, actions and digest of a dataset."""

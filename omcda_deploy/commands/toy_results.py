@@ -23,7 +23,9 @@ def toy_results(
 ) -> None:
     """Train every discrete algorithm on the toy games and write the table of exact expected returns."""
     from omcda_deploy.experiments.toy_games import GAMES, play_games, write_table
+    from omcda_deploy.files import require_writable
 
+    require_writable(table)
     results = play_games(
         games or GAMES,
         algorithms or (),

@@ -189,7 +189,26 @@ CASES: list[Case] = [
         "train data.hdf5 --evaluate-every 150 --out new",
         "snapshot_every: expected a multiple of 100, as metrics are logged, got 150",
     ),
-    ("train --resume run --evaluate-every 300", "evaluate_every: expected a multiple of 5000, .* got 300"),
+    ("train --resume run --evaluate-every 350", "evaluate_every: expected a multiple of 100, .* got 350"),
+    (f"collect {HOPPER} --temperature 0,1 --out new.hdf5", "--temperature: expected one number, got '0,1'"),
+    (
+        f"collect {HOPPER} --temperature nan --out new.hdf5",
+        "temperature: expected a number from 0 .* got nan",
+    ),
+    ("replay data.hdf5 --bundle bundle --temperature -1", r"temperature: expected a number .* got -1\.0"),
+    (
+        f"evaluate {HOPPER} --bundle bundle --temperature 0,a",
+        "--temperature: expected numbers such as .*'0,a'",
+    ),
+    (
+        f"evaluate {HOPPER} --bundle bundle --temperature=",
+        "--temperature: expected numbers such as .* got ''",
+    ),
+    (f"evaluate {HOPPER} --bundle bundle --temperature 0,0", "temperatures: expected each once, got 0 twice"),
+    (
+        f"evaluate {HOPPER} --bundle bundle --temperature 0,1 --video new.mp4",
+        "--video: expected one --temperature, got 0,1",
+    ),
     ("train data.hdf5 --device tpu --out new", "device: expected cpu, cuda or cuda:N, got 'tpu'"),
     ("train data.hdf5", "expected a dataset and --out for a new run, or --resume RUN"),
     ("train --out new", "expected a dataset and --out for a new run, or --resume RUN"),
@@ -243,7 +262,7 @@ CASES: list[Case] = [
     ),
     (
         "collect toy/chain --out x.hdf5 --bundle bundle --tier behavior",
-        "expected --tier or --bundle, got both",
+        "expected one of --tier, --bundle, --policy, got --tier and --bundle",
     ),
     (f"evaluate {HOPPER}", "expected --endpoints .* or --bundle .*: give one of them"),
     (f"evaluate {HOPPER} --bundle bundle --endpoints {DOWN}", "expected --endpoints .* or --bundle"),
@@ -277,6 +296,21 @@ CASES: list[Case] = [
     (
         "replay data.hdf5 --bundle bundle --report no/where.html",
         "the folder no does not exist, create it first",
+    ),
+    *(
+        (f"{command} --{option} bundle", "bundle is a folder: expected a name for the file, such as bundle/")
+        for command in (f"evaluate {HOPPER} --bundle bundle", "replay data.hdf5 --bundle bundle")
+        for option in ("json", "report")
+    ),
+    (f"evaluate {HOPPER} --bundle bundle --video bundle", "bundle is a folder: expected a name for the file"),
+    ("choose-budget data.hdf5 --json no/where.json", "the folder no does not exist, create it first"),
+    ("bench train --json bundle", "bundle is a folder: expected a name for the file"),
+    ("compare bundle --out data.hdf5", "data.hdf5 is a file: expected a folder to write to"),
+    ("demo --out data.hdf5/demo", r"cannot write data.hdf5/demo \(Not a directory\): choose another place"),
+    ("export bundle --out data.hdf5/b", "bundle is not a run folder"),
+    (
+        "train data.hdf5 --out data.hdf5/run",
+        r"cannot write data.hdf5/run \(Not a directory\): choose another",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 import omcda_deploy
 from omcda_deploy import cli
-from omcda_deploy.commands import addresses, named_values, simulator_options
+from omcda_deploy.commands import Reward, addresses, named_values, simulator_options
 from omcda_deploy.errors import ConfigError
 
 
@@ -25,6 +26,7 @@ def test_ranges_of_ports_are_expanded() -> None:
 def test_simulators_get_only_the_options_of_the_user() -> None:
     assert simulator_options(None, None) == {}
     assert simulator_options("bin/python", None) == {"python": "bin/python"}
+    assert simulator_options(None, None, Reward.sum) == {"reward": "sum"}
 
 
 def test_values_by_name_are_collected_and_others_refused() -> None:
@@ -61,6 +63,32 @@ def test_the_version_is_that_of_the_package(
             "error: torch is not installed: run  pip install 'omcda-deploy[all]'\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "d.hdf5"),
+            2,
+            "error: d.hdf5 cannot be used (No space left on device): free some space, or choose another place\n",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            2,
+            "error: the system refused (Too many open files): raise  ulimit -n, or ask for fewer processes and "
+            "connections\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "run"),
+            2,
+            "error: run cannot be used (Permission denied): choose another place\n",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            2,
+            "error: the system refused (Disk quota exceeded): free some of your quota, or choose another place\n",
+        ),
+        (
+            OSError("a message\nof two lines"),
+            2,
+            "error: the system refused (a message of two lines): choose another place\n",
+        ),
     ],
 )
 def test_errors_are_one_line_and_an_exit_status(
@@ -98,3 +126,32 @@ def test_every_command_has_a_help_text() -> None:
     entries = commands(typer.main.get_command(cli.app), "omcda-deploy")
     assert len(entries) > 20
     assert [path for path, text in entries if not text] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("omcda_deploy.training.behavior.mujoco", "behavior"),
+        ("omcda_deploy.training.loop", "train"),
+        ("omcda_deploy.commands.benchmark", "train"),
+        ("omcda_deploy.export.graph", "export"),
+        ("omcda_deploy.serve.introspection", "serve"),
+        ("somewhere.else", "all"),
+    ],
+)
+def test_a_missing_package_names_the_smallest_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, extra: str
+) -> None:
+    """The innermost of our modules decides; others may stand around it."""
+
+    def fail() -> None:
+        exec("import absent_package.part", {"__name__": module})
+
+    monkeypatch.setattr(
+        cli, "app", lambda: exec("fail()", {"__name__": "omcda_deploy.serve.x", "fail": fail})
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+    expected = "serve" if extra == "all" else extra
+    line = f"error: absent_package is not installed: run  pip install 'omcda-deploy[{expected}]'\n"
+    assert capsys.readouterr().err == line

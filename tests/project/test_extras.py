@@ -24,6 +24,7 @@ BEHAVIOR = ("training/behavior/*.py", "omcda_deploy/commands/behavior.py")  # ou
 NEEDED_FOR = {  # extra -> files that must find all they import with this extra alone
     "data": ("omcda_deploy/datasets/hdf5.py",),
     "vault": ("omcda_deploy/datasets/formats/og_vault.py", "omcda_deploy/datasets/hdf5.py"),
+    "minari": ("omcda_deploy/datasets/minari*.py", "omcda_deploy/datasets/hdf5.py"),
     "train": (
         "training/**/*.py",
         "omcda_deploy/commands/benchmark.py",
@@ -44,6 +45,7 @@ NEEDED_FOR = {  # extra -> files that must find all they import with this extra 
         "omcda_deploy/play/video.py",
         "omcda_deploy/local.py",
     ),
+    "pettingzoo": ("omcda_deploy/envs/adapters/*.py",),
     "smax": ("omcda_deploy/envs/*smax*.py", "omcda_deploy/envs/vector/*.py"),
     "behavior": (
         *BEHAVIOR,
@@ -251,3 +253,13 @@ def closure() -> set[str]:
                     if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                         waiting.append(needed)
     return {name for name, _ in pairs}
+
+
+def test_generated_code_that_serving_installs_runs_on_protobuf_6() -> None:
+    """On which tritonclient's users stay; ``make extras`` installs both. That of 1.82 and later refuses it."""
+    serving = {
+        each.name: each.specifier for each in map(Requirement, PROJECT["optional-dependencies"]["serve"])
+    }
+    for name in ("grpcio-health-checking", "grpcio-reflection"):
+        assert "1.75.1" in serving[name]
+        assert not any(version in serving[name] for version in ("1.82.0", "1.84.0", "1.85.1"))

@@ -1,8 +1,9 @@
 """Each extra in an environment of its own: ``python -m tests.support.extras_alone [EXTRA …]`` (``make extras``).
 
 Installs the package with one extra into a new virtual environment, looks with ``pip check`` whether all there is
-fits together, and whether torch and jax stay out of where they do not belong. Needs a package index, several
-gigabytes and minutes.
+fits together, and whether torch and jax stay out of where they do not belong. Afterwards the server's code runs in
+environments that have tritonclient, too, installed before it or after it, without constraints. Needs a package
+index, several gigabytes and minutes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,14 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PIP = ("-m", "pip", "-q", "--disable-pip-version-check")
+ORDERS = {
+    "serve, then tritonclient": (f"{ROOT}[serve]", "tritonclient[grpc]"),
+    "tritonclient, then serve": ("tritonclient[grpc]", f"{ROOT}[serve]"),
+}
+SERVE = (
+    "import omcda_deploy.serve.introspection, omcda_deploy.serve.server, omcda_deploy.cli, tritonclient.grpc"
+)
 HEAVY = {"torch": {"train", "export", "behavior", "all", "dev"}, "jax": {"smax", "all", "dev"}}
 
 
@@ -22,14 +31,31 @@ def main() -> int:
     extras = sys.argv[1:] or [extra for extra in project["optional-dependencies"] if extra != "dev"]
     failed = [extra for extra in extras if not _fits(extra)]
     print(f"{len(extras) - len(failed)} of {len(extras)} extras fit alone", *failed)
+    failed += [order for order in ORDERS if "serve" in extras and not _starts(order)]
     return bool(failed)
+
+
+def _starts(order: str) -> bool:
+    """Install the requirements of an order one after another, and run the server's and the neighbour's code."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = _environment(Path(folder))
+        for requirement in ORDERS[order]:
+            subprocess.run([str(python), *PIP, "install", requirement], check=True)
+        run = subprocess.run([str(python), "-c", SERVE], cwd=folder, check=False)
+        print(f"{order}: {'starts' if run.returncode == 0 else 'does not start'}", flush=True)
+        return run.returncode == 0
+
+
+def _environment(folder: Path) -> Path:
+    """Make a virtual environment; returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    return folder / "bin" / "python"
 
 
 def _fits(extra: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
-        python = Path(folder) / "bin" / "python"
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [str(python), "-m", "pip", "-q", "--disable-pip-version-check"]
+        python = _environment(Path(folder))
+        pip = [str(python), *PIP]
         bound = ["install", "-c", str(ROOT / "constraints.txt")]
         if extra in HEAVY["torch"]:  # by name: a free choice brings several gigabytes of CUDA
             subprocess.run([*pip, *bound, "torch"], check=True)

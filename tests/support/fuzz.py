@@ -1,4 +1,4 @@
-"""Fuzzing of a policy server: ``python -m tests.support.fuzz``.
+"""Fuzzing of a policy server and its administration: ``python -m tests.support.fuzz``.
 
 Every call of :mod:`tests.support.fuzz_calls` must end within its deadline with a status of the table
 :data:`ALLOWED`. If the status is OK, the request is judged again from its bytes by :mod:`tests.support.judge`,
@@ -23,6 +23,7 @@ import grpc
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.spec import TeamSpec
 from tests.support.bundles import continuous_spec, discrete_spec, write_test_bundle
+from tests.support.fuzz_admin import fuzz_admin
 from tests.support.fuzz_calls import MESSAGE_LIMIT, STREAM, WEIGHTS, Call, Fuzzer, Kind
 from tests.support.judge import complaint
 from tests.support.server_process import ServerProcess, server_process
@@ -42,6 +43,7 @@ GROWTH_LIMIT_KB = 24 << 10
 CONTROL_EVERY = 100  # calls from one round of control requests to the next
 PRINTED = 1000  # bytes of a failing message that are printed
 
+ADMIN_SHARE = 20  # calls of steps for one of administration
 NO_PROXY = (("grpc.enable_http_proxy", 0),)
 TEAMS = {"continuous": continuous_spec, "discrete": discrete_spec}
 
@@ -236,7 +238,11 @@ def main() -> int:
                 f"{len(report.failures)} failures"
             )
             failed |= bool(report.failures)
-    return int(failed)
+    admin = fuzz_admin(options.seed, options.calls // ADMIN_SHARE)
+    print("\n".join(f"administration: {failure}" for failure in admin.failures))
+    by_status = ", ".join(f"{kind} {status} {n}" for (kind, status), n in sorted(admin.statuses.items()))
+    print(f"administration: {admin.statuses.total()} calls ({by_status}), {len(admin.failures)} failures")
+    return int(failed or bool(admin.failures))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ WEIGHTS = {  # method -> how often, of 100
     **{OIP + "ModelReady": 3, OIP + "ModelMetadata": 3},
     **{OIP + "ServerLive": 2, OIP + "ServerReady": 2, OIP + "ServerMetadata": 2},
 }
-MESSAGE_LIMIT = 4 << 20  # bytes, the server's default
+MESSAGE_LIMIT = 1 << 20  # bytes, the server's default
 
 NAMES = (
     *("agent_0", "agent_1", "agent_9", TEAM, "observation", "noise", "action_mask", "action", "divergence"),
@@ -85,11 +85,9 @@ class Fuzzer:
             return message.SerializeToString()
         if kind == "message" or draw.random() < 0.3:
             for _ in range(draw.choice((1, 1, 2, 4))):
-                _mutate(message, draw)
+                mutate(message, draw)
         data = message.SerializeToString()
-        return (
-            _spoiled(data, self._valid(draw, method).SerializeToString(), draw) if kind == "bytes" else data
-        )
+        return spoiled(data, self._valid(draw, method).SerializeToString(), draw) if kind == "bytes" else data
 
     def _valid(self, draw: Random, method: str) -> Message:
         model, version = draw.choice(self._models), draw.choice(("", "1"))
@@ -157,17 +155,17 @@ class Fuzzer:
         return tensors
 
 
-def _mutate(message: Any, draw: Random) -> None:
+def mutate(message: Any, draw: Random) -> None:
     """Change one field of ``message``, or of a message inside it."""
     if not (fields := message.DESCRIPTOR.fields):
         return
     (chosen,) = draw.choices(fields, [1 if field.message_type is None else 3 for field in fields])
     values = getattr(message, chosen.name)
     if chosen.message_type is not None and chosen.message_type.GetOptions().map_entry:
-        _mutate(values[draw.choice(NAMES)], draw)
+        mutate(values[draw.choice(NAMES)], draw)
     elif not chosen.is_repeated:
         if chosen.message_type is not None:
-            _mutate(values, draw)
+            mutate(values, draw)
         elif draw.random() < 0.15:
             message.ClearField(chosen.name)
         else:
@@ -176,7 +174,7 @@ def _mutate(message: Any, draw: Random) -> None:
         del values[draw.randrange(len(values))]
     elif chosen.message_type is not None:
         if values and draw.random() < 0.8:
-            _mutate(draw.choice(values), draw)
+            mutate(draw.choice(values), draw)
         else:
             (values.add().CopyFrom(draw.choice(values)) if values and draw.random() < 0.5 else values.add())
     elif values and draw.random() < 0.6:
@@ -223,7 +221,8 @@ def _spoiled_tensor(data: bytes, draw: Random) -> bytes:
             return data[:at] + np.float32(draw.choice(FLOATS)).tobytes() + data[at + 4 :]
 
 
-def _spoiled(data: bytes, other: bytes, draw: Random) -> bytes:
+def spoiled(data: bytes, other: bytes, draw: Random) -> bytes:
+    """Flip bits of a message, cut it, or splice it with an ``other``, or return random bytes."""
     spoiled = bytearray(data)
     at = draw.randint(0, len(data))
     match draw.randrange(7):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omcda_deploy.bundle import Bundle
 
+ROOT = Path(__file__).parents[2]  # from which  python -m tests.…  runs
 STOP_LIMIT_S = 15.0
 
 

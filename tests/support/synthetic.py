@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from omcda_deploy import registry
 from omcda_deploy.datasets import Episode
 from omcda_deploy.datasets.writer import DatasetWriter
-from omcda_deploy.spec import ActionKind, ActionSpec, AgentSpec, TeamSpec
+from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import Categorical, TanhGaussian, policy_of
@@ -33,6 +34,17 @@ def continuous_spec() -> TeamSpec:
     )
 
 
+def unequal_spec() -> TeamSpec:
+    """An arm of two joints and a base of one, which see unequally much; the shorter action comes first."""
+    sizes = {"base": (3, 1), "arm": (4, 2)}
+    return TeamSpec(
+        "test/unequal",
+        tuple(AgentSpec(name, o, ActionSpec("continuous", a)) for name, (o, a) in sizes.items()),
+        state_size=6,
+        control_rate=20.0,
+    )
+
+
 def discrete_spec() -> TeamSpec:
     """Two agents of unequal sizes; a choice that an agent does not have is never available to it."""
     return TeamSpec(
@@ -43,14 +55,24 @@ def discrete_spec() -> TeamSpec:
     )
 
 
-def spec_of(kind: ActionKind) -> TeamSpec:
-    return continuous_spec() if kind == "continuous" else discrete_spec()
+TEAMS = {"continuous": continuous_spec, "unequal": unequal_spec, "discrete": discrete_spec}
+
+
+def spec_of(team: str) -> TeamSpec:
+    return TEAMS[team]()
+
+
+def teams_of(algorithm: str) -> list[str]:
+    """Return the teams whose kind of action an algorithm handles."""
+    actions = registry.load_algorithm(algorithm).ACTIONS
+    return [team for team in TEAMS if spec_of(team).action_kind in actions]
 
 
 def random_batch(spec: TeamSpec, size: int = 32, seed: int = 0) -> Batch:
     """Standard normal numbers for one run; a fifth of the transitions are terminal, a tenth have no next action.
 
-    Recorded choices are available ones; the behaviour policy is :func:`behavior_actor`.
+    Recorded choices are available ones, padding holds numbers like any; the behaviour policy is
+    :func:`behavior_actor`.
     """
     generator = torch.Generator().manual_seed(seed)
     n, o, a = len(spec.agents), spec.observation_size, spec.action_size
@@ -94,10 +116,8 @@ def with_behavior(actor: nn.Module, **tensors: torch.Tensor | None) -> Batch:
     with torch.no_grad():
         batch.behavior = policy_of(actor, batch.observation, batch.mask)
         batch.next_behavior = policy_of(actor, batch.next_observation, batch.next_mask)
-    if batch.mask is None:
-        batch.u, batch.log_jacobian = atanh_action(
-            batch.action
-        )  # as a sampler's, from a table of the dataset
+    if batch.mask is None:  # as a sampler's, from a table of the dataset
+        batch.u, batch.log_jacobian = atanh_action(batch.action, getattr(actor, "padding", None))
     return batch
 
 
@@ -110,7 +130,11 @@ def stacked(*batches: Batch) -> Batch:
             return None
         if isinstance(values[0], (TanhGaussian, Categorical)):
             kind = type(values[0])
-            return kind(*(torch.cat([getattr(v, f.name) for v in values]) for f in fields(kind)))
+            parts = {f.name: [getattr(v, f.name) for v in values] for f in fields(kind)}
+            padding = parts.pop("padding", [None])[0]  # of the team, not of a run
+            joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
+            distribution: Any = kind(**joined)
+            return distribution if padding is None else replace(distribution, padding=padding)
         return torch.cat(values)
 
     return Batch(**{name: join(name) for name in Batch.__annotations__})

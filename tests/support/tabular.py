@@ -134,10 +134,10 @@ class TabularFactory(NetworkFactory):
     def actor(self) -> ActorTable:
         return self.make(lambda: ActorTable(*self._shape))
 
-    def q(self) -> QTable:
+    def q(self, zero: bool = False) -> QTable:  # tables start at 0 always
         return self.make(lambda: QTable(*self._shape))
 
-    def v(self) -> VTable:
+    def v(self, zero: bool = False) -> VTable:
         return self.make(lambda: VTable(*self._shape[:2]))
 
     def mixer(self, hidden: int, kind: str = "linear") -> KnownMixer:
