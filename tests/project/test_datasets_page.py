@@ -33,6 +33,8 @@ def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         elif language == "bash":
             for line in text.replace("--steps 20000", SMALLER).splitlines():
                 words = shlex.split(line.removeprefix("omcda-deploy "))
+                if words[0] == "behavior":  # minutes of PPO: tests/training/behavior records a training
+                    continue
                 result = CliRunner().invoke(app, words)
                 assert result.exit_code == 0, f"{line}: {result.output}{result.exception!r}"
                 ran.append(words[0])
