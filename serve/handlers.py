@@ -207,6 +207,7 @@ def _unary(method: Method[Request], answer: Callable[[Request], bytes], tracker:
                 meter.late += 1
             return response
         except BaseException as error:
+            data = None  # gRPC keeps the error with which a call ends, and that keeps this frame
             if (end := _end_of(error, place, meter)) is None:
                 raise
         finally:
@@ -291,7 +292,7 @@ def _end_of(error: BaseException, place: Place | None, meter: MethodMeter | None
 
 
 async def _finish(context: Context, end: End, place: Place | None, places: Places) -> Never:
-    """End a call; not from inside ``except``, as gRPC keeps its error, and that would keep the request."""
+    """End a call; not from inside ``except``, as gRPC keeps the error, and that would keep the request."""
     if place is None:
         await places.hold()
     await context.abort(*end)

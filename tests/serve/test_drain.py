@@ -16,18 +16,18 @@ from tests.support.server_process import server_process
 
 STREAMS, CALLERS = 16, 8
 ACT, STREAM = "/omcda.v1.PolicyService/Act", "/omcda.v1.PolicyService/ActStream"
-ROWS = 100  # of a caller's request
 STOPPING = "UNAVAILABLE: the server is stopping: use another one, or try again later"
 
 
 class Client(threading.Thread):
     """Asks again and again, on a connection of its own, until nobody listens any more.
 
-    ``begun``: released after a few answers. ``ends``: the statuses of refusals.
+    ``rows``: of a request. ``begun``: released after a few answers. ``ends``: the statuses of refusals.
     """
 
-    def __init__(self, endpoint: str, begun: threading.Semaphore, ends: Counter[str]) -> None:
+    def __init__(self, endpoint: str, rows: int, begun: threading.Semaphore, ends: Counter[str]) -> None:
         super().__init__()
+        self._rows = rows
         self._channel: Any = grpc.insecure_channel(endpoint, (("grpc.use_local_subchannel_pool", 1),))
         self._begun, self._ends = begun, ends
 
@@ -43,7 +43,8 @@ class Client(threading.Thread):
                     self._ends[f"{error.code().name}: {error.details()}"] += 1
 
     def _ask(self) -> None:
-        request = policy_pb2.ActRequest(model="agent_0", batch=ROWS, observation=bytes(16 * ROWS))
+        rows = self._rows
+        request = policy_pb2.ActRequest(model="agent_0", batch=rows, observation=bytes(16 * rows))
         act = self._channel.unary_unary(ACT)
         for count in range(1_000_000):
             assert len(act(request.SerializeToString(), timeout=30)) > 10
@@ -69,16 +70,17 @@ class StreamClient(Client):
 
 @pytest.mark.parametrize(
     "times",
-    [3, pytest.param(50, marks=pytest.mark.slow)],  # slow: a minute of full load
+    [2, pytest.param(50, marks=pytest.mark.slow)],  # slow: a minute of full load
 )
-def test_a_busy_server_drains(continuous_bundle: Bundle, tmp_path: Path, times: int) -> None:
+@pytest.mark.parametrize("rows", [100, 4000])  # the latter for the thread of large requests
+def test_a_busy_server_drains(continuous_bundle: Bundle, tmp_path: Path, rows: int, times: int) -> None:
     for _ in range(times):
         ends: Counter[str] = Counter()
         begun = threading.Semaphore(0)
         log = tmp_path / "log"
         with server_process(continuous_bundle, "agent_0", options=("--grace", "1"), log=log) as server:
             kinds = [StreamClient] * STREAMS + [Client] * CALLERS
-            clients = [kind(server.endpoint, begun, ends) for kind in kinds]
+            clients = [kind(server.endpoint, rows, begun, ends) for kind in kinds]
             for client in clients:
                 client.start()
             for _ in clients:
