@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -92,7 +92,7 @@ def train_fleet(
                 _create(dataset, model, _run_config(dataset, plan, dataset_path, report, choice), out)
             except OSError as error:
                 raise ConfigError(f"{out} cannot be written {refusal(error)}") from error
-        _train_on(dataset, folders, observer, request.evaluate_every)
+        _train_on(dataset, {out: request.evaluate_every for request, out in runs}, observer)
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _create(dataset: Dataset, model: nn.Module, config: RunConfig, out: Path) ->
 
 
 def resume_fleet(
-    dataset: Dataset,
+    dataset: Dataset | Callable[[RunConfig], Dataset],
     runs: Sequence[Path],
     *,
     evaluate_every: int | None = None,
@@ -122,31 +122,34 @@ def resume_fleet(
 ) -> None:
     """Take runs from their newest checkpoints (or their beginnings) to their last step.
 
-    Runs that stand at the same step are trained side by side; they need not have been before. Raises
-    :class:`ConfigError` for a folder that is no run or that another process trains, for another dataset than a run
-    began with, and for runs that cannot share their steps; :class:`DivergedError` as :func:`train_fleet` does.
+    Runs that stand at the same step are trained side by side; they need not have been before. A function in place
+    of the dataset reads it, once the runs were checked. Raises :class:`ConfigError` for a folder that is no run or
+    that another process trains, for another dataset than a run began with, and for runs that cannot share their
+    steps; :class:`DivergedError` as :func:`train_fleet` does.
     """
     observer = observer or TrainObserver()
     configs = [read_config(run) for run in runs]
-    for run, config in zip(runs, configs, strict=True):
+    for config in configs:
         check_evaluation(evaluate_every, config.snapshot_every)
         if evaluate_every is not None:
             require_trusted(config.spec.task)
-        if not config.began_with(dataset.digests):
-            begun, got = config.dataset_digest, dataset.digest
-            if begun == got:  # of version 1, which does not cover what differs
-                begun, got = config.dataset_content, dataset.digests[DIGEST_VERSION]
-            raise ConfigError(
-                f"{run} was trained on a dataset of digest {begun[:12]}…, got {got[:12]}…: resume with the dataset "
-                "it began with"
-            )
     require_one_fleet(configs, runs)
     config = configs[0]
     check_device(config.device)
+    if callable(dataset):
+        dataset = dataset(config)
+    if not config.began_with(dataset.digests):
+        begun, got = config.dataset_digest, dataset.digest
+        if begun == got:  # of version 1, which does not cover what differs
+            begun, got = config.dataset_content, dataset.digests[DIGEST_VERSION]
+        raise ConfigError(
+            f"{runs[0]} was trained on a dataset of digest {begun[:12]}…, got {got[:12]}…: resume with the dataset "
+            "it began with"
+        )
     torch.set_num_threads(config.threads)
     observer.started(config.spec, config.algorithm, config.steps, {})
     with _locks(runs):
-        _train_on(dataset, runs, observer, evaluate_every)
+        _train_on(dataset, dict.fromkeys(runs, evaluate_every), observer)
 
 
 def require_new(out: Path) -> None:
@@ -227,11 +230,12 @@ def _run_config(
     )
 
 
-def _train_on(
-    dataset: Dataset, runs: Sequence[Path], observer: TrainObserver, evaluate_every: int | None
-) -> None:
-    """Train from the newest checkpoints to the last step, those at one step side by side."""
-    members = [Member(run, evaluate_every) for run in runs]
+def _train_on(dataset: Dataset, runs: Mapping[Path, int | None], observer: TrainObserver) -> None:
+    """Train runs from the newest checkpoints to the last step, those at one step side by side.
+
+    ``runs``: the steps between evaluations of each.
+    """
+    members = [Member(run, evaluate_every) for run, evaluate_every in runs.items()]
     by_step: dict[int, list[Member]] = {}
     for member in members:
         by_step.setdefault(member.step, []).append(member)
@@ -240,7 +244,8 @@ def _train_on(
             try:
                 _train_together(dataset, group, observer)
             except OSError as error:
-                folder = runs[0] if len(runs) == 1 else runs[0].parent
+                first = members[0].run
+                folder = first if len(members) == 1 else first.parent
                 raise ConfigError(
                     f"training stopped, as {folder} cannot be written ({error.strerror}): correct that, then "
                     f"continue from the last checkpoint with  train --resume {folder}"
@@ -271,14 +276,14 @@ def _train_together(dataset: Dataset, members: Sequence[Member], observer: Train
         gamma=config.settings.get("gamma", 0.99),
         standardize_states=config.settings.get("standardize_states", False),
     )
+    take_step = _steps(algorithm, sampler, config.device)
     window = Window(config.spec.names)
     started = perf_counter()
     for member in members:
         member.open()
     try:
         while algorithm.step < config.steps and not all(member.failure for member in members):
-            watched = algorithm.step % config.log_every == 0
-            window.add(algorithm.update(sampler.sample(algorithm.step), watched))
+            window.add(take_step(algorithm.step % config.log_every == 0))
             step = algorithm.step
             last = step == config.steps
             if step % config.log_every == 0 or last:
@@ -299,6 +304,17 @@ def _train_together(dataset: Dataset, members: Sequence[Member], observer: Train
     finally:
         for member in members:
             member.close()
+
+
+def _steps(
+    algorithm: Algorithm, sampler: TransitionSampler, device: str
+) -> Callable[[bool], dict[str, Tensor]]:
+    """Return the function that takes the next step, watched or not, and returns its metrics."""
+    if device != "cpu":
+        from omcda_deploy.training.cuda_graph import CudaRecorder, GraphedSteps
+
+        return GraphedSteps(algorithm, sampler, CudaRecorder(device))
+    return lambda watched: algorithm.update(sampler.sample(algorithm.step), watched)
 
 
 def make_algorithm(configs: Sequence[RunConfig], behavior: nn.Module) -> Algorithm:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from omcda_deploy.commands import console, progress_bar
-from omcda_deploy.errors import ConfigError, DatasetError
+from omcda_deploy.errors import ConfigError
 
 DatasetFile = Annotated[Path, typer.Argument(help="A dataset file.")]
 Out = Annotated[Path, typer.Option(help="HDF5 file to write.")]
@@ -94,14 +94,6 @@ def merge(
     from omcda_deploy.registry import read_dataset
 
     require_new_file(out)
-    digests: dict[str, Path] = {}
-    for file in files:
-        digest = read_dataset(file).digest
-        if digest in digests:
-            raise DatasetError(
-                f"{digests[digest]} and {file} hold the same episodes: record each with a --seed of its own"
-            )
-        digests[digest] = file
     concatenate(files, out, behavior)
     console.print_json(json.dumps(summarize(read_dataset(out))))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from omcda_deploy.commands import TerminalObserver, console, named_values
-from omcda_deploy.errors import OmcdaError
+from omcda_deploy.errors import ConfigError, OmcdaError
 
 EngineName = Annotated[
     str, typer.Option("--engine", help="local (processes here), slurm or ray (docs/sweeps.md).")
@@ -56,3 +57,22 @@ def sweep(
         raise OmcdaError(
             f"{len(failed)} of {len(queue)} runs failed, the first: {failed[0][1]}. Fix it and run the sweep again"
         )
+
+
+def train_jobs(
+    jobs: Annotated[str, typer.Argument(help="Jobs whose runs can be trained side by side (JSON).")],
+) -> None:
+    """Train jobs of a sweep in this process: what a sweep starts, for itself alone."""
+    from omcda_deploy.commands.training_view import TrainingView
+    from omcda_deploy.experiments import sweep as sweeps
+
+    try:
+        queue = [sweeps.Job.from_json(values) for values in json.loads(jobs)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"expected jobs as a sweep writes them, got {jobs!r}: call  omcda-deploy sweep"
+        ) from error
+    if not queue:
+        raise ConfigError("expected one or more jobs, got none: call  omcda-deploy sweep")
+    with TrainingView() as view:
+        sweeps.train_jobs(queue, view)

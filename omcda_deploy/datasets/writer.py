@@ -82,9 +82,10 @@ def require_new_file(path: str | Path, option: str = "--out") -> None:
 def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | None = None) -> str:
     """Write the closed episodes of several files of one task into one; returns its digest.
 
-    Holds one input at a time in memory. ``behavior`` labels the result (default: the inputs' labels, each once,
-    joined by +); episodes keep the labels of the policies that acted, or else the name of their file.
-    Metadata are kept where all inputs agree. Raises :class:`DatasetError`, also where the inputs do not fit.
+    Reads each input once, and holds one at a time in memory. ``behavior`` labels the result (default: the inputs'
+    labels, each once, joined by +); episodes keep the labels of the policies that acted, or else the name of their
+    file. Metadata are kept where all inputs agree. Raises :class:`DatasetError`, also where the inputs do not fit
+    or two of them hold the same episodes.
     """
     if not paths:
         raise DatasetError("expected at least one dataset to concatenate, got none")
@@ -107,9 +108,14 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
         str(header.metadata.get("behavior", path.stem)) for header, path in zip(headers, files, strict=True)
     ]
     metadata = {**shared_metadata, "behavior": behavior or "+".join(dict.fromkeys(labels))}
+    contents: dict[str, Path] = {}
     with DatasetWriter(out, headers[0].spec, metadata) as writer:
         for path, label in zip(files, labels, strict=True):
             dataset = read(path)
+            if (other := contents.setdefault(dataset.digest, path)) is not path:
+                raise DatasetError(
+                    f"{other} and {path} hold the same episodes: record each with a --seed of its own"
+                )
             writer.copy(dataset, range(len(dataset.episode_length)), label)
             del dataset  # before the next one is read
     return writer.digest

@@ -10,19 +10,21 @@ A sweep is a TOML file::
     [grid.omcda]                 # every combination of these, for this algorithm
     d_tot = [0.3, 1.2, 3.0]
 
-Each run lies in ``OUT/<dataset>/<algorithm>-<settings>/seed<seed>``; the seeds of a row are trained side by side,
-several to a process, with the bits that they would have alone. A finished run is not repeated, a killed one
-is resumed from its checkpoint, and a failed one is tried again by the next call.
+Each run lies in ``OUT/<dataset>/<algorithm>-<settings>/seed<seed>``. Runs that differ in their seed and in settings
+that change no shape are trained side by side, several to a process, with the bits that they would have alone.
+Finished runs are not repeated, killed ones resume from their checkpoints, and the next call tries failed ones.
 :mod:`omcda_deploy.experiments.engines` runs the jobs, here or on a cluster.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ from omcda_deploy.processes import run_child
 
 if TYPE_CHECKING:
     from omcda_deploy.spec import TeamSpec
+    from omcda_deploy.training.observer import TrainObserver
     from omcda_deploy.training.request import ResolvedRun, TrainRequest
     from omcda_deploy.training.run_folder import RunConfig
 
@@ -68,6 +71,18 @@ class Job:
             self.seed,
             settings=dict(self.settings),
             snapshot_every=self.snapshot_every,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the job as JSON holds it."""
+        return asdict(self) | {"dataset": str(self.dataset), "run": str(self.run)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Job:
+        """Return the job of :meth:`to_json`."""
+        paths = {name: Path(values[name]) for name in ("dataset", "run")}
+        return cls(
+            **{**values, **paths, "settings": tuple((name, value) for name, value in values["settings"])}
         )
 
     def absolute(self) -> Job:
@@ -265,16 +280,31 @@ def _compared(
 
 
 def fleets_of(jobs: Sequence[Job], at_once: int) -> list[list[Job]]:
-    """Group the unfinished jobs whose runs can be trained side by side: the seeds of one row of the sweep.
+    """Group the unfinished jobs whose runs can be trained side by side.
 
-    A group is for one process. It has at most five jobs, and fewer where ``at_once`` processes would be left idle.
+    They differ in their seed and the algorithm's ``PER_RUN`` settings alone. A group is for one process. It has at
+    most five jobs, and fewer where ``at_once`` processes would be left idle.
     """
-    rows: dict[Job, list[Job]] = {}
+    alike: dict[str, list[Job]] = {}
     for job in jobs:
         if not job.finished:
-            rows.setdefault(replace(job, seed=0, run=job.run.parent), []).append(job)
-    size = min(FLEET, -(-sum(map(len, rows.values())) // at_once))
-    return [row[first : first + size] for row in rows.values() for first in range(0, len(row), size)]
+            alike.setdefault(_common(job), []).append(job)
+    most = min(FLEET, -(-sum(map(len, alike.values())) // at_once))
+    fleets = []
+    for group in alike.values():
+        number = -(-len(group) // most)  # of processes, among which the jobs are divided evenly
+        fleets += [group[len(group) * k // number : len(group) * (k + 1) // number] for k in range(number)]
+    return fleets
+
+
+def _common(job: Job) -> str:
+    """Return what a job has in common with those whose runs can be trained beside its own."""
+    from omcda_deploy.plugins import per_run_settings
+    from omcda_deploy.registry import load_algorithm
+
+    per_run = per_run_settings(load_algorithm(job.algorithm))
+    shared = tuple(pair for pair in job.settings if pair[0] not in per_run)
+    return repr(replace(job, settings=shared, seed=0, run=Path()))
 
 
 def run_fleet(jobs: Sequence[Job]) -> list[str | None]:
@@ -286,50 +316,70 @@ def run_fleet(jobs: Sequence[Job]) -> list[str | None]:
     from omcda_deploy.training.run_folder import read_config
 
     reasons: dict[Job, str] = {}
-    begun, new = [], []
+    waiting = []
     for job in jobs:
         if job.finished:
             continue
-        if not (job.run / "config.json").exists():
-            new.append(job)
-            continue
         try:
             with _naming(job):
-                _require_same_request(job, read_config(job.run))
+                if (job.run / "config.json").exists():
+                    _require_same_request(job, read_config(job.run))
         except OmcdaError as error:
             reasons[job] = str(error)
         else:
-            begun.append(job)
-    if begun:
-        reasons |= _train(begun, ["--resume", begun[0].run.parent])
-    if new:
-        job = new[0]
-        settings = [part for key, value in job.settings for part in ("--set", f"{key}={value}")]
-        words = (job.dataset, "--algo", job.algorithm, "--steps", job.steps)
-        every = () if job.snapshot_every is None else ("--snapshot-every", job.snapshot_every)
-        reasons |= _train(new, [*words, *every, "--out", job.run.parent, *settings])
+            waiting.append(job)
+    if waiting:
+        reasons |= _train_apart(waiting)
     return [reasons.get(job) for job in jobs]
 
 
-def _train(jobs: Sequence[Job], words: Sequence[object]) -> dict[Job, str]:
-    """Call ``train`` with ``words`` for the seeds of ``jobs``; return the reasons of those that failed."""
-    seeds = [str(job.seed) for job in jobs]
-    folder = jobs[0].run.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / f"seed{'-'.join(seeds)}.log"
-    command = [
-        sys.executable,
-        "-m",
-        "omcda_deploy.cli",
-        "train",
-        *map(str, words),
-        "--seeds",
-        ",".join(seeds),
-    ]
+def _train_apart(jobs: Sequence[Job]) -> dict[Job, str]:
+    """Call :func:`train_jobs` in a process of its own; return the reasons of the jobs that failed."""
+    log = _log(jobs)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = ["train-jobs", json.dumps([job.to_json() for job in jobs])]
     with log.open("a") as output:
-        status = run_child(command, output, OMP_NUM_THREADS="1")
+        status = run_child([sys.executable, "-m", "omcda_deploy.cli", *words], output, OMP_NUM_THREADS="1")
     if not status:
         return {}
     last = (log.read_text().splitlines() or ["no output"])[-1]
     end = f"stopped with status {status}: {last} (all of it in {log})"
     return {job: f"{job.run} {end}" for job in jobs if not job.finished}
+
+
+def _log(jobs: Sequence[Job]) -> Path:
+    """Return the file for the output of a process, beside its first run; its name tells of the others."""
+    first = jobs[0].run
+    if all(job.run.parent == first.parent for job in jobs):
+        return first.with_name(f"seed{'-'.join(str(job.seed) for job in jobs)}.log")
+    return first.with_name(f"{first.name}+{len(jobs) - 1}.log")
+
+
+def train_jobs(jobs: Sequence[Job], observer: TrainObserver | None = None) -> None:
+    """Train the unfinished jobs of one group of :func:`fleets_of` in this process, from wherever they stand.
+
+    Raises :class:`OmcdaError` for those that failed, after the others are finished.
+    """
+    from omcda_deploy.experiments.train import resume_runs, train_runs
+    from omcda_deploy.training.loop import fleet_key
+    from omcda_deploy.training.run_folder import read_config
+
+    dataset = jobs[0].dataset
+    begun: dict[str, list[Path]] = {}  # runs of older versions may not fit to newer ones
+    new = []
+    for job in jobs:
+        if (job.run / "config.json").exists():
+            begun.setdefault(fleet_key(read_config(job.run)), []).append(job.run)
+        else:
+            new.append((job.request, job.run))
+    trainings = [partial(resume_runs, runs, dataset, observer=observer) for runs in begun.values()]
+    if new:
+        trainings.append(partial(train_runs, dataset, new, observer=observer))
+    failures = []
+    for training in trainings:
+        try:
+            training()
+        except OmcdaError as error:
+            failures.append(str(error))
+    if failures:
+        raise OmcdaError("; ".join(failures))

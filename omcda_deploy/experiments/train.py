@@ -15,6 +15,8 @@ from omcda_deploy.spec import TeamSpec
 
 if TYPE_CHECKING:
     from omcda_deploy.training.observer import TrainObserver
+    from omcda_deploy.training.request import TrainRequest
+    from omcda_deploy.training.run_folder import RunConfig
 
 
 def train(
@@ -52,7 +54,6 @@ def train(
     handle its team; NoSimulatorError where a task that nothing here plays is to be evaluated; DivergedError where a
     loss is no longer a finite number.
     """
-    from omcda_deploy.training import loop
     from omcda_deploy.training.request import TrainRequest
 
     seeds = [seed] if isinstance(seed, int) else _distinct(seed)
@@ -73,18 +74,34 @@ def train(
     if isinstance(task, str):
         trust(task)
     out = Path(out)
-    requests = [replace(request, seed=number) for number in seeds]
     runs = [out] if isinstance(seed, int) else [run_of(out, number) for number in seeds]
-    for request, run in zip(requests, runs, strict=True):
+    requests = [replace(request, seed=number) for number in seeds]
+    train_runs(dataset, list(zip(requests, runs, strict=True)), task=task, observer=observer)
+    return out
+
+
+def train_runs(
+    dataset: Dataset | str | Path,
+    runs: Sequence[tuple[TrainRequest, Path]],
+    *,
+    task: TeamSpec | str | None = None,
+    observer: TrainObserver | None = None,
+) -> None:
+    """Train runs side by side, each into its folder.
+
+    They may differ in seed and in settings that the algorithm lists as ``PER_RUN``. Raises as :func:`train` does,
+    and :class:`ConfigError` for runs that differ otherwise.
+    """
+    from omcda_deploy.training import loop
+
+    for request, run in runs:
         request.check()
         loop.require_new(run)
     path = "" if isinstance(dataset, Dataset) else str(dataset)
-    plans = list(zip(requests, runs, strict=True))
     data = _dataset(dataset, task)
-    if evaluate_every is not None:
+    if any(request.evaluate_every is not None for request, _ in runs):
         require_simulator(data.spec.task)
-    loop.train_fleet(data, plans, dataset_path=path, observer=observer)
-    return out
+    loop.train_fleet(data, runs, dataset_path=path, observer=observer)
 
 
 def resume(
@@ -101,26 +118,33 @@ def resume(
     file has moved or the run began with a :class:`Dataset`. Raises :class:`ConfigError` for a folder that is no
     run, and for another dataset; and NoSimulatorError where a task that nothing here plays is to be evaluated.
     """
-    from omcda_deploy.training import loop
-    from omcda_deploy.training.request import check_evaluation
-    from omcda_deploy.training.run_folder import read_config
-
     run = Path(run)
-    runs = _runs_in(run, seeds)
-    configs = [read_config(member) for member in runs]
-    for config in configs:
-        check_evaluation(evaluate_every, config.snapshot_every)
-    loop.require_one_fleet(configs, runs)
-    config = configs[0]
-    if dataset is None:
-        if not config.dataset:
-            raise ConfigError(f"{runs[0]} did not begin with a dataset file: expected its dataset, got none")
-        dataset = config.dataset
-    if evaluate_every is not None:
-        require_simulator(config.spec.task)
-    data = _dataset(dataset, config.spec)
-    loop.resume_fleet(data, runs, evaluate_every=evaluate_every, observer=observer)
+    resume_runs(_runs_in(run, seeds), dataset, evaluate_every=evaluate_every, observer=observer)
     return run
+
+
+def resume_runs(
+    runs: Sequence[Path],
+    dataset: Dataset | str | Path | None = None,
+    *,
+    evaluate_every: int | None = None,
+    observer: TrainObserver | None = None,
+) -> None:
+    """Take runs that were stopped or killed to the last step, side by side; they need not have begun so.
+
+    Raises as :func:`resume` does, and :class:`ConfigError` for runs that cannot be trained side by side.
+    """
+    from omcda_deploy.training import loop
+
+    def read(config: RunConfig) -> Dataset:
+        source = config.dataset if dataset is None else dataset
+        if not source:
+            raise ConfigError(f"{runs[0]} did not begin with a dataset file: expected its dataset, got none")
+        if evaluate_every is not None:
+            require_simulator(config.spec.task)
+        return _dataset(source, config.spec)
+
+    loop.resume_fleet(read, runs, evaluate_every=evaluate_every, observer=observer)
 
 
 def run_of(out: Path, seed: int) -> Path:

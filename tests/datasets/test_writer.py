@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omcda_deploy.datasets import Episode
+from omcda_deploy.datasets import Dataset, Episode, writer
+from omcda_deploy.datasets.formats import omiga_hdf5
 from omcda_deploy.datasets.writer import DatasetWriter, concatenate, write_dataset
 from omcda_deploy.errors import DatasetError
 from omcda_deploy.registry import read_dataset
@@ -191,11 +192,43 @@ def test_joined_files_keep_the_metadata_that_all_of_them_state_alike(tmp_path: P
         "one": {"rig": "A", "trial": 1, "site": "x"},
         "two": {"rig": "A", "trial": 2},
     }
-    for name, metadata in metadata_of.items():
-        write_dataset(tmp_path / f"{name}.hdf5", spec, [CONTINUOUS], metadata=metadata, behavior=name)
+    for (name, metadata), reward in zip(metadata_of.items(), (0.0, 1.0), strict=True):
+        episode = replace(CONTINUOUS, rewards=np.full_like(CONTINUOUS.rewards, reward))
+        write_dataset(tmp_path / f"{name}.hdf5", spec, [episode], metadata=metadata, behavior=name)
     concatenate([tmp_path / "one.hdf5", tmp_path / "two.hdf5"], tmp_path / "both.hdf5")
     assert read_dataset(tmp_path / "both.hdf5").metadata == {
         "behavior": "one+two",
         "rig": "A",
         "task": spec.task,
     }
+
+
+def test_each_joined_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+
+    def reading(path: Path) -> Dataset:
+        seen.append(path)
+        return omiga_hdf5.read(path)
+
+    monkeypatch.setattr(writer, "read", reading)
+    paths = [tmp_path / f"{name}.hdf5" for name in ("one", "two")]
+    for path, reward in zip(paths, (0.0, 1.0), strict=True):
+        episode = replace(CONTINUOUS, rewards=np.full_like(CONTINUOUS.rewards, reward))
+        write_dataset(path, SPECS["continuous"], [episode])
+    concatenate(paths, tmp_path / "both.hdf5")
+    assert seen == paths
+
+
+def test_files_of_the_same_episodes_are_not_joined(tmp_path: Path) -> None:
+    """Under whatever names and labels."""
+    paths = [tmp_path / f"{name}.hdf5" for name in ("one", "two", "three")]
+    for path, reward in zip(paths, (0.0, 1.0, 0.0), strict=True):
+        episode = replace(CONTINUOUS, rewards=np.full_like(CONTINUOUS.rewards, reward))
+        write_dataset(path, SPECS["continuous"], [episode], behavior=path.stem)
+    with pytest.raises(
+        DatasetError, match=rf"^{paths[0]} and {paths[2]} hold the same episodes: record each with"
+    ):
+        concatenate(paths, tmp_path / "both.hdf5")
+    with pytest.raises(DatasetError, match="hold the same episodes"):
+        concatenate([paths[1], paths[1]], tmp_path / "both.hdf5")
+    assert sorted(tmp_path.iterdir()) == sorted(paths)

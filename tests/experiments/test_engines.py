@@ -289,7 +289,7 @@ ENDLESS = 10**9
 
 
 def trainings(folder: Path) -> dict[int, str]:
-    return running(folder, "omcda_deploy.cli train ")
+    return running(folder, "omcda_deploy.cli train-jobs ")
 
 
 def begun(jobs: Sequence[Job]) -> Callable[[], bool]:
@@ -334,10 +334,12 @@ def test_ray_leaves_nothing_behind_a_killed_driver(number: signal.Signals, folde
         process.send_signal(number)
         process.wait(20)
         wait_for(lambda: not trainings(folder), 5, "trainings without a driver")
+    begun_at = [(job.run / "config.json").stat().st_mtime_ns for job in jobs]
     with command("out", "--engine", "ray") as process:
-        wait_for(lambda: len(running(folder, "train --resume")) == 2, 120, "not resumed")
+        wait_for(lambda: len(trainings(folder)) == 2, 120, "not resumed")
         assert process.poll() is None
         process.kill()
+    assert [(job.run / "config.json").stat().st_mtime_ns for job in jobs] == begun_at
     wait_for(lambda: not trainings(folder), 5, "trainings without a driver")
 
 

@@ -63,7 +63,7 @@ def test_a_killed_sweep_leaves_no_training(tmp_path: Path, number: signal.Signal
     runs = [tmp_path / "out" / "a" / "bc-hidden=8-batch_size=8" / f"seed{seed}" for seed in (0, 1, 2)]
 
     def trainings() -> int:
-        return len(running(tmp_path, " train "))
+        return len(running(tmp_path, " train-jobs "))
 
     with command(*words) as process:
         wait_for(lambda: trainings() == 2, 60, "no training")
@@ -72,11 +72,12 @@ def test_a_killed_sweep_leaves_no_training(tmp_path: Path, number: signal.Signal
         wait_for(lambda: all((run / "metrics.jsonl").is_file() for run in runs), 120, "no steps")
         assert trainings() == 2
         kill(process, number, tmp_path)
+    begun = [(run / "config.json").stat().st_mtime_ns for run in runs]
     with command(*words) as process:  # at once: the first trainings may not have noticed yet
         wait_for(lambda: trainings() == 2, 60, "not resumed")
         assert process.poll() is None
-        assert len(running(tmp_path, " train --resume")) == 2
         kill(process, number, tmp_path)
+    assert [(run / "config.json").stat().st_mtime_ns for run in runs] == begun
 
 
 @KILLS
@@ -87,7 +88,7 @@ def test_a_killed_results_page_leaves_no_training(tmp_path: Path, number: signal
         '[[runs]]\nalgorithms = ["bc"]\nseeds = [0, 1]\nsteps = 1000000000\n[runs.grid.bc]\nhidden = [8]\n'
     )
     with command("results", page, "--out", tmp_path / "out", "--jobs", 2) as process:
-        wait_for(lambda: len(running(tmp_path, " train ")) == 2, 120, "no training")
+        wait_for(lambda: len(running(tmp_path, " train-jobs ")) == 2, 120, "no training")
         kill(process, number, tmp_path)
 
 

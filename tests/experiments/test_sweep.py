@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -20,12 +21,23 @@ from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.engines import run_locally
 from omcda_deploy.experiments.observer import Observer
-from omcda_deploy.experiments.sweep import Job, Sweep, check_jobs, fleets_of, jobs_of, read_sweep, run_fleet
+from omcda_deploy.experiments.sweep import (
+    Job,
+    Sweep,
+    check_jobs,
+    fleets_of,
+    jobs_of,
+    read_sweep,
+    run_fleet,
+    train_jobs,
+)
 from omcda_deploy.processes import child_environment
 from omcda_deploy.registry import team_spec
+from omcda_deploy.training.checkpoint import load_state
+from omcda_deploy.training.observer import TrainObserver
 from omcda_deploy.training.run_folder import RunConfig, read_config, write_config
 from tests.support.behavior_cache import cache_behavior
-from tests.support.synthetic import write_dataset
+from tests.support.synthetic import differing, write_dataset
 
 FILE = """
 datasets = ["{data}/a.hdf5", "{data}/b.hdf5"]
@@ -251,20 +263,31 @@ def test_every_job_runs_once_and_no_more_together_than_asked(file: Path, tmp_pat
     assert len(ended) == len(set(ended)) == 20
 
 
-def test_seeds_of_a_row_share_a_process_and_no_process_is_idle(tmp_path: Path) -> None:
-    file = write_dataset(tmp_path / "a.hdf5", team_spec("mamujoco/hopper-3x1"), [40, 20])
-    sweep = Sweep([str(file)], ["bc", "omcda"], list(range(7)), 20, grid={"omcda": {"d_tot": [0.3, 1.2]}})
-    jobs = jobs_of(sweep, tmp_path)
+def test_runs_that_fit_share_a_process_and_no_process_is_idle(tmp_path: Path) -> None:
+    """Those that differ in their seed and in settings that change no shape."""
+    for name in ("a.hdf5", "b.hdf5"):
+        write_dataset(tmp_path / name, team_spec("mamujoco/hopper-3x1"), [40, 20])
+    grid: dict[str, dict[str, list[Any]]] = {
+        "omcda": {"d_tot": [0.3, 1.2], "hidden": [8, 16], "allocation": ["uniform", "random"]}
+    }
+    datasets = [str(tmp_path / name) for name in ("a.hdf5", "b.hdf5")]
+    jobs = jobs_of(Sweep(datasets, ["bc", "omcda"], list(range(7)), 20, grid=grid), tmp_path)
+    assert len(jobs) == 2 * 7 * (1 + 8)
 
     def sizes(at_once: int) -> list[int]:
         return sorted(map(len, fleets_of(jobs, at_once)), reverse=True)
 
-    assert sizes(1) == [5, 5, 5, 2, 2, 2]
-    assert sizes(7) == [3, 3, 3, 3, 3, 3, 1, 1, 1]
-    assert sizes(100) == [1] * 21
-    for fleet in fleets_of(jobs, 1):
-        assert len({(job.algorithm, job.settings, job.run.parent) for job in fleet}) == 1
-    assert sorted(job.run for fleet in fleets_of(jobs, 1) for job in fleet) == sorted(job.run for job in jobs)
+    # Of 7 runs of bc and two times 28 of omcda on each dataset.
+    assert sizes(1) == [5] * 16 + [4] * 10 + [3] * 2
+    assert max(sizes(60)) == 3
+    assert sizes(1000) == [1] * len(jobs)
+    for at_once in (1, 60):
+        fleets = fleets_of(jobs, at_once)
+        assert sorted(job.run for fleet in fleets for job in fleet) == sorted(job.run for job in jobs)
+        for fleet in fleets:
+            fixed = {(j.dataset, j.algorithm, j.steps, dict(j.settings).get("hidden")) for j in fleet}
+            assert len(fixed) == 1
+    assert len({job.settings for fleet in fleets_of(jobs, 1) if len(fleet) == 5 for job in fleet}) > 1
     finish(jobs[0])
     assert jobs[0] not in [job for fleet in fleets_of(jobs, 1) for job in fleet]
 
@@ -286,6 +309,12 @@ def answered(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[list[str]]
     return commands
 
 
+def jobs_in(command: list[str]) -> list[Job]:
+    """The jobs of a training process."""
+    assert command[:4] == [sys.executable, "-m", "omcda_deploy.cli", "train-jobs"]
+    return [Job.from_json(values) for values in json.loads(command[4])]
+
+
 def test_a_failing_run_is_reported_while_others_go_on(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,15 +323,13 @@ def test_a_failing_run_is_reported_while_others_go_on(
     jobs = jobs_of(read_sweep(file), tmp_path / "out")
 
     def train(command: list[str]) -> int:
-        out = Path(command[command.index("--out") + 1])
-        seeds = command[command.index("--seeds") + 1].split(",")
         status = 0
-        for job in jobs:
-            if job.run.parent == out and str(job.seed) in seeds:
-                if broken and job.seed == 3 and "bc" in command and "/a/" in str(out):
-                    status = 1
-                else:
-                    finish(job)
+        for job in jobs_in(command):
+            assert job in jobs
+            if broken and job.seed == 3 and job.algorithm == "bc" and "/a/" in str(job.run):
+                status = 1
+            else:
+                finish(job)
         return status
 
     commands = answered(monkeypatch, train)
@@ -312,7 +339,7 @@ def test_a_failing_run_is_reported_while_others_go_on(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert len(commands) == 10  # two seeds each
+    assert sorted(len(jobs_in(command)) for command in commands) == [2, 2, 4, 4, 4, 4]
     [unfinished] = [job for job in jobs if not job.finished]
     assert (unfinished.algorithm, unfinished.seed) == ("bc", 3)
     printed = capsys.readouterr().err
@@ -329,18 +356,17 @@ def test_a_failing_run_is_reported_while_others_go_on(
     assert all(job.finished for job in jobs)
 
 
-def test_a_run_is_trained_with_what_its_job_says(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_is_told_its_jobs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = answered(monkeypatch, lambda command: 0)
-    jobs = [jobs_of(read_sweep(file), tmp_path / "out")[k] for k in (9, 19)]
-    assert run_fleet(jobs) == [None, None]
-    [command] = commands
-    assert command[:3] == [sys.executable, "-m", "omcda_deploy.cli"]
-    assert " ".join(command[3:]) == (
-        f"train {tmp_path}/b.hdf5 --algo omcda --steps 20 --out {jobs[0].run.parent} "
-        "--set d_tot=1.2 --set allocation=uniform --seeds 0,3"
-    )
+    every = jobs_of(read_sweep(file), tmp_path / "out")
+    one_row, rows = [every[k] for k in (9, 19)], [every[k] for k in (6, 7, 16)]
+    for jobs, log in (
+        (one_row, "omcda-d_tot=1.2-allocation=uniform/seed0-3"),
+        (rows, f"{rows[0].run.parent.name}/seed0+2"),
+    ):
+        assert run_fleet(jobs) == [None] * len(jobs)
+        assert jobs_in(commands[-1]) == jobs
+        assert (tmp_path / "out" / "b" / f"{log}.log").read_text() == "a line\nthe last line\n"
 
 
 def test_an_interval_that_a_file_states_is_trained_with(
@@ -349,12 +375,97 @@ def test_an_interval_that_a_file_states_is_trained_with(
     commands = answered(monkeypatch, lambda command: 0)
     file.write_text(file.read_text().replace("steps = 20", "steps = 20\nsnapshot_every = 10"))
     run_fleet(jobs_of(read_sweep(file), tmp_path / "out")[:1])
-    assert "--steps 20 --snapshot-every 10 --out" in " ".join(commands[0])
+    [job] = jobs_in(commands[0])
+    assert job.request.kept_every == 10
 
 
 def test_results_hold_sweeps_to_the_same_rules(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="seeds: expected a list"):
         Sweep(["a.hdf5"], ["bc"], [], 100)
+
+
+# -- rows side by side ------------------------------------------------------------------------------------------
+
+SMALL = {"hidden": [8], "batch_size": [8], "mixer_hidden": [4], "reallocate_every": [5]}
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Job]]:
+    """The jobs of two rows and two seeds, in a folder of the given name."""
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
+    path = write_dataset(tmp_path / "hopper.hdf5", team_spec("mamujoco/hopper-3x1"), [40, 20] * 2)
+    cache_behavior(path)
+    grid: dict[str, dict[str, list[Any]]] = {"omcda": {**SMALL, "d_tot": [0.01, 0.3]}}
+    sweep = Sweep([str(path)], ["omcda"], [0, 1], 200, 100, grid=grid)
+    return lambda out: jobs_of(sweep, tmp_path / out)
+
+
+def require_same_runs(ours: Sequence[Job], theirs: Sequence[Job]) -> None:
+    """Every run has the same metrics, policies and training state, to the last bit."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.finished
+        assert (one.run / "metrics.jsonl").read_bytes() == (other.run / "metrics.jsonl").read_bytes()
+        for name in ("resume.pt", "policies/step-00000100.pt", "policies/step-00000200.pt"):
+            assert differing(load_state(one.run / name), load_state(other.run / name)) == set()
+    states = [load_state(job.run / "resume.pt") for job in ours]
+    assert all(differing(states[0], state) for state in states[1:])
+
+
+def test_runs_of_several_rows_have_the_bits_of_each_alone(
+    forking: ForkServerContext, rows: Callable[[str], list[Job]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], output: IO[str], **changes: str) -> int:
+        commands.append(command)
+        environment = child_environment(**changes)
+        process = forking.Process(target=run_command, args=(command[3:], environment, Path(output.name)))
+        process.start()
+        process.join()
+        return process.exitcode or 0
+
+    together, alone = rows("together"), rows("alone")
+    with monkeypatch.context() as patch:
+        patch.setattr("omcda_deploy.experiments.sweep.run_child", run)
+        assert run_locally(together, 1, Observer()) == []
+    assert [jobs_in(command) for command in commands] == [together]
+    for job in alone:
+        train_jobs([job])
+    require_same_runs(together, alone)
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Stopper(TrainObserver):
+    def logged(self, step: int, metrics: Mapping[str, float]) -> None:
+        raise StoppedError
+
+
+def test_begun_and_new_runs_are_trained_in_one_call(rows: Callable[[str], list[Job]]) -> None:
+    """One of those that were begun is of a version without one of the settings."""
+    jobs, alone = rows("out"), rows("alone")
+    with pytest.raises(StoppedError):
+        train_jobs(jobs[:2], Stopper())
+    config = read_config(jobs[0].run)
+    fewer = {name: value for name, value in config.settings.items() if name != "alpha0"}
+    write_config(jobs[0].run, replace(config, settings=fewer))
+    begun = [(job.run / "config.json").stat().st_mtime_ns for job in jobs[:2]]
+    train_jobs(jobs)
+    assert [(job.run / "config.json").stat().st_mtime_ns for job in jobs[:2]] == begun
+    train_jobs(alone)
+    require_same_runs(jobs, alone)
+
+
+def test_a_run_that_cannot_go_on_spares_the_new_ones(rows: Callable[[str], list[Job]]) -> None:
+    jobs = rows("out")
+    with pytest.raises(StoppedError):
+        train_jobs(jobs[:1], Stopper())
+    write_config(jobs[0].run, replace(read_config(jobs[0].run), dataset_digest="0" * 64))
+    with pytest.raises(OmcdaError, match=rf"^{jobs[0].run} was trained on a dataset of digest 000000000000…"):
+        train_jobs(jobs)
+    assert [job.finished for job in jobs] == [False, True, True, True]
 
 
 # -- killed -----------------------------------------------------------------------------------------------------
@@ -406,7 +517,6 @@ def test_a_killed_run_is_taken_up_again(
     kills = False
     assert run_fleet([job]) == [None]
     assert job.finished
-    assert commands[1][3:] == ["train", "--resume", str(job.run.parent), "--seeds", "0"]
     assert (job.run / "config.json").stat().st_mtime_ns == begun
 
     assert run_fleet([job]) == [None]

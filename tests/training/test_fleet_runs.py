@@ -19,7 +19,7 @@ from omcda_deploy import registry
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.training import loop
+from omcda_deploy.training import loop, member
 from omcda_deploy.training.algorithms import omcda
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.checkpoint import load_state
@@ -154,6 +154,27 @@ def test_a_fleet_of_any_algorithm_leaves_the_folders_of_single_runs(
     for each, name in runs:
         loop.train_fleet(dataset, [(each, tmp_path / name)])
         require_equal_folders(tmp_path / "fleet" / name, tmp_path / name)
+
+
+def test_each_run_is_evaluated_as_it_asked(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, int] = {}
+
+    class Evaluations:
+        def __init__(self, run: Path, every: int) -> None:
+            asked[run.name] = every
+
+        def start(self, step: int) -> None:
+            pass
+
+        def wait(self) -> None:
+            pass
+
+    monkeypatch.setattr(member, "Evaluator", Evaluations)
+    requests = [request("a"), request("b", evaluate_every=20), request("c", evaluate_every=40)]
+    loop.train_fleet(dataset, [(each, tmp_path / name) for each, name in zip(requests, RUNS, strict=True)])
+    assert asked == {"b": 20, "c": 40}
 
 
 def test_finished_runs_are_left_alone_by_those_that_go_on(
