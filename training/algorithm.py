@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.batches import Batch
+from omcda_deploy.training.fleet import Noise
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.settings import build
 
@@ -37,10 +38,29 @@ class Algorithm(Protocol):
         """Prices alpha_i [R, N]; None for algorithms without them."""
         ...
 
-    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
-        """Take one gradient step; return metrics, one number per run [R] or per run and agent [R, N].
+    @property
+    def noise(self) -> Noise | None:
+        """The random numbers of :meth:`compute`; None where it needs none."""
+        ...
 
-        Metrics that cost much and that nothing depends on may be left out of steps that are not ``watched``.
+    def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        """Take one gradient step, ``compute(batch, begin(watched))``."""
+        ...
+
+    def begin(self, watched: bool) -> Any:
+        """Count the next step and seed its noise; return its plan.
+
+        The plan, which must be hashable, is all that the operations of :meth:`compute` depend on beside tensors:
+        steps of equal plans do the same. Metrics that cost much and that nothing depends on may be left out of
+        steps that are not ``watched``.
+        """
+        ...
+
+    def compute(self, batch: Batch, plan: Any) -> dict[str, Tensor]:
+        """Do a step's tensor operations; return metrics, one number per run [R] or per run and agent [R, N].
+
+        On a GPU they are recorded once per plan and repeated from the record
+        (:mod:`omcda_deploy.training.cuda_graph`): they look at no tensor's value, and write states in place.
         """
         ...
 

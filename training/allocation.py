@@ -87,7 +87,10 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 class Allocation:
-    """The budgets d_i of R runs: an average of the influence m_i, rescaled, through softmax, times d_tot."""
+    """The budgets d_i of R runs: an average of the influence m_i, rescaled, through softmax, times d_tot.
+
+    Its state stays where it is in memory: a CUDA graph finds it there.
+    """
 
     def __init__(
         self,
@@ -115,10 +118,10 @@ class Allocation:
         ).to(device)
         self.influence = torch.zeros_like(self.shares)
         self._scale = torch.zeros_like(d_tot)
-        self._weight = 0.0  # sum of the average's weights so far, for its bias correction
-        self.released = torch.zeros_like(
-            d_tot, dtype=torch.bool
-        )  # shares wait until the team has moved at all
+        # Sum of the average's weights so far, for its bias correction.
+        self._weight = torch.zeros((), dtype=torch.float64, device=device)
+        # Shares wait until the team has moved at all.
+        self.released = torch.zeros_like(d_tot, dtype=torch.bool)
 
     @property
     def budgets(self) -> Tensor:
@@ -128,22 +131,22 @@ class Allocation:
     def observe(self, influence: Tensor, divergence: Tensor) -> None:
         """Take in a measurement of m_i [R, N] and the present KL_i [R, N] (batch means); move the shares."""
         keep = self._decay
-        self.influence = keep * self.influence + (1.0 - keep) * influence
-        self._scale = keep * self._scale + (1.0 - keep) * influence.abs().mean(1, keepdim=True)
-        self._weight = keep * self._weight + (1.0 - keep)
+        self.influence.copy_(keep * self.influence + (1.0 - keep) * influence)
+        self._scale.copy_(keep * self._scale + (1.0 - keep) * influence.abs().mean(1, keepdim=True))
+        self._weight.mul_(keep).add_(1.0 - keep)
         # With next to no divergence m_i is a ratio of two noises.
-        self.released = self.released | (divergence.sum(1, keepdim=True) > 0.01 * self.d_tot)
+        self.released.logical_or_(divergence.sum(1, keepdim=True) > 0.01 * self.d_tot)
         # Numerator and scale carry the same weight of the average, so the bias correction cancels.
         relative = self.influence / (self._scale + _EPS)
         for name, rows in self._rows.items():
             if moved := STRATEGIES[name].moved:
                 shares = moved(self.shares, relative, self._temperature)
-                self.shares = torch.where(rows & self.released, shares, self.shares)
+                self.shares.copy_(torch.where(rows & self.released, shares, self.shares))
 
     @property
     def mean_influence(self) -> Tensor:
         """The bias-corrected average of m_i [R, N]."""
-        return self.influence / max(self._weight, _EPS)
+        return self.influence / self._weight.clamp_min(_EPS).float()
 
     def state_dict(self, run: int) -> dict[str, Any]:
         """The state of one run."""
@@ -151,7 +154,7 @@ class Allocation:
             "shares": self.shares[run].cpu(),
             "influence": self.influence[run].cpu(),
             "scale": self._scale[run, 0].cpu(),
-            "weight": self._weight,
+            "weight": float(self._weight),
             "released": bool(self.released[run]),
         }
 
@@ -164,4 +167,4 @@ class Allocation:
 
         self.shares, self.influence = rows("shares"), rows("influence")
         self._scale, self.released = rows("scale").unsqueeze(1), rows("released").unsqueeze(1)
-        self._weight = states[0]["weight"]
+        self._weight.fill_(states[0]["weight"])

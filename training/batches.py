@@ -106,9 +106,9 @@ class DistributionTable:
     def at(self, rows: Tensor) -> Distribution:
         """The distributions at ``rows`` [...]."""
         if isinstance(self._whole, TanhGaussian):
-            whole = self._whole
-            return TanhGaussian(whole.mean[rows], whole.log_std[rows], whole.padding)
-        return Categorical(self._whole.log_probs[rows])
+            mean, log_std = _take(self._whole.mean, rows), _take(self._whole.log_std, rows)
+            return TanhGaussian(mean, log_std, self._whole.padding)
+        return Categorical(_take(self._whole.log_probs, rows))
 
 
 def episode_of(dataset: Dataset) -> NDArray[np.int64]:
@@ -190,13 +190,13 @@ class TransitionSampler:
         self._followed = torch.from_numpy(followed.astype(np.float32)).to(device)
         self._observations = torch.from_numpy(dataset.observations).to(device)
         shared = np.shares_memory(dataset.states, dataset.observations)
-        self._states = (
-            self._observations.reshape(len(dataset.observations), -1)
-            if shared
-            else torch.from_numpy(dataset.states).to(device)
-        )
-        if standardize_states:
+        self._states_are_joined = shared and not standardize_states
+        if self._states_are_joined:
+            self._states = self._observations.flatten(1)
+        elif standardize_states:
             self._states = torch.from_numpy(standardized(dataset.states, dataset.transitions)).to(device)
+        else:
+            self._states = torch.from_numpy(dataset.states).to(device)
         self._actions = torch.from_numpy(dataset.spec.squashed(dataset.actions)).to(device)
         self._rewards = torch.from_numpy(dataset.rewards).to(device)
         masks = dataset.action_masks
@@ -206,8 +206,9 @@ class TransitionSampler:
         self._table = (
             None if behavior is None else DistributionTable.of(behavior, self._observations, self._masks)
         )
-        self._dataset, self._gamma, self._time_limit_is_terminal = dataset, gamma, time_limit_is_terminal
-        self._subset = slice(None) if subset is None else subset
+        returns = returns_to_go(dataset, gamma, time_limit_is_terminal).astype(np.float32)
+        self._returns_to_go = torch.from_numpy(returns if subset is None else returns[subset]).to(device)
+        self._return_range = torch.stack(self._returns_to_go.aminmax())
         self._device = device
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
 
@@ -216,21 +217,15 @@ class TransitionSampler:
         """The variable under the tanh and the log-Jacobian of every recorded action, once for all steps."""
         return atanh_action(self._actions)  # of padding, which is zero, both are zero
 
-    @cached_property
-    def _returns_to_go(self) -> Tensor:
-        """[M] of the transitions that are drawn from."""
-        values = returns_to_go(self._dataset, self._gamma, self._time_limit_is_terminal)
-        return torch.from_numpy(values.astype(np.float32)[self._subset]).to(self._device)
-
-    @cached_property
-    def _return_range(self) -> Tensor:
-        return torch.stack(self._returns_to_go.aminmax())
-
     def __len__(self) -> int:
         return len(self._rows)
 
     def sample(self, step: int) -> Batch:
         """The batch of a step."""
+        return self.gather(self.positions(step))
+
+    def positions(self, step: int) -> Tensor:
+        """The positions [R, B] of the batch of a step in ``dataset.transitions``."""
         block, offset = divmod(step, _BLOCK)
         if self._block[0] != block:
             size = (_BLOCK, self._batch_size)
@@ -238,7 +233,7 @@ class TransitionSampler:
                 np.random.default_rng([seed, block]).integers(len(self), size=size) for seed in self._seeds
             ]
             self._block = (block, torch.from_numpy(np.stack(draws, axis=1)).to(self._device))
-        return self.gather(self._block[1][offset])
+        return self._block[1][offset]
 
     def rows(self, positions: Tensor) -> Tensor:
         """The dataset's rows of the transitions at ``positions``."""
@@ -246,35 +241,43 @@ class TransitionSampler:
 
     def gather(self, positions: Tensor) -> Batch:
         """The transitions at ``positions`` int64 [R, B]."""
-        rows = self._rows[positions]
+        rows = _take(self._rows, positions)
         following = rows + 1
 
         def take(values: Tensor | None, at: Tensor) -> Callable[[], Tensor | None]:
-            return lambda: None if values is None else values[at]
+            return lambda: None if values is None else _take(values, at)
 
         def first(values: Tensor) -> Callable[[], Tensor]:
             # The remainder of a uniform position is uniform: no draw of its own that would shift the others.
-            return lambda: values[self._starts[positions % len(self._starts)]]
+            return lambda: _take(values, self._starts[positions % len(self._starts)])
 
-        table = self._table
-        return Batch(
+        table, joined = self._table, self._states_are_joined
+        batch: Batch = Batch(
             observation=take(self._observations, rows),
             action=take(self._actions, rows),
             reward=take(self._rewards, rows),
             not_done=take(self._not_done, positions),
-            state=take(self._states, rows),
+            state=(lambda: batch.observation.flatten(2)) if joined else take(self._states, rows),
             next_observation=take(self._observations, following),
-            next_state=take(self._states, following),
+            next_state=(lambda: batch.next_observation.flatten(2))
+            if joined
+            else take(self._states, following),
             next_action=take(self._actions, following),
             next_action_known=take(self._followed, positions),
             mask=take(self._masks, rows),
             next_mask=take(self._masks, following),
-            return_to_go=lambda: self._returns_to_go[positions],
+            return_to_go=lambda: _take(self._returns_to_go, positions),
             return_range=lambda: self._return_range.expand(len(positions), -1),
             initial_observation=first(self._observations),
             initial_state=first(self._states),
             behavior=None if table is None else lambda: table.at(rows),
             next_behavior=None if table is None else lambda: table.at(following),
-            u=lambda: None if self._masks is not None else self._atanh[0][rows],
-            log_jacobian=lambda: None if self._masks is not None else self._atanh[1][rows],
+            u=lambda: None if self._masks is not None else _take(self._atanh[0], rows),
+            log_jacobian=lambda: None if self._masks is not None else _take(self._atanh[1], rows),
         )
+        return batch
+
+
+def _take(values: Tensor, at: Tensor) -> Tensor:
+    """Return ``values[at]``, whole rows, by the call with which torch copies them fastest."""
+    return values.index_select(0, at.flatten()).view(*at.shape, *values.shape[1:])

@@ -1,9 +1,9 @@
 """Time of a training step beside its lower bound: the same matrix products alone, timed in the same run.
 
 A step trains one or more runs side by side; figures are per run, and of CPU time, since machines are shared. The
-products of one step are recorded as they are dispatched (shapes and memory layouts), then replayed on preallocated
-tensors. Steps and replays alternate, so that a machine that drifts drifts for both; the ratio of their medians is
-the figure to quote.
+products of one step are recorded as they are dispatched (shapes and memory layouts), then done again on operands
+that stay in the cache. Steps and replays alternate, so that a machine that drifts drifts for both; the ratio of
+their medians is the figure to quote.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import policy_of
 from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.products import LINEAR, product
 from omcda_deploy.training.settings import build
 
 LOG_EVERY = 100  # steps, as a run by default
@@ -75,8 +76,9 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operands: dict[Any, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = _PRODUCTS.get(func)
-        if first is not None:
+        if func is LINEAR:
+            self.factors.append((self._like(args[0], "left"), self._like(args[1].mT, "right")))
+        elif (first := _PRODUCTS.get(func)) is not None:
             self.factors.append((self._like(args[first], "left"), self._like(args[first + 1], "right")))
         return func(*args, **(kwargs or {}))
 
@@ -148,22 +150,17 @@ def _prepare(
     with _Products() as products:
         for _ in range(repeats):
             step()
-    outs: dict[Any, torch.Tensor] = {}
-    results = [
-        outs.setdefault((*a.shape[:-1], b.shape[-1]), a.new_empty((*a.shape[:-1], b.shape[-1])))
-        for a, b in products.factors
-    ]
     flop = sum(2 * a.numel() * b.shape[-1] for a, b in products.factors) / repeats / contender.runs
-    return step, functools.partial(_replay, products.factors, results), flop / 1e9
+    return step, functools.partial(_replay, products.factors), flop / 1e9
 
 
 def _step(algorithm: Algorithm, batches: list[Batch]) -> None:
     algorithm.update(batches[algorithm.step % len(batches)], algorithm.step % LOG_EVERY == 0)
 
 
-def _replay(factors: list[tuple[torch.Tensor, torch.Tensor]], results: list[torch.Tensor]) -> None:
-    for (a, b), out in zip(factors, results, strict=True):
-        (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out=out)
+def _replay(factors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for a, b in factors:
+        product(a, b)
 
 
 def random_batch(spec: TeamSpec, behavior: nn.Module, runs: int, batch_size: int, seed: int) -> Batch:

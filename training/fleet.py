@@ -75,11 +75,11 @@ class Noise:
 
     def __init__(self, seeds: Sequence[int], device: str = "cpu") -> None:
         self._seeds, self._device = tuple(seeds), device
-        self._generators = [torch.Generator(device) for _ in self._seeds]
+        self.generators = [torch.Generator(device) for _ in self._seeds]
 
     def at(self, step: int) -> Noise:
         """Begin the numbers of a step anew, so that a resumed run draws them as an uninterrupted one does."""
-        for seed, generator in zip(self._seeds, self._generators, strict=True):
+        for seed, generator in zip(self._seeds, self.generators, strict=True):
             generator.manual_seed(seed * 1_000_003 + step)
         return self
 
@@ -92,4 +92,4 @@ class Noise:
         return self._drawn(torch.rand, shape)
 
     def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
-        return torch.stack([draw(shape, generator=g, device=self._device) for g in self._generators])
+        return torch.stack([draw(shape, generator=g, device=self._device) for g in self.generators])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from omcda_deploy.training.products import affine, product
 
-_BLOCK = 2**17  # hidden values at once: a few such blocks stay in the second-level cache of a core
+_BLOCK = 2**19  # hidden values at once: the layers of larger blocks leave the caches of a core
 _RELU_BACKWARD = torch.ops.aten.threshold_backward.grad_input
 _SHARED = 2**14  # hidden values of one run, up to which calls cost more than arithmetic
 
@@ -30,6 +30,17 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         rows = x.reshape(len(x), -1, x.shape[-1])
         return affine(rows, self.weight, self.bias).view(*x.shape[:-1], self.weight.shape[1])
+
+
+def two_layers(first: Linear, second: Linear, x: Tensor) -> Tensor:
+    """Evaluate two layers of R runs with a ReLU between them: ``x`` [R, B, I] -> [R, B, outputs]."""
+    if first.weight.ndim == 2:
+        result: Tensor = second(F.relu(first(x)))
+        return result
+    output: Tensor = _TwoLayers.apply(  # type: ignore[no-untyped-call]
+        x, first.weight, first.bias, second.weight, second.bias
+    )
+    return output
 
 
 class AgentMLP(nn.Module):
@@ -97,6 +108,28 @@ class AgentMLP(nn.Module):
         return output
 
 
+class _TwoLayers(torch.autograd.Function):
+    """:func:`two_layers` with its backward written out; x needs no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        hidden = affine(x, w1, b1, relu=True)
+        ctx.save_for_backward(x, hidden, w2)
+        return affine(hidden, w2, b2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, w2 = ctx.saved_tensors
+        d_hidden = _through_relu(product(gradient, w2), hidden)
+        return (
+            None,
+            product(d_hidden.mT, x),
+            d_hidden.sum(1),
+            product(gradient.mT, hidden),
+            gradient.sum(1),
+        )
+
+
 class _StackedMLP(torch.autograd.Function):
     """:class:`AgentMLP` of R runs, at x or at x joined with branches, with its backward written out.
 
@@ -122,12 +155,12 @@ class _StackedMLP(torch.autograd.Function):
     ) -> Tensor:
         """Map ``x`` [R, B, N, I - W], ``branches`` [R, B, N, K, W] to [R, B, N, K, outputs]; without, K is 1."""
         known, count = x.shape[-1], 1 if branches is None else branches.shape[3]
-        offset = (identity + b1.unsqueeze(1)).unsqueeze(1)
+        identities = identity.unsqueeze(1)
         layers, outputs = [], []
         for at in _blocks(x, count * w1.shape[1]):
             run, states = at[0], x[at]
-            trunk = affine(states.flatten(-3, -2), w1[run, :, :known])
-            trunk.view(*states.shape[:-1], -1).add_(offset[run])
+            trunk = affine(states.flatten(-3, -2), w1[run, :, :known], b1[run])
+            trunk.view(*states.shape[:-1], -1).add_(identities[run])
             h1 = trunk.relu_() if branches is None else _branched(trunk, branches[at], w1[run, :, known:])
             h2 = affine(h1, w2[run], b2[run], relu=True)
             outputs.append(affine(h2, w3[run], b3[run]))

@@ -19,7 +19,7 @@ from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.actions import clear, padding_of
 from omcda_deploy.training.fleet import stack
 from omcda_deploy.training.losses import elu, mix
-from omcda_deploy.training.mlp import AgentMLP, Linear
+from omcda_deploy.training.mlp import AgentMLP, Linear, two_layers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -126,7 +126,7 @@ class LinearMixer(nn.Module):
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``state`` [R, B, S] -> (w [R, B, N], b [R, B])."""
-        heads = self.heads(F.relu(self.trunk(state)))
+        heads = two_layers(self.trunk, self.heads, state)
         return heads[..., : self.agents].abs(), heads[..., self.agents]
 
 
@@ -215,8 +215,8 @@ class DivergenceMixer(nn.Module):
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``state`` [R, B, S] -> (w [R, B, N(k), N(j)], b [R, B, N(k)])."""
         n = self.agents
-        heads = self.heads(F.relu(self.trunk(state)))
-        free = heads[..., : n * n].abs().unflatten(-1, (n, n))
+        heads = two_layers(self.trunk, self.heads, state)
+        free = heads[..., : n * n].abs().view(*heads.shape[:-1], n, n)
         return free * (1.0 - self.eye) + self.eye, heads[..., n * n :]
 
 

@@ -79,37 +79,50 @@ class JointOptimizer:
         self._grad_clip = grad_clip
         self._modules = dict(modules)
         self._matrices = [_matrix(group.parameters) for group in self._groups]
+        for matrix in self._matrices:
+            matrix.grad = torch.zeros_like(matrix)
+        self._parameters = [parameter for group in self._groups for parameter in group.parameters]
         self._gradients = [
-            _views(matrix.grad, group.parameters)
+            view
             for matrix, group in zip(self._matrices, self._groups, strict=True)
+            for view in _views(matrix.grad, group.parameters)
         ]
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for matrix, group in zip(self._matrices, self._groups, strict=True):
+            by_rate.setdefault(group.lr, []).append(matrix)
         self._adam = torch.optim.Adam(
-            [
-                {"params": [matrix], "lr": group.lr}
-                for matrix, group in zip(self._matrices, self._groups, strict=True)
-            ],
+            [{"params": matrices, "lr": lr} for lr, matrices in by_rate.items()],
             fused=True,
+            capturable=self._matrices[0].is_cuda,  # by a CUDA graph
         )
         taus = [tau] * len(averages) if isinstance(tau, float) else tau
-        # By their step: each costs one call for all its parameters.
+        average_of = {
+            ours: (theirs, step)
+            for (average, source), step in zip(averages, taus, strict=True)
+            for ours, theirs in zip(source.parameters(), average.parameters(), strict=True)
+        }
+        # By their step: each costs one call.
         self._averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for (average, source), step in zip(averages, taus, strict=True):
-            both = self._averages.setdefault(step, ([], []))
-            both[0].extend(average.parameters())
-            both[1].extend(source.parameters())
-        self._averages = {step: both for step, both in self._averages.items() if both[0]}
+        for matrix, group in zip(self._matrices, self._groups, strict=True):
+            steps = {average_of[p][1] if p in average_of else None for p in group.parameters}
+            if len(steps) == 1 and (step := steps.pop()) is not None:
+                rows = _matrix([average_of.pop(parameter)[0] for parameter in group.parameters])
+                self._average(rows, matrix, step)
+        for source, (average, step) in average_of.items():  # of groups that are averaged in part
+            self._average(average, source, step)
+
+    def _average(self, average: Tensor, source: Tensor, step: float) -> None:
+        both = self._averages.setdefault(step, ([], []))
+        both[0].append(average)
+        both[1].append(source)
 
     def descend(self, losses: Mapping[str, Tensor]) -> None:
         """Take one step on the sum of ``losses``, each [R]."""
-        for group in self._groups:
-            for parameter in group.parameters:
-                parameter.grad = None
-        torch.stack(tuple(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-        for matrix, group, views in zip(self._matrices, self._groups, self._gradients, strict=True):
-            torch._foreach_copy_(
-                views,
-                [torch.zeros_like(p) if p.grad is None else p.grad for p in group.parameters],
-            )
+        total = torch.stack(tuple(losses.values())).sum()
+        torch._foreach_copy_(
+            self._gradients, torch.autograd.grad(total, self._parameters, materialize_grads=True)
+        )
+        for matrix in self._matrices:
             gradient = matrix.grad
             assert gradient is not None
             norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
@@ -172,7 +185,6 @@ def _matrix(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
     # Whole vectors of the processor: its arithmetic on the rest of a row rounds differently, and where that rest
     # lies would depend on the number of runs.
     matrix = nn.Parameter(F.pad(rows, (0, -rows.shape[1] % _ALIGNMENT)))
-    matrix.grad = torch.zeros_like(matrix)
     for parameter, view in zip(parameters, _views(matrix.data, parameters), strict=True):
         parameter.data = view
     return matrix

@@ -1,7 +1,8 @@
 """The prices alpha_i of divergence that make each agent meet its budget d_i: a dual by gradient, or solved.
 
 Source: docs/derivation.md#dual (the dual is the paper's; warm-up, bounds and the solved price are this project's).
-Budgets and divergences are in nats. Shapes: R runs, B batch, N agents.
+Budgets and divergences are in nats. Shapes: R runs, B batch, N agents. States stay where they are in memory: a CUDA
+graph finds them there.
 """
 
 from __future__ import annotations
@@ -14,9 +15,34 @@ import torch
 from torch import Tensor
 
 _BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8  # of the dual's Adam, as torch's
-_WINDOW = 20  # batches from which a price is solved
+WINDOW = 20  # batches from which a price is solved
 SOLVE_EVERY = 50  # steps
 _HALVINGS = 24  # of an interval of log alpha: its width ends below 1e-6
+
+
+class Settling:
+    """The moment from which prices move: once a run's reward critic explains its targets; before, z is noise."""
+
+    def __init__(self, threshold: Tensor) -> None:
+        """``threshold`` [R]: of the average of L_Qr/Var(y)."""
+        self._threshold = threshold
+        self._ratio = torch.full_like(threshold, math.inf)
+        self.active = torch.zeros_like(threshold, dtype=torch.bool)
+
+    def observe(self, loss: Tensor, target: Tensor, late: bool) -> Tensor:
+        """Take in L_Qr [R] and its targets [R, B]; return whose prices move, bool [R]: all where ``late``."""
+        ratio = loss / target.var(1).clamp_min(1e-12)
+        self._ratio.copy_(torch.where(self._ratio.isinf(), ratio, 0.99 * self._ratio + 0.01 * ratio))
+        return self.active.logical_or_((self._ratio < self._threshold) | late)
+
+    def state_dict(self, run: int) -> dict[str, Any]:
+        """The state of one run."""
+        return {"dual_active": bool(self.active[run]), "settling": float(self._ratio[run])}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Load the states of all runs, in their order."""
+        for run, state in enumerate(states):
+            self.active[run], self._ratio[run] = state["dual_active"], state["settling"]
 
 
 class Dual:
@@ -29,6 +55,7 @@ class Dual:
     def __init__(self, agents: int, alpha0: Tensor, lr: float, *, single_price: Sequence[bool]) -> None:
         """``alpha0`` [R, 1]; ``single_price``: one flag per run."""
         self.low, self.high = alpha0 / 200.0, 5.0 * alpha0
+        self._log_low, self._log_high = self.low.log(), self.high.log()
         self._lr = lr
         self._single = torch.tensor([[flag] for flag in single_price], device=alpha0.device)
         self.log_alpha = alpha0.log().expand(-1, agents).clone()
@@ -55,16 +82,16 @@ class Dual:
         terms = alpha * gap
         loss = torch.where(self._single[:, 0], terms[:, 0], terms.sum(1))
         gradient = terms  # d/d log alpha
-        self._steps = self._steps + moving
-        self._mean = torch.where(moving, torch.lerp(self._mean, gradient, 1.0 - _BETA1), self._mean)
+        self._steps.add_(moving)
+        self._mean.copy_(torch.where(moving, torch.lerp(self._mean, gradient, 1.0 - _BETA1), self._mean))
         square = _BETA2 * self._square + (1.0 - _BETA2) * gradient * gradient
-        self._square = torch.where(moving, square, self._square)
+        self._square.copy_(torch.where(moving, square, self._square))
         steps = self._steps.clamp_min(1.0)
         mean = self._mean / -torch.expm1(steps * math.log(_BETA1))
         deviation = (self._square / -torch.expm1(steps * math.log(_BETA2))).sqrt() + _ADAM_EPS
         moved = self.log_alpha - self._lr * mean / deviation
-        moved = torch.maximum(torch.minimum(moved, self.high.log()), self.low.log())
-        self.log_alpha = torch.where(moving, moved, self.log_alpha)
+        moved = torch.maximum(torch.minimum(moved, self._log_high), self._log_low)
+        self.log_alpha.copy_(torch.where(moving, moved, self.log_alpha))
         return loss
 
     def state_dict(self, run: int) -> dict[str, Any]:
@@ -88,31 +115,37 @@ class Dual:
 
 
 class Exponents:
-    """Parts of z in the last batches: advantages [R, 20 B, N] in units of reward, corrections in nats."""
+    """Parts of z in the last :data:`WINDOW` batches that were added."""
 
-    def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, device: torch.device) -> None:
+        # [3, R, WINDOW, B, N]: advantages in units of reward, corrections in nats, weights; the first batch says B.
+        self._parts = torch.empty(0, device=device)
+        self._next = torch.zeros(1, dtype=torch.long, device=device)
 
     def add(self, advantage: Tensor, correction: Tensor, weight: Tensor) -> None:
-        """Append a batch, [R, B, N] each; ``weight`` is 0 where an agent had no choice, else 1."""
-        self._parts = [*self._parts[1 - _WINDOW :], (advantage, correction, weight)]
+        """Put in a batch, [R, B, N] each, for the oldest; ``weight`` is 0 where an agent had no choice, else 1."""
+        batch = torch.stack((advantage, correction, weight)).unsqueeze(2)
+        if not len(self._parts):
+            self._parts = torch.zeros_like(batch.expand(-1, -1, WINDOW, -1, -1))
+        self._parts.index_copy_(2, self._next, batch)
+        self._next.add_(1).remainder_(WINDOW)
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All batches, one after another."""
-        advantage, correction, weight = zip(*self._parts, strict=True)
-        return torch.cat(advantage, 1), torch.cat(correction, 1), torch.cat(weight, 1)
+        """Advantages, corrections and weights of all batches, [R, WINDOW B, N] each."""
+        advantage, correction, weight = self._parts.flatten(2, 3)
+        return advantage, correction, weight
 
     def state_dict(self, run: int) -> dict[str, Any]:
         """The batches of one run."""
-        return {"exponents": [tuple(part[run].clone() for part in parts) for parts in self._parts]}
+        parts = self._parts[:, run].clone() if len(self._parts) else None
+        return {"exponents": parts, "next_exponents": int(self._next)}
 
-    def load_state_dicts(self, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
-        """Load the batches of all runs, which hold equally many."""
-        rows = [state["exponents"] for state in states]
-        self._parts = [
-            tuple(torch.stack([run[index] for run in batch]).to(device) for index in range(3))  # type: ignore[misc]
-            for batch in zip(*rows, strict=True)
-        ]
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Load the batches of all runs, which took in equally many."""
+        parts = [state["exponents"] for state in states]
+        if parts[0] is not None:
+            self._parts = torch.stack(parts, dim=1).to(self._next.device)
+        self._next.fill_(states[0]["next_exponents"])
 
 
 def divergence_of(exponents: tuple[Tensor, Tensor, Tensor], alpha: Tensor, z_max: float) -> Tensor:
@@ -143,6 +176,7 @@ class SolvedPrice:
     def __init__(self, agents: int, alpha0: Tensor, *, single_price: Sequence[bool], z_max: float) -> None:
         """``alpha0`` [R, 1], the price until the first solution; ``single_price``: one flag per run."""
         self.low, self.high = alpha0 / 1e3, alpha0 * 1e6
+        self._log_low, self._log_high = self.low.log(), self.high.log()
         self._single = torch.tensor([[flag] for flag in single_price], device=alpha0.device)
         self._z_max = z_max
         self.log_alpha = alpha0.log().expand(-1, agents).clone()
@@ -160,15 +194,14 @@ class SolvedPrice:
 
     def solve(self, exponents: tuple[Tensor, Tensor, Tensor], budgets: Tensor, active: Tensor) -> None:
         """Set the prices of the ``active`` [R] runs so that they spend ``budgets`` [R, N]."""
-        low = self.low.log().expand_as(self.log_alpha)
-        high = self.high.log().expand_as(self.log_alpha)
+        low, high = self._log_low.expand_as(self.log_alpha), self._log_high.expand_as(self.log_alpha)
         for _ in range(_HALVINGS):
             middle = 0.5 * (low + high)
             excess = divergence_of(exponents, middle.exp(), self._z_max) - budgets
             excess = torch.where(self._single, excess.sum(1, keepdim=True).expand_as(excess), excess)
             excess = torch.where(budgets > 0, excess, 1.0)  # rounding of a divergence near 0 decides nothing
             low, high = torch.where(excess > 0, middle, low), torch.where(excess > 0, high, middle)
-        self.log_alpha = torch.where(active.unsqueeze(1), 0.5 * (low + high), self.log_alpha)
+        self.log_alpha.copy_(torch.where(active.unsqueeze(1), 0.5 * (low + high), self.log_alpha))
 
     def state_dict(self, run: int) -> dict[str, Any]:
         """The state of one run."""

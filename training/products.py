@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # What torch.compile calls for a linear layer: (x, weight, bias, "none" or "relu", [], "").
-_LINEAR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+LINEAR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 _LEAST = 16  # rows, inputs and outputs: a call of oneDNN costs more than smaller products
 _LEAST_TRANSPOSED = 128  # outputs, where the left factor is transposed
 
@@ -51,17 +51,20 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = F
 
 def _is_large(a: Tensor, outputs: int) -> bool:
     """Test if oneDNN multiplies ``a`` [M, I] by a matrix [I, outputs] in less time than MKL."""
+    rows, inputs = a.shape
     return (
-        _LINEAR is not None
-        and a.is_cpu
-        and a.dtype == torch.float32
-        and min(*a.shape, outputs) >= _LEAST
+        rows >= _LEAST
+        and inputs >= _LEAST
+        and outputs >= _LEAST
         and (outputs >= _LEAST_TRANSPOSED or a.is_contiguous())
+        and a.dtype == torch.float32
+        and a.is_cpu
+        and LINEAR is not None
     )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    result: Tensor = _LINEAR(_dense(x), _dense(weight), bias, activation, [], "")
+    result: Tensor = LINEAR(_dense(x), _dense(weight), bias, activation, [], "")
     return result
 
 

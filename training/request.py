@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,9 +155,15 @@ def check_evaluation(evaluate_every: int | None, kept_every: int) -> None:
 
 def check_device(device: str) -> None:
     """Raise :class:`ConfigError` for a device that does not exist."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            "device cuda: this torch sees no GPU. Use --device cpu, or install a CUDA build of torch"
-        )
-    if device != "cpu" and not device.startswith("cuda"):
+    if device == "cpu":
+        return
+    named = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if named is None:
         raise ConfigError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise ConfigError(
+            f"device {device}: this torch sees no GPU. Use --device cpu, or install a CUDA build of torch"
+        )
+    if int(named[1] or 0) >= count:
+        raise ConfigError(f"device: expected cuda:0 to cuda:{count - 1}, as this machine has, got {device!r}")

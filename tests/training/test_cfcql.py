@@ -178,7 +178,7 @@ def test_one_continuous_step_against_numpy(mixer: str) -> None:
         assert isinstance(behavior, TanhGaussian)
         generator = torch.Generator().manual_seed(0)  # seed 0, step 0
         noise = Noise((0,))
-        noise._generators = [generator]
+        noise.generators = [generator]
         next_action = following.sample(1, noise).squeeze(1)
         uniform = torch.rand((1, 4, 12, 3, 2), generator=generator) * 2 - 1
         candidates = [uniform, policy.sample(4, noise), following.sample(4, noise)]

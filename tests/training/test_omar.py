@@ -218,7 +218,7 @@ def continuous_losses(algorithm: Algorithm, batch: Batch) -> dict[str, float]:
     action = sample(1, mean, log_std)
     [value] = q(action)
     noise = Noise((3,))
-    noise._generators = [generator]  # whose next numbers are the search's
+    noise.generators = [generator]  # whose next numbers are the search's
     with torch.no_grad():
         searched, _ = search(lambda a: torch.from_numpy(q(a[0])).float()[None], action, Config(), noise)
     [best_value] = q(searched)

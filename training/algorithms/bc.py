@@ -52,7 +52,7 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 class Algorithm:
     """Train R runs by BC: one :meth:`update` is one gradient step of each on its batch."""
 
-    budgets = alpha = None
+    budgets = alpha = noise = None
 
     def __init__(
         self,
@@ -71,10 +71,16 @@ class Algorithm:
         self.step = 0
 
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        return self.compute(batch, self.begin(watched))
+
+    def begin(self, watched: bool) -> tuple[()]:
+        self.step += 1
+        return ()  # every step is like the others
+
+    def compute(self, batch: Batch, plan: tuple[()]) -> dict[str, Tensor]:
         policy = policy_of(self.policy, batch.observation, batch.mask)
         losses = {"policy": -mean_per_run(batch.log_prob(policy))}  # L_pi
         self._optimizer.descend(losses)
-        self.step += 1
         with torch.no_grad():
             return {**loss_metrics(losses), "kl": divergence(policy, batch.behavior).mean(1)}
 

@@ -11,9 +11,8 @@ Continuous: likely actions are those of a conditional VAE, moved a little by a p
     y     = r + gamma m Qbar_tot(s'; q*),         L_Q = (Q1_tot - y)^2 + (Q2_tot - y)^2
     L_xi  = -Q1_i(o_i, a_i),                      gradient through xi alone.
 
-The policy is the best of 100 candidates by Q1. Its candidates come from latents drawn once from a fixed seed and
-kept in the policy (the same for every agent, state and run), so it is a deterministic function of the observation:
-what is evaluated, exported and served is one graph. It is exported as a tanh-Gaussian without width.
+The policy is the best of 100 candidates by Q1, decoded from latents that were drawn once from a fixed seed and are
+kept in it. So it is a deterministic function of the observation, exported as a tanh-Gaussian without width.
 
 Discrete: likely actions are those with ``G(a|o) / max_a' G(a'|o) >= threshold`` under the cloned behaviour G,
 
@@ -24,8 +23,7 @@ G is the dataset's behaviour model, which every run has; a second classifier wou
 
 Deviations from published code: the VAE decodes sampled latents with the inputs in the order it was trained on (the
 released one swaps z and e_i); the latent has 2 A entries as in BCQ, not 2 N (``latent=team``); the discrete policy
-keeps its restriction when it acts (OG-MARL drops it); discrete targets follow softly, as all others here, and the
-factor 1/2 of that loss is left out. All mixers fit: only Q_tot of each agent's own choice is needed.
+keeps its restriction when it acts (OG-MARL drops it), its targets follow softly, and its loss has no factor 1/2.
 
 Source: docs/baselines.md#bcq.
 """
@@ -371,24 +369,27 @@ class Algorithm:
         else:
             assert isinstance(self.policy, GenerativeActor)
             self._losses = GenerativeLosses(configs, networks, self.policy)
-        self._noise = Noise(networks.seeds or (), device)
+        self.noise = Noise(networks.seeds or (), device)
         self._optimizer = JointOptimizer(
             self._losses.groups(),
             config.grad_clip,
-            modules={
-                "policy": self.policy,
-                "own": self._losses.beside_policy,
-                "target": self._losses.target,
-            },
+            modules={"policy": self.policy, "own": self._losses.beside_policy, "target": self._losses.target},
             averages=[(self._losses.target, self._losses.online)],
             tau=config.tau,
         )
         self.step = 0
 
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
-        losses, metrics = self._losses(batch, self._noise.at(self.step))
-        self._optimizer.descend(losses)
+        return self.compute(batch, self.begin(watched))
+
+    def begin(self, watched: bool) -> tuple[()]:
+        self.noise.at(self.step)
         self.step += 1
+        return ()  # every step is like the others
+
+    def compute(self, batch: Batch, plan: tuple[()]) -> dict[str, Tensor]:
+        losses, metrics = self._losses(batch, self.noise)
+        self._optimizer.descend(losses)
         return {**loss_metrics(losses), **metrics}
 
     def state_dict(self, run: int) -> dict[str, Any]:

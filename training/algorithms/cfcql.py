@@ -182,7 +182,7 @@ class Algorithm:
             column(configs, name, device).squeeze(-1) for name in ("alpha", "action_penalty")
         )  # [R] each
         self._lambda_tau = column(configs, "lambda_tau", device).unsqueeze(-1)  # [R, 1, 1]
-        self._noise = Noise(networks.seeds or (), device)
+        self.noise = Noise(networks.seeds or (), device)
         self.policy = make_policy(config, networks).to(device)
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
         # A greedy policy is its critic: the two share their parameters.
@@ -205,13 +205,20 @@ class Algorithm:
         self.step = 0
 
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        return self.compute(batch, self.begin(watched))
+
+    def begin(self, watched: bool) -> tuple[()]:
+        self.noise.at(self.step)
+        self.step += 1
+        return ()  # every step is like the others
+
+    def compute(self, batch: Batch, plan: tuple[()]) -> dict[str, Tensor]:
         behavior = batch.behavior
         if isinstance(behavior, Categorical):
             losses, metrics = self._discrete(batch, behavior)
         else:
             losses, metrics = self._continuous(batch, behavior)
         self._optimizer.descend(losses)
-        self.step += 1
         return {**loss_metrics(losses), **metrics}
 
     def _discrete(self, batch: Batch, behavior: Categorical) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -239,7 +246,7 @@ class Algorithm:
         self, batch: Batch, behavior: TanhGaussian
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         c, o, s = self.config, batch.observation, batch.state
-        noise = self._noise.at(self.step)
+        noise = self.noise
         policy = gaussian_of(self.policy, o)
         with torch.no_grad():
             next_policy = gaussian_of(self.policy, batch.next_observation)

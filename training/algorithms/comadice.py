@@ -162,7 +162,7 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 class Algorithm:
     """Train R runs by ComaDICE: one :meth:`update` is one gradient step of each on its batch."""
 
-    budgets = alpha = None
+    budgets = alpha = noise = None
 
     def __init__(
         self,
@@ -203,6 +203,13 @@ class Algorithm:
         self.step = 0
 
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        return self.compute(batch, self.begin(watched))
+
+    def begin(self, watched: bool) -> tuple[()]:
+        self.step += 1
+        return ()  # every step is like the others
+
+    def compute(self, batch: Batch, plan: tuple[()]) -> dict[str, Tensor]:
         c = self.config
         discount = c.gamma * batch.not_done
         with torch.no_grad():
@@ -238,7 +245,6 @@ class Algorithm:
             "normaliser": normaliser,  # sets lambda_e
         }
         self._optimizer.descend(losses)
-        self.step += 1
         with torch.no_grad():
             return {
                 **loss_metrics(losses),

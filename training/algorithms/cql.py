@@ -154,7 +154,7 @@ class Algorithm:
     ) -> None:
         config = self.config = configs[0]
         self._alpha = column(configs, "alpha", device).squeeze(-1)  # [R]
-        self._noise = Noise(networks.seeds or (), device)
+        self.noise = Noise(networks.seeds or (), device)
         self.policy = make_policy(config, networks).to(device)
         self.q: Any = self.policy.q if isinstance(self.policy, GreedyActor) else networks.q()
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
@@ -174,6 +174,14 @@ class Algorithm:
         self.step = 0
 
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        return self.compute(batch, self.begin(watched))
+
+    def begin(self, watched: bool) -> tuple[()]:
+        self.noise.at(self.step)
+        self.step += 1
+        return ()  # every step is like the others
+
+    def compute(self, batch: Batch, plan: tuple[()]) -> dict[str, Tensor]:
         c = self.config
         w, bias = self.mixer(batch.state)
         terms = self._continuous(batch, w) if batch.mask is None else self._discrete(batch, w, batch.mask)
@@ -191,7 +199,6 @@ class Algorithm:
             **terms.policy_loss,  # L_pi
         }
         self._optimizer.descend(losses)
-        self.step += 1
         return {
             **loss_metrics(losses),
             "kl": terms.kl.mean(1),
@@ -213,7 +220,7 @@ class Algorithm:
 
     def _continuous(self, batch: Batch, w: Tensor) -> BatchTerms:
         c, o = self.config, batch.observation
-        noise = self._noise.at(self.step)
+        noise = self.noise
         policy = gaussian_of(self.policy, o)
         with torch.no_grad():
             next_policy = gaussian_of(self.policy, batch.next_observation)

@@ -148,7 +148,7 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 class Algorithm:
     """Train R runs by ICQ: one :meth:`update` is one gradient step of each on its batch."""
 
-    budgets = alpha = None
+    budgets = alpha = noise = None
 
     def __init__(
         self,
@@ -181,6 +181,13 @@ class Algorithm:
         self.step = 0
 
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        return self.compute(batch, self.begin(watched))
+
+    def begin(self, watched: bool) -> tuple[()]:
+        self.step += 1
+        return ()  # every step is like the others
+
+    def compute(self, batch: Batch, plan: tuple[()]) -> dict[str, Tensor]:
         c = self.config
         policy = policy_of(self.policy, batch.observation, batch.mask)
         y, rho = self._target(batch)
@@ -200,7 +207,6 @@ class Algorithm:
             "critic": (valid * error).sum(1) / valid.sum(1).clamp_min(1.0),  # L_Q
         }
         self._optimizer.descend(losses)
-        self.step += 1
         with torch.no_grad():
             return {
                 **loss_metrics(losses),

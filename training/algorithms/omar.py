@@ -191,7 +191,7 @@ class Algorithm:
         config = self.config = configs[0]
         self._alpha = column(configs, "alpha", device).squeeze(-1)  # [R]
         self._coefficient = column(configs, "coefficient", device).squeeze(-1)
-        self._noise = Noise(networks.seeds or (), device)
+        self.noise = Noise(networks.seeds or (), device)
         self.q: Any = networks.q()
         self.mixer = networks.mixer(config.mixer_hidden, config.mixer)
         self.policy = make_policy(config, networks).to(device)
@@ -211,6 +211,14 @@ class Algorithm:
         self.step = 0
 
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        return self.compute(batch, self.begin(watched))
+
+    def begin(self, watched: bool) -> tuple[()]:
+        self.noise.at(self.step)
+        self.step += 1
+        return ()  # every step is like the others
+
+    def compute(self, batch: Batch, plan: tuple[()]) -> dict[str, Tensor]:
         policy = policy_of(self.policy, batch.observation, batch.mask)
         w, b = self.mixer(batch.state)
         if isinstance(policy, TanhGaussian):
@@ -231,7 +239,6 @@ class Algorithm:
             "conservative": self._alpha * mean_per_run(conservatism),  # L_Q, second term
         }
         self._optimizer.descend(losses)
-        self.step += 1
         with torch.no_grad():
             return {
                 **loss_metrics(losses),
@@ -244,7 +251,7 @@ class Algorithm:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``q_i(o_i,a_i)`` and penalty_i [R, B, N] of recorded actions, a' [R, B, N, A], and L_pi [R]."""
         c, o = self.config, batch.observation
-        noise = self._noise.at(self.step)
+        noise = self.noise
         with torch.no_grad():
             next_policy = policy_of(self.policy, batch.next_observation, None)
             assert isinstance(next_policy, TanhGaussian)  # like `policy`

@@ -32,10 +32,9 @@ Q and V as in OMIGA, ``z_i = (w_i/alpha_i)(Q_i - V_i)``). ``allocation=optimal``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ from omcda_deploy.training.influence import INFLUENCE_CURVES, influence, value_g
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
-from omcda_deploy.training.prices import SOLVE_EVERY, Dual, Exponents, SolvedPrice
+from omcda_deploy.training.prices import SOLVE_EVERY, WINDOW, Dual, Exponents, Settling, SolvedPrice
 from omcda_deploy.training.settings import (
     Choice,
     Count,
@@ -138,6 +137,16 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
     return networks.actor()
 
 
+class Plan(NamedTuple):
+    """Choices on which the operations of a step depend beside its tensors."""
+
+    measures: bool  # the influence
+    watches: bool  # the influence on the total value, too, once per logging interval
+    late: bool  # the prices wait no longer
+    collects: bool  # exponents, from which prices are solved
+    solves: bool  # for the prices
+
+
 class Algorithm:
     """Train R runs by OMCDA: one :meth:`update` is one gradient step of each on its batch."""
 
@@ -189,14 +198,12 @@ class Algorithm:
         else:
             self.dual = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
             self._eval_price = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
-        self._exponents = Exponents()
+            self._exponents = Exponents(d_tot.device)
         self._eval_share = (d_eval / d_tot).clamp_max(1.0)  # [R, 1]
-        self._settled = column(configs, "settled", device)[:, 0]
-        self._noise = Noise(seeds, device)
+        self.settling = Settling(column(configs, "settled", device)[:, 0])
+        self.noise = Noise(seeds, device)
         self._watch = False  # measure the influence on the total value at the next occasion
         self.step = 0
-        self.dual_active = torch.zeros(len(configs), dtype=torch.bool, device=device)
-        self._settling = torch.full((len(configs),), math.inf, device=device)
 
     @property
     def budgets(self) -> Tensor:
@@ -209,6 +216,21 @@ class Algorithm:
         return self.dual.alpha
 
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        return self.compute(batch, self.begin(watched))
+
+    def begin(self, watched: bool) -> Plan:
+        c, step = self.config, self.step
+        self._watch |= watched
+        measures = step % c.reallocate_every == 0
+        late = step >= c.warmup * self._steps
+        missing = SOLVE_EVERY - 1 - step % SOLVE_EVERY if c.price == "solved" else SOLVE_EVERY  # steps
+        plan = Plan(measures, measures and self._watch, late, missing < WINDOW, missing == 0)
+        self._watch &= not measures
+        self.noise.at(step)
+        self.step += 1
+        return plan
+
+    def compute(self, batch: Batch, plan: Plan) -> dict[str, Tensor]:
         c = self.config
         alpha = self.dual.alpha.unsqueeze(1)  # [R, 1, N]
         terms = self.critic.terms(batch, self._eval_alpha().unsqueeze(1), self._eval_share * self.budgets)
@@ -225,14 +247,12 @@ class Algorithm:
             if choices is not None:
                 kl = batch_mean(per_step * choices) / batch_mean(choices).clamp_min(1e-6)
         metrics = loss_metrics(losses)
-        self._watch |= watched
-        if watched and batch.return_to_go is not None:
-            metrics["value/return_to_go"] = batch.return_to_go.mean(1)  # what V^r_tot is measured against
-        if self.step % c.reallocate_every == 0:
-            metrics |= self._measure_influence(batch, policy, kl, alpha)
-        self._settle(losses["reward_critic"].detach(), terms.target)
-        metrics |= self._find_prices(terms, kl, choices)
-        self.step += 1
+        if plan.measures:
+            if batch.return_to_go is not None:
+                metrics["value/return_to_go"] = batch.return_to_go.mean(1)  # what V^r_tot is measured against
+            metrics |= self._measure_influence(batch, policy, kl, alpha, plan.watches)
+        active = self.settling.observe(losses["reward_critic"].detach(), terms.target, plan.late)
+        metrics |= self._find_prices(terms, kl, choices, active, plan)
         return {
             **metrics,
             **terms.metrics,
@@ -243,7 +263,7 @@ class Algorithm:
             "influence": self.allocation.mean_influence,
             "z/mean_exp": mean_per_run(terms.rho),
             "z/above_max": mean_per_run((terms.z > c.z_max).float()),
-            "dual_active": self.dual_active.float(),
+            "dual_active": active.float(),
         }
 
     def _eval_alpha(self) -> Tensor:
@@ -270,41 +290,34 @@ class Algorithm:
             return None
         return (batch.mask.sum(-1) > 1).float()
 
-    def _find_prices(self, terms: CriticTerms, kl: Tensor, choices: Tensor | None) -> dict[str, Tensor]:
-        """Move the prices towards the budgets."""
+    def _find_prices(
+        self, terms: CriticTerms, kl: Tensor, choices: Tensor | None, active: Tensor, plan: Plan
+    ) -> dict[str, Tensor]:
+        """Move the prices of the ``active`` runs towards the budgets."""
         if isinstance(self.dual, Dual):
-            return {"loss/dual": self.dual.descend(self.budgets, kl, self.dual_active)}  # L_alpha
-        weight = torch.ones_like(terms.z) if choices is None else choices
-        self._exponents.add(terms.advantage, terms.correction, weight)
-        if self.step % SOLVE_EVERY == SOLVE_EVERY - 1:
+            return {"loss/dual": self.dual.descend(self.budgets, kl, active)}  # L_alpha
+        if plan.collects:
+            weight = torch.ones_like(terms.z) if choices is None else choices
+            self._exponents.add(terms.advantage, terms.correction, weight)
+        if plan.solves:
             exponents = self._exponents.joined()
-            self.dual.solve(exponents, self.budgets, self.dual_active)
-            self._eval_price.solve(exponents, self._eval_share * self.budgets, self.dual_active)
+            self.dual.solve(exponents, self.budgets, active)
+            self._eval_price.solve(exponents, self._eval_share * self.budgets, active)
         return {}
 
     def _measure_influence(
-        self, batch: Batch, policy: Distribution, kl: Tensor, alpha: Tensor
+        self, batch: Batch, policy: Distribution, kl: Tensor, alpha: Tensor, watches: bool
     ) -> dict[str, Tensor]:
-        """Move the shares; once per logging interval, measure the influence on the total value as well."""
+        """Move the shares; with ``watches``, measure the influence on the total value as well."""
         c = self.config
         values = [lambda action: self.critic.reward_values(batch, action)]
-        if self._watch:
+        if watches:
             values.append(lambda action: self.critic.total_values(batch, action, alpha))
-        gradients = value_gradients(policy, c.influence_samples, self._noise.at(self.step), *values)
+        gradients = value_gradients(policy, c.influence_samples, self.noise, *values)
         measured = [influence(policy, batch.behavior, gradient, c.metric) for gradient in gradients]
         self.allocation.observe(measured[0], kl)
-        if not self._watch:
-            return {}
-        self._watch = False
-        # Where this agrees with alpha_i, influence is the shadow price of the budget; a metric, not a condition.
-        return {"influence_with_divergence": measured[1]}
-
-    def _settle(self, loss: Tensor, target: Tensor) -> None:
-        """Start the dual of a run once its reward critic explains its targets: before, z is noise."""
-        ratio = loss / target.var(1).clamp_min(1e-12)
-        self._settling = torch.where(self._settling.isinf(), ratio, 0.99 * self._settling + 0.01 * ratio)
-        late = self.step >= self.config.warmup * self._steps
-        self.dual_active = self.dual_active | (self._settling < self._settled) | late
+        # Where the second agrees with alpha_i, influence is the shadow price of the budget; a metric, no condition.
+        return {"influence_with_divergence": measured[1]} if watches else {}
 
     def state_dict(self, run: int) -> dict[str, Any]:
         return {
@@ -313,8 +326,7 @@ class Algorithm:
             "dual": self.dual.state_dict(run),
             **self._solved_state(run),
             "step": self.step,
-            "dual_active": bool(self.dual_active[run]),
-            "settling": float(self._settling[run]),
+            **self.settling.state_dict(run),
         }
 
     def _solved_state(self, run: int) -> dict[str, Any]:
@@ -328,8 +340,6 @@ class Algorithm:
         self.dual.load_state_dicts([state["dual"] for state in states])
         if not isinstance(self.dual, Dual):
             self._eval_price.load_state_dicts([state["eval_price"] for state in states])
-            self._exponents.load_state_dicts(states, self._settling.device)
+            self._exponents.load_state_dicts(states)
         self.step = states[0]["step"]
-        device = self._settling.device
-        self.dual_active = torch.tensor([state["dual_active"] for state in states], device=device)
-        self._settling = torch.tensor([state["settling"] for state in states], device=device)
+        self.settling.load_state_dicts(states)

@@ -92,7 +92,7 @@ def make_policy(config: Config, networks: NetworkFactory) -> nn.Module:
 class Algorithm:
     """Train R runs by OMIGA: one :meth:`update` is one gradient step of each on its batch."""
 
-    budgets = alpha = None
+    budgets = alpha = noise = None
 
     def __init__(
         self,
@@ -124,6 +124,13 @@ class Algorithm:
         self.step = 0
 
     def update(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+        return self.compute(batch, self.begin(watched))
+
+    def begin(self, watched: bool) -> tuple[()]:
+        self.step += 1
+        return ()  # every step is like the others
+
+    def compute(self, batch: Batch, plan: tuple[()]) -> dict[str, Tensor]:
         c, alpha = self.config, self._alpha
         with torch.no_grad():
             w, _ = self.mixer_target(batch.state)
@@ -141,7 +148,6 @@ class Algorithm:
             "value": value_loss(z, w * v / alpha),  # L_V
         }
         self._optimizer.descend(losses)
-        self.step += 1
         with torch.no_grad():
             return {
                 **loss_metrics(losses),
