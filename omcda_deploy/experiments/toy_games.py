@@ -1,9 +1,9 @@
 """Toy games: the table of docs/toy-results.md, from nothing.
 
 Records each game's own behaviour policies, trains every algorithm that handles discrete actions with the shipped
-networks, evaluates the learned policy at every observation of the game, and computes its expected return exactly
-(:func:`omcda_deploy.envs.tabular.exact_return`). So the numbers carry no noise of evaluation, only that of
-recording the dataset and of training. One process, one thread; nothing is kept but the table.
+networks, evaluates the learned policy at every observation of the game, and computes exactly what it earns, sampled
+and greedy, and the divergence that it spends. So the numbers carry no noise of evaluation, only that of recording
+the dataset and of training. One process, one thread; nothing is kept but the table.
 
 Source: docs/simulators.md#toy-games.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,13 +25,15 @@ Settings: TypeAlias = Mapping[str, Any]
 
 GAMES = ("toy/one-step", "toy/chain", "toy/masked")
 IMITATORS = ("bc",)  # expected to earn what the behaviour policies earn; all others more
-TOLERANCE = 0.01  # share of the way from the behaviour policies to the best play, for imitators
+TOLERANCE = 0.01  # share of the way from the behaviour policies to the best play, for imitators and for OMCDA
+NATS = 1.0  # OMCDA's budget
+GAMMA = 0.99  # every algorithm's default
 
 COMMON: Settings = {"hidden": 32, "batch_size": 128, "lr": 1e-3}
 # Prices and temperatures are in units of return, so they follow the games and not the published benchmarks.
 PER_ALGORITHM: Mapping[str, Settings] = {
     "bc": {"batch_size": 1024, "lr": 5e-4},  # with 1e-3 its last steps wander by a hundredth of the way
-    "omcda": {"d_tot": 1.0, "alpha0": 3.0},
+    "omcda": {"d_tot": NATS, "alpha0": 3.0, "price": "solved", "allocation": "accumulated"},
     "omiga": {"alpha": 1.0},
     "icq": {"critic_temperature": 3.0, "policy_temperature": 1.0},
     "comadice": {"alpha": 1.0},
@@ -39,11 +42,20 @@ PER_GAME: Mapping[tuple[str, str], Settings] = {}
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """Returns and divergence of policies of a game, exact."""
+
+    sampled: float  # expected return of an episode
+    greedy: float  # the same where every agent takes its most probable action
+    nats: float  # the team's divergence from the behaviour policies per step
+
+
+@dataclass(frozen=True)
 class Row:
-    """The exact return of one algorithm's policies on one game, or the reason why there are none."""
+    """The outcome of one algorithm's policies on one game, or the reason why there are none."""
 
     algorithm: str
-    earned: float | None
+    outcome: Outcome | None
     failure: str = ""
 
 
@@ -57,6 +69,14 @@ class GameResult:
     best: float  # most that any policies can earn
     rows: tuple[Row, ...]
 
+    @cached_property
+    def optimum(self) -> Outcome:
+        """The outcome of the best policies that spend OMCDA's budget."""
+        from omcda_deploy.envs import tabular
+
+        game = tabular.game(self.task)
+        return outcome_of(game, tabular.budget_optimum(game, NATS, GAMMA))
+
     def gain(self, earned: float) -> float:
         """Return the share of the way from the behaviour policies to the best play."""
         return (earned - self.behavior) / (self.best - self.behavior)
@@ -65,21 +85,31 @@ class GameResult:
         """List the expectations that do not hold, one line each."""
         lines = []
         for row in self.rows:
-            if row.earned is None:
+            if row.outcome is None:
                 lines.append(f"{self.task}: {row.algorithm} failed ({row.failure})")
-            elif row.algorithm in IMITATORS:
-                if abs(self.gain(row.earned)) > TOLERANCE:
-                    lines.append(
-                        f"{self.task}: {row.algorithm} earns {row.earned:.3f}, expected within {TOLERANCE:.0%} of "
-                        f"the way from behaviour ({self.behavior:.3f}) to best play ({self.best:.3f}), got "
-                        f"{self.gain(row.earned):+.1%}"
-                    )
-            elif row.earned <= self.behavior:
+                continue
+            earned = row.outcome.sampled
+            if row.algorithm in IMITATORS:
+                lines += self._unless_near(row.algorithm, earned, self.behavior, "the behaviour policies")
+            elif row.algorithm == "omcda":
+                lines += self._unless_near(
+                    row.algorithm, earned, self.optimum.sampled, f"the best for {NATS:g} nat"
+                )
+            elif earned <= self.behavior:
                 lines.append(
-                    f"{self.task}: {row.algorithm} earns {row.earned:.3f}, expected more than the behaviour "
+                    f"{self.task}: {row.algorithm} earns {earned:.3f}, expected more than the behaviour "
                     f"policies' {self.behavior:.3f}"
                 )
         return lines
+
+    def _unless_near(self, algorithm: str, earned: float, expected: float, whose: str) -> list[str]:
+        missed = self.gain(earned) - self.gain(expected)
+        if abs(missed) <= TOLERANCE:
+            return []
+        return [
+            f"{self.task}: {algorithm} earns {earned:.3f}, expected {whose}' {expected:.3f} within "
+            f"{TOLERANCE:.0%} of the way to best play, got {missed:+.1%}"
+        ]
 
 
 def play_games(
@@ -151,7 +181,7 @@ def play_game(
     for algorithm in algorithms:
         try:
             tables = learn(dataset, algorithm, folder / algorithm, steps=steps, seed=seed)
-            row = Row(algorithm, tabular.exact_return(game, tables))
+            row = Row(algorithm, outcome_of(game, tables))
         except Exception as error:  # one algorithm must not cost the others' rows; the table shows the reason
             row = Row(algorithm, None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
         rows.append(row)
@@ -159,6 +189,20 @@ def play_game(
             on_row(task, row)
     behavior = tabular.exact_return(game, [chain.behavior for chain in game.chains])
     return GameResult(task, dataset, behavior, tabular.best_return(game), tuple(rows))
+
+
+def outcome_of(game: tabular.Game, policies: Sequence[tabular.Table]) -> Outcome:
+    """Compute the outcome of policies, a table [X, K] per agent."""
+    import numpy as np
+
+    from omcda_deploy.envs import tabular
+
+    greedy = [np.eye(table.shape[1])[table.argmax(-1)] for table in policies]
+    return Outcome(
+        tabular.exact_return(game, policies),
+        tabular.exact_return(game, greedy),
+        float(tabular.divergences(game, policies).sum()),
+    )
 
 
 def settings_of(algorithm: str, task: str) -> dict[str, Any]:
@@ -192,46 +236,59 @@ def learn(dataset: Dataset, algorithm: str, run: Path, *, steps: int, seed: int)
 def write_table(
     path: Path, results: Sequence[GameResult], *, transitions: int, steps: int, seed: int
 ) -> None:
-    """Write the Markdown table: a row per algorithm, with exact return and gain in a column per game."""
+    """Write the Markdown page: a table per game, with a row per algorithm."""
     from omcda_deploy.files import write_text
     from omcda_deploy.play.measurements import machine, now
     from omcda_deploy.training.run_folder import git_revision
 
-    tasks = [result.task for result in results]
     violations = [line for result in results for line in result.violations()]
     lines = [
         "# Exact returns on the toy games",
         "",
-        "Written by `omcda-deploy toy-results`; do not edit. Each entry is the exact expected undiscounted return",
-        "of an episode (`omcda_deploy.envs.tabular.exact_return`) under the learned policies: stochastic ones as",
-        "they are, greedy ones with all probability on their choice. In brackets the gain: the share of the way",
-        "from the behaviour policies (0 %) to the best play (100 %). Nothing is sampled and nothing selected;",
-        "one seed.",
+        "Written by `omcda-deploy toy-results`; do not edit. Every number is exact for the learned policies",
+        "(`omcda_deploy.envs.tabular`): the expected undiscounted return of an episode in which actions are",
+        "sampled, and in which every agent takes its most probable one (greedy); and the divergence from the",
+        "behaviour policies in nats per step, of all agents together. The gain is the share of the way from the",
+        "behaviour policies (0 %) to the best play (100 %). Nothing was selected; one seed.",
         "",
-        *(
-            f"* `{r.task}`: {r.dataset.transitions.size:,} transitions of the game's own behaviour policies, which "
-            f"differ in quality and entropy between agents; digest `{r.dataset.digest}`"
-            for r in results
-        ),
+        f"Who spends more may earn more: compare rows of equal nats. OMCDA may spend {NATS:g} nat; the row",
+        f"*best for {NATS:g} nat* is the most that any sampled policies can gain for it, by soft value iteration.",
+        "Greedy play is held by no budget.",
+        "",
         f"* {steps:,} steps of every algorithm, last policy; seed {seed}; {_formatted(COMMON)}; settings not "
         "named are the defaults",
         f"* commit `{git_revision()}`, {machine()}, {now()[:10]}",
-        "",
-        f"| | {' | '.join(f'`{task}`' for task in tasks)} | settings |",
-        "|---|" + "---|" * (len(tasks) + 1),
-        f"| best play | {' | '.join(f'{r.best:.3f}' for r in results)} | |",
-        f"| behaviour policies | {' | '.join(f'{r.behavior:.3f}' for r in results)} | |",
     ]
-    for index, row in enumerate(results[0].rows):
-        cells = [_cell(result, result.rows[index]) for result in results]
-        lines.append(f"| {row.algorithm} | {' | '.join(cells)} | {_special_settings(row.algorithm, tasks)} |")
+    for result in results:
+        lines += [
+            "",
+            f"## `{result.task}`",
+            "",
+            f"{result.dataset.transitions.size:,} transitions of the game's own behaviour policies, which differ "
+            f"in quality and entropy between agents; digest `{result.dataset.digest}`.",
+            "",
+            "| | sampled | gain | greedy | gain | nats | settings |",
+            "|---|---|---|---|---|---|---|",
+            f"| best play | | | {result.best:.3f} | {result.gain(result.best):+.1%} | | |",
+            _line(result, f"best for {NATS:g} nat", result.optimum),
+            f"| behaviour policies | {result.behavior:.3f} | {result.gain(result.behavior):+.1%} | | | 0 | |",
+            *(
+                f"| {row.algorithm} | failed: {row.failure} | | | | | |"
+                if row.outcome is None
+                else _line(result, row.algorithm, row.outcome, _special_settings(row.algorithm, result.task))
+                for row in result.rows
+            ),
+        ]
     lines += [
+        "",
+        "## Expectations",
         "",
         "Best play is an upper bound: it knows how many steps are left, which no learned policy sees.",
         "",
-        f"Expected: every algorithm but {', '.join(IMITATORS)} earns more than the behaviour policies, and "
-        f"{', '.join(IMITATORS)} as much, within {TOLERANCE:.0%} of the way to the best play (returns near zero "
-        "have no percentage that a dataset of this size could show).",
+        f"Expected of sampled play: {', '.join(IMITATORS)} earns what the behaviour policies earn, and omcda what "
+        f"its budget can buy, both within {TOLERANCE:.0%} of the way to the best play; every other algorithm earns "
+        "more than the behaviour policies.",
+        "",
         *(
             ["Expectations that do not hold:", "", *(f"* {line}" for line in violations)]
             if violations
@@ -243,21 +300,23 @@ def write_table(
     write_text(path, "\n".join(lines))
 
 
-def _cell(result: GameResult, row: Row) -> str:
-    if row.earned is None:
-        return f"failed: {row.failure}"
-    return f"{row.earned:.3f} ({result.gain(row.earned):+.1%})"
+def _line(result: GameResult, name: str, outcome: Outcome, settings: str = "") -> str:
+    cells = (
+        f"{outcome.sampled:.3f}",
+        f"{result.gain(outcome.sampled):+.1%}",
+        f"{outcome.greedy:.3f}",
+        f"{result.gain(outcome.greedy):+.1%}",
+        f"{outcome.nats:.2f}",
+    )
+    return f"| {name} | {' | '.join(cells)} | {settings} |"
 
 
-def _special_settings(algorithm: str, tasks: Sequence[str]) -> str:
-    general = _formatted(PER_ALGORITHM.get(algorithm, {}))
-    differences = [
-        f"on `{task}` {_formatted(PER_GAME[algorithm, task])}"
-        for task in tasks
-        if (algorithm, task) in PER_GAME
-    ]
-    return "; ".join(part for part in [general, *differences] if part)
+def _special_settings(algorithm: str, task: str) -> str:
+    return _formatted({**PER_ALGORITHM.get(algorithm, {}), **PER_GAME.get((algorithm, task), {})})
 
 
 def _formatted(settings: Settings) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+        for name, value in settings.items()
+    )

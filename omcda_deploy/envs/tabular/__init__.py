@@ -1,5 +1,6 @@
 """Tabular team games with closed-form solutions, which :mod:`omcda_deploy.envs.toy` plays."""
 
+from omcda_deploy.envs.tabular.budget import budget_optimum, divergences
 from omcda_deploy.envs.tabular.games import (
     GAMES,
     SCALES,
@@ -32,8 +33,10 @@ __all__ = [
     "Table",
     "Transitions",
     "best_return",
+    "budget_optimum",
     "central_state",
     "chain_game",
+    "divergences",
     "exact_return",
     "game",
     "one_step_game",
