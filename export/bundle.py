@@ -38,8 +38,10 @@ from omcda_deploy.claims import claimed
 from omcda_deploy.errors import BundleError, ConfigError
 from omcda_deploy.export.graph import PolicyGraph
 from omcda_deploy.export.parity import check_parity, parity_samples
+from omcda_deploy.export.readme import README, readme
 from omcda_deploy.files import atomic_folder, folder_of, probe, refusal, sha256
 from omcda_deploy.guard import DataReference
+from omcda_deploy.protos.model_config import triton_config
 from omcda_deploy.spec import TeamSpec
 
 # The newest opset that the TorchScript exporter of every supported torch writes and any onnxruntime reads.
@@ -90,6 +92,8 @@ def export_bundle(
     with _new_bundle(out) as folder:
         for name, graph in graphs.items():
             _write_model(graph, spec, name, folder)
+            config = triton_config(spec, name, divergence_kind, budgets)
+            (folder / name / CONFIG_FILE).write_text(config)
         parity = check_parity(spec, graphs, folder, samples)
         agents = {
             agent.name: {
@@ -115,7 +119,7 @@ def export_bundle(
             "files": _digests(folder),
         }
         _write_manifest(folder, manifest)
-        read_bundle(folder)
+        (folder / README).write_text(readme(read_bundle(folder)))
     return read_bundle(out)
 
 
@@ -156,13 +160,12 @@ def _build_graphs(
 
 
 def _write_model(graph: PolicyGraph, spec: TeamSpec, name: str, folder: Path) -> None:
-    """Write the ONNX model ``name`` and its Triton configuration into ``folder``."""
+    """Write the ONNX model ``name`` into ``folder``."""
     file = folder / name / MODEL_FILE
     file.parent.mkdir(parents=True)
     model = _trace(graph, spec, name, file)
     file.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(file), full_check=True)
-    (folder / name / CONFIG_FILE).write_text(triton_config(model, name))
 
 
 def _exporter_versions() -> dict[str, str | int]:
@@ -187,30 +190,6 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"provenance, budgets and alphas must be finite JSON values: {error}") from error
     (folder / MANIFEST).write_text(text + "\n")
-
-
-def triton_config(model: onnx.ModelProto, name: str) -> str:
-    """Return the text of a model's ``config.pbtxt`` for Triton.
-
-    It has ``max_batch_size: 0`` and the batch as an ordinary dynamic dimension, because Triton's batched form has
-    no ``[B]`` output: it would answer ``[B, 1]`` where our own server answers ``[B]``.
-    """
-    triton_type: dict[int, str] = {
-        onnx.TensorProto.FLOAT: "TYPE_FP32",
-        onnx.TensorProto.INT64: "TYPE_INT64",
-        onnx.TensorProto.UINT8: "TYPE_UINT8",
-    }
-
-    def tensor(value: onnx.ValueInfoProto) -> str:
-        kind = value.type.tensor_type
-        dims = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else "-1" for dim in kind.shape.dim)
-        return f'  {{ name: "{value.name}" data_type: {triton_type[kind.elem_type]} dims: [ {dims} ] }}'
-
-    inputs, outputs = (",\n".join(map(tensor, values)) for values in (model.graph.input, model.graph.output))
-    return (
-        f'name: "{name}"\nplatform: "onnxruntime_onnx"\nbackend: "onnxruntime"\nmax_batch_size: 0\n'
-        f"input [\n{inputs}\n]\noutput [\n{outputs}\n]\n"
-    )
 
 
 def _trace(graph: PolicyGraph, spec: TeamSpec, name: str, file: Path) -> onnx.ModelProto:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.entries import AgentEntries, Entry
 from omcda_deploy.envs import Float, Observations, StepResult, joint_action
 from omcda_deploy.envs.programs.mujoco_bodies import (
     BodyRules,
@@ -32,6 +33,7 @@ from omcda_deploy.envs.programs.mujoco_bodies import (
     humanoid_is_healthy,
     render_frame,
 )
+from omcda_deploy.envs.programs.mujoco_entries import action_entries, vector_entries
 from omcda_deploy.envs.programs.mujoco_outcomes import OutcomeLog, single_outcomes
 from omcda_deploy.errors import MissingExtraError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, Normalizer, TeamSpec
@@ -170,6 +172,24 @@ def make_vector(task: str, num_envs: int, render_mode: str | None = None) -> Muj
 
     body = _BODIES[name]
     return MujocoVector(spec, num_envs, simulator(name, render_mode), body.rules, view, body.joints)
+
+
+def entries(task: str) -> dict[str, AgentEntries]:
+    """Name what each agent observes, before it is standardised, and does."""
+    spec, name = team_spec(task), task.split("/")[1]
+    body, single = _BODIES[name], simulator(name, None)
+    model = single.model
+    observation = (
+        *vector_entries(model, body.rules),
+        *(Entry("", "always zero, where v2 has contact forces") for _ in range(body.zeros)),
+        *(Entry(agent, "is this agent", "0 or 1") for agent in spec.names),
+    )
+    described = {
+        agent: AgentEntries(observation, action_entries(model, driven))
+        for agent, driven in zip(spec.names, body.actuators, strict=True)
+    }
+    single.close()
+    return described
 
 
 class MultiAgentMujoco:

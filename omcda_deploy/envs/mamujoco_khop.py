@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.entries import AgentEntries
 from omcda_deploy.envs import Float, Observations, StepResult, joint_action
 from omcda_deploy.envs.mamujoco import simulator
 from omcda_deploy.envs.programs.mujoco_bodies import (
@@ -41,6 +42,7 @@ from omcda_deploy.envs.programs.mujoco_bodies import (
     ant_is_healthy,
     hopper_is_healthy,
 )
+from omcda_deploy.envs.programs.mujoco_entries import action_entries, vector_entries
 from omcda_deploy.envs.programs.mujoco_outcomes import OutcomeLog, single_outcomes
 from omcda_deploy.errors import ConfigError, MissingExtraError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
@@ -127,6 +129,20 @@ def make_vector(task: str, num_envs: int, render_mode: str | None = None) -> Muj
     )
 
 
+def entries(task: str) -> dict[str, AgentEntries]:
+    """Name what each agent observes and does."""
+    single = DecentralizedMujoco(task)
+    (seen, actuators), spec, model = single.factorization(), single.spec, single.model
+    single.close()
+    state = vector_entries(model, _BODIES[task.split("/")[1]].rules)
+    return {
+        agent: AgentEntries(
+            tuple(state[entry] for entry in observed), action_entries(model, actuators[driven])
+        )
+        for agent, observed, driven in zip(spec.names, seen, spec.action_slices, strict=True)
+    }
+
+
 class DecentralizedMujoco:
     """Environment of one k-hop task. ``render()`` needs ``render_mode="rgb_array"``.
 
@@ -165,6 +181,11 @@ class DecentralizedMujoco:
         )
         self._outcomes = OutcomeLog([self._parallel.single_agent_env.unwrapped.data], self.spec)
         self._steps = 0
+
+    @property
+    def model(self) -> Any:
+        """MuJoCo's ``MjModel``."""
+        return self._parallel.single_agent_env.unwrapped.model
 
     @property
     def possible_agents(self) -> list[str]:

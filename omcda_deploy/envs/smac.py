@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.entries import AgentEntries
 from omcda_deploy.envs import Float, Observations, StepResult, joint_choice
 from omcda_deploy.envs.programs import smac_host
 from omcda_deploy.envs.starcraft import MAPS
@@ -60,6 +61,11 @@ def make(
     factory of another form and for any ``render_mode``, because SMAC renders no frames.
     """
     return Smac(task, python, factory, path, render_mode)
+
+
+def entries(task: str) -> dict[str, AgentEntries]:
+    """Name what each agent observes and may choose."""
+    return MAPS[task.split("/")[1]].entries(SPECS[task].names)
 
 
 def versions(python: str | None = None, **_options: Any) -> dict[str, str]:

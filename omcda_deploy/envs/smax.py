@@ -23,6 +23,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.entries import AgentEntries, Entry
 from omcda_deploy.envs import Float, Observations, StepResult, joint_choice
 from omcda_deploy.envs.programs.smax_battles import Programs, programs
 from omcda_deploy.envs.vector import VectorStep, checked_actions, require_counts, require_indices
@@ -30,11 +31,12 @@ from omcda_deploy.errors import ConfigError, ContractError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 _MAPS = {"5m_vs_6m": (5, 6), "6h_vs_8z": (6, 8), "corridor": (6, 24)}  # allies, enemies
-_UNIT_TYPES = 6
-_OTHER_FEATURES = 7 + _UNIT_TYPES  # per other unit in an observation
+_UNIT_TYPES = ("marine", "marauder", "stalker", "zealot", "zergling", "hydralisk")
+_OTHER_FEATURES = 7 + len(_UNIT_TYPES)  # per other unit in an observation
 # Health, x, y, weapon cooldown and type: per observing unit in its observation, and per unit in the state.
-_UNIT_FEATURES = 4 + _UNIT_TYPES
+_UNIT_FEATURES = 4 + len(_UNIT_TYPES)
 _STOP, _FIRST_ATTACK = 4, 5
+_OF_FULL = "0 to 1, of its full one"
 
 CONTROL_RATE = 2.0  # Hz: 8 world steps of 1/16 s to a control step
 EPISODE_LIMIT = 100
@@ -61,6 +63,42 @@ def _spec(name: str) -> TeamSpec:
 
 SPECS: Mapping[str, TeamSpec] = {f"smax/{name}": _spec(name) for name in _MAPS}
 TASKS = tuple(SPECS)
+
+
+def entries(task: str) -> dict[str, AgentEntries]:
+    """Name what each agent observes and may choose; a unit that is dead or out of sight is all zeros."""
+    _, enemies = _MAPS[task.split("/")[1]]
+    actions = [Entry("", f"move {direction}") for direction in ("north", "east", "south", "west")]
+    actions += [Entry("", "stop"), *(Entry(f"enemy {k}", "attack") for k in range(enemies))]
+
+    def seen_by(agent: str) -> tuple[Entry, ...]:
+        others = [name for name in SPECS[task].names if name != agent]
+        units = [*others, *(f"enemy {k}" for k in range(enemies))]
+        return tuple(entry for unit in units for entry in _other(unit)) + tuple(_own(agent))
+
+    return {name: AgentEntries(seen_by(name), tuple(actions)) for name in SPECS[task].names}
+
+
+def _other(unit: str) -> list[Entry]:
+    return [
+        Entry(unit, "health", _OF_FULL),
+        *(Entry(unit, f"relative {axis}", "1 is the range of sight") for axis in "xy"),
+        *(Entry(unit, f"last move {axis}", "-1, 0 or 1") for axis in "xy"),
+        Entry(unit, "last attack", "action's number, 1 is the last action"),
+        *_cooldown_and_type(unit),
+    ]
+
+
+def _own(unit: str) -> list[Entry]:
+    place = [Entry(unit, axis, f"0 to 1, {MAP_SIZE:g} of the map's units") for axis in "xy"]
+    return [Entry(unit, "health", _OF_FULL), *place, *_cooldown_and_type(unit)]
+
+
+def _cooldown_and_type(unit: str) -> list[Entry]:
+    return [
+        Entry(unit, "weapon's cooldown", _OF_FULL),
+        *(Entry(unit, f"is a {kind}", "0 or 1") for kind in _UNIT_TYPES),
+    ]
 
 
 def state_positions(spec: TeamSpec) -> list[tuple[int, int]]:

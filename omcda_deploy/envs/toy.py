@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.entries import AgentEntries, Entry
 from omcda_deploy.envs import Float, Observations, StepResult, joint_choice
 from omcda_deploy.envs.tabular import GAMES, Table, central_state, game, require_policies, team_spec
 from omcda_deploy.errors import ConfigError, ContractError
@@ -36,6 +37,18 @@ _CELL = 24  # pixels
 def make(task: str, render_mode: str | None = None) -> TabularTeam:
     """Make an environment. Raises UnknownNameError, and :class:`ConfigError` for another ``render_mode``."""
     return TabularTeam(task, render_mode)
+
+
+def entries(task: str) -> dict[str, AgentEntries]:
+    """Name what each agent observes and may choose."""
+    spec = team_spec(task, game(task))
+    return {
+        agent.name: AgentEntries(
+            tuple(Entry("", f"local state is {x}", "0 or 1") for x in range(agent.observation_size)),
+            tuple(Entry("", f"choice {a}") for a in range(agent.action.size)),
+        )
+        for agent in spec.agents
+    }
 
 
 def behavior_team(task: str) -> TabularPolicies:

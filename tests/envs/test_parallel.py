@@ -99,7 +99,7 @@ def test_without_pettingzoo_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_the_spec_follows_from_spaces() -> None:
     spec = from_parallel(ParallelReach()).spec
     assert [(a.name, a.observation_size, a.action) for a in spec.agents] == [
-        ("base", 3, ActionSpec("continuous", 1)),
+        ("base", 3, ActionSpec("continuous", 1, -1.0, 3.0)),
         ("arm", 5, ActionSpec("continuous", 2)),
         ("eye", 3, ActionSpec("continuous", 1)),
     ]
@@ -127,7 +127,7 @@ def test_the_spec_follows_from_spaces() -> None:
             from_parallel(ParallelReach(), **setting)
 
 
-def test_actions_are_scaled_to_the_boxes_and_observations_pass_as_they_are() -> None:
+def test_actions_are_the_boxes_own_or_scaled_to_them_and_observations_pass_as_they_are() -> None:
     source = ParallelReach()
     team = from_parallel(source)
     raw, _ = Reach().reset(2)
@@ -137,8 +137,8 @@ def test_actions_are_scaled_to_the_boxes_and_observations_pass_as_they_are() -> 
     assert infos == {"base": {}, "arm": {}, "eye": {}}
     for ours, theirs in (
         ({"base": [-1.0], "arm": [-1.0, -1.0], "eye": [0.25]}, ([-1.0], [-1.0, 0.0], [0.25])),
-        ({"base": [1.0], "arm": [1.0, 1.0], "eye": [0.0]}, ([3.0], [1.0, 10.0], [0.0])),
-        ({"base": [0.0], "arm": [0.5, -0.5], "eye": [0.0]}, ([1.0], [0.5, 2.5], [0.0])),
+        ({"base": [3.0], "arm": [1.0, 1.0], "eye": [0.0]}, ([3.0], [1.0, 10.0], [0.0])),
+        ({"base": [1.0], "arm": [0.5, -0.5], "eye": [0.0]}, ([1.0], [0.5, 2.5], [0.0])),
     ):
         team.step(ours)
         for received, expected in zip(source.received[-1].values(), theirs, strict=True):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from omcda_deploy.bundle import MODEL_FILE, TEAM, read_bundle
@@ -16,6 +18,7 @@ from omcda_deploy.claims import claimed
 from omcda_deploy.errors import BundleError, ConfigError
 from omcda_deploy.guard import DataReference
 from omcda_deploy.local import LocalTeam, OnnxModel
+from omcda_deploy.spec import TeamSpec
 from tests.support.exported import RAGGED, Export, Exported, M, team_spec
 
 
@@ -41,6 +44,13 @@ def test_manifest_and_reproducible_bytes(tmp_path: Path) -> None:
         assert file.is_dir() or str(Path.cwd()).encode() not in file.read_bytes()
 
 
+_ONNX_TYPES = {
+    "TYPE_FP32": onnx.TensorProto.FLOAT,
+    "TYPE_INT64": onnx.TensorProto.INT64,
+    "TYPE_UINT8": onnx.TensorProto.UINT8,
+}
+
+
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
 def test_triton_reads_the_configuration_and_it_fits_the_model(export: Export, kind: Any) -> None:
     text_format = pytest.importorskip("google.protobuf.text_format")
@@ -50,6 +60,29 @@ def test_triton_reads_the_configuration_and_it_fits_the_model(export: Export, ki
         text = (exported.bundle.path / name / "config.pbtxt").read_text()
         config = text_format.Parse(text, model_config.ModelConfig())
         assert (config.name, config.backend, config.max_batch_size) == (name, "onnxruntime", 0)
+        assert [(g.count, g.kind) for g in config.instance_group] == [
+            (1, model_config.ModelInstanceGroup.KIND_CPU)
+        ]
+        stated = {key: entry.string_value for key, entry in config.parameters.items()}
+        assert (stated["intra_op_thread_count"], stated["inter_op_thread_count"]) == ("1", "1")
+        assert TeamSpec.from_json(json.loads(stated["team"])) == exported.spec
+        assert stated["contract_hash"] == exported.spec.contract_hash
+        assert (stated["divergence_kind"], json.loads(stated["budgets"])) == (
+            exported.bundle.divergence_kind,
+            exported.bundle.budgets,
+        )
+        graph = onnx.load(exported.bundle.model_path(name)).graph
+        for entries, values in ((config.input, graph.input), (config.output, graph.output)):
+            assert [
+                (e.name, _ONNX_TYPES[model_config.DataType.Name(e.data_type)], list(e.dims)) for e in entries
+            ] == [
+                (
+                    v.name,
+                    v.type.tensor_type.elem_type,
+                    [d.dim_value or -1 for d in v.type.tensor_type.shape.dim],
+                )
+                for v in values
+            ]
         outputs = OnnxModel(exported.bundle.model_path(name)).run(
             {
                 entry.name: np.ones(

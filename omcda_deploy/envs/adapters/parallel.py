@@ -31,8 +31,9 @@ def from_parallel(
     """Adapt a PettingZoo ``ParallelEnv``, or anything of its shape, to a team's environment.
 
     Observations are flattened to float32 vectors; a dictionary of ``observation`` and ``action_mask`` is
-    understood, and so is ``action_mask`` in an agent's info. Actions in [-1, 1] are scaled to the agent's Box. The
-    centralised state is ``state()`` where the environment has a ``state_space``, else all observations joined.
+    understood, and so is ``action_mask`` in an agent's info. Actions are those of the agent's Box where it has one
+    pair of bounds; else they are in [-1, 1], and each entry is scaled to its own bounds. The centralised state is
+    ``state()`` where the environment has a ``state_space``, else all observations joined.
 
     ``control_rate`` is in Hz; None takes ``metadata["render_fps"]``, else 1. An episode is truncated after
     ``episode_limit`` steps; None takes the environment's ``episode_limit``, ``max_cycles`` or ``max_steps``, else

@@ -1,7 +1,8 @@
 """Gymnasium's spaces in terms of a team spec: what an agent observes becomes a vector, its action a plain one.
 
 Any space that Gymnasium can flatten is observed, and so is PettingZoo's dictionary of an observation and its
-``action_mask``. Actions are a Box with bounds, which the team sees as [-1, 1] in every entry, or a Discrete.
+``action_mask``. Actions are a Discrete, or a Box with bounds. A team's spec has one pair of bounds for all entries:
+the Box's own where it has one, as recorded data have it, else [-1, 1], from which each entry is scaled.
 """
 
 from __future__ import annotations
@@ -61,10 +62,12 @@ class AgentSpaces:
         """Map an action of the team to one of the space."""
         if self.spec.action.kind == "discrete":
             return int(action) + int(self.acted.start)
-        box = self.acted
+        box, ours = self.acted, self.spec.action
         low, high = box.low.reshape(-1).astype(np.float64), box.high.reshape(-1).astype(np.float64)
-        scaled = low + (high - low) * (np.asarray(action, np.float64) + 1.0) / 2.0
-        return np.clip(scaled, low, high).reshape(box.shape).astype(box.dtype)
+        values = np.asarray(action, np.float64)
+        if (low != ours.low).any() or (high != ours.high).any():
+            values = low + (high - low) * (values - ours.low) / (ours.high - ours.low)
+        return np.clip(values, low, high).reshape(box.shape).astype(box.dtype)
 
 
 def flat_size(space: Any, what: str) -> int:
@@ -109,7 +112,9 @@ def _action_spec(space: Any, what: str) -> ActionSpec:
         np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()
     ):
         raise PluginError(f"{what}: expected finite bounds with low < high in every entry, got {space}")
-    return ActionSpec("continuous", int(np.prod(space.shape)))
+    size, bounds = int(np.prod(space.shape)), (space.low.min(), space.high.max())
+    one_pair = (space.low == bounds[0]).all() and (space.high == bounds[1]).all()
+    return ActionSpec("continuous", size, *map(float, bounds)) if one_pair else ActionSpec("continuous", size)
 
 
 def _space(source: Any, kind: str, name: str) -> Any:

@@ -9,9 +9,11 @@ tell apart (docs/simulators.md#sizes-by-smacs-formulas):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from omcda_deploy.entries import AgentEntries, Entry
 from omcda_deploy.envs.programs.smac_host import STEP_MUL
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
@@ -46,6 +48,53 @@ class Map:
             control_rate=GAME_LOOPS_PER_SECOND / STEP_MUL,
             episode_limit=self.limit,
         )
+
+    def entries(self, names: Sequence[str]) -> dict[str, AgentEntries]:
+        """Name what each agent observes and may choose; a unit that is dead or out of sight is all zeros."""
+        directions = ("north", "south", "east", "west")
+        enemies = [f"enemy {k}" for k in range(self.enemies)]
+        ours, theirs = self.race == "Protoss", self.enemy_race == "Protoss"
+        moves = [Entry("", f"can move {direction}", "0 or 1") for direction in directions]
+        seen_enemies = [
+            entry
+            for enemy in enemies
+            for entry in (
+                Entry(enemy, "can be attacked", "0 or 1"),
+                *_place(enemy),
+                *self._condition(enemy, theirs),
+            )
+        ]
+
+        def seen_by(agent: str) -> tuple[Entry, ...]:
+            allies = [
+                entry
+                for ally in names
+                if ally != agent
+                for entry in (Entry(ally, "is seen", "0 or 1"), *_place(ally), *self._condition(ally, ours))
+            ]
+            return (*moves, *seen_enemies, *allies, *self._condition(agent, ours))
+
+        actions = (
+            Entry("", "no-op (the dead alone)"),
+            Entry("", "stop"),
+            *(Entry("", f"move {direction}") for direction in directions),
+            *(Entry(enemy, "attack") for enemy in enemies),
+        )
+        return {name: AgentEntries(seen_by(name), actions) for name in names}
+
+    def _condition(self, unit: str, shields: bool) -> list[Entry]:
+        quantities = ("health", "shield") if shields else ("health",)
+        return [
+            *(Entry(unit, quantity, "0 to 1, of its full one") for quantity in quantities),
+            *(Entry(unit, f"is of type {kind}", "0 or 1") for kind in range(self.unit_types)),
+        ]
+
+
+def _place(unit: str) -> list[Entry]:
+    return [
+        Entry(unit, quantity, "1 is the range of sight")
+        for quantity in ("distance", "relative x", "relative y")
+    ]
 
 
 MAPS = {
