@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from omcda_deploy.errors import DatasetError
+from omcda_deploy.training.actions import padding_of
 from omcda_deploy.training.distributions import Categorical, Distribution, TanhGaussian, policy_of
 from omcda_deploy.training.losses import atanh_action, gaussian_log_prob
 
@@ -103,6 +104,34 @@ class DistributionTable:
             Categorical(torch.cat([part.log_probs for part in parts if isinstance(part, Categorical)]))
         )
 
+    @classmethod
+    def recorded(
+        cls, dataset: Dataset, padding: Tensor | None, device: str = "cpu"
+    ) -> DistributionTable | None:
+        """The exact distributions that acted (:mod:`omcda_deploy.datasets.behavior`); None where not known.
+
+        ``padding``: of the actions (:mod:`omcda_deploy.training.actions`). Rows in which nobody acts mean nothing.
+        """
+        if dataset.behavior is None:
+            return None
+        arrays = {name: torch.from_numpy(values).to(device) for name, values in dataset.behavior.items()}
+        if "logits" in arrays:
+            return cls(Categorical(arrays["logits"]))
+        padding = None if padding is None else padding.to(device)
+        return cls(TanhGaussian(arrays["mean"], arrays["log_std"], padding))
+
+    def over(self, other: DistributionTable, rows: Tensor) -> DistributionTable:
+        """These distributions at ``rows`` [M], and those of ``other`` everywhere else."""
+        if isinstance(self._whole, TanhGaussian):
+            assert isinstance(other._whole, TanhGaussian)
+            mean, log_std = other._whole.mean.clone(), other._whole.log_std.clone()
+            mean[rows], log_std[rows] = self._whole.mean[rows], self._whole.log_std[rows]
+            return DistributionTable(TanhGaussian(mean, log_std, other._whole.padding))
+        assert isinstance(other._whole, Categorical)
+        log_probs = other._whole.log_probs.clone()
+        log_probs[rows] = self._whole.log_probs[rows]
+        return DistributionTable(Categorical(log_probs))
+
     def at(self, rows: Tensor) -> Distribution:
         """The distributions at ``rows`` [...]."""
         if isinstance(self._whole, TanhGaussian):
@@ -174,7 +203,8 @@ class TransitionSampler:
     ) -> None:
         """``subset``: positions in ``dataset.transitions`` to draw from; all when None.
 
-        ``behavior``: the frozen pi_b, for batches that hold its distributions. ``gamma`` discounts returns-to-go.
+        ``behavior``: the frozen pi_b, for batches that hold its distributions; the dataset's own come first, in the
+        rows for which it has them. ``gamma`` discounts returns-to-go.
         ``standardize_states``: batches hold states as :func:`standardized` by the dataset's mean and deviation.
         """
         rows = np.asarray(dataset.transitions, np.int64)
@@ -203,9 +233,11 @@ class TransitionSampler:
         self._masks = None if masks is None else torch.from_numpy(masks).to(device)
         starts = dataset.episode_start if len(dataset.episode_start) else rows[:1]
         self._starts = torch.from_numpy(np.asarray(starts, np.int64)).to(device)
-        self._table = (
-            None if behavior is None else DistributionTable.of(behavior, self._observations, self._masks)
-        )
+        self._table = DistributionTable.recorded(dataset, padding_of(dataset.spec), device)
+        if behavior is not None:
+            cloned = DistributionTable.of(behavior, self._observations, self._masks)
+            every = torch.from_numpy(np.asarray(dataset.transitions, np.int64)).to(device)
+            self._table = cloned if self._table is None else self._table.over(cloned, every)
         returns = returns_to_go(dataset, gamma, time_limit_is_terminal).astype(np.float32)
         self._returns_to_go = torch.from_numpy(returns if subset is None else returns[subset]).to(device)
         self._return_range = torch.stack(self._returns_to_go.aminmax())

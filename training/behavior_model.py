@@ -1,5 +1,9 @@
 """The behaviour model of a dataset: pi_b^i cloned by maximum likelihood, once, then frozen.
 
+A dataset that knows the distributions which acted (:mod:`omcda_deploy.datasets.recorded`) is its own pi_b where it
+has rows. The clone, fitted to these distributions, then stands in at other observations: for the policies that
+OMCDA starts from, at final rows, and in what is exported.
+
 Every algorithm measures divergence against it and OMCDA starts from it, so there is one per dataset and network
 size. It is kept in a cache (``$OMCDA_CACHE``, else ``~/.cache/omcda-deploy``) under the dataset's digest.
 
@@ -19,14 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from omcda_deploy import formatting
 from omcda_deploy.errors import DatasetError
 from omcda_deploy.files import cached, refusal
-from omcda_deploy.training.batches import TransitionSampler, episode_of
+from omcda_deploy.training.batches import Batch, DistributionTable, TransitionSampler, episode_of
 from omcda_deploy.training.checkpoint import load_state, save_state
-from omcda_deploy.training.distributions import policy_of
+from omcda_deploy.training.distributions import Categorical, Distribution, divergence, policy_of
 from omcda_deploy.training.fleet import mean_per_run, run_state
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, parameters_of
@@ -85,6 +89,21 @@ def behavior_model(
     return model, report
 
 
+def cloned_rows(dataset: Dataset, config: BehaviorConfig) -> dict[str, NDArray[np.float32]]:
+    """Return the clone's distributions at every row, as a dataset holds exact ones: by name, [R, N, A]."""
+    model, _ = behavior_model(dataset, config)
+    masks = dataset.action_masks
+    table = DistributionTable.of(
+        model,
+        torch.from_numpy(dataset.observations),
+        None if masks is None else torch.from_numpy(masks),
+    )
+    whole = table.at(torch.arange(len(dataset.observations)))
+    if isinstance(whole, Categorical):
+        return {"logits": whole.log_probs.numpy()}
+    return {"mean": whole.mean.numpy(), "log_std": whole.log_std.numpy()}
+
+
 def fit(
     dataset: Dataset,
     config: BehaviorConfig,
@@ -108,14 +127,14 @@ def fit(
 
     def held_out_loss() -> float:
         with torch.no_grad():
-            return -float(probe.log_prob(policy_of(model, probe.observation, probe.mask)).mean())
+            return float(_loss(probe, policy_of(model, probe.observation, probe.mask)).mean())
 
     best, best_state, best_step, misses = held_out_loss(), run_state(model, 0), 0, 0
     step = 0
     while step < config.steps and misses < config.patience:
         batch = sampler.sample(step)
         policy = policy_of(model, batch.observation, batch.mask)
-        optimizer.descend({"policy": -mean_per_run(batch.log_prob(policy))})
+        optimizer.descend({"policy": mean_per_run(_loss(batch, policy))})
         step += 1
         if step % config.check_every == 0 or step == config.steps:
             current = held_out_loss()
@@ -126,9 +145,19 @@ def fit(
                 progress(step, config.steps, current)
     clone = NetworkFactory(dataset.spec, config.hidden).actor().to(device)
     clone.load_state_dict(best_state)
-    report = {"held_out_nll": best, "best_step": best_step, "last_step": step, **dataclasses.asdict(config)}
-    log.info("behaviour model: held-out NLL %.3f nats at step %d of %d", best, best_step, step)
+    measure = "held_out_nll" if dataset.behavior is None else "held_out_kl"
+    report = {measure: best, "best_step": best_step, "last_step": step, **dataclasses.asdict(config)}
+    log.info("behaviour model: held-out loss %.3f nats at step %d of %d", best, best_step, step)
     return clone, report
+
+
+def _loss(batch: Batch, policy: Distribution) -> Tensor:
+    """Return what cloning minimises, per agent and step [R, B, N], in nats.
+
+    The negative log-likelihood of the recorded actions; or, where the distributions that acted are known, the
+    divergence of these from the clone, which needs no samples.
+    """
+    return -batch.log_prob(policy) if batch.behavior is None else divergence(batch.behavior, policy)
 
 
 def _split(

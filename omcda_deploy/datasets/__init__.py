@@ -28,7 +28,7 @@ BLOCK = 4096  # rows looked at together: a few megabytes, so that checks and dig
 DIGEST_VERSION = 2
 DIGEST_CONTENTS = {  # by version, as files and run folders of older versions of this package carry the older one
     1: "observations, actions, rewards, episode ends and masks (version 1: neither states nor time limits)",
-    2: "observations, states, actions, rewards, episode ends, time limits and masks",
+    2: "observations, states, actions, rewards, episode ends, time limits, masks and exact behaviour",
 }
 
 
@@ -56,6 +56,8 @@ class Episode:
     seed: int | None = None  # the environment was reset with it; None where that is not on record
     label: str = ""  # the episode's place in its source, with which error messages begin
     episode_return: float | None = None  # undiscounted; None: the sum of `rewards`
+    # Exact distributions that acted, [T, …] by name (omcda_deploy.datasets.behavior); None where not known.
+    behavior: Mapping[str, NDArray[Any]] | None = None
 
     def __len__(self) -> int:
         """The number of transitions T."""
@@ -99,6 +101,7 @@ class Dataset:
     digest: str  # by which runs and bundles name the data: that of the file's format version
     action_masks: NDArray[np.uint8] | None = None  # [R, N, A] in discrete tasks, 1 where available
     digests: Mapping[int, str] = field(default_factory=dict)  # by version, all computed from the contents
+    behavior: Mapping[str, NDArray[Any]] | None = None  # as an episode's, [R, …]
 
     def __post_init__(self) -> None:
         if self.digest not in self.digests.values():  # made in memory, under a digest of its maker's
@@ -135,6 +138,7 @@ class Dataset:
             seed=None if self.episode_seeds is None else int(self.episode_seeds[number]),
             label=f"episode {number}",
             episode_return=float(self.episode_returns[number]),
+            behavior=None if self.behavior is None else {k: v[steps] for k, v in self.behavior.items()},
         )
 
 
@@ -152,7 +156,7 @@ class Claim:
     episode_limit: int | None = None
 
 
-ADDED_IN_VERSION_2 = frozenset({"s", "timeouts"})
+COVERED_BY_VERSION_1 = frozenset({"o", "a", "r", "d", "avail"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +173,7 @@ class ContentDigest:
 
     Floating numbers count as little-endian float32, integers as they are. The arrays: `o`, `a`, `r`, `d` and, in
     discrete tasks, `avail` as in a file; `s` [R, S] where the state is not all observations joined; `timeouts`
-    uint8 [E].
+    uint8 [E]; `behavior_mean` and so on where they are known.
     """
 
     def __init__(self) -> None:
@@ -186,7 +190,10 @@ class ContentDigest:
 
     def hexdigests(self) -> dict[int, str]:
         """By version, the digest of all arrays that it covers: their names, shapes and contents."""
-        return {1: self._of(self._hashes.keys() - ADDED_IN_VERSION_2), DIGEST_VERSION: self._of(self._hashes)}
+        return {
+            1: self._of(self._hashes.keys() & COVERED_BY_VERSION_1),
+            DIGEST_VERSION: self._of(self._hashes),
+        }
 
     def _of(self, names: Iterable[str]) -> str:
         lines = (f"{name} {self._shapes[name]} {self._hashes[name].hexdigest()}" for name in sorted(names))

@@ -38,10 +38,11 @@ class RecordDataset:
                     observations, rewards, terminated, truncated, infos = recorded.step(actions)
 
     ``spec`` is the team's; without it, it is made of the environment's ``spec`` if that is a :class:`TeamSpec`,
-    else of its spaces, ``task``, ``control_rate`` (Hz) and ``episode_limit`` (steps), with the agents in the order
-    of ``possible_agents``. The state is that of ``environment.state()`` where there is one, else all observations
-    joined. Masks of choices are taken from observations or infos, as ``action_mask``. ``reward`` says how agents'
-    rewards become the team's: ``shared`` requires that they are equal. ``behavior`` names the policy that acts.
+    else of its spaces, ``task``, ``control_rate`` (Hz; the environment's ``metadata["render_fps"]`` if None) and
+    ``episode_limit`` (steps), with the agents in the order of ``possible_agents``. The state is that of
+    ``environment.state()`` where there is one, else all observations joined. Masks of choices are taken from
+    observations or infos, as ``action_mask``. ``reward`` says how agents' rewards become the team's: ``shared``
+    requires that they are equal. ``behavior`` names the policy that acts.
 
     An episode ends with a step that terminates or truncates all agents; one that the loop leaves by :meth:`reset`
     or :meth:`close` counts as cut by a time limit. The file appears when it is closed. If the loop ends by an
@@ -78,6 +79,9 @@ class RecordDataset:
             raise ConfigError(f"reward: expected {', '.join(REWARDS)}, got {reward!r}")
         own = getattr(environment, "spec", None)
         self._spec = spec or (own if isinstance(own, TeamSpec) else None)
+        if control_rate is None:
+            metadata_of = getattr(environment, "metadata", None)
+            control_rate = metadata_of.get("render_fps") if isinstance(metadata_of, Mapping) else None
         if self._spec is None and (not task or control_rate is None):
             raise ConfigError("expected spec, or task and control_rate, which no space tells: give them")
         self._told = task or "", control_rate or 0.0, episode_limit

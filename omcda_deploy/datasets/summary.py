@@ -47,6 +47,8 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
         "digest_version": dataset.digest_version,
         "metadata": dict(dataset.metadata),
     }
+    if dataset.behavior is not None:
+        summary["exact_behavior"] = sorted(dataset.behavior)
     if dataset.episode_behaviors is not None:
         summary["behaviors"] = {
             label: {
@@ -103,6 +105,8 @@ def render_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("return", _line(summary["returns"]))
     for label, behavior in summary.get("behaviors", {}).items():
         table.add_row(f"  {label}", f"{behavior['episodes']:,} episodes, {_line(behavior['returns'])}")
+    if "exact_behavior" in summary:
+        table.add_row("exact distributions that acted", ", ".join(summary["exact_behavior"]))
     lengths = "{mean:.1f} ± {std:.1f} (sd), {min:.0f} to {max:.0f}"
     table.add_row("episode length", lengths.format(**summary["lengths"]))
     if "action_shares" in summary:

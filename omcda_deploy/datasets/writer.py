@@ -10,6 +10,7 @@ import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
@@ -28,6 +29,7 @@ from omcda_deploy.datasets import (
     require_finite,
     require_masks,
 )
+from omcda_deploy.datasets.behavior import PREFIX, require_rows, row_shapes, type_of
 from omcda_deploy.datasets.episodes import admitted, require_shapes
 from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES, read, read_header
 from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, RESERVED_ATTRIBUTES, Sink, import_h5py
@@ -107,6 +109,7 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
     labels = [
         str(header.metadata.get("behavior", path.stem)) for header, path in zip(headers, files, strict=True)
     ]
+    exact = all(header.exact_behavior for header in headers)
     metadata = {**shared_metadata, "behavior": behavior or "+".join(dict.fromkeys(labels))}
     contents: dict[str, Path] = {}
     with DatasetWriter(out, headers[0].spec, metadata) as writer:
@@ -116,7 +119,7 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
                 raise DatasetError(
                     f"{other} and {path} hold the same episodes: record each with a --seed of its own"
                 )
-            writer.copy(dataset, range(len(dataset.episode_length)), label)
+            writer.copy(dataset, range(len(dataset.episode_length)), label, with_behavior=exact)
             del dataset  # before the next one is read
     return writer.digest
 
@@ -148,6 +151,7 @@ class DatasetWriter:
         self._rows_in_file = 0
         self._pending: dict[str, list[NDArray[Any]]] = {}  # appended, not yet in the file
         self._state_layout: StateLayout | None = None  # set by the first episode
+        self._knows_behavior: bool | None = None  # exactly; set by the first episode
         self._discrete = spec.action_kind == "discrete"
         self._labels: list[str] = []
         self._returns: list[float] = []
@@ -199,13 +203,16 @@ class DatasetWriter:
         }
         if masks is not None:
             parts["avail"] = np.asarray(masks, np.uint8)
+        parts |= self._behavior_rows(episode)
         if self._state_layout == "shared":
             parts["s"] = np.repeat(states[:, None], len(self.spec.agents), axis=1)
         elif self._state_layout == "agents":
             parts["s"] = states
         self._hold(parts)
         for name, part in parts.items():
-            self._content.update(name, states.reshape(steps + 1, -1) if name == "s" else part)
+            self._content.update(
+                name.rpartition("/")[2], states.reshape(steps + 1, -1) if name == "s" else part
+            )
         self._content.update("timeouts", np.array([episode.timeout], np.uint8))
         self.declare_behaviors([] if behavior is None else [behavior])
         self._returns.append(episode.undiscounted_return)
@@ -213,17 +220,21 @@ class DatasetWriter:
         self._seeds.append(episode.seed)
         self._behaviors.append(None if behavior is None else self._labels.index(behavior))
 
-    def copy(self, dataset: Dataset, numbers: Iterable[int], label: str) -> None:
+    def copy(
+        self, dataset: Dataset, numbers: Iterable[int], label: str, *, with_behavior: bool = True
+    ) -> None:
         """Add the closed episodes ``numbers`` of ``dataset``, under the labels of the policies that acted.
 
-        Those of a dataset that does not record them get ``label``.
+        Those of a dataset that does not record them get ``label``. ``with_behavior``: and the exact distributions
+        that acted, where it has them.
         """
         behaviors = dataset.episode_behaviors
         if behaviors is not None:
             self.declare_behaviors(dataset.behaviors)
         for number in numbers:
             name = label if behaviors is None else dataset.behaviors[behaviors[number]]
-            self.append(dataset.episode(number), name)
+            episode = dataset.episode(number)
+            self.append(episode if with_behavior else replace(episode, behavior=None), name)
 
     def complete(self) -> None:
         """Write what is left and close the file; leaving the block then only gives it its name.
@@ -315,6 +326,30 @@ class DatasetWriter:
                 f"{list(states.shape)}: give all of them alike"
             )
 
+    def _behavior_rows(self, episode: Episode) -> dict[str, NDArray[Any]]:
+        """Return the exact distributions that acted, with a row of zeros for the final observation.
+
+        Raises :class:`DatasetError` where this episode has them and the first one did not, or the other way round.
+        """
+        rows = episode.behavior
+        if self._knows_behavior is None:
+            self._knows_behavior = rows is not None
+            for name, shape in row_shapes(self.spec).items() if rows is not None else ():
+                self._create(f"{GROUP}/{PREFIX}{name}", shape, type_of(name))
+        if self._knows_behavior != (rows is not None):
+            raise DatasetError(
+                f"{self.path}: expected behavior of all episodes, or of none, but only some have it: give all alike"
+            )
+        if rows is None:
+            return {}
+        require_rows(rows, len(episode), self.spec, episode.label or str(self.path))
+        return {
+            f"{GROUP}/{PREFIX}{name}": np.concatenate([values, np.zeros((1, *values.shape[1:]))]).astype(
+                type_of(name)
+            )
+            for name, values in rows.items()
+        }
+
     def _create(self, name: str, shape: tuple[int, ...], kind: str = "<f4") -> None:
         self._file.create_dataset(
             name, (0, *shape), kind, maxshape=(None, *shape), chunks=(1024, *shape), fillvalue=None
@@ -346,7 +381,7 @@ class DatasetWriter:
         if self._state_layout == "observations":
             self._file["s"] = self._file["o"]
         self.digest = self._content.hexdigests()[FORMAT_VERSION]
-        group = self._file.create_group(GROUP)
+        group = self._file.require_group(GROUP)
         group.attrs.update(self._metadata)
         group.attrs.update(
             {

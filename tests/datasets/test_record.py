@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from omcda_deploy import RecordDataset, make_environment, read_dataset
+from omcda_deploy import RecordDataset, from_parallel, make_environment, read_dataset
 from omcda_deploy.errors import ConfigError, ContractError, DatasetError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
@@ -22,6 +22,7 @@ class Pair:
 
     def __init__(self, limit: int = 20, discrete: bool = False) -> None:
         self.agents: list[str] = []
+        self.metadata: dict[str, Any] = {}
         self.closed = False
         self.limit = limit
         self._discrete = discrete
@@ -100,6 +101,19 @@ def test_a_loop_of_ones_own_is_recorded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dataset.observations[:5, 1, 2], -np.arange(5))
     assert dataset.actions[dataset.transitions].tolist() == [[[0.25], [0.25]]] * 8
     assert dataset.episode_returns.tolist() == [2.0, 2.0]
+
+
+def test_what_is_recorded_fits_the_environment_as_a_simulator(tmp_path: Path) -> None:
+    """A team that learned from a recording can be played in the environment itself."""
+    environment = Pair(limit=4)
+    environment.metadata = {"render_fps": 25}
+    with RecordDataset(environment, tmp_path / "d.hdf5", task="cell/pair") as recorded:
+        play(recorded, 4)
+    spec = read_dataset(tmp_path / "d.hdf5").spec
+    assert spec.control_rate == 25.0
+    assert (
+        spec.contract_hash == from_parallel(Pair(), task="module:Pair", control_rate=25.0).spec.contract_hash
+    )
 
 
 def test_what_the_loop_saw_is_what_is_recorded(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets import ContentDigest, Dataset, Float, RowIndex, Scalar, require_available
+from omcda_deploy.datasets.behavior import PREFIX
+from omcda_deploy.datasets.behavior import read_rows as read_behavior
 from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, RESERVED_ATTRIBUTES, DamagedError, opened
 from omcda_deploy.datasets.omiga_header import shape_of, spec_of, version_of
 from omcda_deploy.datasets.omiga_rows import read_masks, read_rows, read_states
@@ -64,13 +66,15 @@ class Header(NamedTuple):
 
     spec: TeamSpec
     metadata: dict[str, Scalar]
+    exact_behavior: bool  # it has the distributions that acted
 
 
 def read_header(path: Path) -> Header:
     """Read the team and the metadata of a file, and none of its rows. Errors are those of :func:`read`."""
     with _opened(path) as file:
         group = _group(file, path)
-        return Header(spec_of(group, None, path, shape_of(file, path)), _metadata(group))
+        spec = spec_of(group, None, path, shape_of(file, path))
+        return Header(spec, _metadata(group), group is not None and f"{PREFIX}log_prob" in group)
 
 
 def read(path: str | Path, task: TeamSpec | str | None = None) -> Dataset:
@@ -101,6 +105,9 @@ def read(path: str | Path, task: TeamSpec | str | None = None) -> Dataset:
         episodes = _episode_arrays(group, index, path)
         timeouts = episodes.get("episode_timeouts", index.episode_length == PUBLISHED_LIMIT) != 0
         content.update("timeouts", timeouts.astype(np.uint8))
+        behavior = read_behavior(group, len(rows.observations), spec, path)
+        for name, values in (behavior or {}).items():
+            content.update(PREFIX + name, values)
         digests = content.hexdigests()
         version = _unchanged_version(group, digests, path)
         metadata = _metadata(group)
@@ -132,6 +139,7 @@ def read(path: str | Path, task: TeamSpec | str | None = None) -> Dataset:
         digest=digests[version],
         action_masks=masks,
         digests=digests,
+        behavior=behavior,
     )
 
 
