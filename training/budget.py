@@ -2,7 +2,7 @@
 
 The episodes are split in two folds. On each, behaviour is cloned and OMCDA trained at every budget; the other fold
 then says how much of its data speaks for the trained teams: the effective sample size of their one-step joint
-ratios (:func:`omcda_deploy.training.estimation.effective_sample_size`), with behaviour cloned on the fold that the
+ratios (:func:`omcda_deploy.estimation.effective_sample_size`), with behaviour cloned on the fold that the
 team was trained on. The choice is the largest budget up to which no smaller one falls below the floor. In discrete
 tasks, where fitted Q evaluation can be relied on, it may go further down and takes the budget whose estimate, less
 one deviation over bootstrap members, is largest.
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from omcda_deploy.errors import ConfigError, DatasetError
+from omcda_deploy.estimation import effective_sample_size
 from omcda_deploy.files import cached, write_json
 from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.batches import (
@@ -40,7 +41,6 @@ from omcda_deploy.training.behavior_model import BehaviorConfig, fit
 from omcda_deploy.training.estimation import (
     FittedConfig,
     Values,
-    effective_sample_size,
     fitted_values,
     log_ratios,
     mean_divergence,

@@ -1,15 +1,14 @@
 """Estimates of what a team would earn, from recorded episodes alone: nobody plays.
 
-Three readings of one dataset, none of which is a promise:
+Two readings of one dataset, neither of which is a promise:
 
-* :func:`effective_sample_size`: which share of the recorded steps speaks for the team at all. One step's joint
-  ratios ``rho = prod_i pi_i/pi_b^i``, normalised to mean 1: ``ESS = 1 / mean(rho^2)``.
+* the effective sample size of one step's joint ratios ``rho = prod_i pi_i/pi_b^i`` (:func:`log_ratios`): which
+  share of the recorded steps speaks for the team at all.
 * :func:`fitted_values`: fitted Q evaluation (Le et al. 2019, "Batch policy learning under constraints"), with one
   member per bootstrap resample of the episodes, all of them one fleet: ``Q_tot <- r + gamma Q_tot(s', a')`` with
   a' of the team.
-* :func:`doubly_robust`: the weighted doubly robust estimate (Thomas & Brunskill 2016, "Data-efficient off-policy
-  policy evaluation"): fitted values, corrected by what the episodes say. Its weights are products of ratios over
-  an episode, so it is for short episodes or small divergences.
+
+:mod:`omcda_deploy.estimation` estimates with bounds where what acted is known.
 
 Shapes: M transitions, E episodes, K members, N agents, A actions.
 """
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 Values: TypeAlias = NDArray[np.float64]
 _CHUNK = 4096  # rows that networks see at once
-_SUPPORT = 3.0  # nats of divergence above which a state's recorded actions say next to nothing of the team
 
 
 @dataclass(frozen=True)
@@ -66,22 +64,12 @@ class Fitted:
     """Values of one team by K members, discounted."""
 
     starts: Values  # [K, E] at the first row of each episode
-    value: Values  # [M] mean over members, at each transition
-    action_value: Values  # [M], of the recorded action
-    next_value: Values  # [M], 0 behind a terminal
 
     @property
     def mean(self) -> Values:
         """Each member's mean over the starts, [K]."""
         members: Values = self.starts.mean(1)
         return members
-
-
-def effective_sample_size(ratios: Values) -> float:
-    """Return ``1 / mean(rho^2)`` in (0, 1], rho being ``ratios`` [M] (logarithms) normalised to mean 1."""
-    weights = np.exp(ratios - ratios.max())
-    weights /= weights.mean()
-    return float(1.0 / np.square(weights).mean())
 
 
 def log_ratios(dataset: Dataset, team: DistributionTable, behavior: DistributionTable) -> Values:
@@ -94,12 +82,6 @@ def log_ratios(dataset: Dataset, team: DistributionTable, behavior: Distribution
         ratio = team.at(at).log_prob(actions[at]) - behavior.at(at).log_prob(actions[at])
         parts.append(ratio.sum(-1).double().numpy())
     return np.concatenate(parts)
-
-
-def unsupported_share(dataset: Dataset, team: DistributionTable, behavior: DistributionTable) -> float:
-    """Return the share of recorded states in which the team diverges from behaviour by over 3 nats."""
-    rows = torch.from_numpy(np.asarray(dataset.transitions, np.int64))
-    return float((_divergences(team, behavior, rows) > _SUPPORT).double().mean())
 
 
 def mean_divergence(team: DistributionTable, behavior: DistributionTable, rows: Tensor) -> float:
@@ -182,24 +164,16 @@ def _read(
     noise: Noise,
     config: FittedConfig,
 ) -> Fitted:
-    """Evaluate the fitted members at all transitions and starts."""
-    value, action_value, next_value = [], [], []
+    """Evaluate the fitted members at all starts."""
     starts = torch.from_numpy(np.searchsorted(dataset.transitions, dataset.episode_start))
-    at_starts = torch.zeros(config.members, len(starts), dtype=torch.float64)
-    for positions in torch.split(torch.arange(len(sampler)), _CHUNK // config.members):
+    values = []
+    for positions in torch.split(starts, _CHUNK // config.members):
         batch = sampler.gather(positions.expand(config.members, -1))
         rows = sampler.rows(positions).expand(config.members, -1)
         weights, bias = mixer(batch.state)
-        here = mix(weights, _expected(q, batch.observation, team.at(rows), noise, config.samples), bias)
-        value.append(here.mean(0))
-        action_value.append(mix(weights, q(batch.observation, batch.action), bias).mean(0))
-        weights, bias = mixer(batch.next_state)
-        behind = _expected(q, batch.next_observation, team.at(rows + 1), noise, config.samples)
-        next_value.append((batch.not_done * mix(weights, behind, bias)).mean(0))
-        inside = (starts >= positions[0]) & (starts <= positions[-1])
-        at_starts[:, inside] = here[:, starts[inside] - positions[0]].double()
-    members = (torch.cat(part).double().numpy() for part in (value, action_value, next_value))
-    return Fitted(at_starts.numpy(), *members)
+        policy = team.at(rows)
+        values.append(mix(weights, _expected(q, batch.observation, policy, noise, config.samples), bias))
+    return Fitted(torch.cat(values, 1).double().numpy())
 
 
 def _resamples(
@@ -221,41 +195,3 @@ def _resamples(
         return torch.from_numpy(np.stack(rows))
 
     return draw
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A doubly robust estimate, and how many episodes it really rests on."""
-
-    parts: Values  # [E], each episode's, whose mean is the estimate
-    effective_share: float  # 1 / mean(weight^2) over the episodes, the mean over steps
-
-
-def doubly_robust(
-    dataset: Dataset,
-    ratios: Values,
-    fitted: Fitted,
-    gamma: float,
-    episodes: NDArray[np.int64] | None = None,
-) -> Weighted:
-    """Correct fitted values by the recorded episodes of numbers ``episodes`` (all when None).
-
-    ``ratios`` [M] are :func:`log_ratios`. The weight of an episode at step t is the product of its ratios up to t
-    over the mean of that product; episodes that have ended keep their last product in that mean.
-    """
-    first = np.searchsorted(dataset.transitions, dataset.episode_start)
-    numbers = np.arange(len(first)) if episodes is None else episodes
-    first, length = first[numbers], dataset.episode_length[numbers]
-    rewards = dataset.rewards[dataset.transitions].astype(np.float64)
-    surprise = rewards + gamma * fitted.next_value - fitted.action_value  # [M]
-    parts = fitted.value[first].copy()
-    product, shares = np.zeros(len(first)), []
-    for t in range(int(length.max())):
-        running = t < length
-        at = first[running] + t
-        product[running] += ratios[at]
-        weights = np.exp(product - product.max())
-        weights /= weights.mean()
-        shares.append(1.0 / np.square(weights).mean())
-        parts[running] += gamma**t * weights[running] * surprise[at]
-    return Weighted(parts, float(np.mean(shares)))

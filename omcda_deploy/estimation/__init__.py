@@ -1,0 +1,31 @@
+"""Estimates of what a team would earn, from recorded episodes alone, with bounds: nobody plays.
+
+Needs numpy and onnxruntime: an operator's machine has no torch. Source: docs/derivation.md#estimates-before-acting.
+"""
+
+from omcda_deploy.estimation.distributions import Categorical, Gaussian, TeamDistributions, training_of
+from omcda_deploy.estimation.returns import (
+    LEAST_EFFECTIVE,
+    LEAST_EPISODES,
+    MOST_UNSUPPORTED,
+    UNSUPPORTED_NATS,
+    Bounds,
+    Comparison,
+    Estimator,
+    effective_sample_size,
+)
+
+__all__ = [
+    "LEAST_EFFECTIVE",
+    "LEAST_EPISODES",
+    "MOST_UNSUPPORTED",
+    "UNSUPPORTED_NATS",
+    "Bounds",
+    "Categorical",
+    "Comparison",
+    "Estimator",
+    "Gaussian",
+    "TeamDistributions",
+    "effective_sample_size",
+    "training_of",
+]
