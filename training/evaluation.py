@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from omcda_deploy.errors import OmcdaError
-from omcda_deploy.processes import child_environment, end_with_parent
+from omcda_deploy.processes import end_with_parent, start_child
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +33,7 @@ class Evaluator:
         """Start the evaluation of a new snapshot, if one is due, and return at once."""
         if step % self._every == 0:
             command = [sys.executable, "-m", "omcda_deploy.training.evaluation", str(self._run), str(step)]
-            self._running.append(
-                subprocess.Popen(command, env=child_environment(), preexec_fn=lambda: os.nice(10))
-            )
+            self._running.append(start_child(command, niceness=10))
 
     def wait(self) -> None:
         """Wait for all evaluations; log how many failed."""

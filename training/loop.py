@@ -227,6 +227,7 @@ def _run_config(
         team=dataset.spec.to_json(),
         versions=versions(),
         budget=None if choice is None else choice.to_json(),
+        recipe=request.recipe or "",
     )
 
 

@@ -17,13 +17,15 @@ from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.behavior_model import BehaviorConfig
 from omcda_deploy.training.budget import BudgetSearch
 from omcda_deploy.training.estimation import FittedConfig
-from omcda_deploy.training.recipes import recipe
+from omcda_deploy.training.recipes import recipe, require_recipe
 from omcda_deploy.training.settings import build, parse
 
 AUTO = "auto"  # in place of d_tot: it is chosen from the dataset
+RECIPE = "recipe"  # among the settings: the name of a recipe, which stands for settings of its own
 SEARCH_STEPS = 5000  # most steps of a training for the choice of d_tot
 FITTED_STEPS = 2000  # most steps of fitted values, in discrete tasks
 SNAPSHOTS = 20  # policies that are kept of a run, unless a request says how often; a score needs several
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class ResolvedRun:
     request: TrainRequest
     config: Any  # the algorithm's Config
     behavior: BehaviorConfig
-    recipe: Mapping[str, Any]  # the settings that come from the task's recipe
+    recipe: Mapping[
+        str, Any
+    ]  # the settings that come from recipes: the task's, and the one asked for by name
     chooses_budget: bool = False  # d_tot is still to be chosen from the dataset; `config` holds the default
 
     @property
@@ -60,7 +64,9 @@ class TrainRequest:
     algorithm: str
     steps: int
     seed: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)  # the algorithm's; they override the recipe
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # the algorithm's, which override recipes; RECIPE
     behavior: Mapping[str, Any] = field(default_factory=dict)  # BehaviorConfig's; hidden is the algorithm's
     device: str = "cpu"  # cpu, cuda or cuda:N
     threads: int = 1  # torch's
@@ -83,15 +89,19 @@ class TrainRequest:
         return self.settings.get("d_tot") == AUTO
 
     @property
+    def recipe(self) -> str | None:
+        """Name of the recipe that the settings ask for, None without."""
+        return self.settings.get(RECIPE)
+
+    @property
     def _fixed(self) -> Mapping[str, Any]:
-        """Settings without those that are still to be chosen."""
-        if not self.chooses_budget:
-            return self.settings
-        if self.algorithm != "omcda":
+        """Settings without those that are still to be chosen or looked up."""
+        if self.chooses_budget and self.algorithm != "omcda":
             raise ConfigError(
                 f"d_tot=auto: expected the algorithm omcda, got {self.algorithm}: leave d_tot out"
             )
-        return {name: value for name, value in self.settings.items() if name != "d_tot"}
+        left = {RECIPE, "d_tot"} if self.chooses_budget else {RECIPE}
+        return {name: value for name, value in self.settings.items() if name not in left}
 
     def check(self) -> None:
         """Refuse what can be refused before a dataset is read.
@@ -102,6 +112,8 @@ class TrainRequest:
         for name in ("steps", "log_every", "threads"):
             if (number := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {number}")
+        if self.threads > MOST_THREADS:  # torch ends the process where the system gives it no more
+            raise ConfigError(f"threads: expected at most {MOST_THREADS}, got {self.threads}")
         for name, number in (
             ("checkpoint_every", self.checkpoint_every),
             ("snapshot_every", self.kept_every),
@@ -113,11 +125,13 @@ class TrainRequest:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
         parse(load_algorithm(self.algorithm).Config, self._fixed)
+        if self.recipe is not None:
+            require_recipe(self.recipe, self.algorithm)
         parse(BehaviorConfig, self.behavior)
         check_device(self.device)
 
     def resolved(self, spec: TeamSpec) -> ResolvedRun:
-        """Merge the task's recipe with the settings and check everything.
+        """Merge the task's recipe, the one asked for by name and the settings, and check everything.
 
         Raises as :meth:`check` does, :class:`ContractError` for a team that the algorithm does not handle, and
         :class:`ConfigError` for evaluations in an environment of the user's own that the user has not given.
@@ -131,7 +145,11 @@ class TrainRequest:
                 f"{self.algorithm} handles {' and '.join(sorted(module.ACTIONS))} actions, {spec.task} has "
                 f"{spec.action_kind} ones: choose another algorithm"
             )
-        from_recipe = {k: v for k, v in recipe(spec.task, self.algorithm).items() if k not in self.settings}
+        from_recipe = {
+            name: value
+            for name, value in recipe(spec.task, self.algorithm, self.recipe).items()
+            if name not in self.settings
+        }
         config = build(module.Config, {**from_recipe, **self._fixed})
         behavior = build(BehaviorConfig, {"hidden": config.hidden, **self.behavior})
         if behavior.hidden != config.hidden:

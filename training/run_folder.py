@@ -61,6 +61,7 @@ class RunConfig:
     # What the digest of the newest version says, where the dataset file goes by an older one that covers less.
     dataset_content: str = ""
     budget: dict[str, Any] | None = None  # BudgetChoice.to_json() where d_tot was chosen from the dataset
+    recipe: str = ""  # name of the recipe that was asked for beside the task's own
 
     @property
     def spec(self) -> TeamSpec:
@@ -126,8 +127,27 @@ def write_config(run: Path, config: RunConfig) -> None:
 
 def training_seconds(run: Path) -> float:
     """Return the wall-clock seconds of training up to the newest checkpoint, 0 before it, without cloning."""
+    seconds: float = _timing(run)["seconds"]
+    return seconds
+
+
+def saved_step(run: Path) -> int:
+    """Return the step of the newest checkpoint, 0 before it."""
+    step: int = _timing(run)["step"]
+    return step
+
+
+def _timing(run: Path) -> dict[str, Any]:
     path = run / TIMING
-    return float(json.loads(path.read_text())["seconds"]) if path.is_file() else 0.0
+    if not path.is_file():
+        return {"step": 0, "seconds": 0.0}
+    try:
+        timing = json.loads(path.read_text())
+        return {"step": int(timing["step"]), "seconds": float(timing["seconds"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error!r}): remove it; only the time it tells is lost"
+        ) from error
 
 
 def snapshot_path(run: Path, step: int) -> Path:
@@ -137,7 +157,8 @@ def snapshot_path(run: Path, step: int) -> Path:
 
 def snapshot_steps(run: Path) -> list[int]:
     """List the steps at which policies were kept, in order."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in (run / POLICIES).glob("step-*.pt"))
+    names = (path.stem.removeprefix("step-") for path in (run / POLICIES).glob("step-*.pt"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def read_snapshot(run: Path, step: int | None = None) -> Snapshot:

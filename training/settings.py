@@ -1,7 +1,8 @@
 """Settings of algorithms: frozen dataclasses of plain numbers and strings, with their ranges beside their defaults.
 
-A field states its range in its type, ``lr: LearningRate = 5e-4`` or ``alpha: Annotated[float, Range(0.0, 1e6)]``,
-and the class has :func:`check` as its ``__post_init__``.
+A field states its range and its meaning in its type, ``lr: LearningRate = 5e-4`` or
+``alpha: Annotated[float, Range(0.0, 1e6), "weight of the penalty"]``, where the last text counts, and the class has
+:func:`check` as its ``__post_init__``. :func:`describe` lists them.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class Range:
     def require(self, name: str, value: Any) -> None:
         """Raise :class:`ConfigError` unless ``value`` lies in the range."""
         if not (self.low <= value <= self.high and math.isfinite(value)):
-            bounded = math.isfinite(self.high)
-            expected = (
-                f"{self.low:g} to {self.high:g}" if bounded else f"a finite number from {self.low:g} on"
-            )
-            raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+            raise ConfigError(f"{name}: expected {self}, got {value!r}")
+
+    def __str__(self) -> str:
+        bounded = math.isfinite(self.high)
+        return f"{self.low:g} to {self.high:g}" if bounded else f"a finite number from {self.low:g} on"
 
 
 class Choice:
@@ -46,16 +47,54 @@ class Choice:
                 f"{name}: expected {' or '.join(self.names)}, got {value!r}: {self.refused[value]}"
             )
         if value not in self.names:
-            raise ConfigError(f"{name}: expected one of {', '.join(self.names)}, got {value!r}")
+            raise ConfigError(f"{name}: expected one of {self}, got {value!r}")
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
 
 
-LearningRate: TypeAlias = Annotated[float, Range(0.0, 1.0)]
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A setting as users see it; ``range`` is in words, ``meaning`` is empty where its algorithm states none."""
+
+    name: str
+    type: str
+    default: Any
+    limit: Range | Choice | None
+    meaning: str
+
+    @property
+    def range(self) -> str:
+        """The values that it may have."""
+        return "true, false" if self.type == "bool" else str(self.limit or "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; null for bounds and choices that there are not."""
+        low, high = (self.limit.low, self.limit.high) if isinstance(self.limit, Range) else (None, None)
+        return {
+            "name": self.name,
+            "type": self.type,
+            "default": self.default,
+            "range": self.range,
+            "low": low,
+            "high": high if high is not None and math.isfinite(high) else None,
+            "choices": list(self.limit.names) if isinstance(self.limit, Choice) else None,
+            "meaning": self.meaning,
+        }
+
+
+LearningRate: TypeAlias = Annotated[float, Range(0.0, 1.0), "step size of Adam"]
 Unit: TypeAlias = Annotated[float, Range(0.0, 1.0)]  # a share, a probability, a discount
-Tau: TypeAlias = Annotated[float, Range(1e-6, 1.0)]  # step of a Polyak average
-GradientNorm: TypeAlias = Annotated[float, Range(1e-6)]
+Discount: TypeAlias = Annotated[float, Range(0.0, 1.0), "discount of rewards per step"]
+Tau: TypeAlias = Annotated[float, Range(1e-6, 1.0), "step of the target networks, a Polyak average"]
+GradientNorm: TypeAlias = Annotated[
+    float, Range(1e-6), "largest norm of the gradient, per group of parameters"
+]
 Count: TypeAlias = Annotated[int, Range(1, 10**6)]
 SampleCount: TypeAlias = Annotated[int, Range(1, 10**5)]
-Width: TypeAlias = Annotated[int, Range(1, 65536)]  # units of a hidden layer
+BatchSize: TypeAlias = Annotated[int, Range(1, 10**6), "transitions of a batch"]
+Width: TypeAlias = Annotated[int, Range(1, 65536), "units of a hidden layer"]
+MixerWidth: TypeAlias = Annotated[int, Range(1, 65536), "units of the mixers' hidden layers"]
 Weight: TypeAlias = Annotated[float, Range(0.0, 1e6)]  # factor of a term of a loss
 
 
@@ -90,6 +129,24 @@ def parse(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
+def changed_settings(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ``values`` that are not the defaults of ``kind``."""
+    defaults = dataclasses.asdict(kind())
+    return {name: value for name, value in values.items() if defaults.get(name) != value}
+
+
+def describe(kind: type[Any]) -> list[Setting]:
+    """List the settings of ``kind``, in order."""
+    defaults = kind()
+    described = []
+    for name, hint in _types(kind).items():
+        texts = [entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, str)]
+        limit = next(iter(_limits(hint)), None)
+        meaning = texts[-1] if texts else ""
+        described.append(Setting(name, _plain(hint).__name__, getattr(defaults, name), limit, meaning))
+    return described
+
+
 def plain_types(kind: type[Any]) -> dict[str, type]:
     """Each field's type without its range."""
     return {name: _plain(hint) for name, hint in _types(kind).items()}
@@ -101,8 +158,12 @@ def _plain(hint: Any) -> type:
 
 
 def _require(title: str, hint: Any, value: Any) -> None:
-    for limit in getattr(hint, "__metadata__", ()):
+    for limit in _limits(hint):
         limit.require(title, value)
+
+
+def _limits(hint: Any) -> list[Range | Choice]:
+    return [entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, Range | Choice)]
 
 
 def _types(kind: type[Any]) -> dict[str, Any]:

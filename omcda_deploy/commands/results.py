@@ -1,4 +1,4 @@
-"""``results``: train and play the runs of a page of docs/results, and write it."""
+"""``results``: train and play the runs of pages of docs/results, and write them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,35 @@ from typing import Annotated
 
 import typer
 
-from omcda_deploy.commands import TerminalObserver, console
+from omcda_deploy.commands import print_text, require_folder
+from omcda_deploy.commands.progress import TerminalObserver
+from omcda_deploy.commands.stopping import this_command, when_stopped
 from omcda_deploy.commands.sweep import Address, EngineName, EngineOptions, engine_options
+from omcda_deploy.errors import ConfigError
+
+FOLDER = Path("docs/results")
 
 
+@when_stopped(lambda: f"what was recorded, trained and played is kept, go on with  {this_command()}")
 def results(
-    page: Annotated[Path, typer.Argument(help="A page's TOML file; the table is written beside it as .md.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="TOML file of a page, or of a comparison's pages; they are written beside it as .md."
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help=f"Every file of {FOLDER}.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK/TIER", help="Datasets of a comparison, such as 'smax/*'; repeatable."),
+    ] = None,
+    write_only: Annotated[
+        bool,
+        typer.Option("--write-only", help="Record and train nothing; write of the runs that are finished."),
+    ] = False,
+    pdf: Annotated[
+        bool, typer.Option("--pdf", help="Write every figure as PDF, too (pip install 'omcda-deploy[pdf]').")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for datasets, runs and bundles.")] = Path("results"),
     jobs: Annotated[
         int,
@@ -22,10 +45,37 @@ def results(
     engine_option: EngineOptions = None,
     address: Address = None,
 ) -> None:
-    """Train and play every run of a results page, and write its table. The engine trains; the rest happens here."""
+    """Train and play every run of results pages, and write them. The engine trains; the rest happens here."""
     from omcda_deploy.experiments.engines import make_engine
-    from omcda_deploy.experiments.results import write_page
+    from omcda_deploy.experiments.pages import write_results
 
+    files = _files(file, every)
+    if every and only:
+        raise ConfigError("expected --all or --only, got both: name the file whose datasets are meant")
+    require_folder(out)
     run_jobs = make_engine(engine, engine_options(engine_option, address), out)
-    table = write_page(page, out, jobs, TerminalObserver(), run_jobs)
-    console.print(f"wrote {table}")
+    for source in files:
+        written = write_results(
+            source,
+            out,
+            jobs,
+            TerminalObserver(),
+            run_jobs,
+            only=only or (),
+            train=not write_only,
+            pdf=pdf,
+        )
+        print_text(f"wrote {', '.join(map(str, written))}")
+
+
+def _files(file: Path | None, every: bool) -> list[Path]:
+    """The file, or all of the folder of pages."""
+    if (file is not None) == every:
+        raise ConfigError("expected a results file or --all, " + ("got both" if every else "got neither"))
+    if file is not None:
+        return [file]
+    if not (files := sorted(FOLDER.glob("*.toml"))):
+        raise ConfigError(
+            f"--all: expected files {FOLDER}/*.toml here, there are none: go to the source tree"
+        )
+    return files

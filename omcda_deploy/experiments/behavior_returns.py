@@ -130,10 +130,15 @@ def simulator_of(task: str) -> Simulator:
     return SIMULATORS[name]
 
 
-def measure_bundle(bundle: Bundle, workers: int = 2, observer: Observer | None = None) -> PolicyReturns:
-    """Play the episodes of the bundle's simulator twice, sampled and greedily, from the same starts."""
+def measure_bundle(
+    bundle: Bundle, label: str, workers: int = 2, observer: Observer | None = None
+) -> PolicyReturns:
+    """Play the episodes of the bundle's simulator twice, sampled and greedily, from the same starts.
+
+    ``label`` names the policy to the observer.
+    """
     sampled, greedy = (
-        _play(bundle, temperature, workers, observer or Observer()) for temperature in (1.0, 0.0)
+        _play(bundle, label, temperature, workers, observer or Observer()) for temperature in (1.0, 0.0)
     )
     return PolicyReturns(sampled, greedy)
 
@@ -152,10 +157,10 @@ def mixture(parts: Sequence[Returns]) -> Moments:
     return Moments(mean, math.sqrt(variance))
 
 
-def _play(bundle: Bundle, temperature: float, workers: int, observer: Observer) -> Returns:
+def _play(bundle: Bundle, label: str, temperature: float, workers: int, observer: Observer) -> Returns:
     task = bundle.spec.task
     episodes = simulator_of(task).episodes
-    with observer.progress(f"playing {'sampled' if temperature else 'greedy'}") as progress:
+    with observer.progress(f"{label}, {'sampled' if temperature else 'greedy'}", "episodes") as progress:
         result = evaluate(
             JointTeam(bundle),
             task,

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.errors import ConfigError, NoSimulatorError, OmcdaError
 from omcda_deploy.experiments.observer import Observer
-from omcda_deploy.experiments.scores import Conditions, score_clone, score_run
+from omcda_deploy.experiments.scores import Conditions, recorded_score, score_clone, score_run
 from omcda_deploy.plugins import curves_of, scan_of
 from omcda_deploy.registry import load_algorithm
 
 if TYPE_CHECKING:
+    from omcda_deploy.datasets import Dataset
     from omcda_deploy.report.comparison import Comparison, LeftOut, Result, Variant
     from omcda_deploy.report.scores import Score
     from omcda_deploy.training.run_folder import RunConfig
 
+REWARD_VALUE = "value/reward_total"  # metric: batch mean of V^r_tot, or of what an algorithm has in its place
+MARGIN = 0.1  # of the range of the data's returns
+
 
 def compare_runs(
-    folders: Sequence[Path], conditions: Conditions, *, observer: Observer | None = None
+    folders: Sequence[Path],
+    conditions: Conditions,
+    *,
+    observer: Observer | None = None,
+    dataset: Dataset | None = None,
+    play: bool = True,
 ) -> Comparison:
     """Export and play the last policies of every run, and group the runs by variant.
 
     Where no run is of BC, the clone that the first run of a dataset began with stands beside its runs. A run that
-    is unfinished or cannot be played is left out, and the comparison lists it. Raises :class:`ConfigError` where
-    none is left, unless it is for want of a simulator: then the list is the comparison.
+    is unfinished or cannot be played is left out, and the comparison lists it. With ``dataset``, the one that they
+    all were trained on, each is judged by :class:`DataReturns`. Without ``play`` only runs that were played before
+    are compared. Raises :class:`ConfigError` where none is left, unless it is for want of a simulator or of
+    ``play``: then the list is the comparison.
     """
     from omcda_deploy.report.comparison import Comparison, LeftOut, summarise
 
@@ -37,6 +48,7 @@ def compare_runs(
     left_out: list[LeftOut] = []
     unplayable: list[LeftOut] = []
     failures: list[OmcdaError] = []
+    returns = None if dataset is None else DataReturns(dataset)
     for index, folder in enumerate(folders):
         label = "?"
         try:
@@ -46,9 +58,15 @@ def compare_runs(
                 reason = f"unfinished: its last policy is of step {step:,} of {config.steps:,}"
                 left_out.append(LeftOut(str(folder), label, reason))
                 continue
-            with observer.progress(f"run {index + 1} of {len(folders)}: {folder}") as report:
-                score = score_run(folder, config, conditions, report)
-            results.append(_result(folder, config, score))
+            score = recorded_score(folder, config, conditions)
+            if score is None and not play:
+                unplayable.append(LeftOut(str(folder), label, "not run: trained, and not played yet"))
+                continue
+            if score is None:
+                label_of = f"run {index + 1} of {len(folders)}: {folder}"
+                with observer.progress(label_of, "episodes") as report:
+                    score = score_run(folder, config, conditions, report)
+            results.append(_result(folder, config, score, returns))
         except NoSimulatorError as error:
             unplayable.append(LeftOut(str(folder), label, str(error)))
             observer.left_out(folder, error)
@@ -61,9 +79,41 @@ def compare_runs(
             f"the first failed: {failures[0]}" if failures else f"{left_out[0].run} is {left_out[0].reason}"
         )
         raise ConfigError(f"none of {len(folders)} runs can be compared; {first}")
-    results += _clones(results, conditions, observer)
+    if play:
+        results += _clones(results, conditions, observer)
     summaries, repeated = summarise(results)
     return Comparison(summaries, [*unplayable, *left_out, *repeated], {"Evaluation": str(conditions)})
+
+
+class DataReturns:
+    """The discounted returns of a dataset, beyond which the value of a converged critic does not lie."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._ranges: dict[tuple[float, bool], tuple[float, float]] = {}
+
+    def left_by(self, config: RunConfig, metrics: Sequence[Mapping[str, float]]) -> bool | None:
+        """Test if a run's mean reward value, as training logged it, was outside their range in its second half.
+
+        Before, it may be what untrained networks say. The range contains 0 and is wider by a tenth at both ends.
+        None for an algorithm that logs no such value, and for a run on other data.
+        """
+        late = (line for line in metrics if line["step"] > config.steps / 2)
+        values = [line[REWARD_VALUE] for line in late if REWARD_VALUE in line]
+        if not values or "gamma" not in config.settings or not config.began_with(self._dataset.digests):
+            return None
+        low, high = self._range(config.settings["gamma"], config.time_limit_is_terminal)
+        return not all(low <= value <= high for value in values)  # nan is outside, too
+
+    def _range(self, gamma: float, time_limit_is_terminal: bool) -> tuple[float, float]:
+        from omcda_deploy.training.batches import returns_to_go
+
+        key = gamma, time_limit_is_terminal
+        if key not in self._ranges:
+            returns = returns_to_go(self._dataset, gamma, time_limit_is_terminal)
+            low, high = min(float(returns.min()), 0.0), max(float(returns.max()), 0.0)
+            self._ranges[key] = low - MARGIN * (high - low), high + MARGIN * (high - low)
+        return self._ranges[key]
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
@@ -116,7 +166,7 @@ def _clones(results: Sequence[Result], conditions: Conditions, observer: Observe
             continue
         folder = Path(runs[0].run)
         config = read_config(folder)
-        with observer.progress(f"the clone of {folder}") as report:
+        with observer.progress(f"the clone of {folder}", "episodes") as report:
             score = score_clone(folder, config, conditions, report)
         variant = replace(runs[0].variant, algorithm=CLONE, settings=(), steps=0)
         clones.append(
@@ -127,7 +177,7 @@ def _clones(results: Sequence[Result], conditions: Conditions, observer: Observe
     return clones
 
 
-def _result(folder: Path, config: RunConfig, score: Score) -> Result:
+def _result(folder: Path, config: RunConfig, score: Score, returns: DataReturns | None) -> Result:
     from omcda_deploy.report.comparison import Curves, Result
     from omcda_deploy.training.run_folder import training_seconds
 
@@ -149,6 +199,7 @@ def _result(folder: Path, config: RunConfig, score: Score) -> Result:
         curves,
         scan_of(algorithm),
         training_seconds(folder),
+        None if returns is None else returns.left_by(config, lines),
     )
 
 
@@ -163,17 +214,21 @@ def _variant(config: RunConfig) -> Variant:
 
 
 def _changed(config: RunConfig) -> dict[str, Any]:
-    """List settings that differ from the task's recipe, then changed settings of cloning and of the data."""
+    """List what a run was asked for beside the task's recipe: settings, then those of cloning and of the data."""
     from omcda_deploy.training.behavior_model import BehaviorConfig
     from omcda_deploy.training.recipes import recipe
+    from omcda_deploy.training.request import AUTO, RECIPE
 
-    published = recipe(config.spec.task, config.algorithm)
+    published = recipe(config.spec.task, config.algorithm, config.recipe or None)
     defaults = asdict(load_algorithm(config.algorithm).Config(**published))
-    changed = {
+    changed: dict[str, Any] = {RECIPE: config.recipe} if config.recipe else {}
+    changed |= {
         name: value
         for name, value in config.settings.items()
         if name not in defaults or value != defaults[name]
     }
+    if config.budget is not None:  # chosen from the dataset, perhaps the recipe's own
+        changed["d_tot"] = AUTO
     cloning = BehaviorConfig(hidden=config.settings["hidden"])
     for field in fields(BehaviorConfig):
         value = config.behavior.get(field.name, getattr(cloning, field.name))

@@ -1,6 +1,6 @@
 """Engines that run the jobs of a sweep: in processes of this machine, as a SLURM job array, or as Ray tasks.
 
-All of them call :func:`omcda_deploy.experiments.sweep.run_fleet`, so a job's results are the same to the last bit
+All of them call :func:`omcda_deploy.experiments.fleets.run_fleet`, so a job's results are the same to the last bit
 whichever engine runs it. Paths must mean the same on every machine. docs/sweeps.md says how each engine is used and
 what remains after a kill.
 """
@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from omcda_deploy.errors import ConfigError, MissingExtraError, OmcdaError, UnknownNameError
+from omcda_deploy.experiments.fleets import fleets_of, run_fleet
 from omcda_deploy.experiments.observer import Observer
-from omcda_deploy.experiments.sweep import Job, fleets_of, run_fleet
+from omcda_deploy.experiments.sweep import Job
+from omcda_deploy.processes import is_ending
 
 Failure: TypeAlias = tuple[Job, str]  # and the reason
 
@@ -107,7 +109,9 @@ def run_locally(
     _report_finished(jobs, failures, observer)
 
     def attempt(fleet: Sequence[Job]) -> None:
-        _report(fleet, run(fleet), failures, observer)
+        reasons = run(fleet)
+        if not is_ending():  # else nothing failed: it was stopped
+            _report(fleet, reasons, failures, observer)
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(attempt, fleets_of(jobs, at_once)))

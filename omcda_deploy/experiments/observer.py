@@ -12,8 +12,10 @@ from omcda_deploy.errors import OmcdaError
 class Observer:
     """Told of each part of an experiment as it begins and ends; this one does nothing. Override what is wanted."""
 
-    def progress(self, label: str) -> AbstractContextManager[Callable[[int, int], None] | None]:
-        """Enter around a part that takes a while; what it yields is called with ``(done, total)``."""
+    def progress(
+        self, label: str, unit: str
+    ) -> AbstractContextManager[Callable[[float, float], None] | None]:
+        """Enter around a part that takes a while; what it yields is called with ``(done, total)`` in ``unit``."""
         return nullcontext()
 
     def recorded(self, dataset: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +26,13 @@ from omcda_deploy.report.scores import Score, SnapshotScore
 
 if TYPE_CHECKING:
     from omcda_deploy.play.episodes import Episodes
+    from omcda_deploy.play.evaluate import Progress
     from omcda_deploy.training.run_folder import RunConfig
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SNAPSHOTS = 5  # policies that a score is a mean over, at most
 LAST_PART = 0.8  # share of the steps before which no policy counts: a run is scored by its end
 SELECTION_SEED = 1_000_000  # added to the seed of the reported episodes
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -109,31 +108,37 @@ def scored_steps(folder: Path, config: RunConfig) -> list[int]:
     return [step for step in snapshot_steps(folder) if step >= LAST_PART * config.steps][-SNAPSHOTS:]
 
 
+def recorded_score(folder: Path, config: RunConfig, conditions: Conditions) -> Score | None:
+    """Read ``<run>-evaluation.json``; None unless it is of the same policies, compared by their files' sha256."""
+    run = folder.resolve()
+    return _same(_read(_evaluation(run)), conditions, _policies(run, config))
+
+
 def score_run(
     folder: Path, config: RunConfig, conditions: Conditions, progress: Progress | None = None
 ) -> Score:
-    """Export and play a run's last policies, or read ``<run>-evaluation.json`` where it is of the same.
+    """Export and play a run's last policies, or return their :func:`recorded_score`.
 
-    Policies are compared by their files' sha256. Raises :class:`OmcdaError` where one cannot be exported or played.
+    Raises :class:`OmcdaError` where one cannot be exported or played.
     """
     from omcda_deploy.experiments.export import export
-    from omcda_deploy.files import sha256, write_json
+    from omcda_deploy.files import write_json
     from omcda_deploy.local import LocalTeam
     from omcda_deploy.play.evaluate import part_of
-    from omcda_deploy.training.run_folder import snapshot_path
 
     require_trusted(config.spec.task)
     run = folder.resolve()
-    policies = {step: sha256(snapshot_path(run, step)) for step in scored_steps(run, config)}
-    file = run.with_name(f"{run.name}-evaluation.json")
+    policies = _policies(run, config)
+    file = _evaluation(run)
     previous = _read(file)
     if (score := _same(previous, conditions, policies)) is not None:
         return score
     last = max(policies)
     bundle = _export(run, last, previous.get("team", {}).get("bundle_digest"))
     snapshots = []
+    episodes = sum(plan.episodes for plan in conditions.plans)
     for index, (step, digest) in enumerate(policies.items()):
-        part = part_of(progress, index, len(policies))
+        part = part_of(progress, index * episodes, len(policies) * episodes)
         with tempfile.TemporaryDirectory(prefix=f".{run.name}-bundle.", dir=run.parent) as scratch:
             exported = bundle if step == last else export(run, Path(scratch) / "bundle", step).path
             team = LocalTeam(exported)
@@ -141,6 +146,18 @@ def score_run(
     score = _score(conditions, snapshots, bundle, config.spec.task)
     write_json(file, score.to_json())
     return score
+
+
+def _evaluation(run: Path) -> Path:
+    return run.with_name(f"{run.name}-evaluation.json")
+
+
+def _policies(run: Path, config: RunConfig) -> dict[int, str]:
+    """The sha256 of each policy that a run is scored by, by its step."""
+    from omcda_deploy.files import sha256
+    from omcda_deploy.training.run_folder import snapshot_path
+
+    return {step: sha256(snapshot_path(run, step)) for step in scored_steps(run, config)}
 
 
 def score_clone(

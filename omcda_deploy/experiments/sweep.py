@@ -6,6 +6,7 @@ A sweep is a TOML file::
     algorithms = ["bc", "omiga", "omcda"]
     seeds = [0, 1, 2, 3, 4]
     steps = 100000
+    settings = { hidden = 128 }  # of all algorithms; may be left out
 
     [grid.omcda]                 # every combination of these, for this algorithm
     d_tot = [0.3, 1.2, 3.0]
@@ -13,34 +14,27 @@ A sweep is a TOML file::
 Each run lies in ``OUT/<dataset>/<algorithm>-<settings>/seed<seed>``. Runs that differ in their seed and in settings
 that change no shape are trained side by side, several to a process, with the bits that they would have alone.
 Finished runs are not repeated, killed ones resume from their checkpoints, and the next call tries failed ones.
-:mod:`omcda_deploy.experiments.engines` runs the jobs, here or on a cluster.
+:mod:`omcda_deploy.experiments.fleets` groups the jobs, :mod:`omcda_deploy.experiments.engines` runs them, here or
+on a cluster.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.errors import ConfigError, OmcdaError, UnknownNameError
 from omcda_deploy.experiments.train import run_of
 from omcda_deploy.files import read_toml
-from omcda_deploy.processes import run_child
 
 if TYPE_CHECKING:
     from omcda_deploy.spec import TeamSpec
-    from omcda_deploy.training.observer import TrainObserver
     from omcda_deploy.training.request import ResolvedRun, TrainRequest
     from omcda_deploy.training.run_folder import RunConfig
-
-
-FLEET = 5  # most runs to a process: more gain little, and their metrics come late
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,8 @@ class Job:
     steps: int
     snapshot_every: int | None  # None: as training chooses
     run: Path  # the run folder
+    behavior_steps: int | None = None  # most steps for cloning; None: as training chooses
+    device: str = "cpu"
 
     @property
     def finished(self) -> bool:
@@ -71,6 +67,8 @@ class Job:
             self.seed,
             settings=dict(self.settings),
             snapshot_every=self.snapshot_every,
+            behavior={} if self.behavior_steps is None else {"steps": self.behavior_steps},
+            device=self.device,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -99,6 +97,9 @@ class Sweep:
     seeds: list[int]
     steps: int
     snapshot_every: int | None = None  # None: as training chooses
+    behavior_steps: int | None = None
+    device: str = "cpu"
+    settings: dict[str, Any] = field(default_factory=dict)  # of every algorithm; the grid's come on top
     grid: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,10 +111,14 @@ class Sweep:
             value = getattr(self, entry)
             if not _is_list(value, kind):
                 raise ConfigError(f"{entry}: expected a list such as {example}, got {value!r}")
-        for entry in ("steps", "snapshot_every"):
+        for entry in ("steps", "snapshot_every", "behavior_steps"):
             value = getattr(self, entry)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{entry}: expected a whole number from 1 on, got {value!r}")
+        if not isinstance(self.device, str):
+            raise ConfigError(f'device: expected a name such as "cuda", got {self.device!r}')
+        if not isinstance(self.settings, dict):
+            raise ConfigError(f"settings: expected a table such as {{ hidden = 128 }}, got {self.settings!r}")
         if not isinstance(self.grid, dict):
             raise ConfigError(f"grid: expected tables such as [grid.omcda], got {self.grid!r}")
         for algorithm, settings in self.grid.items():
@@ -171,10 +176,11 @@ def jobs_of(sweep: Sweep, out: Path) -> list[Job]:
     for seed, dataset, algorithm in itertools.product(sweep.seeds, sweep.datasets, sweep.algorithms):
         grid: Mapping[str, Sequence[Any]] = sweep.grid.get(algorithm, {})
         for values in itertools.product(*grid.values()):
-            settings = tuple(zip(grid, values, strict=True))
+            settings = tuple({**sweep.settings, **dict(zip(grid, values, strict=True))}.items())
             name = "-".join((algorithm, *(f"{key}={value}" for key, value in settings)))
             run = run_of(out / Path(dataset).stem / name, seed)
-            jobs.append(Job(Path(dataset), algorithm, settings, seed, sweep.steps, sweep.snapshot_every, run))
+            stated = (sweep.steps, sweep.snapshot_every, run, sweep.behavior_steps, sweep.device)
+            jobs.append(Job(Path(dataset), algorithm, settings, seed, *stated))
     runs: dict[Path, Job] = {}
     for job in jobs:
         if (other := runs.setdefault(job.run, job)) is not job:
@@ -197,21 +203,21 @@ def check_jobs(jobs: Sequence[Job], unrecorded: Mapping[Path, TeamSpec] | None =
 
     unrecorded = unrecorded or {}
     for job in jobs:
-        with _naming(job):
+        with naming(job):
             job.request.check()
             if job.dataset not in unrecorded and not job.dataset.is_file():
                 raise ConfigError(f"{job.dataset} does not exist: record it with  omcda-deploy collect")
     for path, group in _by_dataset(jobs).items():
         spec, digests = unrecorded.get(path), None
         for job in group:
-            with _naming(job):
+            with naming(job):
                 if spec is None:
                     dataset = read_dataset(path)
                     spec, digests = dataset.spec, dataset.digests
                     del dataset  # large
                 plan = job.request.resolved(spec)
                 if job.run.exists():
-                    _require_same_request(job, read_config(job.run), plan, digests)
+                    require_same_request(job, read_config(job.run), plan, digests)
 
 
 def _by_dataset(jobs: Iterable[Job]) -> dict[Path, list[Job]]:
@@ -222,7 +228,7 @@ def _by_dataset(jobs: Iterable[Job]) -> dict[Path, list[Job]]:
 
 
 @contextmanager
-def _naming(job: Job) -> Iterator[None]:
+def naming(job: Job) -> Iterator[None]:
     """Put the run folder before the message of an error."""
     try:
         yield
@@ -230,7 +236,7 @@ def _naming(job: Job) -> Iterator[None]:
         raise ConfigError(f"{job.run}: {error}") from error
 
 
-def _require_same_request(
+def require_same_request(
     job: Job,
     config: RunConfig,
     plan: ResolvedRun | None = None,
@@ -265,6 +271,10 @@ def _compared(
         request = plan.request
         if request.snapshot_every is not None:
             yield "snapshot_every", config.snapshot_every, request.kept_every
+        if job.behavior_steps is not None:
+            yield "behavior_steps", config.behavior.get("steps"), job.behavior_steps
+        yield "device", config.device, request.device
+        yield "recipe", config.recipe or "none", request.recipe or "none"
         yield "time_limit_is_terminal", config.time_limit_is_terminal, request.time_limit_is_terminal
         # Runs of an older version have the default of a setting that was added since.
         settings = asdict(build(load_algorithm(job.algorithm).Config, config.settings))
@@ -277,109 +287,3 @@ def _compared(
                 )
             else:
                 yield name, settings[name], expected
-
-
-def fleets_of(jobs: Sequence[Job], at_once: int) -> list[list[Job]]:
-    """Group the unfinished jobs whose runs can be trained side by side.
-
-    They differ in their seed and the algorithm's ``PER_RUN`` settings alone. A group is for one process. It has at
-    most five jobs, and fewer where ``at_once`` processes would be left idle.
-    """
-    alike: dict[str, list[Job]] = {}
-    for job in jobs:
-        if not job.finished:
-            alike.setdefault(_common(job), []).append(job)
-    most = min(FLEET, -(-sum(map(len, alike.values())) // at_once))
-    fleets = []
-    for group in alike.values():
-        number = -(-len(group) // most)  # of processes, among which the jobs are divided evenly
-        fleets += [group[len(group) * k // number : len(group) * (k + 1) // number] for k in range(number)]
-    return fleets
-
-
-def _common(job: Job) -> str:
-    """Return what a job has in common with those whose runs can be trained beside its own."""
-    from omcda_deploy.plugins import per_run_settings
-    from omcda_deploy.registry import load_algorithm
-
-    per_run = per_run_settings(load_algorithm(job.algorithm))
-    shared = tuple(pair for pair in job.settings if pair[0] not in per_run)
-    return repr(replace(job, settings=shared, seed=0, run=Path()))
-
-
-def run_fleet(jobs: Sequence[Job]) -> list[str | None]:
-    """Start, resume or skip a group of :func:`fleets_of`; return per job the reason of its failure, None without.
-
-    Every engine calls this function, on some machine. Training runs in a process of its own, which ends when this
-    one does; its output is in ``seed<seeds>.log`` beside the run folders.
-    """
-    from omcda_deploy.training.run_folder import read_config
-
-    reasons: dict[Job, str] = {}
-    waiting = []
-    for job in jobs:
-        if job.finished:
-            continue
-        try:
-            with _naming(job):
-                if (job.run / "config.json").exists():
-                    _require_same_request(job, read_config(job.run))
-        except OmcdaError as error:
-            reasons[job] = str(error)
-        else:
-            waiting.append(job)
-    if waiting:
-        reasons |= _train_apart(waiting)
-    return [reasons.get(job) for job in jobs]
-
-
-def _train_apart(jobs: Sequence[Job]) -> dict[Job, str]:
-    """Call :func:`train_jobs` in a process of its own; return the reasons of the jobs that failed."""
-    log = _log(jobs)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    words = ["train-jobs", json.dumps([job.to_json() for job in jobs])]
-    with log.open("a") as output:
-        status = run_child([sys.executable, "-m", "omcda_deploy.cli", *words], output, OMP_NUM_THREADS="1")
-    if not status:
-        return {}
-    last = (log.read_text().splitlines() or ["no output"])[-1]
-    end = f"stopped with status {status}: {last} (all of it in {log})"
-    return {job: f"{job.run} {end}" for job in jobs if not job.finished}
-
-
-def _log(jobs: Sequence[Job]) -> Path:
-    """Return the file for the output of a process, beside its first run; its name tells of the others."""
-    first = jobs[0].run
-    if all(job.run.parent == first.parent for job in jobs):
-        return first.with_name(f"seed{'-'.join(str(job.seed) for job in jobs)}.log")
-    return first.with_name(f"{first.name}+{len(jobs) - 1}.log")
-
-
-def train_jobs(jobs: Sequence[Job], observer: TrainObserver | None = None) -> None:
-    """Train the unfinished jobs of one group of :func:`fleets_of` in this process, from wherever they stand.
-
-    Raises :class:`OmcdaError` for those that failed, after the others are finished.
-    """
-    from omcda_deploy.experiments.train import resume_runs, train_runs
-    from omcda_deploy.training.loop import fleet_key
-    from omcda_deploy.training.run_folder import read_config
-
-    dataset = jobs[0].dataset
-    begun: dict[str, list[Path]] = {}  # runs of older versions may not fit to newer ones
-    new = []
-    for job in jobs:
-        if (job.run / "config.json").exists():
-            begun.setdefault(fleet_key(read_config(job.run)), []).append(job.run)
-        else:
-            new.append((job.request, job.run))
-    trainings = [partial(resume_runs, runs, dataset, observer=observer) for runs in begun.values()]
-    if new:
-        trainings.append(partial(train_runs, dataset, new, observer=observer))
-    failures = []
-    for training in trainings:
-        try:
-            training()
-        except OmcdaError as error:
-            failures.append(str(error))
-    if failures:
-        raise OmcdaError("; ".join(failures))

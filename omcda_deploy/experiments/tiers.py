@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -57,13 +58,17 @@ def train_policies(
     steps: int | None = None,
     record: Path | None = None,
     until: int | None = None,
+    observer: Observer | None = None,
 ) -> None:
     """Train on ``task`` with PPO and write checkpoints to the new folder ``out``.
 
     ``steps``: environment steps of the schedule, None for the task's default; ``until``: where to stop in it.
-    ``record``: a dataset of the training's own episodes. Raises :class:`UnknownNameError` for a task without PPO
-    settings, :class:`ConfigError` when ``out`` exists and for numbers below 1.
+    ``record``: a dataset of the training's own episodes. What fails before its first checkpoint leaves nothing.
+    Raises :class:`UnknownNameError` for a task without PPO settings, :class:`ConfigError` when ``out`` exists and
+    for numbers below 1.
     """
+    from omcda_deploy.training.behavior.checkpoint import find_checkpoints
+
     module = _behavior_module(task)
     config = module.default_config(task)
     for name, value in (("steps", steps), ("until", until)):
@@ -71,7 +76,14 @@ def train_policies(
             raise ConfigError(f"--{name}: expected at least 1 environment step, got {value}")
     if steps is not None:
         config = dataclasses.replace(config, steps=steps)
-    module.train(task, out, seed, config, record, until)
+    new = not out.exists()
+    try:
+        with (observer or Observer()).progress(f"training on {task}", "environment steps") as progress:
+            module.train(task, out, seed, config, record, until, progress)
+    except BaseException:
+        if new and not find_checkpoints(out):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def export_checkpoint(
@@ -115,12 +127,15 @@ def export_checkpoint(
 
 
 def measure_checkpoint(
-    checkpoint: Path, task: str, workers: int = 2, observer: Observer | None = None
+    checkpoint: Path, task: str, label: str, workers: int = 2, observer: Observer | None = None
 ) -> PolicyReturns:
-    """Export a checkpoint to a temporary bundle and play sampled and greedy episodes with it."""
+    """Export a checkpoint to a temporary bundle and play sampled and greedy episodes with it.
+
+    ``label`` names it to the observer.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         bundle = export_checkpoint(checkpoint, task, Path(scratch) / "bundle", tier="candidate")
-        return measure_bundle(bundle, workers, observer)
+        return measure_bundle(bundle, label, workers, observer)
 
 
 def measure_run(
@@ -135,11 +150,13 @@ def measure_run(
 
     task = read_config(run)["task"]
     measured = read_measurements(run)
-    for steps, checkpoint in find_checkpoints(run).items():
-        if not first <= steps <= last:
-            continue
+    chosen = [
+        (steps, checkpoint) for steps, checkpoint in find_checkpoints(run).items() if first <= steps <= last
+    ]
+    for index, (steps, checkpoint) in enumerate(chosen):
         if steps not in measured:
-            measured[steps] = measure_checkpoint(checkpoint, task, workers, observer)
+            label = f"checkpoint {index + 1} of {len(chosen)}"
+            measured[steps] = measure_checkpoint(checkpoint, task, label, workers, observer)
             with (run / RETURNS).open("a") as file:
                 file.write(json.dumps({"steps": steps, **measured[steps].to_json()}) + "\n")
         yield steps, measured[steps]
@@ -177,7 +194,9 @@ def ship_run(
             tiers.append(Tier(name, f"{task}/{name}", steps, checkpoints[steps], published))
     measured = read_measurements(run)
     for tier in tiers:
-        returns = measured.get(tier.steps) or measure_checkpoint(tier.checkpoint, task, workers, observer)
+        returns = measured.get(tier.steps) or measure_checkpoint(
+            tier.checkpoint, task, tier.folder, workers, observer
+        )
         provenance = {
             "ppo": config,
             "ppo_steps": tier.steps,
@@ -251,11 +270,12 @@ def measure_shipped(
     A bundle's returns are in its manifest when its folder's name and they are yielded.
     """
     for manifest in sorted(out.rglob(MANIFEST)):
-        returns = measure_bundle(read_bundle(manifest.parent), workers, observer)
+        folder = str(manifest.parent.relative_to(out))
+        returns = measure_bundle(read_bundle(manifest.parent), folder, workers, observer)
         data = json.loads(manifest.read_text())
         data["training"]["returns"] = returns.to_json()
         write_text(manifest, json.dumps(data, indent=1))
-        yield str(manifest.parent.relative_to(out)), returns
+        yield folder, returns
     write_index(out)
 
 

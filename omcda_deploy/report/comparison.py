@@ -10,7 +10,7 @@ Shapes: R runs of a variant, one per seed; L logged steps; N agents.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -123,6 +123,7 @@ class Result:
     curves: Curves | None
     scan: Scan | None  # declared by its algorithm
     seconds: float  # wall clock of its training; 0 where the run did not record it
+    diverged: bool | None = None  # its reward values left the range of the data's returns; None: not known
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,12 @@ class Summary:
         return by_outcome
 
     @property
+    def diverged(self) -> int | None:
+        """Number of runs whose reward values left the range of the data's returns; None where no run is known."""
+        known = [result.diverged for result in self.results if result.diverged is not None]
+        return sum(known) if known else None
+
+    @property
     def seconds(self) -> float | None:
         """Mean wall clock of a run's training, None where a run did not record it."""
         seconds = [result.seconds for result in self.results]
@@ -258,7 +265,12 @@ class Summary:
         """The line of the scan that the variant is on: all settings that differ from the recipe but the scanned."""
         assert self.scan is not None  # by the caller
         scan = self.scan
-        others = [f"{k} {v}" for k, v in self.variant.settings if k not in (scan.setting, scan.group)]
+        others = [
+            f"{name} {value}"
+            for name, value in self.variant.settings
+            # A value that was chosen from the data is given as a word, and is a line of its own.
+            if name != scan.group and not (name == scan.setting and isinstance(value, (int, float)))
+        ]
         group = self.results[0].settings.get(scan.group, self.variant.algorithm)
         return ", ".join([str(group), *others])
 
@@ -307,11 +319,16 @@ def summarise(results: Iterable[Result]) -> tuple[list[Summary], list[LeftOut]]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a report shows; ``conditions`` say under which the runs were evaluated, for provenance."""
+    """Everything that a report shows.
+
+    ``conditions`` say under which the runs were evaluated, for provenance; ``names`` are those that variants go by
+    in place of their algorithm and settings.
+    """
 
     summaries: Sequence[Summary]
     left_out: Sequence[LeftOut]
     conditions: Mapping[str, str]
+    names: Mapping[Variant, str] = field(default_factory=dict)
 
     @cached_property
     def overall(self) -> list[Overall]:
@@ -331,8 +348,9 @@ class Comparison:
         return groups
 
     def name(self, variant: Variant) -> str:
-        """Name a variant by algorithm and settings, and by the number of steps where the runs' differ."""
-        words = [variant.algorithm, *filter(None, [variant.settings_label])]
+        """Name a variant, by algorithm and settings unless it has a name, and by its steps where these differ."""
+        described = ", ".join([variant.algorithm, *filter(None, [variant.settings_label])])
+        words = [self.names.get(variant, described)]
         if variant.steps and len({s.variant.steps for s in self.summaries if s.variant.steps}) > 1:
             words.append(f"{variant.steps:,} steps")
         return ", ".join(words)

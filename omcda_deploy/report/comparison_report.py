@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.table import Table
 
 from omcda_deploy.envs import OUTCOMES
 from omcda_deploy.files import write_text
 from omcda_deploy.formatting import UNKNOWN, digits_of, number
 from omcda_deploy.play.measurements import now
-from omcda_deploy.plugins import Scan
 from omcda_deploy.report.comparison import CLONE, Comparison, Overall, Summary
 from omcda_deploy.report.comparison_csv import write_tables
-from omcda_deploy.report.figures import Bar, Curve, curves_figure, grouped_bars_figure
+from omcda_deploy.report.comparison_figures import Figure, curve_figures, scan_figures
+from omcda_deploy.report.figures import Bar, grouped_bars_figure
 from omcda_deploy.report.html import (
     Section,
     captioned,
@@ -25,7 +24,8 @@ from omcda_deploy.report.html import (
     svg_document,
     write_report,
 )
-from omcda_deploy.report.statistics import REFERENCES, Interval, std
+from omcda_deploy.report.statistics import Interval, reference_of, std
+from omcda_deploy.report.svg import side_by_side
 from omcda_deploy.report.temperatures import (
     CAPTION,
     interval_words,
@@ -61,7 +61,20 @@ def write_markdown(comparison: Comparison, path: Path, title: str, command: str,
         number_of = f"-{index + 1}" if len(comparison.datasets) > 1 else ""
         names[key] = f"{path.stem}-temperatures{number_of}.svg"
         write_text(path.with_name(names[key]), svg_document(temperature_figure(comparison, summaries)))
-    write_text(path, _markdown(comparison, title, command, note, names))
+    figures = page_figures(comparison, path)
+    for name, figure in figures.items():
+        write_text(path.with_name(name), svg_document(side_by_side(figure.panels)))
+    write_text(path, _markdown(comparison, title, command, note, names, figures))
+
+
+def page_figures(comparison: Comparison, path: Path) -> dict[str, Figure]:
+    """Return a page's scans and training curves by file name: the curves of the first row that has them alone."""
+    figures = [*scan_figures(comparison), *curve_figures(comparison)[:1]]
+    kinds = [figure.kind for figure in figures]
+    return {
+        f"{path.stem}-{kind}{f'-{kinds[:index].count(kind) + 1}' if kinds.count(kind) > 1 else ''}.svg": figure
+        for index, (kind, figure) in enumerate(zip(kinds, figures, strict=True))
+    }
 
 
 def terminal_tables(comparison: Comparison) -> list[Table]:
@@ -154,7 +167,7 @@ def _notes(comparison: Comparison) -> dict[str, str]:
         "first run of the dataset began with.",
     }
     for task in _tasks(comparison):
-        reference = REFERENCES.get(task)
+        reference = reference_of(task)
         source = "none, there is no reference" if reference is None else reference.source
         notes[f"Score of {task}"] = f"{source}."
     return notes
@@ -187,32 +200,49 @@ def _origin(comparison: Comparison) -> dict[str, str]:
 
 
 def _markdown(
-    comparison: Comparison, title: str, command: str, note: str, figures: Mapping[tuple[str, str], str]
+    comparison: Comparison,
+    title: str,
+    command: str,
+    note: str,
+    temperatures: Mapping[tuple[str, str], str],
+    figures: Mapping[str, Figure],
 ) -> str:
-    """Return the page; ``figures`` has the file of each dataset's figure."""
+    """Return the page; ``temperatures`` has the file of each dataset's figure, ``figures`` the others by file."""
     lines = [f"# {title}", "", f"Written by `{command}`; do not edit.", ""]
     lines += [note.strip(), ""] if note else []
-
-    def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        lines.extend(["| " + " | ".join(header) + " |", "|" + "---|" * len(header)])
-        lines.extend("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-        lines.append("")
 
     for key, summaries in comparison.datasets.items():
         variant = summaries[0].variant
         lines += [f"## {variant.task}, {comparison.dataset(variant)}", ""]
-        table(*_table(comparison, summaries))
-        lines += [f"![Return over the temperature of play]({figures[key]})", "", CAPTION, ""]
-        table(*temperature_table(comparison, summaries))
+        lines += markdown_table(*_table(comparison, summaries))
+        lines += [f"![Return over the temperature of play]({temperatures[key]})", "", CAPTION, ""]
+        lines += markdown_table(*temperature_table(comparison, summaries))
+    for file, figure in figures.items():
+        lines += [f"## {figure.title}", "", f"![{figure.title}]({file})", "", figure.caption, ""]
     if comparison.overall:
         lines += ["## All datasets", ""]
-        table(_OVERALL, [_overall_cells(comparison, overall) for overall in comparison.overall])
+        lines += markdown_table(
+            _OVERALL, [_overall_cells(comparison, overall) for overall in comparison.overall]
+        )
     if comparison.left_out:
         lines += ["## Left out of every mean", ""]
         lines += [f"* `{left.run}` ({left.label}): {left.reason}" for left in comparison.left_out] + [""]
     for heading, entries in (("Notes", _notes(comparison)), ("Provenance", _origin(comparison))):
         lines += [f"## {heading}", "", *(f"* {name}: {text}" for name, text in entries.items()), ""]
     return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table, and an empty one behind it."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    ruled = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return [*ruled, *("| " + " | ".join(row) + " |" for row in cells), ""]
+
+
+def _section(figure: Figure) -> Section:
+    panels = "".join(figure.panels)
+    content = f'<div class="pairs">{panels}</div>' if len(figure.panels) > 1 else panels
+    return Section(figure.title, captioned(content, figure.caption))
 
 
 def _sections(comparison: Comparison) -> list[Section]:
@@ -225,12 +255,7 @@ def _sections(comparison: Comparison) -> list[Section]:
             "were run on the same datasets.",
         )
         sections.append(Section("All datasets", table))
-    sections += _scan_sections(comparison)
-    sections += [
-        _curve_section(comparison, summary)
-        for summary in comparison.summaries
-        if any(result.curves is not None for result in summary.results)
-    ]
+    sections += [_section(figure) for figure in [*scan_figures(comparison), *curve_figures(comparison)]]
     if comparison.left_out:
         rows = [[left.run, left.label, left.reason] for left in comparison.left_out]
         sections.append(Section("Left out of every mean", html_table(["run", "what", "why"], rows)))
@@ -266,76 +291,3 @@ def _returns_section(comparison: Comparison, task: str) -> Section:
             folded("Every temperature", html_table(*temperature_table(comparison, summaries))),
         ]
     return Section(f"Returns on {task}", "".join(parts))
-
-
-def _scan_sections(comparison: Comparison) -> list[Section]:
-    """Draw returns over a setting, a figure per dataset and algorithm that has two values of it or more."""
-    scans: dict[tuple[Scan, str, str, str, int], dict[str, list[Summary]]] = {}
-    for summary in comparison.summaries:
-        v = summary.variant
-        if summary.scan is not None:
-            lines = scans.setdefault((summary.scan, v.task, v.digest, v.algorithm, v.steps), {})
-            lines.setdefault(summary.scan_group, []).append(summary)
-    sections = []
-    for (scan, task, _, algorithm, steps), lines in scans.items():
-        if max(len(summaries) for summaries in lines.values()) < 2:
-            continue
-        curves = {}
-        for group, summaries in lines.items():
-            summaries.sort(key=lambda summary: summary.scan_value)
-            curves[group] = Curve(
-                np.array([summary.scan_value for summary in summaries], np.float64),
-                np.array([summary.mean for summary in summaries]),
-                np.array([summary.std for summary in summaries]),
-            )
-        label = comparison.dataset(next(iter(lines.values()))[0].variant)
-        figure = curves_figure(curves, scan.axis, "mean return", log_x=True, width=900.0)
-        sections.append(
-            Section(
-                f"{scan.title} of {algorithm} on {task}, {label}",
-                captioned(
-                    figure,
-                    f"Mean ± std over seeds, at each point's selected temperature of play, against {scan.caption}; "
-                    f"{steps:,} steps. "
-                    "A point without a whisker has one seed.",
-                ),
-            )
-        )
-    return sections
-
-
-def _curve_section(comparison: Comparison, summary: Summary) -> Section:
-    """Draw the curves that the algorithm declares: over training, then one against another at the end."""
-    runs = [result.curves for result in summary.results if result.curves is not None]
-    section, agents = runs[0].section, runs[0].agents
-    estimated = frozenset[str]().union(*(curves.estimated for curves in runs))
-    steps = runs[0].steps
-    for curves in runs[1:]:
-        steps = np.intersect1d(steps, curves.steps)
-    titles, notes = {}, []
-    for curve in section.curves:
-        estimate = curve.estimate if curve.name in estimated else None
-        titles[curve.name] = estimate.title if estimate else curve.title
-        notes += [note] if (note := estimate.note if estimate else curve.note) else []
-
-    def over_training(name: str) -> dict[str, Curve]:
-        mean = np.mean([curves.values[name][np.isin(curves.steps, steps)] for curves in runs], axis=0)
-        return {agent: Curve(steps.astype(np.float64), mean[:, i]) for i, agent in enumerate(agents)}
-
-    def at_the_end(name: str, against: str) -> dict[str, Curve]:
-        x, y = (np.array([curves.values[key][-1] for curves in runs]) for key in (name, against))
-        return {agent: Curve(x[:, i], y[:, i]) for i, agent in enumerate(agents)}
-
-    figures = [curves_figure(over_training(name), "step", title) for name, title in titles.items() if title]
-    pairs = [(curve.name, curve.against) for curve in section.curves if curve.against]
-    figures += [
-        curves_figure(at_the_end(name, against), f"{titles[name]}, at the end", titles[against], joined=False)
-        for name, against in pairs
-    ]
-    caption = f"What training logged, mean over seeds ({len(runs)} of them)"
-    caption += "; in the last panel one point per agent and seed, at the last step." if pairs else "."
-    variant = summary.variant
-    heading = f"{section.title}: {comparison.name(variant)} on {variant.task}, {comparison.dataset(variant)}"
-    return Section(
-        heading, captioned(f'<div class="pairs">{"".join(figures)}</div>', " ".join([caption, *notes]))
-    )

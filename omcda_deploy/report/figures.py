@@ -38,11 +38,29 @@ _MAX_POINTS = 300  # per curve; the panel has no more pixels
 
 @dataclass(frozen=True)
 class Bar:
-    """A mean, its ``error`` to each side (nan where it is not known), and the values it was taken over."""
+    """A mean, its whisker and the values it was taken over.
+
+    The whisker is ``error`` to each side or ``interval`` from low to high, nan where it is not known.
+    """
 
     mean: float
     error: float
     values: NDArray[np.float64]
+    interval: tuple[float, float] | None = None
+
+    @property
+    def whisker(self) -> tuple[float, float]:
+        """Low and high end of the whisker."""
+        return self.interval or (self.mean - self.error, self.mean + self.error)
+
+    @property
+    def label(self) -> str:
+        """The numbers in words."""
+        if not math.isfinite(self.whisker[0]):
+            return significant(self.mean)
+        if self.interval is None:
+            return f"{significant(self.mean)} ± {significant(self.error)}"
+        return f"{significant(self.mean)}, {significant(self.interval[0])} to {significant(self.interval[1])}"
 
 
 @dataclass(frozen=True)
@@ -239,7 +257,7 @@ def grouped_bars_figure(groups: Mapping[str, Mapping[str, Bar]], label: str, ser
     key, top = legend({name: classes[name] for name in names}, _WIDTH)
     left, right, bottom = 72.0, 8.0, top + 250.0
     bars = [bar for group in groups.values() for bar in group.values()]
-    ends = [end for b in bars for end in (b.mean - b.error, b.mean + b.error, b.mean, *b.values)]
+    ends = [end for bar in bars for end in (*bar.whisker, bar.mean, *bar.values)]
     finite = np.array([0.0, *(end for end in ends if math.isfinite(end))])
     y = linear_scale(finite, bottom, top, from_zero=True)
     parts = [*key, *y_axis(y, left, _WIDTH - right, label, (top + bottom) / 2, about=6)]
@@ -259,19 +277,19 @@ def grouped_bars_figure(groups: Mapping[str, Mapping[str, Bar]], label: str, ser
 
 def _upright_bar(y: Scale, middle: float, width: float, bar: Bar, kind: str, name: str) -> list[str]:
     low, high = sorted((y(0.0), y(bar.mean)))
-    label = significant(bar.mean) + (f" ± {significant(bar.error)}" if math.isfinite(bar.error) else "")
     parts = [
         f'<rect class="filled {kind}" x="{middle - 0.43 * width:.1f}" y="{low:.1f}" '
         f'width="{0.86 * width:.1f}" height="{high - low:.1f}" rx="2">'
-        f"<title>{escape(f'{name}: {label}')}</title></rect>"
+        f"<title>{escape(f'{name}: {bar.label}')}</title></rect>"
     ]
     parts += [
         f'<circle class="run" cx="{middle:.1f}" cy="{y(value):.1f}" r="2.5"/>'
         for value in bar.values
         if math.isfinite(value)
     ]
-    if math.isfinite(bar.error):
-        parts += whisker(middle, y(bar.mean - bar.error), y(bar.mean + bar.error), "error")
+    bottom, top = bar.whisker
+    if math.isfinite(bottom) and math.isfinite(top):
+        parts += whisker(middle, y(bottom), y(top), "error")
     return parts
 
 

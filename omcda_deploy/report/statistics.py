@@ -1,4 +1,4 @@
-"""Statistics over runs: mean and std, interquartile mean with a bootstrap interval, normalised score.
+"""Statistics over runs: interquartile mean, probability of improvement, their intervals, normalised score.
 
 The definitions are rliable's (Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical
 Precipice", NeurIPS 2021). The value of a run is its mean return over the evaluation episodes, so the spread is one
@@ -53,6 +53,10 @@ REFERENCES = {
     "mamujoco/ant-2x4": _mamujoco(-49.7, 2055.07),
     "mamujoco/halfcheetah-6x1": _mamujoco(-285.2, 2785.10),
 }
+# Of all tasks of a family. Nothing published is in units of SMAX.
+FAMILY_REFERENCES = {
+    "smax": ScoreReference(0.0, 2.0, "0: return 0; 100: return 2, the most that a battle can return, won"),
+}
 
 
 def std(values: ArrayLike) -> float:
@@ -94,19 +98,98 @@ def bootstrap_interval(
     if not groups or min(values.size for values in groups) < 2:
         return None
     generator = np.random.default_rng(seed)
-    samples = [values[generator.integers(values.size, size=(replications, values.size))] for values in groups]
-    means = interquartile_mean(np.concatenate(samples, axis=1))
+    samples = [_resampled(values, generator, replications) for values in groups]
+    return _percentiles(interquartile_mean(np.concatenate(samples, axis=1)), confidence)
+
+
+def probability_of_improvement(tasks: Sequence[tuple[ArrayLike, ArrayLike]]) -> float:
+    """Mean over tasks of ``P(X > Y) + P(X = Y)/2``: how likely a run of X returns more than one of Y.
+
+    ``tasks`` holds the values of both methods' runs on each task, [R] and [R'], which need not be equally many. On
+    one task this is the Mann-Whitney statistic U / (R R').
+    """
+    return float(np.mean([_wins(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in tasks]))
+
+
+def improvement_interval(
+    tasks: Sequence[tuple[ArrayLike, ArrayLike]],
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+    replications: int = REPLICATIONS,
+) -> Interval | None:
+    """Percentile interval of :func:`probability_of_improvement` by the stratified bootstrap.
+
+    Each replication samples the runs of each method on each task with replacement. Returns None unless every task
+    has two runs or more of both.
+    """
+    pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in tasks]
+    if not pairs or min(values.size for pair in pairs for values in pair) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    wins = [_wins(*(_resampled(values, generator, replications) for values in pair)) for pair in pairs]
+    return _percentiles(np.mean(wins, axis=0), confidence)
+
+
+def mean_interval(
+    groups: Sequence[ArrayLike], *, seed: int = 0, confidence: float = 0.95, replications: int = REPLICATIONS
+) -> Interval | None:
+    """Percentile interval of the mean over groups of the mean of their values [R], by the stratified bootstrap.
+
+    Returns None unless every group has two values or more.
+    """
+    arrays = [np.asarray(values, np.float64) for values in groups]
+    if not arrays or min(values.size for values in arrays) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    means = [_resampled(values, generator, replications).mean(axis=1) for values in arrays]
+    return _percentiles(np.mean(means, axis=0), confidence)
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's correlation of two series [N] of two values or more; nan where one of them is constant."""
+    ranks = [_ranks(np.asarray(values, np.float64)) for values in (x, y)]
+    first, second = (values - values.mean() for values in ranks)
+    scale = math.sqrt(float((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / scale if scale else math.nan
+
+
+def _ranks(values: Values) -> Values:
+    """Ranks from 0, equal values sharing the mean of theirs."""
+    less = (values[None, :] < values[:, None]).sum(axis=1)
+    equal = (values[None, :] == values[:, None]).sum(axis=1)
+    ranks: Values = less + (equal - 1) / 2
+    return ranks
+
+
+def _wins(x: Values, y: Values) -> Values:
+    """Share of pairs that X wins, equal ones half: [...] from [..., R] and [..., R']."""
+    wins: Values = 0.5 + 0.5 * np.sign(x[..., :, None] - y[..., None, :]).mean(axis=(-2, -1))
+    return wins
+
+
+def _resampled(values: Values, generator: np.random.Generator, replications: int) -> Values:
+    """Samples of the runs [R] with replacement, [replications, R]."""
+    return values[generator.integers(values.size, size=(replications, values.size))]
+
+
+def _percentiles(samples: Values, confidence: float) -> Interval:
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(means, (tail, 100 - tail))
+    low, high = np.percentile(samples, (tail, 100 - tail))
     return Interval(float(low), float(high))
 
 
+def reference_of(task: str) -> ScoreReference | None:
+    """Return a task's own reference, or its family's; None where there is none."""
+    return REFERENCES.get(task) or FAMILY_REFERENCES.get(task.partition("/")[0])
+
+
 def normalised_score(task: str, returns: ArrayLike) -> Values | None:
-    """``100 (return - low) / (high - low)`` by :data:`REFERENCES`, of any shape.
+    """``100 (return - low) / (high - low)`` by :func:`reference_of`, of any shape.
 
     Returns None for a task without a reference.
     """
-    reference = REFERENCES.get(task)
+    reference = reference_of(task)
     if reference is None:
         return None
     return 100 * (np.asarray(returns, np.float64) - reference.low) / (reference.high - reference.low)

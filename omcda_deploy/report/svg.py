@@ -6,9 +6,10 @@ Functions return SVG elements as text, or a list of them. Coordinates are pixels
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,26 @@ def svg(width: float, height: float, label: str, parts: Iterable[str]) -> str:
         + "".join(parts)
         + "</svg>"
     )
+
+
+def side_by_side(figures: Sequence[str], columns: int = 2, gap: float = 16.0) -> str:
+    """One element of several of :func:`svg`, in rows of ``columns``, each as large as it is alone."""
+    if len(figures) == 1:
+        return figures[0]
+    parts, labels, x, y, width, height = [], [], 0.0, 0.0, 0.0, 0.0
+    for index, figure in enumerate(figures):
+        if index % columns == 0:
+            x, y = 0.0, height + (gap if index else 0.0)
+        opening, _, content = figure.removesuffix("</svg>").partition(">")
+        size = re.search(r'viewBox="0 0 (\S+) (\S+)"', opening)
+        label = re.search(r'aria-label="(.*)"', opening)
+        assert size is not None  # as svg() writes them
+        assert label is not None
+        parts.append(f'<g transform="translate({x:g} {y:g})">{content}</g>')
+        labels.append(unescape(label[1]))
+        width, height = max(width, x + float(size[1])), max(height, y + float(size[2]))
+        x += float(size[1]) + gap
+    return svg(width, height, "; ".join(labels), parts)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:

@@ -44,7 +44,14 @@ STEPS = 20
 SMALL = {"hidden": 8, "batch_size": 8}
 FILES = (
     *("returns.csv", "summary.csv", "temperatures.csv", "influence.csv", "d_tot.csv"),
-    *("results.md", "report.html", "results-temperatures-1.svg", "results-temperatures-2.svg"),
+    *(
+        "results.md",
+        "report.html",
+        "results-d_tot.svg",
+        "results-influence.svg",
+        "results-temperatures-1.svg",
+        "results-temperatures-2.svg",
+    ),
 )
 
 

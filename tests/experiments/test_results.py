@@ -13,7 +13,8 @@ from omcda_deploy.cli import app
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments import engines
 from omcda_deploy.experiments import train as training
-from omcda_deploy.experiments.results import read_page, write_page
+from omcda_deploy.experiments.pages import write_results
+from omcda_deploy.experiments.results import read_results
 from omcda_deploy.experiments.sweep import Job
 from omcda_deploy.registry import read_dataset
 
@@ -112,14 +113,14 @@ def test_a_wrong_page_is_refused(tmp_path: Path, change: tuple[str, str], messag
     page = tmp_path / "page.toml"
     page.write_text(PAGE.replace(*change))
     with pytest.raises(OmcdaError, match=message):
-        read_page(page)
+        read_results(page)
 
 
 def test_a_page_records_its_own_dataset(tmp_path: Path) -> None:
     page = tmp_path / "page.toml"
     page.write_text(PAGE.replace("steps = 10", 'steps = 10\ndatasets = ["a.hdf5"]'))
     with pytest.raises(ConfigError, match=r"runs\[1\]: datasets"):
-        write_page(page, tmp_path / "results", 1)
+        write_results(page, tmp_path / "results", 1)
     assert not (tmp_path / "results").exists()
 
 
@@ -143,5 +144,5 @@ def test_a_page_is_checked_whole_before_anything_is_recorded(
     assert change[0] in PAGE
     page.write_text(PAGE.replace(*change))
     with pytest.raises(OmcdaError, match=message):
-        write_page(page, tmp_path / "results", 1)
+        write_results(page, tmp_path / "results", 1)
     assert not (tmp_path / "results").exists()

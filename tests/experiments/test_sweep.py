@@ -9,28 +9,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import typer
 
 from omcda_deploy import cli
+from omcda_deploy.cli import app
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.engines import run_locally
+from omcda_deploy.experiments.fleets import fleets_of, run_fleet, train_jobs
 from omcda_deploy.experiments.observer import Observer
-from omcda_deploy.experiments.sweep import (
-    Job,
-    Sweep,
-    check_jobs,
-    fleets_of,
-    jobs_of,
-    read_sweep,
-    run_fleet,
-    train_jobs,
-)
+from omcda_deploy.experiments.sweep import Job, Sweep, check_jobs, jobs_of, read_sweep
 from omcda_deploy.processes import child_environment
 from omcda_deploy.registry import team_spec
 from omcda_deploy.training.checkpoint import load_state
@@ -127,6 +121,13 @@ WRONG: list[tuple[str, str, str]] = [  # entry of the file, its replacement, the
     ("steps = 20", 'steps = "20"', "steps: expected a whole number from 1 on, got '20'"),
     ("steps = 20", "steps = 0", "steps: expected a whole number from 1 on, got 0"),
     ("steps = 20", "steps = 20\nsnapshot_every = 1.5", "snapshot_every: expected a whole number"),
+    (
+        "steps = 20",
+        "steps = 20\nbehavior_steps = 0",
+        "behavior_steps: expected a whole number from 1 on, got 0",
+    ),
+    ("steps = 20", "steps = 20\ndevice = 0", 'device: expected a name such as "cuda", got 0'),
+    ("steps = 20", 'steps = 20\ndevice = "tpu"', "device: expected cpu, cuda or cuda:N, got 'tpu'"),
     ("[grid.omcda]", "[grid.omiga]", r"unknown algorithm of \[grid\] 'omiga'"),
     ("[grid.omcda]", "[grid]", r"grid|algorithm of \[grid\]"),
     ("d_tot = [0.3, 1.2]", "d_tot = 0.3", r"grid\.omcda\.d_tot: expected a list of values .*, got 0\.3"),
@@ -176,6 +177,7 @@ def test_a_dataset_that_an_algorithm_cannot_take_is_refused(
         ({"time_limit_is_terminal": True}, "a run of time_limit_is_terminal True, expected False"),
         ({"dataset_digest": "0" * 64}, "a run of dataset digest 000000000000…, expected [0-9a-f]{12}…"),
         ({"settings": {"d_tot": 0.7}}, r"a run of d_tot 0\.7, expected 0\.3"),
+        ({"device": "cuda"}, "a run of device cuda, expected cpu"),
     ],
 )
 def test_a_folder_of_another_request_is_refused(
@@ -203,6 +205,15 @@ def test_an_interval_of_policies_counts_where_the_file_states_it(file: Path, tmp
     check_jobs([job])
     with pytest.raises(ConfigError, match="a run of snapshot_every 300, expected 500"):
         check_jobs([replace(job, snapshot_every=500)])
+
+
+def test_steps_of_cloning_count_where_the_file_states_them(file: Path, tmp_path: Path) -> None:
+    job = jobs_of(read_sweep(file), tmp_path / "out")[0]
+    finish(job)
+    write_config(job.run, replace(read_config(job.run), behavior={"steps": 5}))
+    check_jobs([job, replace(job, behavior_steps=5)])
+    with pytest.raises(ConfigError, match="a run of behavior_steps 5, expected 50"):
+        check_jobs([replace(job, behavior_steps=50)])
 
 
 def test_a_run_that_is_older_than_a_setting_has_its_default(file: Path, tmp_path: Path) -> None:
@@ -305,7 +316,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[list[str]]
         output.write("a line\nthe last line\n")
         return answer(command)
 
-    monkeypatch.setattr("omcda_deploy.experiments.sweep.run_child", run)
+    monkeypatch.setattr("omcda_deploy.experiments.fleets.run_child", run)
     return commands
 
 
@@ -369,14 +380,44 @@ def test_a_process_is_told_its_jobs(file: Path, tmp_path: Path, monkeypatch: pyt
         assert (tmp_path / "out" / "b" / f"{log}.log").read_text() == "a line\nthe last line\n"
 
 
-def test_an_interval_that_a_file_states_is_trained_with(
+def test_what_a_file_states_is_trained_with(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = answered(monkeypatch, lambda command: 0)
-    file.write_text(file.read_text().replace("steps = 20", "steps = 20\nsnapshot_every = 10"))
+    more = 'snapshot_every = 10\nbehavior_steps = 7\ndevice = "cuda:1"'
+    file.write_text(file.read_text().replace("steps = 20", f"steps = 20\n{more}"))
     run_fleet(jobs_of(read_sweep(file), tmp_path / "out")[:1])
     [job] = jobs_in(commands[0])
-    assert job.request.kept_every == 10
+    request = job.request
+    assert (request.kept_every, request.behavior, request.device) == (10, {"steps": 7}, "cuda:1")
+
+
+def test_every_entry_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs/sweeps.md").read_text()
+    help_text = " ".join((typer.main.get_command(app).commands["sweep"].help or "").split())  # type: ignore[attr-defined]
+    for entry in (field.name for field in fields(Sweep)):
+        assert ("`[grid.ALGORITHM]`" if entry == "grid" else f"`{entry}`") in page, entry
+        assert re.search(rf"\b{entry}\b", help_text), entry
+
+
+def test_settings_of_all_algorithms_stand_below_a_grids(tmp_path: Path) -> None:
+    grid: dict[str, dict[str, list[Any]]] = {"omcda": {"d_tot": [1.2], "hidden": [16]}}
+    sweep = Sweep(["a.hdf5"], ["bc", "omcda"], [0], 100, settings={"hidden": 8, "lr": 1e-3}, grid=grid)
+    assert [(job.run.parent.name, dict(job.settings)) for job in jobs_of(sweep, tmp_path)] == [
+        ("bc-hidden=8-lr=0.001", {"hidden": 8, "lr": 1e-3}),
+        ("omcda-hidden=16-lr=0.001-d_tot=1.2", {"hidden": 16, "lr": 1e-3, "d_tot": 1.2}),
+    ]
+
+
+def test_a_run_of_a_recipe_is_not_one_of_its_settings(file: Path, tmp_path: Path) -> None:
+    """Only the name tells the runs apart where the paper's settings are today's defaults."""
+    file.write_text(file.read_text().split("[grid")[0] + '[grid.omcda]\nrecipe = ["paper"]\n')
+    job = next(job for job in jobs_of(read_sweep(file), tmp_path / "out") if job.algorithm == "omcda")
+    assert job.run.parent.name == "omcda-recipe=paper"
+    check_jobs([job])
+    finish(job)
+    with pytest.raises(ConfigError, match=r"the folder is a run of recipe none, expected paper"):
+        check_jobs([job])
 
 
 def test_results_hold_sweeps_to_the_same_rules(tmp_path: Path) -> None:
@@ -426,7 +467,7 @@ def test_runs_of_several_rows_have_the_bits_of_each_alone(
 
     together, alone = rows("together"), rows("alone")
     with monkeypatch.context() as patch:
-        patch.setattr("omcda_deploy.experiments.sweep.run_child", run)
+        patch.setattr("omcda_deploy.experiments.fleets.run_child", run)
         assert run_locally(together, 1, Observer()) == []
     assert [jobs_in(command) for command in commands] == [together]
     for job in alone:
@@ -508,7 +549,7 @@ def test_a_killed_run_is_taken_up_again(
         assert process.exitcode is not None
         return process.exitcode
 
-    monkeypatch.setattr("omcda_deploy.experiments.sweep.run_child", run)
+    monkeypatch.setattr("omcda_deploy.experiments.fleets.run_child", run)
     [reason] = run_fleet([job])
     assert re.search("seed0 stopped with status -9", str(reason))
     assert not job.finished

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +21,7 @@ from omcda_deploy.envs.mamujoco import MultiAgentMujoco
 from omcda_deploy.envs.smax import SmaxVector
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.experiments import behavior_returns
-from omcda_deploy.experiments.behavior_returns import Moments, PolicyReturns, Returns, mixture
+from omcda_deploy.experiments.behavior_returns import SIMULATORS, Moments, PolicyReturns, Returns, mixture
 from omcda_deploy.experiments.tier_index import write_index
 from omcda_deploy.experiments.tiers import (
     choose_tiers,
@@ -138,13 +140,28 @@ def test_tasks_without_behavior_policies(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("simulator", SIMULATORS)
+def test_every_simulator_trains_as_the_protocol_says(simulator: str) -> None:
+    from omcda_deploy.training.behavior.checkpoint import BehaviorModule
+
+    module = importlib.import_module(SIMULATORS[simulator].module)
+    expected = list(inspect.signature(BehaviorModule.train).parameters)[1:]
+    assert list(inspect.signature(module.train).parameters) == expected
+
+
 def test_the_steps_of_a_training_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from omcda_deploy.training.behavior import mujoco
 
     calls: list[tuple[str, int, int, int | None]] = []
 
     def train(
-        task: str, out: Path, seed: int, config: mujoco.PpoConfig, record: Path | None, until: int | None
+        task: str,
+        out: Path,
+        seed: int,
+        config: mujoco.PpoConfig,
+        record: Path | None,
+        until: int | None,
+        _: object,
     ) -> None:
         calls.append((task, seed, config.steps, until))
 

@@ -13,8 +13,12 @@ from omcda_deploy.report.statistics import (
     REFERENCES,
     Interval,
     bootstrap_interval,
+    improvement_interval,
     interquartile_mean,
+    mean_interval,
     normalised_score,
+    probability_of_improvement,
+    rank_correlation,
     std,
 )
 
@@ -101,6 +105,86 @@ def test_there_is_no_interval_without_a_second_run(tasks: list[list[float]]) -> 
     assert bootstrap_interval(tasks) is None
 
 
+# -- rliable's aggregates, against scipy --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5, 8, 21, 105])
+def test_the_interquartile_mean_is_scipys_trimmed_mean(runs: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(runs).standard_t(2, size=runs).round(1)  # with ties and outliers
+    assert interquartile_mean(values) == pytest.approx(stats.trim_mean(values, 0.25), abs=1e-12)
+
+
+def test_the_probability_of_improvement_is_mann_whitneys_u() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(3)
+    tasks = [
+        (generator.integers(0, 6, size=n) * 1.0, generator.integers(0, 4, size=m) * 1.0)  # many are equal
+        for n, m in ((5, 5), (3, 5), (1, 7), (2, 1))
+    ]
+    expected = [stats.mannwhitneyu(x, y).statistic / (x.size * y.size) for x, y in tasks]
+    assert probability_of_improvement(tasks) == pytest.approx(np.mean(expected), abs=1e-12)
+    for task, value in zip(tasks, expected, strict=True):
+        assert probability_of_improvement([task]) == pytest.approx(value, abs=1e-12)
+    reversed_tasks = [(y, x) for x, y in tasks]
+    assert probability_of_improvement(reversed_tasks) == pytest.approx(1 - np.mean(expected), abs=1e-12)
+
+
+def test_the_interval_of_the_improvement_is_the_percentiles_of_all_resamples() -> None:
+    """Two and three runs can be drawn in 2^2 times 3^3 equally likely ways, on each of two tasks."""
+    tasks = [
+        (np.array([0.0, 2.0]), np.array([1.0, 2.0, -1.0])),
+        (np.array([5.0, 1.0]), np.array([0.0, 3.0, 1.0])),
+    ]
+
+    def resamples(x: np.ndarray, y: np.ndarray) -> list[float]:
+        return [
+            float(np.mean([(a > b) + 0.5 * (a == b) for a in x[list(i)] for b in y[list(j)]]))
+            for i in itertools.product(range(2), repeat=2)
+            for j in itertools.product(range(3), repeat=3)
+        ]
+
+    means = [(a + b) / 2 for a in resamples(*tasks[0]) for b in resamples(*tasks[1])]
+    for confidence in (0.5, 0.8):
+        tail = 50 * (1 - confidence)
+        low, high = np.percentile(means, (tail, 100 - tail))
+        interval = improvement_interval(tasks, confidence=confidence, replications=100_000)
+        assert interval is not None
+        assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.03)
+
+
+def test_single_runs_have_no_interval_of_improvement() -> None:
+    several = (np.array([1.0, 2.0]), np.array([0.0, 3.0]))
+    assert improvement_interval([several]) is not None
+    assert improvement_interval([several, (np.array([1.0]), np.array([0.0, 2.0]))]) is None
+    assert improvement_interval([several, (np.array([1.0, 2.0]), np.array([0.0]))]) is None
+    assert improvement_interval([]) is None
+
+
+def test_the_mean_over_groups_has_the_interval_of_its_resamples() -> None:
+    groups = [np.array([0.0, 1.0]), np.array([2.0, 6.0])]
+    means = [
+        (np.mean(a) + np.mean(b)) / 2
+        for a in itertools.product(groups[0], repeat=2)
+        for b in itertools.product(groups[1], repeat=2)
+    ]
+    interval = mean_interval(groups, confidence=0.8, replications=50_000)
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.percentile(means, (10, 90))), abs=1e-9)
+    assert mean_interval([groups[0], [1.0]]) is None
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_rank_correlation_is_spearmans(ties: bool) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(1)
+    x, y = generator.normal(size=(2, 9))
+    if ties:
+        x, y = x.round(), y.round()
+    assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert math.isnan(rank_correlation([1.0, 1.0], [0.0, 2.0]))
+
+
 # -- normalised score -----------------------------------------------------------------------------------------
 
 
@@ -111,6 +195,7 @@ def test_the_references_are_the_ends_of_the_scale() -> None:
         assert f"{reference.low:g}" in reference.source
         assert f"{reference.high:g}" in reference.source
     assert normalised_score("mamujoco/halfcheetah-6x1", 1249.95) == pytest.approx(50.0)
+    assert normalised_score("smax/corridor", [0.5, 2.0]) == pytest.approx([25.0, 100.0])
     assert normalised_score("toy/chain", [1.0]) is None
 
 

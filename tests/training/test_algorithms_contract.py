@@ -22,7 +22,7 @@ from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.fleet import run_state
 from omcda_deploy.training.networks import NetworkFactory
-from omcda_deploy.training.settings import build, plain_types
+from omcda_deploy.training.settings import build, describe, plain_types
 from tests.support.synthetic import (
     HIDDEN,
     behavior_actor,
@@ -247,3 +247,12 @@ def test_every_variant_of_omcda_trains_and_resumes(
     again = update(resumed, team, first=UPDATES)
     assert all(differing(a, b) == set() for a, b in zip(ahead, again, strict=True))
     assert all(bool(torch.isfinite(v).all()) for metrics in ahead for v in metrics.values())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_setting_says_its_range_and_what_it_means(name: str) -> None:
+    """``omcda-deploy settings`` shows both."""
+    for setting in describe(registry.load_algorithm(name).Config):
+        assert setting.range, setting.name
+        assert setting.meaning.strip(), setting.name
+        assert not setting.meaning.endswith("."), setting.name

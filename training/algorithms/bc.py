@@ -22,7 +22,7 @@ from omcda_deploy.training.fleet import mean_per_run
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
-from omcda_deploy.training.settings import Count, GradientNorm, LearningRate, Width, check
+from omcda_deploy.training.settings import BatchSize, GradientNorm, LearningRate, Width, check
 
 PAPER = "behaviour cloning (Pomerleau, 1989), with OMIGA's networks"
 SUMMARY = "imitates the dataset"
@@ -37,7 +37,7 @@ class Config:
 
     lr: LearningRate = 5e-4
     grad_clip: GradientNorm = 1.0
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     hidden: Width = 256
 
     def __post_init__(self) -> None:

@@ -49,10 +49,12 @@ from omcda_deploy.training.mlp import AgentMLP
 from omcda_deploy.training.networks import TIE, GreedyActor, NetworkFactory, total_value
 from omcda_deploy.training.optimizer import Group, JointOptimizer, frozen, loss_metrics, parameters_of
 from omcda_deploy.training.settings import (
+    BatchSize,
     Choice,
-    Count,
+    Discount,
     GradientNorm,
     LearningRate,
+    MixerWidth,
     Range,
     SampleCount,
     Tau,
@@ -81,24 +83,22 @@ DEPLOYED_LIMIT = 0.999
 class Config:
     """Settings of BCQ as published for MA-MuJoCo (continuous) and SMAC (discrete)."""
 
-    threshold: Unit = 0.4  # discrete: least G/max G of an allowed action; 0 allows all
-    phi: Annotated[float, Range(0.0, 2.0)] = 0.05  # continuous: largest move of an action by the perturbation
-    # Continuous: actions per agent over which a target is maximised.
-    target_samples: Annotated[int, Range(1, 1024)] = 10
-    candidates: SampleCount = 100  # continuous: actions per agent that the policy chooses among
-    pessimism: Unit = 0.75  # continuous: weight of the smaller of the two Qbar; the larger has the rest
-    # Continuous, the size of z: 2 A, or 2 N as in the published team code.
-    latent: Annotated[str, Choice("action", "team")] = "action"
-    kl_weight: Weight = 0.5
-    vae_hidden: Width = 64
-    mixer: Annotated[str, Choice("linear", "vdn", "qmix")] = "linear"
+    threshold: Annotated[Unit, "discrete: least G/max G of an allowed action; 0 allows all"] = 0.4
+    phi: Annotated[float, Range(0.0, 2.0), "continuous: largest move of an action by the perturbation"] = 0.05
+    target_samples: Annotated[int, Range(1, 1024), "continuous: actions per agent of a target's maximum"] = 10
+    candidates: Annotated[SampleCount, "continuous: actions per agent that the policy chooses among"] = 100
+    pessimism: Annotated[Unit, "continuous: weight of the smaller Qbar; the larger has the rest"] = 0.75
+    latent: Annotated[str, Choice("action", "team"), "size of z: 2 A, or 2 N as in published code"] = "action"
+    kl_weight: Annotated[Weight, "continuous: weight of the KL term in the loss of the VAE"] = 0.5
+    vae_hidden: Annotated[Width, "continuous: units of the VAE's hidden layers"] = 64
+    mixer: Annotated[str, Choice("linear", "vdn", "qmix"), "how the agents' values are joined"] = "linear"
     lr: LearningRate = 5e-4
-    gamma: Unit = 0.99
+    gamma: Discount = 0.99
     tau: Tau = 0.005
-    grad_clip: GradientNorm = 1.0  # norm, per group of parameters
-    batch_size: Count = 128
+    grad_clip: GradientNorm = 1.0
+    batch_size: BatchSize = 128
     hidden: Width = 256
-    mixer_hidden: Width = 64
+    mixer_hidden: MixerWidth = 64
 
     def __post_init__(self) -> None:
         check(self)

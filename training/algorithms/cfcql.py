@@ -71,13 +71,14 @@ from omcda_deploy.training.networks import (
 )
 from omcda_deploy.training.optimizer import Group, JointOptimizer, frozen, loss_metrics, parameters_of
 from omcda_deploy.training.settings import (
+    BatchSize,
     Choice,
-    Count,
+    Discount,
     GradientNorm,
     LearningRate,
+    MixerWidth,
     Range,
     Tau,
-    Unit,
     Weight,
     Width,
     check,
@@ -95,21 +96,23 @@ COLUMNS = (KL,)
 class Config:
     """Settings of CFCQL; alpha as published for MA-MuJoCo's medium data."""
 
-    alpha: Weight = 1.0  # weight of the penalty
-    lambda_tau: Weight = 1.0  # strength with which lambda_i follows the agents' divergences; 0: uniform
-    lambda_sign: Annotated[str, Choice("positive", "negative")] = "positive"  # sign of tau
-    twin: bool = True  # two critics; the smaller value is the target
-    mixer: Annotated[str, Choice("linear", "vdn", "qmix")] = "linear"
-    candidates: Annotated[int, Range(1, 1024)] = 10  # actions of each of the three kinds (continuous)
-    policy_std: Annotated[float, Range(0.01, 1.0)] = 0.2  # under the tanh (continuous)
-    action_penalty: Weight = 1e-3  # c of L_pi (continuous)
+    alpha: Annotated[Weight, "weight of the penalty"] = 1.0
+    lambda_tau: Annotated[
+        Weight, "strength with which lambda_i follows the agents' divergences; 0: uniform"
+    ] = 1.0
+    lambda_sign: Annotated[str, Choice("positive", "negative"), "sign of tau"] = "positive"
+    twin: Annotated[bool, "two critics, the smaller value is the target; false: one"] = True
+    mixer: Annotated[str, Choice("linear", "vdn", "qmix"), "how the agents' values are joined"] = "linear"
+    candidates: Annotated[int, Range(1, 1024), "continuous: actions of each of the three kinds"] = 10
+    policy_std: Annotated[float, Range(0.01, 1.0), "continuous: deviation of the policy under the tanh"] = 0.2
+    action_penalty: Annotated[Weight, "continuous: c of L_pi"] = 1e-3
     lr: LearningRate = 5e-4
-    gamma: Unit = 0.99
-    tau: Tau = 0.005  # step of the target networks
+    gamma: Discount = 0.99
+    tau: Tau = 0.005
     grad_clip: GradientNorm = 1.0
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     hidden: Width = 256
-    mixer_hidden: Width = 64
+    mixer_hidden: MixerWidth = 64
 
     def __post_init__(self) -> None:
         check(self)

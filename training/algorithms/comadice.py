@@ -57,13 +57,14 @@ from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
 from omcda_deploy.training.settings import (
+    BatchSize,
     Choice,
-    Count,
+    Discount,
     GradientNorm,
     LearningRate,
+    MixerWidth,
     Range,
     Tau,
-    Unit,
     Width,
     check,
 )
@@ -88,21 +89,26 @@ _RATIO_MAX = math.exp(10.0)  # kl's ratio is exponential: beyond this its dual c
 class Config:
     """Settings of ComaDICE as published for MA-MuJoCo."""
 
-    alpha: Annotated[float, Range(1e-6, 1e6)] = 10.0  # price of D_f between occupancies
-    f_divergence: Annotated[str, Choice(*F_DIVERGENCES)] = "soft_chi2"
-    # Occupancies begin anywhere in the data, or in the first states of episodes.
-    initial_states: Annotated[str, Choice("data", "first")] = "data"
-    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX)] = "linear"
-    weight_max: Annotated[float, Range(1.0, 1e6)] = 100.0  # cap of W_i
-    paper_code_vloss: bool = False  # the released code's gradient of L_v
-    paper_code_weights: bool = False  # clone each agent with the sum of all agents' weights
-    lr: LearningRate = 1e-4  # networks and lambdas
-    gamma: Unit = 0.99
+    alpha: Annotated[float, Range(1e-6, 1e6), "price of D_f between occupancies"] = 10.0
+    f_divergence: Annotated[str, Choice(*F_DIVERGENCES), "D_f"] = "soft_chi2"
+    initial_states: Annotated[
+        str,
+        Choice("data", "first"),
+        "occupancies begin anywhere in the data, or in the first states of episodes",
+    ] = "data"
+    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX), "how the agents' values are joined"] = (
+        "linear"
+    )
+    weight_max: Annotated[float, Range(1.0, 1e6), "cap of W_i"] = 100.0
+    paper_code_vloss: Annotated[bool, "the released code's gradient of L_v"] = False
+    paper_code_weights: Annotated[bool, "clone each agent with the sum of all agents' weights"] = False
+    lr: Annotated[LearningRate, "step size of Adam for the networks and lambdas"] = 1e-4
+    gamma: Discount = 0.99
     tau: Tau = 0.005
     grad_clip: GradientNorm = 1.0
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     hidden: Width = 256
-    mixer_hidden: Width = 64
+    mixer_hidden: MixerWidth = 64
 
     def __post_init__(self) -> None:
         check(self)

@@ -55,13 +55,14 @@ from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import GreedyActor, NetworkFactory, masked_log_softmax
 from omcda_deploy.training.optimizer import Group, JointOptimizer, frozen, loss_metrics, parameters_of
 from omcda_deploy.training.settings import (
+    BatchSize,
     Choice,
-    Count,
+    Discount,
     GradientNorm,
     LearningRate,
+    MixerWidth,
     SampleCount,
     Tau,
-    Unit,
     Weight,
     Width,
     check,
@@ -83,20 +84,25 @@ NO_QMIX = {
 class Config:
     """Settings of CQL as published for MA-MuJoCo, but for the policy's improvement."""
 
-    alpha: Weight = 1.0  # weight of the penalty
-    samples: SampleCount = 10  # continuous: actions of each of three kinds in the soft maximum
-    importance_correction: bool = False  # continuous: weigh them by 1/density
-    # Continuous; q_weighted_cloning is as published.
-    improvement: Annotated[str, Choice("soft_q", "q_weighted_cloning")] = "soft_q"
-    bias_per_agent: bool = False  # published for continuous actions: the penalty holds (N - 1) b
-    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX)] = "linear"
+    alpha: Annotated[Weight, "weight of the penalty"] = 1.0
+    samples: Annotated[SampleCount, "continuous: actions of each of three kinds in the soft maximum"] = 10
+    importance_correction: Annotated[bool, "continuous: weigh these actions by 1/density"] = False
+    improvement: Annotated[
+        str,
+        Choice("soft_q", "q_weighted_cloning"),
+        "continuous: how the policy improves; q_weighted_cloning is as published",
+    ] = "soft_q"
+    bias_per_agent: Annotated[bool, "published for continuous actions: the penalty holds (N - 1) b"] = False
+    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX), "how the agents' values are joined"] = (
+        "linear"
+    )
     lr: LearningRate = 5e-4
-    gamma: Unit = 0.99
+    gamma: Discount = 0.99
     tau: Tau = 0.005
-    grad_clip: GradientNorm = 1.0  # norm, per group of parameters
-    batch_size: Count = 128
+    grad_clip: GradientNorm = 1.0
+    batch_size: BatchSize = 128
     hidden: Width = 256
-    mixer_hidden: Width = 64
+    mixer_hidden: MixerWidth = 64
 
     def __post_init__(self) -> None:
         check(self)

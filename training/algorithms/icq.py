@@ -49,13 +49,14 @@ from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
 from omcda_deploy.training.settings import (
+    BatchSize,
     Choice,
-    Count,
+    Discount,
     GradientNorm,
     LearningRate,
+    MixerWidth,
     Range,
     Tau,
-    Unit,
     Width,
     check,
 )
@@ -78,18 +79,20 @@ NO_QMIX = {
 class Config:
     """Settings of ICQ as published for MA-MuJoCo."""
 
-    critic_temperature: Annotated[float, Range(1e-6, 1e9)] = 10.0  # T_Q, in units of return
-    policy_temperature: Annotated[float, Range(1e-6, 1e9)] = 100.0  # T_pi, in units of return
-    rho_max: Annotated[float, Range(1.0, 1e6)] = 10.0
-    as_released: bool = False  # the published code's weights and decay; see the module's docstring
-    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX)] = "linear"
+    critic_temperature: Annotated[float, Range(1e-6, 1e9), "T_Q, in units of return"] = 10.0
+    policy_temperature: Annotated[float, Range(1e-6, 1e9), "T_pi, in units of return"] = 100.0
+    rho_max: Annotated[float, Range(1.0, 1e6), "cap of the weights"] = 10.0
+    as_released: Annotated[bool, "the published code's weights and decay (the module's docstring)"] = False
+    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX), "how the agents' values are joined"] = (
+        "linear"
+    )
     lr: LearningRate = 5e-4
-    gamma: Unit = 0.99
+    gamma: Discount = 0.99
     tau: Tau = 0.005
-    grad_clip: GradientNorm = 1.0  # norm, per group of parameters
-    batch_size: Count = 128
+    grad_clip: GradientNorm = 1.0
+    batch_size: BatchSize = 128
     hidden: Width = 256
-    mixer_hidden: Width = 64
+    mixer_hidden: MixerWidth = 64
 
     def __post_init__(self) -> None:
         check(self)

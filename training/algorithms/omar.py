@@ -57,10 +57,12 @@ from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory, masked_log_softmax
 from omcda_deploy.training.optimizer import Group, JointOptimizer, frozen, loss_metrics, parameters_of
 from omcda_deploy.training.settings import (
+    BatchSize,
     Choice,
-    Count,
+    Discount,
     GradientNorm,
     LearningRate,
+    MixerWidth,
     Range,
     SampleCount,
     Tau,
@@ -87,22 +89,28 @@ NO_QMIX = {
 class Config:
     """Settings of OMAR as published for MA-MuJoCo."""
 
-    alpha: Weight = 1.0  # weight of the conservative penalty
-    coefficient: Unit = 0.5  # c: 0 climbs the critic alone, 1 imitates the search alone
-    penalty_samples: SampleCount = 10  # actions of each of three kinds in the soft maximum (continuous)
-    search_samples: Annotated[int, Range(2, 10**5)] = 20  # actions per iteration of CEM (continuous)
-    elites: Annotated[int, Range(2, 10**5)] = 5  # at most search_samples
-    iterations: Annotated[int, Range(1, 1000)] = 2
-    search_std: Annotated[float, Range(1e-6, 1e3)] = 2.0  # first sigma, of actions in [-1, 1]
-    bias_per_agent: bool = False  # published for continuous actions: the penalty holds (N - 1) b
-    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX)] = "linear"
+    alpha: Annotated[Weight, "weight of the conservative penalty"] = 1.0
+    coefficient: Annotated[Unit, "c: 0 climbs the critic alone, 1 imitates the search alone"] = 0.5
+    penalty_samples: Annotated[
+        SampleCount, "continuous: actions of each of three kinds in the soft maximum"
+    ] = 10
+    search_samples: Annotated[int, Range(2, 10**5), "continuous: actions per iteration of CEM"] = 20
+    elites: Annotated[
+        int, Range(2, 10**5), "continuous: best actions of an iteration, at most search_samples"
+    ] = 5
+    iterations: Annotated[int, Range(1, 1000), "continuous: iterations of CEM"] = 2
+    search_std: Annotated[float, Range(1e-6, 1e3), "continuous: first sigma, of actions in [-1, 1]"] = 2.0
+    bias_per_agent: Annotated[bool, "published for continuous actions: the penalty holds (N - 1) b"] = False
+    mixer: Annotated[str, Choice("linear", "vdn", refused=NO_QMIX), "how the agents' values are joined"] = (
+        "linear"
+    )
     lr: LearningRate = 5e-4
-    gamma: Unit = 0.99
+    gamma: Discount = 0.99
     tau: Tau = 0.005
-    grad_clip: GradientNorm = 1.0  # norm, per group of parameters
-    batch_size: Count = 128
+    grad_clip: GradientNorm = 1.0
+    batch_size: BatchSize = 128
     hidden: Width = 256
-    mixer_hidden: Width = 64
+    mixer_hidden: MixerWidth = 64
 
     def __post_init__(self) -> None:
         check(self)

@@ -52,10 +52,13 @@ from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
 from omcda_deploy.training.prices import SOLVE_EVERY, WINDOW, Dual, Exponents, Settling, SolvedPrice
 from omcda_deploy.training.settings import (
+    BatchSize,
     Choice,
     Count,
+    Discount,
     GradientNorm,
     LearningRate,
+    MixerWidth,
     Range,
     Tau,
     Unit,
@@ -86,42 +89,72 @@ SCAN = Scan("d_tot", "allocation", "Budget scan", "d_tot, nats (logarithmic)", "
 class Config:
     """Settings of OMCDA; the defaults are the starting point for MA-MuJoCo rewards."""
 
-    d_tot: Annotated[float, Range(1e-6, 1e3)] = 0.3  # nats per step, for all agents together
-    allocation: Annotated[str, Choice(*STRATEGIES)] = "influence"
-    # Total budget of the policies that the critics evaluate, where it is smaller than d_tot; 0: pi_b itself.
-    d_eval: Annotated[float, Range(0.0, 1e3)] = 1e3
-    decoupled: bool = True  # False: the ablation w/o-dq
-    divergence_mixer: Annotated[str, Choice("learned", "identity")] = "learned"
-    alpha0: Annotated[float, Range(1e-6, 1e6)] = 10.0  # first price; its bounds are alpha0/200 and 5 alpha0
-    temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # T of softmax(m/T)
-    # Inner product of the gradients whose ratio is the influence.
-    metric: Annotated[str, Choice("euclidean", "fisher")] = "euclidean"
-    # Actions per state for the reparameterised gradient (continuous).
-    influence_samples: Annotated[int, Range(1, 1024)] = 4
-    influence_decay: Annotated[float, Range(0.0, 1.0 - 1e-9)] = 0.99  # decay of the EMA of m_i, per step
-    reallocate_every: Count = 10  # steps between measurements of m_i
-    z_max: Annotated[float, Range(0.1, 50.0)] = 5.0
-    kappa_max: Annotated[float, Range(1.0, 1e6)] = 10.0
-    # The dual starts when the average of L_Qr/Var(y) is below `settled`, or after a share of the steps.
-    settled: Annotated[float, Range(0.0)] = 0.1
-    warmup: Unit = 0.2
-    # How alpha_i is found: by gradient (the paper's dual) or solved on the last batches.
-    price: Annotated[str, Choice("gradient", "solved")] = "gradient"
-    # Agent-steps over which divergence is averaged: all, or those with a choice (discrete).
-    divergence_over: Annotated[str, Choice("steps", "choices")] = "steps"
-    zero_heads: bool = False  # last layers of Q and V start at 0, so that the first policies are pi_b
-    clip_targets: bool = False  # to the data's returns-to-go
-    standardize_states: bool = False  # for the mixers
+    d_tot: Annotated[
+        float, Range(1e-6, 1e3), "total budget in nats per step, of all agents; auto: chosen from the data"
+    ] = 0.3
+    allocation: Annotated[
+        str,
+        Choice(*STRATEGIES),
+        "how the budget is shared; uniform and random are ablations, optimal one price for all",
+    ] = "influence"
+    d_eval: Annotated[
+        float,
+        Range(0.0, 1e3),
+        "total budget of the policies that the critics evaluate, where smaller than d_tot; 0: pi_b",
+    ] = 1e3
+    decoupled: Annotated[bool, "values of reward and divergence apart; false: the ablation w/o-dq"] = True
+    divergence_mixer: Annotated[str, Choice("learned", "identity"), "W^c: learned, or the identity"] = (
+        "learned"
+    )
+    alpha0: Annotated[
+        float, Range(1e-6, 1e6), "first price alpha_i; its bounds are alpha0/200 and 5 alpha0"
+    ] = 10.0
+    temperature: Annotated[
+        float, Range(1e-3, 1e3), "T of softmax(m/T), which turns influences into shares of the budget"
+    ] = 1.0
+    metric: Annotated[
+        str, Choice("euclidean", "fisher"), "inner product of the gradients whose ratio is the influence"
+    ] = "euclidean"
+    influence_samples: Annotated[
+        int, Range(1, 1024), "continuous: actions per state for the reparameterised gradient"
+    ] = 4
+    influence_decay: Annotated[
+        float, Range(0.0, 1.0 - 1e-9), "decay of the average of the influences m_i, per step"
+    ] = 0.99
+    reallocate_every: Annotated[Count, "steps between measurements of m_i"] = 10
+    z_max: Annotated[float, Range(0.1, 50.0), "z above which exp z goes on linearly and weights are cut"] = (
+        5.0
+    )
+    kappa_max: Annotated[float, Range(1.0, 1e6), "largest kappa_i"] = 10.0
+    settled: Annotated[float, Range(0.0), "the dual starts once the average of L_Qr/Var(y) is below this"] = (
+        0.1
+    )
+    warmup: Annotated[Unit, "share of the steps after which the dual starts in any case"] = 0.2
+    price: Annotated[
+        str,
+        Choice("gradient", "solved"),
+        "how alpha_i is found: by gradient (the paper's dual), or solved on the last batches",
+    ] = "gradient"
+    divergence_over: Annotated[
+        str,
+        Choice("steps", "choices"),
+        "agent-steps over which divergence is averaged: all, or those with a choice (discrete)",
+    ] = "steps"
+    zero_heads: Annotated[bool, "last layers of Q and V start at 0, so that the first policies are pi_b"] = (
+        False
+    )
+    clip_targets: Annotated[bool, "clip targets to the data's returns-to-go"] = False
+    standardize_states: Annotated[bool, "standardise states for the mixers"] = False
     lr: LearningRate = 5e-4
-    lr_divergence: LearningRate = 1e-4  # Q^c, V^c and their mixer
-    lr_alpha: Annotated[float, Range(0.0, 10.0)] = 3e-3
-    gamma: Unit = 0.99
-    tau: Tau = 0.005  # step of target networks
-    tau_policy: Tau = 0.005  # step of the averaged policy
-    grad_clip: GradientNorm = 1.0  # norm, per group of parameters
-    batch_size: Count = 128
+    lr_divergence: Annotated[LearningRate, "step size of Adam for Q^c, V^c and their mixer"] = 1e-4
+    lr_alpha: Annotated[float, Range(0.0, 10.0), "step size of the dual, for alpha_i"] = 3e-3
+    gamma: Discount = 0.99
+    tau: Tau = 0.005
+    tau_policy: Annotated[Tau, "step of the averaged policy, which is exported"] = 0.005
+    grad_clip: GradientNorm = 1.0
+    batch_size: BatchSize = 128
     hidden: Width = 256
-    mixer_hidden: Width = 64
+    mixer_hidden: MixerWidth = 64
 
     def __post_init__(self) -> None:
         check(self)

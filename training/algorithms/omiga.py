@@ -35,12 +35,13 @@ from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
 from omcda_deploy.training.settings import (
-    Count,
+    BatchSize,
+    Discount,
     GradientNorm,
     LearningRate,
+    MixerWidth,
     Range,
     Tau,
-    Unit,
     Width,
     check,
 )
@@ -61,15 +62,15 @@ COLUMNS = (
 class Config:
     """Settings of OMIGA as published for MA-MuJoCo."""
 
-    alpha: Annotated[float, Range(1e-6, 1e6)] = 10.0  # price of divergence, one for the team
-    z_max: Annotated[float, Range(0.1, 50.0)] = 10.0
+    alpha: Annotated[float, Range(1e-6, 1e6), "price of divergence, one for the team"] = 10.0
+    z_max: Annotated[float, Range(0.1, 50.0), "cap of the exponent z in the weights"] = 10.0
     lr: LearningRate = 5e-4
-    gamma: Unit = 0.99
+    gamma: Discount = 0.99
     tau: Tau = 0.005
     grad_clip: GradientNorm = 1.0
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     hidden: Width = 256
-    mixer_hidden: Width = 64
+    mixer_hidden: MixerWidth = 64
 
     def __post_init__(self) -> None:
         check(self)

@@ -64,10 +64,11 @@ class BehaviorModule(Protocol):
         config: Any,
         record: Path | None = None,
         until: int | None = None,
+        progress: Callable[[float, float], None] | None = None,
     ) -> None:
         """Train on ``task`` and write checkpoints to the new folder ``out``, and its episodes to ``record``.
 
-        ``until``: stop at so many environment steps of the configured ones.
+        ``until``: stop at so many environment steps of the configured ones. ``progress`` is told of them.
         """
         ...
 
@@ -94,7 +95,13 @@ def read_config(run: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{run}: expected a folder of  omcda-deploy behavior train, found no {file.name} there"
         )
-    config: dict[str, Any] = json.loads(file.read_text())
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+        config["task"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{file} is not of  omcda-deploy behavior train, or damaged ({error!r}): name a folder that it made"
+        ) from error
     return config
 
 
@@ -138,6 +145,7 @@ class Checkpoints(BaseCallback):
 
     ``save``: called with the checkpoint's path. ``rows_per_step``: the steps that SB3 counts for one step of an
     environment, for instance one per agent. ``until``: environment steps at which training stops, None for all.
+    ``progress`` is called with (environment steps so far, in all).
     """
 
     def __init__(
@@ -147,8 +155,10 @@ class Checkpoints(BaseCallback):
         save: Callable[[Path], None],
         rows_per_step: int = 1,
         until: int | None = None,
+        progress: Callable[[float, float], None] | None = None,
     ) -> None:
         super().__init__()
+        self._progress = progress
         self._until = until
         self._run, self._every, self._save, self._next = run, every, save, every
         self._rows_per_step = rows_per_step
@@ -170,6 +180,10 @@ class Checkpoints(BaseCallback):
             with (self._run / PROGRESS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
             log.info("%s", line)
+        if self._progress:
+            configured = self.model._total_timesteps // self._rows_per_step
+            total = configured if self._until is None else min(self._until, configured)
+            self._progress(min(steps, total), total)  # SB3 finishes its last rollout
         return self._until is None or steps < self._until
 
 

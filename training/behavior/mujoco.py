@@ -14,6 +14,7 @@ A joints of one agent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,11 +187,13 @@ def train(
     config: PpoConfig,
     record: Path | None = None,
     until: int | None = None,
+    progress: Callable[[float, float], None] | None = None,
 ) -> None:
     """Train on ``task`` (``mamujoco/<body>``) and write checkpoints to the new folder ``out``.
 
     ``record``: the training episodes become this dataset (:func:`recording`). ``until``: stop at so many
-    environment steps of the configured ones. Raises :class:`ConfigError` when ``out`` exists.
+    environment steps of the configured ones, of which ``progress`` is told. Raises :class:`ConfigError` when
+    ``out`` exists.
     """
     name, spec = task.removeprefix("mamujoco/"), team_spec(task)
 
@@ -220,7 +223,7 @@ def train(
     def save(path: Path) -> None:
         write_checkpoint(path, policy_arrays(model, statistics)._asdict())
 
-    checkpoints = Checkpoints(out, config.checkpoint_every, save, until=until)
+    checkpoints = Checkpoints(out, config.checkpoint_every, save, until=until, progress=progress)
     with recording(record, spec, seed, config.checkpoint_every) as callbacks:
         new_run(out, task, seed, config)
         model.learn(config.steps, callback=[checkpoints, *callbacks])

@@ -13,7 +13,7 @@ Shapes: B batch, E environments, N agents, W padded observation of an agent, H h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,11 +249,25 @@ def new_model(teams: VecNormalize, task: str, config: PpoConfig, seed: int) -> P
     )
 
 
-def train(task: str, out: Path, seed: int, config: PpoConfig) -> None:
+def train(
+    task: str,
+    out: Path,
+    seed: int,
+    config: PpoConfig,
+    record: Path | None = None,
+    until: int | None = None,
+    progress: Callable[[float, float], None] | None = None,
+) -> None:
     """Train on ``task`` (``mamujoco-khop1/<body>``) and write checkpoints to the new folder ``out``.
 
-    Raises :class:`ConfigError` when ``out`` exists.
+    ``until``: stop at so many environment steps of the configured ones, of which ``progress`` is told. Raises
+    :class:`ConfigError` when ``out`` exists, and for ``record``, which this simulator's training does not do.
     """
+    if record is not None:
+        raise ConfigError(
+            f"--record: the training on {task} is not recorded: leave it out, and record the policies with  "
+            "omcda-deploy collect"
+        )
     new_run(out, task, seed, config)
     teams = TeamStates(task, config.num_envs, seed)
     statistics = VecNormalize(teams, gamma=config.gamma)
@@ -262,7 +276,9 @@ def train(task: str, out: Path, seed: int, config: PpoConfig) -> None:
     def save(path: Path) -> None:
         write_checkpoint(path, policy_arrays(model, statistics, teams.spec)._asdict())
 
-    model.learn(config.steps, callback=Checkpoints(out, config.checkpoint_every, save))
+    model.learn(
+        config.steps, callback=Checkpoints(out, config.checkpoint_every, save, until=until, progress=progress)
+    )
 
 
 class DecentralizedBehaviorActor(nn.Module):

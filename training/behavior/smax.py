@@ -12,7 +12,7 @@ Shapes: B batch, E environments, N agents, O observation, A actions, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -287,11 +287,13 @@ def train(
     config: MaskablePpoConfig,
     record: Path | None = None,
     until: int | None = None,
+    progress: Callable[[float, float], None] | None = None,
 ) -> None:
     """Train on ``task`` (``smax/<map>``) and write checkpoints to the new folder ``out``.
 
     ``record``: the training episodes become this dataset (:func:`recording`). ``until``: stop at so many
-    environment steps of the configured ones. Raises :class:`ConfigError` when ``out`` exists.
+    environment steps of the configured ones, of which ``progress`` is told. Raises :class:`ConfigError` when
+    ``out`` exists.
     """
     rows = AgentRows(task, config.num_envs, seed, record is not None)
     model = new_model(rows, config, seed)
@@ -299,7 +301,7 @@ def train(
     def save(path: Path) -> None:
         write_checkpoint(path, policy_arrays(model)._asdict())
 
-    checkpoints = Checkpoints(out, config.checkpoint_every, save, rows.agents, until)
+    checkpoints = Checkpoints(out, config.checkpoint_every, save, rows.agents, until, progress)
     with recording(record, rows.spec, seed, config.checkpoint_every, rows.agents) as callbacks:
         new_run(out, task, seed, config)
         model.learn(config.steps * rows.agents, callback=[checkpoints, *callbacks])

@@ -1,0 +1,257 @@
+"""The overview of a comparison: duels, aggregates and verdicts follow the numbers, where there are some."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omcda_deploy.report.claims import Claim
+from omcda_deploy.report.comparison import Comparison, Curves, Result, summarise
+from omcda_deploy.report.figures import Bar, grouped_bars_figure
+from omcda_deploy.report.overview import Entry, Overview
+from omcda_deploy.report.overview_report import write_overview
+from omcda_deploy.report.scores import Score
+from omcda_deploy.report.svg import side_by_side, svg, text
+from tests.experiments.test_compare import AGENTS, episodes_of, result, score_of
+
+GOOD, BAD = [10.0, 11.0, 12.0, 13.0, 14.0], [1.0, 2.0, 3.0, 4.0, 5.0]
+HOPPER = "mamujoco/hopper-3x1"
+
+
+def entry(
+    values: Mapping[str, Sequence[float]], tier: str = "medium", task: str = HOPPER, **changes: object
+) -> Entry:
+    """A dataset on which methods have these values, one per seed, as runs of algorithms of these names."""
+    runs = [
+        replace(
+            result(seed, [value], task=task, dataset=tier, digest=tier, algorithm=name), run=f"{name}/{seed}"
+        )
+        for name, returns in values.items()
+        for seed, value in enumerate(returns)
+    ]
+    return made(runs, tier, task, dict.fromkeys(values, 5), **changes)
+
+
+def made(
+    runs: Sequence[Result],
+    tier: str = "medium",
+    task: str = HOPPER,
+    planned: Mapping[str, int] | None = None,
+    **changes: object,
+) -> Entry:
+    summaries, _ = summarise(runs)
+    names = {summary.variant: summary.variant.algorithm for summary in summaries}
+    comparison = Comparison(summaries, [], {"Evaluation": "none"}, names)
+    whole = Entry(
+        f"{task}/{tier}", f"{tier}.md", comparison, planned=planned or dict.fromkeys(names.values(), 5)
+    )
+    return replace(whole, **changes)  # type: ignore[arg-type]
+
+
+def overview(*entries: Entry, claims: Sequence[Claim] = ()) -> Overview:
+    methods = list(dict.fromkeys(name for e in entries for name in e.planned))
+    return Overview("Title", methods[0], methods, entries, claims)
+
+
+def better(*than: str, method: str = "a") -> Claim:
+    return Claim("a is better", "better", method, than)
+
+
+@pytest.mark.parametrize(
+    ("values", "word", "evidence"),
+    [
+        ({"a": GOOD, "b": BAD}, "holds", "ahead of b 1.00 (1.00 to 1.00); ahead in 1 of 1 comparison"),
+        ({"a": BAD, "b": GOOD}, "does not hold", "behind b 0.00 (0.00 to 0.00)"),
+        ({"a": GOOD, "b": GOOD}, "cannot be told", "not told apart from b 0.50"),
+        ({"a": GOOD[:4], "b": BAD}, "cannot be told", "too few runs beside b 1.00"),
+        (
+            {"a": GOOD, "b": BAD, "c": GOOD},
+            "cannot be told",
+            "ahead of b 1.00 (1.00 to 1.00); not told apart from c",
+        ),
+        ({"a": BAD, "b": GOOD, "c": BAD}, "does not hold", "behind b"),
+        ({"a": GOOD, "b": [1.0]}, "cannot be told", "too few runs beside b 1.00 (no interval)"),
+    ],
+)
+def test_a_method_is_ahead_only_where_the_interval_says_so(
+    values: Mapping[str, Sequence[float]], word: str, evidence: str
+) -> None:
+    judged = overview(entry(values)).verdict(better(*(set(values) - {"a"})))
+    assert judged[0] == word
+    for part in evidence.split("; "):
+        assert part in judged[1]
+
+
+def test_what_is_not_run_is_never_judged() -> None:
+    some = entry({"a": GOOD, "b": BAD})
+    missing = replace(some, label=f"{HOPPER}/expert", comparison=None, reason="no dataset")
+    assert overview(some, missing).verdict(better("b"))[0] == "so far: holds"
+    assert (
+        overview(some, replace(missing, missing=True)).verdict(better("b"))[0] == "holds"
+    )  # it never will be run
+    assert overview(missing).verdict(better("b")) == ("not run", "no run of a is finished")
+    partly = replace(some, planned={"a": 5, "b": 5, "c": 5})
+    word, evidence = overview(partly).verdict(better("b", "c"))
+    assert word == "cannot be told"
+    assert "not run: c" in evidence
+
+
+def test_datasets_are_compared_one_by_one_and_both_count_alike() -> None:
+    """On one dataset a is always better, on the other always worse: no more likely to be better than not."""
+    both = overview(entry({"a": GOOD, "b": BAD}), entry({"a": BAD, "b": GOOD}, "expert"))
+    duel = both.duel("a", "b")
+    assert duel.probability == 0.5
+    assert (duel.datasets(1), duel.datasets(-1), duel.verdict) == (1, 1, 0)
+    assert both.duel("a", "b", ["*/medium"]).verdict == 1
+
+
+def test_scores_of_all_datasets_are_joined() -> None:
+    """SMAX is normalised by 2; a task without a reference counts in duels alone."""
+    smax = "smax/corridor"
+    whole = overview(
+        entry({"a": [0.0, 1.0, 2.0, 2.0]}, task=smax),
+        entry({"a": [0.5, 1.0, 1.5, 2.0]}, "poor", task=smax),
+        entry({"a": GOOD}, task="toy/chain"),
+    )
+    iqm, interval, datasets = whole.iqm("a")
+    assert datasets == 2
+    assert iqm == pytest.approx(np.mean([50, 50, 75, 100]))
+    assert interval is not None
+    assert interval.low < iqm < interval.high
+
+
+def of_policies(name: str, seed: int, means: Sequence[float]) -> Result:
+    """A run whose last policies return these means."""
+    score = score_of([0.0])
+    [snapshot] = score.snapshots
+    snapshots = tuple(
+        replace(snapshot, step=step, reported=(episodes_of([mean]),) * 2) for step, mean in enumerate(means)
+    )
+    played: Score = replace(score, snapshots=snapshots)
+    return replace(result(seed, [0.0], task=HOPPER, algorithm=name), score=played)
+
+
+def test_the_spread_is_relative_and_its_median_is_over_datasets() -> None:
+    runs = [of_policies("a", seed, [90.0, 110.0]) for seed in range(2)]
+    runs += [of_policies("b", seed, [-80.0, -120.0]) for seed in range(2)]
+    more = [replace(r, variant=replace(r.variant, digest="e")) for r in runs]
+    wide = [of_policies("a", 0, [50.0, 150.0]), *(run for run in more if run.variant.algorithm == "b")]
+    whole = overview(made(runs), made(wide, "expert"), made(more, "poor"))
+    assert whole.spread("a") == pytest.approx(0.1)  # of 10 %, 50 % and 10 %
+    assert whole.spread("b") == pytest.approx(0.2)
+    claim = Claim("a is steady", "steady", "a", ("b",))
+    assert whole.verdict(claim)[0] == "holds"
+    assert "10.0 % against 20.0 % of b" in whole.verdict(claim)[1]
+    assert whole.verdict(Claim("b is", "steady", "b", ("a",)))[0] == "does not hold"
+
+
+@pytest.mark.parametrize(
+    ("left", "failed", "word"),
+    [
+        ([False] * 5, 0, "holds"),
+        ([False, True], 0, "does not hold"),
+        ([False], 1, "does not hold"),
+        ([None], 0, "cannot be told"),
+    ],
+)
+def test_runs_that_leave_the_data_or_fail_are_counted(
+    left: Sequence[bool | None], failed: int, word: str
+) -> None:
+    runs = [
+        replace(result(seed, [1.0], algorithm="a", task=HOPPER), diverged=flag)
+        for seed, flag in enumerate(left)
+    ]
+    whole = overview(made(runs, failed={"a": failed}))
+    assert whole.verdict(Claim("a converges", "converges", "a"))[0] == word
+    assert whole.flags("a") == (left.count(True), len(left) - left.count(None), failed)
+
+
+@pytest.mark.parametrize(("slope", "word"), [(1.0, "holds"), (-1.0, "does not hold")])
+def test_influence_follows_reward_where_the_ranks_of_agents_do(slope: float, word: str) -> None:
+    runs = []
+    for seed in range(5):
+        one = result(seed, [1.0], algorithm="a", task=HOPPER)
+        assert one.curves is not None
+        influence = np.random.default_rng(seed).normal(size=(4, len(AGENTS)))
+        values = {**one.curves.values, "influence": influence, "contribution": slope * np.exp(influence)}
+        curves: Curves = replace(one.curves, values=values, estimated=frozenset())
+        runs.append(replace(one, curves=curves))
+    claim = Claim("m follows V", "correlated", "a")
+    assert overview(made(runs)).verdict(claim)[0] == word
+    assert overview(made(runs[:4])).verdict(claim)[0] == "cannot be told"
+    estimated = [
+        replace(run, curves=replace(run.curves, estimated=frozenset({"contribution"})))
+        for run in runs
+        if run.curves is not None
+    ]
+    assert overview(made(estimated)).verdict(claim) == (
+        "cannot be told",
+        "no run logged both curves; 1 of 1 dataset",
+    )
+
+
+APART_AT_95 = [7.1, 8.1, 9.2, 9.8, 13.0]  # from GOOD; not at the level of one of three pairs
+
+
+@pytest.mark.parametrize(
+    ("worst", "word"),
+    [(BAD, "holds"), ([g + 0.1 for g in GOOD], "cannot be told"), (APART_AT_95, "cannot be told")],
+)
+def test_a_setting_matters_where_its_best_and_worst_value_differ(worst: Sequence[float], word: str) -> None:
+    assert overview(entry({"a": GOOD, "b": APART_AT_95})).duel("a", "b").verdict == 1
+    scans: dict[float, Sequence[float]] = {0.3: GOOD, 1.2: GOOD, 3.0: worst}
+    runs = [
+        replace(result(seed, [value], task=HOPPER, settings=(("d_tot", d_tot),)), run=f"{d_tot}/{seed}")
+        for d_tot, values in scans.items()
+        for seed, value in enumerate(values)
+    ]
+    whole = made(runs)
+    assert whole.comparison is not None
+    names = {summary.variant: str(summary.scan_value) for summary in whole.comparison.summaries}
+    whole = replace(
+        whole, comparison=replace(whole.comparison, names=names), planned=dict.fromkeys(names.values(), 5)
+    )
+    judged, evidence = overview(whole).verdict(Claim("d_tot matters", "sensitive", "0.3"))
+    assert judged == word
+    assert "best at 1.2, worst at 3" in evidence if word == "holds" else "on 0 of 1 scans" in evidence
+    assert overview(entry({"a": GOOD})).verdict(Claim("d_tot matters", "sensitive", "a"))[0] == "not run"
+
+
+def test_the_page_says_what_is_not_run_and_its_bars_are_intervals(tmp_path: Path) -> None:
+    some = entry({"a": GOOD, "b": BAD[:3]}, failed={"b": 2})
+    none = Entry(f"{HOPPER}/expert", "expert.md", None, "no simulator", planned={"a": 5, "b": 5})
+    write_overview(overview(some, none, claims=[better("b")]), tmp_path / "page.md", "the command")
+    text = (tmp_path / "page.md").read_text()
+    assert "Written by `the command`; do not edit." in text
+    assert "| a | 12.000 ± 1.414 (T 0) | not run |" in text
+    assert "| b | 2.000 ± 0.816 (T 0), 2 of 5 seeds not run | not run |" in text
+    assert f"* {HOPPER}/expert: not run: no simulator." in text
+    assert "* **So far: cannot be told** (the paper): a is better. Too few runs beside b 1.00" in text
+    assert re.search(r"\| b \| 1 of 2 \| 3 \|.* 1.00 \(1.00 to 1.00\) \|.* 2 \|", text)
+    figure = (tmp_path / "page-mamujoco-hopper-3x1.svg").read_text()
+    assert re.search(r"<title>medium, a: 12, \S+ to \S+</title>", figure)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_has_the_ends_of_its_interval() -> None:
+    bar = Bar(2.0, float("nan"), np.array([1.0, 4.0]), (1.5, 4.0))
+    assert bar.whisker == (1.5, 4.0)
+    assert "<title>x, a: 2, 1.5 to 4</title>" in grouped_bars_figure({"x": {"a": bar}}, "return", ["a"])
+    unknown = replace(bar, interval=(float("nan"), float("nan")))
+    assert "<title>x, a: 2</title>" in grouped_bars_figure({"x": {"a": unknown}}, "return", ["a"])
+
+
+def test_figures_side_by_side_keep_their_sizes() -> None:
+    figures = [svg(100, 50, f"<{index}>", [text(1, 2, str(index))]) for index in range(3)]
+    joined = side_by_side(figures, gap=10)
+    assert joined.startswith('<svg viewBox="0 0 210 110"')
+    assert re.findall(r"translate\((\S+) (\S+)\)", joined) == [("0", "0"), ("110", "0"), ("0", "60")]
+    assert 'aria-label="&lt;0&gt;; &lt;1&gt;; &lt;2&gt;"' in joined
+    assert side_by_side(figures[:1]) == figures[0]
