@@ -7,14 +7,26 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class VersionRequest(_message.Message):
-    __slots__ = ("version", "expected_current", "previous")
+    __slots__ = ("version", "expected_current", "previous", "evidence")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_CURRENT_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     version: str
     expected_current: str
     previous: str
-    def __init__(self, version: _Optional[str] = ..., expected_current: _Optional[str] = ..., previous: _Optional[str] = ...) -> None: ...
+    evidence: str
+    def __init__(self, version: _Optional[str] = ..., expected_current: _Optional[str] = ..., previous: _Optional[str] = ..., evidence: _Optional[str] = ...) -> None: ...
+
+class RecordRequest(_message.Message):
+    __slots__ = ("folder",)
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    folder: str
+    def __init__(self, folder: _Optional[str] = ...) -> None: ...
+
+class ConfigRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ListStreamsRequest(_message.Message):
     __slots__ = ()
@@ -49,7 +61,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerStatus(_message.Message):
-    __slots__ = ("current", "previous", "shadow", "versions", "models", "uptime_s", "contract_hash", "serving")
+    __slots__ = ("current", "previous", "shadow", "versions", "models", "uptime_s", "contract_hash", "serving", "recording", "recorded_rows", "lost_rows", "evidence")
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     SHADOW_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +70,10 @@ class ServerStatus(_message.Message):
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     CONTRACT_HASH_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
+    RECORDING_FIELD_NUMBER: _ClassVar[int]
+    RECORDED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LOST_ROWS_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     current: str
     previous: str
     shadow: str
@@ -66,7 +82,11 @@ class ServerStatus(_message.Message):
     uptime_s: float
     contract_hash: str
     serving: bool
-    def __init__(self, current: _Optional[str] = ..., previous: _Optional[str] = ..., shadow: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., contract_hash: _Optional[str] = ..., serving: bool = ...) -> None: ...
+    recording: str
+    recorded_rows: int
+    lost_rows: int
+    evidence: str
+    def __init__(self, current: _Optional[str] = ..., previous: _Optional[str] = ..., shadow: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., contract_hash: _Optional[str] = ..., serving: bool = ..., recording: _Optional[str] = ..., recorded_rows: _Optional[int] = ..., lost_rows: _Optional[int] = ..., evidence: _Optional[str] = ...) -> None: ...
 
 class HeldVersion(_message.Message):
     __slots__ = ("version", "bundle_digest", "idle_s")
@@ -79,7 +99,7 @@ class HeldVersion(_message.Message):
     def __init__(self, version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., idle_s: _Optional[float] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("model", "answers", "answers_per_s", "p50_ms", "p99_ms", "agents", "shadow_difference")
+    __slots__ = ("model", "answers", "answers_per_s", "p50_ms", "p99_ms", "agents", "shadow_difference", "shadow_answers", "shadow_failures")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_PER_S_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +107,8 @@ class ModelStatus(_message.Message):
     P99_MS_FIELD_NUMBER: _ClassVar[int]
     AGENTS_FIELD_NUMBER: _ClassVar[int]
     SHADOW_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FAILURES_FIELD_NUMBER: _ClassVar[int]
     model: str
     answers: int
     answers_per_s: float
@@ -94,7 +116,9 @@ class ModelStatus(_message.Message):
     p99_ms: float
     agents: _containers.RepeatedCompositeFieldContainer[AgentStatus]
     shadow_difference: float
-    def __init__(self, model: _Optional[str] = ..., answers: _Optional[int] = ..., answers_per_s: _Optional[float] = ..., p50_ms: _Optional[float] = ..., p99_ms: _Optional[float] = ..., agents: _Optional[_Iterable[_Union[AgentStatus, _Mapping]]] = ..., shadow_difference: _Optional[float] = ...) -> None: ...
+    shadow_answers: int
+    shadow_failures: int
+    def __init__(self, model: _Optional[str] = ..., answers: _Optional[int] = ..., answers_per_s: _Optional[float] = ..., p50_ms: _Optional[float] = ..., p99_ms: _Optional[float] = ..., agents: _Optional[_Iterable[_Union[AgentStatus, _Mapping]]] = ..., shadow_difference: _Optional[float] = ..., shadow_answers: _Optional[int] = ..., shadow_failures: _Optional[int] = ...) -> None: ...
 
 class AgentStatus(_message.Message):
     __slots__ = ("agent", "divergence", "budget", "guard", "threshold", "exceeded", "replaced")

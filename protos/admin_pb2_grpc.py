@@ -54,6 +54,21 @@ class AdminServiceStub(object):
                 request_serializer=omcda__deploy_dot_protos_dot_admin__pb2.VersionRequest.SerializeToString,
                 response_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
                 _registered_method=True)
+        self.Record = channel.unary_unary(
+                '/omcda.v1.AdminService/Record',
+                request_serializer=omcda__deploy_dot_protos_dot_admin__pb2.RecordRequest.SerializeToString,
+                response_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
+                _registered_method=True)
+        self.ReloadConfig = channel.unary_unary(
+                '/omcda.v1.AdminService/ReloadConfig',
+                request_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ConfigRequest.SerializeToString,
+                response_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
+                _registered_method=True)
+        self.CheckConfig = channel.unary_unary(
+                '/omcda.v1.AdminService/CheckConfig',
+                request_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ConfigRequest.SerializeToString,
+                response_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/omcda.v1.AdminService/GetStatus',
                 request_serializer=omcda__deploy_dot_protos_dot_admin__pb2.GetStatusRequest.SerializeToString,
@@ -103,6 +118,27 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Record(self, request, context):
+        """Record answered steps into a folder of the server's machine from now on; an empty folder ends that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadConfig(self, request, context):
+        """Read the configuration file again, and do as it says; or only look whether that could be done. What is wrong is told
+        with FAILED_PRECONDITION, and everything stays as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckConfig(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -145,6 +181,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
             'Shadow': grpc.unary_unary_rpc_method_handler(
                     servicer.Shadow,
                     request_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.VersionRequest.FromString,
+                    response_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.SerializeToString,
+            ),
+            'Record': grpc.unary_unary_rpc_method_handler(
+                    servicer.Record,
+                    request_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.RecordRequest.FromString,
+                    response_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.SerializeToString,
+            ),
+            'ReloadConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadConfig,
+                    request_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ConfigRequest.FromString,
+                    response_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.SerializeToString,
+            ),
+            'CheckConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckConfig,
+                    request_deserializer=omcda__deploy_dot_protos_dot_admin__pb2.ConfigRequest.FromString,
                     response_serializer=omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
@@ -270,6 +321,87 @@ class AdminService(object):
             target,
             '/omcda.v1.AdminService/Shadow',
             omcda__deploy_dot_protos_dot_admin__pb2.VersionRequest.SerializeToString,
+            omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Record(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omcda.v1.AdminService/Record',
+            omcda__deploy_dot_protos_dot_admin__pb2.RecordRequest.SerializeToString,
+            omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omcda.v1.AdminService/ReloadConfig',
+            omcda__deploy_dot_protos_dot_admin__pb2.ConfigRequest.SerializeToString,
+            omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/omcda.v1.AdminService/CheckConfig',
+            omcda__deploy_dot_protos_dot_admin__pb2.ConfigRequest.SerializeToString,
             omcda__deploy_dot_protos_dot_admin__pb2.ServerStatus.FromString,
             options,
             channel_credentials,

@@ -3,8 +3,8 @@
 Generated code refuses a protobuf older than its generator's, so the floor of the run time is set by the
 grpcio-tools that ran here; it is pinned to an old one on purpose.
 
-``policy.proto`` becomes ordinary ``_pb2`` modules. ``open_inference_grpc.proto`` becomes a descriptor set and a
-type stub, from which :mod:`omcda_deploy.protos.oip` builds its messages.
+``open_inference_grpc.proto`` becomes a descriptor set and a type stub, from which :mod:`omcda_deploy.protos.oip`
+builds its messages; the others become ordinary ``_pb2`` modules.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def generate(target: Path) -> list[Path]:
                 f"{PACKAGE}/policy.proto",
                 f"{PACKAGE}/admin.proto",
             ],
+            [f"--python_out={root}", f"--pyi_out={root}", f"{PACKAGE}/triton.proto"],
             [
                 f"--descriptor_set_out={made / 'open_inference_grpc.binpb'}",
                 f"--pyi_out={root}",

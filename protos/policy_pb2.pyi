@@ -2,7 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -38,7 +38,7 @@ class GetContractResponse(_message.Message):
     def __init__(self, model_version: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., team: _Optional[str] = ..., contract_hash: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., divergence_kind: _Optional[str] = ..., budgets: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ActRequest(_message.Message):
-    __slots__ = ("model", "model_version", "contract_hash", "step_id", "reset", "batch", "observation", "noise", "action_mask")
+    __slots__ = ("model", "model_version", "contract_hash", "step_id", "reset", "batch", "observation", "noise", "action_mask", "episode_id", "episode_step", "temperature", "others")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CONTRACT_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,10 @@ class ActRequest(_message.Message):
     OBSERVATION_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
     ACTION_MASK_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_STEP_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_version: str
     contract_hash: str
@@ -57,10 +61,14 @@ class ActRequest(_message.Message):
     observation: bytes
     noise: bytes
     action_mask: bytes
-    def __init__(self, model: _Optional[str] = ..., model_version: _Optional[str] = ..., contract_hash: _Optional[str] = ..., step_id: _Optional[int] = ..., reset: bool = ..., batch: _Optional[int] = ..., observation: _Optional[bytes] = ..., noise: _Optional[bytes] = ..., action_mask: _Optional[bytes] = ...) -> None: ...
+    episode_id: str
+    episode_step: int
+    temperature: float
+    others: _containers.RepeatedCompositeFieldContainer[ActRequest]
+    def __init__(self, model: _Optional[str] = ..., model_version: _Optional[str] = ..., contract_hash: _Optional[str] = ..., step_id: _Optional[int] = ..., reset: bool = ..., batch: _Optional[int] = ..., observation: _Optional[bytes] = ..., noise: _Optional[bytes] = ..., action_mask: _Optional[bytes] = ..., episode_id: _Optional[str] = ..., episode_step: _Optional[int] = ..., temperature: _Optional[float] = ..., others: _Optional[_Iterable[_Union[ActRequest, _Mapping]]] = ...) -> None: ...
 
 class ActResponse(_message.Message):
-    __slots__ = ("step_id", "model_version", "batch", "action", "divergence", "behavior_action", "mean", "log_std", "behavior_mean", "behavior_log_std", "logits", "behavior_logits", "policy_weight")
+    __slots__ = ("step_id", "model_version", "batch", "action", "divergence", "behavior_action", "mean", "log_std", "behavior_mean", "behavior_log_std", "logits", "behavior_logits", "policy_weight", "others")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +82,7 @@ class ActResponse(_message.Message):
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     BEHAVIOR_LOGITS_FIELD_NUMBER: _ClassVar[int]
     POLICY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     model_version: str
     batch: int
@@ -87,4 +96,5 @@ class ActResponse(_message.Message):
     logits: bytes
     behavior_logits: bytes
     policy_weight: bytes
-    def __init__(self, step_id: _Optional[int] = ..., model_version: _Optional[str] = ..., batch: _Optional[int] = ..., action: _Optional[bytes] = ..., divergence: _Optional[bytes] = ..., behavior_action: _Optional[bytes] = ..., mean: _Optional[bytes] = ..., log_std: _Optional[bytes] = ..., behavior_mean: _Optional[bytes] = ..., behavior_log_std: _Optional[bytes] = ..., logits: _Optional[bytes] = ..., behavior_logits: _Optional[bytes] = ..., policy_weight: _Optional[bytes] = ...) -> None: ...
+    others: _containers.RepeatedCompositeFieldContainer[ActResponse]
+    def __init__(self, step_id: _Optional[int] = ..., model_version: _Optional[str] = ..., batch: _Optional[int] = ..., action: _Optional[bytes] = ..., divergence: _Optional[bytes] = ..., behavior_action: _Optional[bytes] = ..., mean: _Optional[bytes] = ..., log_std: _Optional[bytes] = ..., behavior_mean: _Optional[bytes] = ..., behavior_log_std: _Optional[bytes] = ..., logits: _Optional[bytes] = ..., behavior_logits: _Optional[bytes] = ..., policy_weight: _Optional[bytes] = ..., others: _Optional[_Iterable[_Union[ActResponse, _Mapping]]] = ...) -> None: ...

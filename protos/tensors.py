@@ -21,6 +21,13 @@ DTYPES: Mapping[Datatype, np.dtype[Any]] = {
     "INT64": np.dtype("<i8"),
     "UINT8": np.dtype("u1"),
 }
+CONTENTS: Mapping[
+    Datatype, str
+] = {  # fields of the Open Inference Protocol for values that are not sent as bytes
+    "FP32": "fp32_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+}
 
 
 class Tensor(NamedTuple):

@@ -1,15 +1,16 @@
 """``omcda.v1.AdminService``: versions and control streams of a server, for its operators.
 
 The service has its own port, so that a network can restrict it to operators. Every call that may change something
-leaves one line in the audit log, refused calls too.
+leaves one line in the audit log, refused calls too. It names the operator, where there are tokens or certificates.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -18,24 +19,31 @@ from google.protobuf.message import Message
 
 from omcda_deploy.protos import admin_pb2
 from omcda_deploy.protos.admin_pb2 import (
+    ConfigRequest,
     ControlStream,
     ControlStreams,
     EndStreamsRequest,
     GetStatusRequest,
     ListStreamsRequest,
+    RecordRequest,
     VersionRequest,
 )
 from omcda_deploy.serve.handlers import Handler, abort, parse
 from omcda_deploy.serve.logs import audit
 from omcda_deploy.serve.meter import Totals
 from omcda_deploy.serve.places import Context, Place, Places
+from omcda_deploy.serve.recording import FlightRecorder
 from omcda_deploy.serve.releases import Releases
-from omcda_deploy.serve.session import Session
+from omcda_deploy.serve.reloading import Reloader
+from omcda_deploy.serve.security import DENIED
+from omcda_deploy.serve.session import NAME_LIMIT, Session
 from omcda_deploy.serve.status import EndedError, RequestError, status_of
 
 SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 RETIRE_EVERY_S = 1.0
 ALL = "all"  # every client
+EVIDENCE_LIMIT = 4096  # characters
+REASONS = {"evidence": "promoted on", "replaced_evidence": "in place of one promoted on"}
 
 R = TypeVar("R", bound=Message)
 
@@ -43,9 +51,18 @@ R = TypeVar("R", bound=Message)
 class AdminService:
     """Changes and describes the versions that a server holds, and its control streams."""
 
-    def __init__(self, releases: Releases, streams: Places, serving: Callable[[], bool]) -> None:
-        """``serving``: tells whether the server answers steps, or is about to stop."""
-        self._releases, self._streams, self._serving = releases, streams, serving
+    def __init__(
+        self,
+        releases: Releases,
+        recorder: FlightRecorder,
+        streams: Places,
+        reloader: Reloader,
+        operator: Callable[[Context], Mapping[str, str]],
+        serving: Callable[[], bool],
+    ) -> None:
+        """``operator``: describes the caller. ``serving``: tells whether the server answers steps."""
+        self._releases, self._recorder, self._reloader = releases, recorder, reloader
+        self._streams, self._operator, self._serving = streams, operator, serving
         self._started = time.monotonic()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -55,7 +72,10 @@ class AdminService:
             "Switch": (VersionRequest, self._switch),
             "Unload": (VersionRequest, lambda request: releases.unload(request.version)),
             "Shadow": (VersionRequest, lambda request: releases.set_shadow(request.version)),
+            "Record": (RecordRequest, lambda request: self._recorder.switch(request.folder)),
             "EndStreams": (EndStreamsRequest, self._end_streams),
+            "ReloadConfig": (ConfigRequest, lambda _: self._reloader.reload()),
+            "CheckConfig": (ConfigRequest, lambda _: self._reloader.reload(apply=False)),
         }
         looks: dict[str, tuple[type[Any], Callable[[], Message]]] = {
             "GetStatus": (GetStatusRequest, self.status),
@@ -82,7 +102,7 @@ class AdminService:
         """Return the handler of a method that may change something; its answer is ``change``'s, or the status."""
 
         async def handle(data: bytes, context: Context) -> bytes:
-            fields: dict[str, Any] = {"call": name, "peer": context.peer(), "version": "", "outcome": "OK"}
+            fields: dict[str, Any] = {**self._fields(name, context), "outcome": "OK"}
             try:
                 # When the caller gives up, gRPC cancels this coroutine; the shield lets the change finish.
                 answer = await asyncio.shield(asyncio.ensure_future(work(data, fields)))
@@ -95,28 +115,54 @@ class AdminService:
             try:
                 request = parse(request_type, data)
                 fields |= {field.name: value[:100] for field, value in request.ListFields()}
-                return await change(request)
+                answer = await change(request)
+                fields |= self._reasons() if name == "Switch" else {}
+                return answer
             except Exception as error:
                 code, details = status_of(error)
                 fields |= {"outcome": code.name, "reason": details}
                 raise
             finally:
-                fields |= {
-                    "current": self._releases.current,
-                    "seconds": round(time.perf_counter() - started, 6),
-                }
-                audit.info(
-                    "%s by %s: %s, version %s answers",
-                    " ".join(filter(None, (name, fields["version"], fields.get("client")))),
-                    *(fields[entry] for entry in ("peer", "outcome", "current")),
-                    extra={"fields": fields},
-                )
+                self._note(fields | {"seconds": round(time.perf_counter() - started, 6)})
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
+    def deny(self, method: str, context: Context) -> None:
+        """Note a call without a valid token."""
+        fields = self._fields(method.rpartition("/")[2][:100], context)
+        self._note(fields | {"outcome": grpc.StatusCode.UNAUTHENTICATED.name, "reason": DENIED})
+
+    def _fields(self, call: str, context: Context) -> dict[str, Any]:
+        return {"call": call, "peer": context.peer(), **self._operator(context), "version": ""}
+
+    def _note(self, fields: dict[str, Any]) -> None:
+        """Leave a line in the audit log."""
+        fields["current"] = self._releases.current
+        names = [fields[entry] for entry in ("operator", "certificate") if entry in fields]
+        audit.info(
+            "%s by %s: %s, version %s answers%s",
+            " ".join(filter(None, map(fields.get, ("call", "version", "client", "folder")))),
+            " ".join([", ".join(names), f"({fields['peer']})"] if names else [fields["peer"]]),
+            fields["outcome"],
+            fields["current"],
+            "".join(
+                f", {words} {json.dumps(fields[entry])}"
+                for entry, words in REASONS.items()
+                if isinstance(fields.get(entry), dict)
+            ),
+            extra={"fields": fields},
+        )
+
     async def _switch(self, request: VersionRequest) -> None:
         previous = request.previous if request.HasField("previous") else None
-        await self._releases.switch(request.version, request.expected_current, previous)
+        await self._releases.switch(
+            request.version, request.expected_current, previous, _one_line(request.evidence)
+        )
+
+    def _reasons(self) -> dict[str, Any]:
+        """Return on what evidence the current version was promoted, and the one that it replaced."""
+        texts = zip(REASONS, (self._releases.evidence, self._releases.replaced_evidence), strict=True)
+        return {entry: json.loads(text) for entry, text in texts if text}
 
     async def _end_streams(self, request: EndStreamsRequest) -> ControlStreams:
         """End the control streams of a client."""
@@ -146,6 +192,10 @@ class AdminService:
             uptime_s=time.monotonic() - self._started,
             contract_hash=releases.contract_hash,
             serving=self._serving(),
+            recording=self._recorder.folder,
+            recorded_rows=self._recorder.tally.recorded,
+            lost_rows=self._recorder.tally.lost.total(),
+            evidence=releases.evidence,
         )
 
 
@@ -160,6 +210,21 @@ def _look(request_type: type[R], look: Callable[[], Message]) -> Handler:
             await abort(context, error)
 
     return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _one_line(evidence: str) -> str:
+    """Return a JSON object in one line, or the empty string. Raises :class:`RequestError` for anything else."""
+    if not evidence:
+        return ""
+    if len(evidence) > EVIDENCE_LIMIT:
+        raise RequestError(f"evidence: expected at most {EVIDENCE_LIMIT} characters, got {len(evidence)}")
+    try:
+        values = json.loads(evidence)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise RequestError(f"evidence: expected a JSON object, got {evidence[:NAME_LIMIT]!r}")
+    return json.dumps(values)
 
 
 def _addresses(place: Place) -> tuple[str, str]:
@@ -208,6 +273,8 @@ def _model_status(session: Session, budgets: dict[str, float | None]) -> admin_p
         p99_ms=math.nan if recent is None else recent.p99_ms,
         agents=agents,
         shadow_difference=meter.difference / meter.compared if meter.compared else math.nan,
+        shadow_answers=meter.compared,
+        shadow_failures=meter.shadow_failures,
     )
 
 

@@ -20,15 +20,22 @@
     message_bytes = 1048576
     rows = 4096                # rows of one request
 
+    [recording]                # docs/recording.md
+    folder = "recordings"      # default: none, until --record or an operator names one
+    size_mb = 1024             # of all that is kept; the oldest is removed
+    segment_s = 600.0          # seconds of one file
+
     [tls]                      # default: plaintext
     certificate = "server.pem"
     key = "server.key"
     client_ca = "clients.pem"  # every client must have a certificate of this authority; default: none needed
 
     [access]
-    token_file = "tokens"      # one bearer token per line; default: everybody may call
+    token_file = "tokens"      # one bearer token per line, and its holder's name; default: everybody may call
+    admin_token_file = "admin-tokens"  # those that the admin port takes; default: those of token_file
 
-Names of files are relative to the folder of the TOML file.
+Names of files are relative to the folder of the TOML file. The file can be read again while servers run
+(:mod:`omcda_deploy.serve.reloading`).
 """
 
 from __future__ import annotations
@@ -43,6 +50,7 @@ from typing import Any, TypeVar
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.files import read_toml
 from omcda_deploy.guard import GuardSetting
+from omcda_deploy.recordings.segments import RecordingLimits
 from omcda_deploy.serve.security import Tls
 
 C = TypeVar("C")
@@ -86,8 +94,30 @@ class ServerConfig:
     guards: Mapping[str, GuardSetting] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     retire_s: float = 300.0
+    recording: RecordingLimits = field(default_factory=RecordingLimits)
+    record_folder: Path | None = None
     tls: Tls | None = None
     token_file: Path | None = None
+    admin_token_file: Path | None = None
+
+    def require_reloadable(self, changed: ServerConfig) -> None:
+        """Raise :class:`ConfigError` if ``changed`` differs in what a server that runs cannot change."""
+        for entry, value, other in zip(_FIXED, self._fixed(), changed._fixed(), strict=True):
+            if value != other:
+                raise ConfigError(
+                    f"{entry}: expected what the server was started with, got a change: restart it for that, or "
+                    "take the change back"
+                )
+
+    def _fixed(self) -> tuple[object, ...]:
+        limits = self.limits
+        return (
+            limits.message_bytes,
+            limits.connection_calls,
+            (self.recording, self.record_folder),
+            self.tls,
+            self.token_file is None,  # whether callers need any
+        )
 
     def guards_of(self, agents: Iterable[str]) -> dict[str, GuardSetting]:
         """Return each agent's guard. Raises :class:`UnknownNameError` for a guard of another agent."""
@@ -96,6 +126,9 @@ class ServerConfig:
             if name not in names:
                 raise UnknownNameError("agent of [guard.agents]", name, names)
         return {name: self.guards.get(name, self.guard) for name in names}
+
+
+_FIXED = ("limits.message_bytes", "limits.connection_calls", "[recording]", "[tls]", "access.token_file")
 
 
 def read_server_config(path: Path | None) -> ServerConfig:
@@ -107,16 +140,20 @@ def read_server_config(path: Path | None) -> ServerConfig:
         return ServerConfig()
     values = read_toml(path, "a server configuration")
     try:
-        _require_names("table", values, ("guard", "limits", "releases", "tls", "access"))
+        _require_names("table", values, ("guard", "limits", "releases", "recording", "tls", "access"))
         guard = dict(_table("guard", values.get("guard", {})))
         agents = _table("guard.agents", guard.pop("agents", {}))
+        recording = dict(_table("recording", values.get("recording", {})))
+        folder = _file_name("recording.folder", recording.pop("folder", None), "a folder", path.parent)
         return ServerConfig(
             _build(GuardSetting, "guard", guard),
             {name: _build(GuardSetting, f"guard.agents.{name}", table) for name, table in agents.items()},
             _build(Limits, "limits", values.get("limits", {})),
             _retire_s(values.get("releases", {})),
+            _build(RecordingLimits, "recording", recording),
+            folder,
             _tls(values.get("tls"), path.parent),
-            _token_file(values.get("access", {}), path.parent),
+            **_token_files(values.get("access", {}), path.parent),
         )
     except (ConfigError, UnknownNameError) as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -143,12 +180,17 @@ def _tls(values: Any, folder: Path) -> Tls | None:
     return Tls(**{name: str(folder / value) for name, value in values.items()})
 
 
-def _token_file(values: Any, folder: Path) -> Path | None:
-    _require_names("entry of [access]", _table("access", values), ("token_file",))
-    file = values.get("token_file")
-    if file is not None and not isinstance(file, str):
-        raise ConfigError(f"access.token_file: expected the name of a file, got {file!r}")
-    return None if file is None else folder / file
+def _token_files(values: Any, folder: Path) -> dict[str, Path | None]:
+    names = ("token_file", "admin_token_file")
+    _require_names("entry of [access]", _table("access", values), names)
+    return {name: _file_name(f"access.{name}", values.get(name), "a file", folder) for name in names}
+
+
+def _file_name(entry: str, name: Any, kind: str, folder: Path) -> Path | None:
+    """Return a name as a path that is relative to ``folder``; None for none."""
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"{entry}: expected the name of {kind}, got {name!r}")
+    return None if name is None else folder / name
 
 
 def _build(kind: type[C], name: str, values: Any) -> C:

@@ -68,6 +68,12 @@ class CallTracker:
         self._all = (self.calls, self.streams, self.large, self.introspection)
         self.batches = Batches()
 
+    def resize(self, limits: Limits) -> None:
+        """Change the numbers of places; calls that are open stay."""
+        self.calls.resize(limits.concurrent_calls)
+        self.streams.resize(limits.streams, limits.streams_of_one_connection)
+        self.large.resize(limits.large_requests, (limits.large_requests + 1) // 2)
+
     def deny(self) -> None:
         """Count a call without a valid token."""
         self.denied += 1

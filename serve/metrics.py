@@ -29,6 +29,7 @@ from prometheus_client.process_collector import ProcessCollector
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.serve.handlers import CallTracker
 from omcda_deploy.serve.places import REFUSALS
+from omcda_deploy.serve.recording import FlightRecorder
 from omcda_deploy.serve.releases import Releases
 
 log = logging.getLogger(__name__)
@@ -41,15 +42,29 @@ _VERSION = ("version", "current", "shadow")
 
 
 class ServerCollector:
-    """Collects the RPCs of ``tracker`` and the models that are held at the moment of a scrape."""
+    """Collects the RPCs of ``tracker``, the models that are held at the moment of a scrape, and recorded rows."""
 
-    def __init__(self, tracker: CallTracker, releases: Releases) -> None:
-        self._tracker, self._releases = tracker, releases
+    def __init__(self, tracker: CallTracker, releases: Releases, recorder: FlightRecorder) -> None:
+        self._tracker, self._releases, self._recorder = tracker, releases, recorder
 
     def collect(self) -> Iterator[Metric]:
         yield from self._rpcs()
         yield from self._versions()
         yield from self._models()
+        yield from self._recording()
+
+    def _recording(self) -> Iterator[Metric]:
+        on = GaugeMetricFamily("omcda_recording", "1 while answered steps are recorded.")
+        on.add_metric([], bool(self._recorder.folder))
+        tally = self._recorder.tally
+        recorded = CounterMetricFamily("omcda_recorded_rows", "Rows of answered steps that are in files.")
+        recorded.add_metric([], tally.recorded)
+        lost = CounterMetricFamily(
+            "omcda_recording_lost_rows", "Rows that could not be recorded, by reason.", labels=("reason",)
+        )
+        for reason, count in sorted(tally.lost.items()):
+            lost.add_metric([reason], count)
+        yield from (on, recorded, lost)
 
     def _rpcs(self) -> Iterator[Metric]:
         started = CounterMetricFamily("grpc_server_started", "RPCs started on the server.", labels=_RPC)

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import Message
 
 from omcda_deploy.protos import oip
+from omcda_deploy.protos.model_config import contract_parameters
 from omcda_deploy.serve.handlers import CallTracker, service_handlers
 from omcda_deploy.serve.oip_messages import (
     encode_response,
@@ -20,6 +21,7 @@ from omcda_deploy.serve.oip_messages import (
     requested_outputs,
     wire_tensors,
 )
+from omcda_deploy.serve.recording import origin_of
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.version import __version__
 
@@ -45,12 +47,11 @@ class InferenceService:
 
     def model_metadata(self, request: oip.ModelMetadataRequest) -> oip.ModelMetadataResponse:
         models = self._releases.models(request.version)
-        properties = {
-            "contract_hash": models.contract_hash,
+        bundle = models.bundle
+        properties = contract_parameters(bundle.spec, bundle.divergence_kind, bundle.budgets) | {
             "bundle_digest": models.digest,
-            "divergence_kind": models.bundle.divergence_kind,
-            "task": models.bundle.spec.task,
-            "control_rate": str(models.bundle.spec.control_rate),
+            "task": bundle.spec.task,
+            "control_rate": str(bundle.spec.control_rate),
             "current_version": self._releases.current,
         }
         versions = [version.models.version for version in self._releases.held_versions()]
@@ -61,7 +62,9 @@ class InferenceService:
         session = self._releases.find(request.model_name, request.model_version)
         outputs = requested_outputs(request, session)
         tensors = wire_tensors(request, session)
-        answer = self._releases.answer(session, tensors)
+        if request.parameters:
+            origin_of(request)  # which the recorder reads later
+        answer = self._releases.answer(session, tensors, request)
         return encode_response(request, session, outputs, tensors.batch, answer)
 
     def handlers(self, tracker: CallTracker) -> grpc.GenericRpcHandler:

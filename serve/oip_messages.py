@@ -8,16 +8,11 @@ from functools import lru_cache
 import numpy as np
 
 from omcda_deploy.protos import oip
-from omcda_deploy.protos.tensors import DTYPES, Datatype, Tensor
+from omcda_deploy.protos.tensors import CONTENTS, DTYPES, Tensor
 from omcda_deploy.serve.session import NAME_LIMIT, Session
 from omcda_deploy.serve.status import RequestError
 from omcda_deploy.serve.wire import WireTensors, wrong_size
 
-CONTENTS: Mapping[Datatype, str] = {
-    "FP32": "fp32_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-}
 REPEATED = 8  # dimensions and names of a request that an error message repeats at most
 
 

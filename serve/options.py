@@ -96,6 +96,10 @@ class ServeOptions:
         default=None,
         metadata=_cli("VERSION@DIGEST that answered before this start; a supervisor sets it."),
     )
+    record: Path | None = field(
+        default=None,
+        metadata=_cli("Folder to record all answered steps into (docs/recording.md).", type=Path),
+    )
 
     def to_argv(self) -> list[str]:
         """Return the arguments from which :meth:`parse` makes these options again."""

@@ -105,6 +105,10 @@ class Places:
         self._stopping = False
         self._over = asyncio.Event()
 
+    def resize(self, limit: int, per_connection: int | None = None) -> None:
+        """Change both limits; calls that are open stay."""
+        self._limit, self._per_connection = limit, per_connection
+
     def __len__(self) -> int:
         return len(self._open)
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import grpc
 
 from omcda_deploy.bundle import TEAM
 from omcda_deploy.errors import ContractError
 from omcda_deploy.protos import policy_pb2
+from omcda_deploy.protos.packing import tag, varint
 from omcda_deploy.serve.handlers import CallTracker, service_handlers
+from omcda_deploy.serve.recording import require_short
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.session import NAME_LIMIT
 from omcda_deploy.serve.status import RequestError
 from omcda_deploy.serve.wire import WireTensors
 
+Act: TypeAlias = Callable[[policy_pb2.ActRequest], bytes]
+
+OTHERS = tag(policy_pb2.ActResponse.OTHERS_FIELD_NUMBER)
 SERVICE = policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name
 
 
@@ -40,11 +46,15 @@ class PolicyService:
         ).SerializeToString()
 
     def act(self, request: policy_pb2.ActRequest) -> bytes:
-        """Answer one control step of one model, for one or more rows."""
+        """Answer one control step of one model, for one or more rows, and the steps that came with it."""
+        return together(self._act)(request)
+
+    def _act(self, request: policy_pb2.ActRequest) -> bytes:
         session = self._releases.find(request.model, request.model_version)
         self._require_contract(request.contract_hash)
         tensors = WireTensors(request.batch, request.observation, request.noise, request.action_mask)
-        answer = self._releases.answer(session, tensors)
+        require_short(request.episode_id)
+        answer: Mapping[str, Any] = self._releases.answer(session, tensors, request)
         return policy_pb2.ActResponse(
             step_id=request.step_id, model_version=session.version, batch=request.batch, **answer
         ).SerializeToString()
@@ -75,8 +85,33 @@ class PolicyService:
                 "Act": (policy_pb2.ActRequest, self.act),
                 "TeamAct": (policy_pb2.ActRequest, self.team_act),
             },
-            {"ActStream": (policy_pb2.ActRequest, lambda: StreamMemory(self.act))},
+            {"ActStream": (policy_pb2.ActRequest, lambda: together(StreamMemory(self._act)))},
         )
+
+
+def together(act: Act) -> Act:
+    """Return a function that answers a step and those that came with it, by ``act`` one after another.
+
+    It raises :class:`RequestError` for a step of a model that has one already, so that a message takes no longer
+    than all models do, and for steps that came with those.
+    """
+
+    def answer(request: policy_pb2.ActRequest) -> bytes:
+        if not request.others:
+            return act(request)
+        models = [request.model, *(other.model for other in request.others)]
+        if len(set(models)) < len(models):
+            raise RequestError(
+                f"expected one step of each model in a request, got {len(models)} of {len(set(models))} models"
+            )
+        if any(other.others for other in request.others):
+            raise RequestError("others: expected steps without others of their own: put all into one list")
+        parts = [act(request)]
+        for response in map(act, request.others):
+            parts += (OTHERS, varint(len(response)), response)
+        return b"".join(parts)
+
+    return answer
 
 
 class StreamMemory:
@@ -85,7 +120,7 @@ class StreamMemory:
     It remembers the last request and response of each model, so a new step costs the comparison of two numbers.
     """
 
-    def __init__(self, act: Callable[[policy_pb2.ActRequest], bytes]) -> None:
+    def __init__(self, act: Act) -> None:
         self._act = act
         self._last: dict[str, tuple[int, policy_pb2.ActRequest, bytes]] = {}
 

@@ -26,6 +26,7 @@ from omcda_deploy.errors import BundleError, ConfigError, ContractError, Unknown
 from omcda_deploy.serve.batches import return_free_memory
 from omcda_deploy.serve.config import ServerConfig
 from omcda_deploy.serve.meter import Histogram
+from omcda_deploy.serve.recording import FlightRecorder, Request
 from omcda_deploy.serve.repository import Pin, Repository
 from omcda_deploy.serve.session import NAME_LIMIT, Models, Session
 from omcda_deploy.serve.status import ExhaustedError, RequestError, StateError
@@ -93,6 +94,8 @@ class Releases:
         self._repository = Repository(Path(source))
         self._names, self._config = models, config
         self.current, self.previous = self._repository.begin(pin)
+        self.evidence = self._repository.evidence(self.current)  # on which the current version was promoted
+        self.replaced_evidence = ""  # on which the one was that the last switch replaced
         self.shadow = ""
         first = self._load(self.current)
         self.spec = first.bundle.spec
@@ -106,6 +109,7 @@ class Releases:
         self.answered: Callable[[str, str], None] | None = (
             None  # called with model and version of each answer
         )
+        self.recorder: FlightRecorder | None = None
         self._lock = asyncio.Lock()
         self.loading = Histogram(LOADING_BOUNDS)  # seconds of each load
         self._worker = ThreadPoolExecutor(1, "releases", _lower_priority)
@@ -129,8 +133,12 @@ class Releases:
         for slot in sorted(slots, key=lambda slot: int(slot.models.version)):
             yield HeldVersion(slot.models, now - slot.last_used)
 
-    def answer(self, session: Session, tensors: WireTensors) -> dict[str, bytes]:
+    def answer(
+        self, session: Session, tensors: WireTensors, request: Request | None = None
+    ) -> dict[str, bytes]:
         """Answer as :meth:`Session.answer`, and compare the action with the shadow's if there is one.
+
+        ``request``: which held ``tensors``; it is recorded with the answer if there is a recorder.
 
         Raises :class:`ExhaustedError` for more rows than a request may have.
         """
@@ -144,6 +152,8 @@ class Releases:
         answer = session.answer(tensors)
         if self.answered is not None:
             self.answered(session.name, session.version)
+        if self.recorder is not None and request is not None:
+            self.recorder.record(session, tensors, request, answer)
         if self.shadow and session.version == self.current:
             self._compare_with_shadow(session, tensors, answer["action"])
         return answer
@@ -169,11 +179,13 @@ class Releases:
             self.loading.add(time.perf_counter() - began)
             self._hold(loaded)
 
-    async def switch(self, version: str, expected: str = "", previous: str | None = None) -> None:
+    async def switch(
+        self, version: str, expected: str = "", previous: str | None = None, evidence: str = ""
+    ) -> None:
         """Make a version the current one.
 
         ``expected``: the version that it replaces, if that matters. ``previous``: the version that counts from then
-        on as the one before; the one that it replaces if None.
+        on as the one before; the one that it replaces if None. ``evidence``: why, in one line.
 
         Raises :class:`UnknownNameError` if it is not held (load it first), and :class:`StateError` if ``expected``
         is not current.
@@ -190,11 +202,12 @@ class Releases:
                 return
             previous = self.current if previous is None else previous
             # Writing to a disk takes milliseconds, in which the event loop goes on answering.
-            await self._in_worker(self._repository.write_current, version, previous)
+            await self._in_worker(self._repository.write_current, version, previous, evidence)
             if version == self.shadow:
                 self.shadow = ""
             self.models(self.current)  # its idle time begins now
             self.previous, self.current = previous, version
+            self.replaced_evidence, self.evidence = self.evidence, evidence
 
     async def unload(self, version: str) -> None:
         """Stop holding a version. Raises :class:`StateError` if it is the current one or the shadow."""
@@ -229,6 +242,32 @@ class Releases:
             for version in idle:
                 await self._drop(version)
             return idle
+
+    async def reconfigure(self, config: ServerConfig, *, apply: bool = True) -> None:
+        """Take over guards, rows of a request and ``retire_s`` of a configuration, for all versions or for none.
+
+        A model whose guard changes counts anew. ``apply``: False to look for errors only. Raises
+        :class:`ConfigError` for guards that a version cannot have.
+        """
+        async with self._lock:
+            changed = await self._in_worker(self._guarded, config)
+            if apply:
+                self._config = config
+                for version, sessions in changed.items():
+                    self._slots[version].models.sessions.update(sessions)
+
+    def _guarded(self, config: ServerConfig) -> dict[str, dict[str, Session]]:
+        """Return the sessions of all versions held, with the guards of ``config``."""
+        changed = {}
+        for models, _ in self.held_versions():
+            try:
+                guards = config.guards_of(models.bundle.spec.names)
+                changed[models.version] = {
+                    name: session.with_guards(guards) for name, session in models.sessions.items()
+                }
+            except (ConfigError, UnknownNameError) as error:
+                raise ConfigError(f"version {models.version}: {error}") from error
+        return changed
 
     def release_memory(self) -> None:
         """Free the memory that large batches needed."""

@@ -4,7 +4,8 @@
 
     releases/1/bundle.json …
     releases/2/bundle.json …
-    releases/current              the version that answers and, on the next line, the one before
+    releases/current              a line each: the version that answers, the one before (or nothing), and on what
+                                  evidence the first was promoted, if on any
 
 The first server to start on a folder without this file writes it: the highest version answers from then on. After
 that only a switch changes it, so neither a folder that is copied there nor a restart makes another version answer.
@@ -126,15 +127,23 @@ class Repository:
                 time.sleep(NOTE_PAUSE_S)  # another server has just created the file and is about to write it
         except OSError as error:
             raise BundleError(f"{self._file} cannot be read: {error.strerror}") from error
-        version, previous = [*text.split(), "", ""][:2]
+        version, previous, _ = _lines(text)
         if version not in (versions := self.versions()):
             raise BundleError(
                 f"{self._file} says {version!r}: expected one of {', '.join(versions)}; correct it"
             )
         return version, previous if previous in versions else ""
 
-    def write_current(self, version: str, previous: str) -> None:
-        """Remember both for the next start.
+    def evidence(self, version: str) -> str:
+        """Return on what evidence ``version`` was promoted, if it is noted as current; else an empty string."""
+        try:
+            current, _, evidence = _lines(self._file.read_text(errors="replace"))
+        except OSError:
+            return ""
+        return evidence if current == version else ""
+
+    def write_current(self, version: str, previous: str, evidence: str = "") -> None:
+        """Remember all for the next start; ``evidence`` is one line.
 
         Raises :class:`UnknownNameError` for a previous version that does not exist, and :class:`ConfigError` if the
         folder cannot be written.
@@ -144,7 +153,9 @@ class Repository:
         if self._single:
             return
         with self._writing(), atomic(self._file) as temporary:
-            temporary.write_text(f"{version}\n{previous}\n")
+            temporary.write_text(
+                "".join(f"{line}\n" for line in (version, previous, *filter(None, [evidence])))
+            )
 
     def _folder(self, version: str) -> Path:
         return self._source if self._single else self._source / version
@@ -160,3 +171,9 @@ class Repository:
                 f"{self._file} cannot be written ({error.strerror}): make the folder writable, or write the number "
                 "of the version that is to answer into this file yourself"
             ) from error
+
+
+def _lines(text: str) -> tuple[str, str, str]:
+    """Return the current version, the previous one and the evidence of the file's text, each empty if missing."""
+    version, previous, evidence = (line.strip() for line in [*text.splitlines(), "", "", ""][:3])
+    return version, previous, evidence

@@ -1,7 +1,8 @@
 """TLS, client certificates and bearer tokens.
 
 Tokens are lines of a file, which is read again when it changes, so that they can be rotated without a restart: add
-the new token, move the clients, remove the old one. Health checks need no token, as probes have none.
+the new token, move the clients, remove the old one. Health checks need no token, as probes have none. Operators may
+have tokens of their own, which step no robot, and by whose names the audit log knows them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 import grpc
 
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.followed import FollowedFile, Trouble
+from omcda_deploy.serve.places import Context
 
-RELOAD_S = 1.0
 OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 DENIED = "expected the metadata  authorization: Bearer TOKEN  with a token of this server"
 
@@ -40,7 +41,7 @@ class Tls:
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one port. Raises :class:`ConfigError` for a file that cannot be read."""
         current = self._read()
-        trouble = _Trouble()
+        trouble = Trouble()
 
         def fetch() -> Any:
             """Return the files' configuration at a handshake if it has changed, otherwise None."""
@@ -70,80 +71,80 @@ def _configuration(key: bytes, certificate: bytes, authority: bytes | None) -> A
     return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
 
 
-class _Trouble:
-    """Warns of a file once, until it can be read again: it may be wanted hundreds of times a second."""
-
-    def __init__(self) -> None:
-        self._told = ""
-
-    def tell(self, error: ConfigError) -> None:
-        if str(error) != self._told:
-            self._told = str(error)
-            log.warning("%s; the last contents stay", error)
-
-    def end(self) -> None:
-        self._told = ""
-
-
 class Tokens:
-    """The tokens of a file. Raises :class:`ConfigError` if it has none at the start."""
+    """The tokens of a file, one per line, each with the name of its holder if there is one behind it.
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._checked = time.monotonic()
-        self._stamp = self._file_stamp()
-        self._digests = self._load()
-        self._trouble = _Trouble()
+    Raises :class:`ConfigError` if it has none at the start. ``entry``: of the configuration, for messages.
+    """
 
-    def admit(self, authorization: str) -> bool:
-        """Return whether the value of an ``authorization`` header is ``Bearer`` and one of the tokens."""
-        self._reload()
+    def __init__(self, file: Path, entry: str = "access.token_file") -> None:
+        self._entry = entry
+        self._file = FollowedFile(file, self._read)
+
+    def holder(self, authorization: str) -> str | None:
+        """Return the name of the one whose token an ``authorization`` header has; None if it has no valid one."""
         scheme, _, token = authorization.partition(" ")
-        digest = hashlib.sha256(token.strip().encode()).digest()
+        digest = _digest(token.strip())
         # All tokens are compared, each in constant time, so that the time reveals neither a token nor its place.
-        matches = [hmac.compare_digest(digest, token_digest) for token_digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        names = [name for known, name in self._file.contents if hmac.compare_digest(digest, known)]
+        return names[0] if names and scheme.lower() == "bearer" else None
 
-    def _load(self) -> list[bytes]:
+    def _read(self, file: Path) -> list[tuple[bytes, str]]:
         try:
-            text = _read("access.token_file", self._file).decode()
+            text = _read(self._entry, file).decode()
         except UnicodeDecodeError as error:
             raise ConfigError(
-                f"access.token_file: expected {self._file} in UTF-8, got a byte {error.object[error.start]:#04x}"
+                f"{self._entry}: expected {file} in UTF-8, got a byte {error.object[error.start]:#04x}"
             ) from error
-        lines = [line.strip() for line in text.splitlines()]
-        tokens = [line for line in lines if line and not line.startswith("#")]
+        lines = [line.split(maxsplit=1) for line in text.splitlines()]
+        tokens = [words for words in lines if words and not words[0].startswith("#")]
         if not tokens:
-            raise ConfigError(f"access.token_file: expected a token per line in {self._file}, found none")
-        return [hashlib.sha256(token.encode()).digest() for token in tokens]
+            raise ConfigError(f"{self._entry}: expected a token per line in {file}, found none")
+        digests = [_digest(token) for token, *_ in tokens]
+        return [
+            (digest, words[1].strip() if len(words) > 1 else f"token {digest.hex()[:8]}")
+            for digest, words in zip(digests, tokens, strict=True)
+        ]
 
-    def _reload(self) -> None:
-        now = time.monotonic()
-        if now - self._checked < RELOAD_S:
-            return
-        self._checked = now
-        try:
-            if (stamp := self._file_stamp()) != self._stamp:
-                self._digests, self._stamp = self._load(), stamp
-                log.info("%s was read again: %d tokens", self._file, len(self._digests))
-            self._trouble.end()
-        except ConfigError as error:  # half-written, or missing for a moment: the last tokens stay
-            self._trouble.tell(error)
 
-    def _file_stamp(self) -> tuple[int, int]:
-        """Return the file's modification time in ns and its size."""
-        try:
-            status = self._file.stat()
-        except OSError as error:
-            raise ConfigError(f"access.token_file: {self._file} cannot be read: {error.strerror}") from error
-        return status.st_mtime_ns, status.st_size
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+@dataclass
+class Access:
+    """Tokens that may call the ports for steps, and those for operators; None where everybody may."""
+
+    steps: Tokens | None = None
+    operators: Tokens | None = None
+
+    @classmethod
+    def of(cls, token_file: Path | None, admin_token_file: Path | None) -> Access:
+        """Read the files. Without one for operators, the tokens for steps are theirs too."""
+        steps = None if token_file is None else Tokens(token_file)
+        if admin_token_file is None:
+            return cls(steps, steps)
+        return cls(steps, Tokens(admin_token_file, "access.admin_token_file"))
+
+    def replace(self, other: Access) -> None:
+        """Take over the tokens of another one."""
+        self.steps, self.operators = other.steps, other.operators
+
+    def operator(self, context: Context) -> dict[str, str]:
+        """Return who calls an admin port: their token's name as ``operator``, and that in their ``certificate``."""
+        metadata = {key: value for key, value in context.invocation_metadata() or ()}
+        authorization = str(metadata.get("authorization", ""))
+        holder = None if self.operators is None else self.operators.holder(authorization)
+        certificate = context.auth_context().get("x509_common_name", ())
+        known = {"operator": holder, "certificate": b" ".join(certificate).decode(errors="replace")}
+        return {name: value for name, value in known.items() if value}
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Answers UNAUTHENTICATED to calls without a token, before any of their messages is read."""
 
-    def __init__(self, tokens: Tokens, denied: Callable[[], None]) -> None:
-        """``denied``: called for each call that is refused."""
+    def __init__(self, tokens: Callable[[], Tokens | None], denied: Callable[[str, Context], object]) -> None:
+        """``tokens``: those that are valid now. ``denied``: called with method and context of each refused call."""
         self._tokens, self._denied = tokens, denied
 
     async def intercept_service(
@@ -152,22 +153,20 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(OPEN_SERVICES):
+        method, tokens = handler_call_details.method, self._tokens()
+        if handler is None or tokens is None or method.startswith(OPEN_SERVICES):
             return handler
         metadata = {key: value for key, value in handler_call_details.invocation_metadata or ()}
         value = metadata.get("authorization", "")
-        if self._tokens.admit(value if isinstance(value, str) else ""):
+        if tokens.holder(value if isinstance(value, str) else "") is not None:
             return handler
-        self._denied()
-        return _DENIAL
 
+        async def refuse(_: Any, context: Context) -> None:
+            self._denied(method, context)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, DENIED)
 
-async def _refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, DENIED)
-
-
-# A stream handler for every method: a unary one would wait for a message, and keep its place among the calls.
-_DENIAL: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(_refuse)
+        # A stream handler for every method: a unary one would wait for a message, and keep its place meanwhile.
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _read(entry: str, file: str | Path) -> bytes:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import grpc
 
@@ -28,9 +29,12 @@ from omcda_deploy.serve.config import ServerConfig, read_server_config
 from omcda_deploy.serve.handlers import CallTracker
 from omcda_deploy.serve.logs import configure_logging
 from omcda_deploy.serve.options import LOOPBACK, Listen, ServeOptions
+from omcda_deploy.serve.places import Context
+from omcda_deploy.serve.recording import FlightRecorder
 from omcda_deploy.serve.releases import Releases
+from omcda_deploy.serve.reloading import Reloader
 from omcda_deploy.serve.repository import Pin
-from omcda_deploy.serve.security import Tls, TokenInterceptor, Tokens
+from omcda_deploy.serve.security import Access, Tls, TokenInterceptor, Tokens
 from omcda_deploy.serve.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -63,11 +67,16 @@ def serve(options: ServeOptions) -> None:
     return_large_memory()
     tracing = Tracing() if options.trace else None
     tracker = CallTracker(config.limits, tracing)
-    security = _Security.of(config, tracker)
+    access = Access.of(config.token_file, config.admin_token_file)
+    security = _Security.of(config)
     require_startable([options.listen], options.grace_s)
+    recorder = FlightRecorder(config.recording)
+    if (folder := record_folder(options, config)) is not None:
+        recorder.start(folder)
     pin = None if options.pin is None else Pin.parse(options.pin)
     releases = Releases(options.source, options.models, config, pin)
     releases.answered = None if tracing is None else tracing.answered
+    releases.recorder = recorder
 
     def release_memory() -> None:
         releases.release_memory()
@@ -75,10 +84,17 @@ def serve(options: ServeOptions) -> None:
 
     tracker.batches.release_memory = release_memory
     try:
-        event_loop.run(_serve(options, config, releases, tracker, security))
+        event_loop.run(_serve(options, config, releases, recorder, tracker, security, access))
     finally:
+        recorder.stop()
         if tracing is not None:
             tracing.close()
+
+
+def record_folder(options: ServeOptions, config: ServerConfig) -> Path | None:
+    """Return the folder that is to be recorded into; that of the command line comes first."""
+    folder = options.record or config.record_folder
+    return None if folder is None else folder.absolute()
 
 
 def require_startable(places: Sequence[Listen], grace_s: float) -> None:
@@ -139,20 +155,23 @@ def address_of(host: str, port: int) -> str:
 
 @dataclass(frozen=True)
 class _Security:
-    """TLS and tokens of a server; neither for the health port."""
+    """TLS and tokens of a port; neither for that of health."""
 
     tls: Tls | None = None
     interceptors: tuple[TokenInterceptor, ...] = ()
 
     @classmethod
-    def of(cls, config: ServerConfig, tracker: CallTracker) -> _Security:
-        """Read the files that a configuration names. Raises :class:`ConfigError` for one that cannot be read."""
-        interceptors: tuple[TokenInterceptor, ...] = ()
-        if config.token_file is not None:
-            interceptors = (TokenInterceptor(Tokens(config.token_file), tracker.deny),)
+    def of(cls, config: ServerConfig) -> _Security:
+        """Read the files of [tls]. Raises :class:`ConfigError` for one that cannot be read."""
         if config.tls is not None:
             config.tls.credentials()
-        return cls(config.tls, interceptors)
+        return cls(config.tls)
+
+    def with_tokens(
+        self, tokens: Callable[[], Tokens | None], denied: Callable[[str, Context], object]
+    ) -> _Security:
+        """Return the same with tokens; the arguments are those of :class:`TokenInterceptor`."""
+        return replace(self, interceptors=(TokenInterceptor(tokens, denied),))
 
     def add_port(self, server: grpc.aio.Server, host: str, port: int) -> int:
         """Let ``server`` listen on an address, and return its port. Raises :class:`EndpointError`."""
@@ -172,15 +191,22 @@ async def _serve(
     options: ServeOptions,
     config: ServerConfig,
     releases: Releases,
+    recorder: FlightRecorder,
     tracker: CallTracker,
     security: _Security,
+    access: Access,
 ) -> None:
     """Start all services, wait for a signal, and stop them in order."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    limits, listen = config.limits, options.listen
+    reloader = Reloader(options.config, config, releases, tracker, access)
+    if options.config is not None:
+        loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(reloader.hang_up()))
+    limits, listen, operators = config.limits, options.listen, security
+    if access.steps is not None:  # looking at each call has a price
+        security = security.with_tokens(lambda: access.steps, lambda *_: tracker.deny())
     server = grpc.aio.server(
         interceptors=security.interceptors,
         options=(
@@ -203,13 +229,21 @@ async def _serve(
             stack.callback(_answer_supervisor())
         stack.callback(asyncio.create_task(tracker.sweep()).cancel)
         if listen.admin_port is not None:
-            admin = AdminService(releases, tracker.streams, lambda: inference.ready)
-            await _start_beside(stack, admin.handlers(), security, LOOPBACK, listen.admin_port)
+            admin = AdminService(
+                releases, recorder, tracker.streams, reloader, access.operator, lambda: inference.ready
+            )
+
+            def deny(method: str, context: Context) -> None:
+                tracker.deny()
+                admin.deny(method, context)
+
+            operators = operators.with_tokens(lambda: access.operators, deny)
+            await _start_beside(stack, admin.handlers(), operators, LOOPBACK, listen.admin_port)
             stack.callback(asyncio.create_task(admin.retire()).cancel)
         if listen.metrics_port is not None:
             from omcda_deploy.serve.metrics import ServerCollector, serve_metrics
 
-            collector = ServerCollector(tracker, releases)
+            collector = ServerCollector(tracker, releases, recorder)
             stack.callback(serve_metrics(collector, listen.host, listen.metrics_port))
         await server.start()
         if listen.health_port is not None:

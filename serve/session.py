@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,30 @@ class Session:
     ) -> None:
         self.name = name
         self.version = version
+        self.bundle = bundle
         self.inputs = {tensor.name: tensor for tensor in input_tensors(bundle.spec, name)}
         self.outputs = {tensor.name: tensor for tensor in answer_tensors(bundle.spec, name)}
         self.all_outputs = tuple(self.outputs.values())
         self._model = OnnxModel(bundle.model_path(name))
         self._agents = bundle.spec.agents if name == TEAM else (bundle.spec.agent(name),)
+        self._grown = False  # the model keeps the memory of a large batch
+        self._set_guards(guards)
+        self._warm_up()
+
+    def with_guards(self, guards: Mapping[str, GuardSetting]) -> Session:
+        """Return a session of the same graph with other guards, which counts anew; itself if they are the same.
+
+        Raises :class:`ConfigError` for guards that the bundle cannot have.
+        """
+        if self.guard.settings == tuple(guards.get(agent.name, GuardSetting()) for agent in self._agents):
+            return self
+        other = copy(self)
+        other._set_guards(guards)
+        return other
+
+    def _set_guards(self, guards: Mapping[str, GuardSetting]) -> None:
+        bundle = self.bundle
+        self.steps: Any = None  # of recordings, which name the guards; made when the first one is recorded
         self.guard = Guard(bundle.spec, self._agents, bundle.divergence_kind, guards, bundle.references)
         self._first_actions = np.array([columns.start for columns in self.guard.action_slices])
         self._distance_limits = self.guard.distance_limits
@@ -49,8 +69,6 @@ class Session:
         # The fast path copies bytes, which are little-endian on the wire, and measures no distance.
         fast = sys.byteorder == "little" and not self._limited
         self._step = OrdinaryStep(self._model.row, self.guard, self.meter) if fast else None
-        self._grown = False  # the model keeps the memory of a large batch
-        self._warm_up()
 
     def answer(self, tensors: WireTensors) -> dict[str, bytes]:
         """Answer one request: all outputs by name, as bytes.

@@ -19,10 +19,17 @@ from dataclasses import replace
 from types import FrameType
 
 from omcda_deploy.errors import EndpointError, OmcdaError
-from omcda_deploy.serve.config import read_server_config
+from omcda_deploy.recordings.segments import require_recordable
+from omcda_deploy.serve.config import ServerConfig, read_server_config
 from omcda_deploy.serve.options import Listen, ServeOptions
 from omcda_deploy.serve.repository import Pin, Repository
-from omcda_deploy.serve.server import NOTICE_S, address_of, print_line, require_startable
+from omcda_deploy.serve.server import (
+    NOTICE_S,
+    address_of,
+    print_line,
+    record_folder,
+    require_startable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +120,11 @@ class AgentServer:
         """True once the process has printed its ready line."""
         return self._ready.is_set()
 
+    def reload(self) -> None:
+        """Let the process, which must be ready, read its configuration again."""
+        if self.exit_status() is None:
+            self._process.send_signal(signal.SIGHUP)
+
     def terminate(self) -> None:
         """Let the process drain; one that hangs would not."""
         if self.exit_status() is None:
@@ -159,7 +171,8 @@ def serve_team(options: ServeOptions) -> None:
     """Serve every agent of a team in a process of its own until SIGTERM or SIGINT.
 
     Agent i listens on the ports of ``options.listen`` + i. Prints one line per endpoint as soon as all servers are
-    ready. On a signal all servers drain (:func:`serve`) and the function returns. A server that dies later is
+    ready. On SIGHUP they read the configuration again, if it is a right one. On a signal to stop all servers drain
+    (:func:`serve`) and the function returns. A server that dies later is
     started again (:class:`Backoff`) and the death is logged; the others go on.
 
     Raises :class:`BundleError`, :class:`ConfigError`, and :class:`EndpointError` if a server does not start the
@@ -169,12 +182,15 @@ def serve_team(options: ServeOptions) -> None:
     repository = Repository(options.source)
     pin = repository.pin()
     agents = repository.read(pin.version).spec.names
-    read_server_config(options.config).guards_of(agents)  # one error message rather than one per process
+    config = read_server_config(options.config)  # one error message rather than one per process
+    config.guards_of(agents)
+    if (folder := record_folder(options, config)) is not None:
+        require_recordable(folder)
     places = {agent: options.listen.shifted(index) for index, agent in enumerate(agents)}
     if options.listen.port == 0:
         raise EndpointError("--base-port: expected the port of the first agent, from 1 on, got 0")
     require_startable(list(places.values()), options.grace_s)
-    with _stop_signal() as stop:
+    with _signals(reloads=options.config is not None) as (stop, reload):
         servers: list[AgentServer] = []
         try:
             for agent, place in places.items():
@@ -184,8 +200,14 @@ def serve_team(options: ServeOptions) -> None:
             if not stop.is_set():
                 for server in servers:
                     print_line(f"serving {server.agent} on {server.endpoint}")
-            look_at = 0.0
+            look_at, outdated = 0.0, set[AgentServer]()
             while not stop.wait(POLL_S):
+                if reload.is_set():
+                    reload.clear()
+                    outdated.update(servers if _reloadable(options, config, agents) else ())
+                for server in [server for server in outdated if server.ready]:
+                    server.reload()
+                    outdated.discard(server)
                 if (now := time.monotonic()) >= look_at:
                     look_at = now + LOOK_S
                     with suppress(OmcdaError):  # a folder that cannot be read now: the last version stays
@@ -197,6 +219,18 @@ def serve_team(options: ServeOptions) -> None:
                     server.keep_alive()
         finally:
             _stop(servers, options.grace_s)
+
+
+def _reloadable(options: ServeOptions, config: ServerConfig, agents: Sequence[str]) -> bool:
+    """Return whether servers can take over what the configuration file says by now; the log says why not."""
+    try:
+        changed = read_server_config(options.config)
+        config.require_reloadable(changed)
+        changed.guards_of(agents)
+    except OmcdaError as error:
+        log.error("the configuration of all servers stays as it was: %s", error)
+        return False
+    return True
 
 
 def _command(options: ServeOptions, agent: str, place: Listen, pin: Pin) -> list[str]:
@@ -233,16 +267,20 @@ def _stop(servers: Sequence[AgentServer], grace_s: float) -> None:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and SIGINT set instead of ending this process, which then stops its servers."""
-    stop = threading.Event()
+def _signals(*, reloads: bool) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Yield an event that SIGTERM and SIGINT set instead of ending this process, which then stops its servers.
+
+    And one that SIGHUP sets, if it ``reloads``.
+    """
+    stop, reload = threading.Event(), threading.Event()
+    events = {signal.SIGTERM: stop, signal.SIGINT: stop} | ({signal.SIGHUP: reload} if reloads else {})
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
+        events[signal.Signals(number)].set()
 
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, handle) for number in events}
     try:
-        yield stop
+        yield stop, reload
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -22,11 +22,13 @@ from google.protobuf.message import Message
 from omcda_deploy.client.channel import Credentials, open_channel
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos.admin_pb2 import (
+    ConfigRequest,
     ControlStream,
     ControlStreams,
     EndStreamsRequest,
     GetStatusRequest,
     ListStreamsRequest,
+    RecordRequest,
     ServerStatus,
     VersionRequest,
 )
@@ -76,12 +78,13 @@ class TeamAdmin:
             self._ask("Unload", dict.fromkeys(without, request))
             raise
 
-    def switch(self, version: str, replacing: str | None = None) -> Statuses:
+    def switch(self, version: str, replacing: str | None = None, evidence: str = "") -> Statuses:
         """Load a version on all servers and make it current on all, or on none.
 
         ``replacing``: the version that must be current on all of them; what is current on each now if None.
+        ``evidence``: why, as a JSON object, which servers write into their audit lines and tell in their statuses.
         """
-        return self._switch(version, self.status(), replacing)
+        return self._switch(version, self.status(), replacing, evidence)
 
     def rollback(self) -> Statuses:
         """Switch to the version that answered before."""
@@ -107,6 +110,21 @@ class TeamAdmin:
             self.load(version)
         return self._all("Shadow", VersionRequest(version=version))
 
+    def record(self, folder: str) -> Statuses:
+        """Let all servers record into ``folder``, an absolute path of theirs, or none; an empty one ends it."""
+        before = self.status()
+        answers, failures = self._ask("Record", dict.fromkeys(self._channels, RecordRequest(folder=folder)))
+        if failures:
+            undo = {name: RecordRequest(folder=before[name].recording) for name in answers}
+            self._ask("Record", undo, UNDO_LIMIT_S)
+            raise _failure("Record", folder, failures)
+        return answers
+
+    def reload_config(self) -> Statuses:
+        """Let all servers do as their configuration files say by now, or none if one of the files is wrong."""
+        self._all("CheckConfig", ConfigRequest())
+        return self._all("ReloadConfig", ConfigRequest())
+
     def streams(self) -> Streams:
         """Return the open control streams of all servers, by endpoint."""
         return _streams(self._all("ListStreams", ListStreamsRequest()))
@@ -131,20 +149,27 @@ class TeamAdmin:
     ) -> None:
         self.close()
 
-    def _switch(self, version: str, before: Statuses, replacing: str | None = None) -> Statuses:
+    def _switch(
+        self, version: str, before: Statuses, replacing: str | None = None, evidence: str = ""
+    ) -> Statuses:
         """Switch from the versions that are current in ``before``, or leave those and the previous ones."""
         self.load(version)
         answers, failures = self._ask(
             "Switch",
             {
-                endpoint: VersionRequest(version=version, expected_current=replacing or status.current)
+                endpoint: VersionRequest(
+                    version=version, expected_current=replacing or status.current, evidence=evidence
+                )
                 for endpoint, status in before.items()
             },
         )
         if failures:
             undo = {
                 endpoint: VersionRequest(
-                    version=status.current, expected_current=version, previous=status.previous
+                    version=status.current,
+                    expected_current=version,
+                    previous=status.previous,
+                    evidence=status.evidence,
                 )
                 for endpoint, status in before.items()
                 if status.current != version

@@ -6,22 +6,23 @@ A credentials file names a client's certificate and token, and the authority tha
     certificate = "robot.pem"      # for servers that require one (mTLS)
     key = "robot.key"
     server_name = "localhost"      # name in the servers' certificates, if it is not the address
-    token_file = "token"           # its first word is sent as bearer token
+    token_file = "token"           # its first word is sent as bearer token, and read again when it changes
 
 Names of files are relative to the folder of the credentials file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import grpc
 
 from omcda_deploy.errors import ConfigError, EndpointError, UnknownNameError
 from omcda_deploy.files import read_toml
-
-Metadata = tuple[tuple[str, str], ...]  # names and values, sent with a call
+from omcda_deploy.followed import FollowedFile
 
 _SCHEMES, _UNCHECKED = ("dns", "ipv4", "ipv6"), ("unix", "unix-abstract", "vsock", "xds")
 _OPTIONS = (
@@ -32,20 +33,44 @@ _OPTIONS = (
 )
 
 
+class FileToken:
+    """Metadata of calls with the first word of a file, as it is when a call begins."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises :class:`ConfigError` if it has none now; later the last one stays then."""
+        self._file = FollowedFile(file, _read_token)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(_bearer(self._file.contents))
+
+    def __len__(self) -> int:
+        return 1
+
+
+# Names and values, sent with a call: a tuple of pairs or a FileToken, which gRPC takes and its stubs do not know.
+Metadata: TypeAlias = Any
+
+
 @dataclass(frozen=True)
 class Credentials:
-    """Contents of the files of a credentials file (:func:`read_credentials`)."""
+    """Contents of the files of a credentials file (:func:`read_credentials`).
+
+    ``token_file``: the file that the token is read from again when it changes; its token is sent, not ``token``.
+    """
 
     ca: bytes | None = None
     certificate: bytes | None = None
     key: bytes | None = None
     server_name: str | None = None
     token: str | None = None
+    token_file: Path | None = None
 
     @property
     def metadata(self) -> Metadata:
-        """The metadata of every call."""
-        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+        """The metadata of every call. Raises :class:`ConfigError` if ``token_file`` has no token."""
+        if self.token_file is not None:
+            return FileToken(self.token_file)
+        return () if self.token is None else _bearer(self.token)
 
 
 def read_credentials(path: Path) -> Credentials:
@@ -54,7 +79,7 @@ def read_credentials(path: Path) -> Credentials:
     Raises :class:`ConfigError` for a file that cannot be read, and :class:`UnknownNameError` for another entry.
     """
     values = read_toml(path, "a credentials file")
-    entries = [*(field.name for field in fields(Credentials) if field.name != "token"), "token_file"]
+    entries = [field.name for field in fields(Credentials) if field.name != "token"]
     for name, value in values.items():
         if name not in entries:
             raise UnknownNameError(f"entry of {path}", name, entries)
@@ -62,21 +87,32 @@ def read_credentials(path: Path) -> Credentials:
             raise ConfigError(f"{path}: {name}: expected a string, got {value!r}")
     if ("certificate" in values) != ("key" in values):
         raise ConfigError(f"{path}: expected certificate and key, or neither, got {', '.join(values)}")
-    files = {
+    files: dict[str, Any] = {
         name: _read(f"{path}: {name}", path.parent / values[name])
         for name in ("ca", "certificate", "key")
         if name in values
     }
-    token = None
-    if "token_file" in values:
+    token_file = path.parent / values["token_file"] if "token_file" in values else None
+    if token_file is not None:
         try:
-            lines = _read(f"{path}: token_file", path.parent / values["token_file"]).decode().split()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: token_file: expected {values['token_file']} in UTF-8") from error
-        if not lines:
-            raise ConfigError(f"{path}: token_file: expected a token in {values['token_file']}, found none")
-        token = lines[0]
-    return Credentials(**files, server_name=values.get("server_name"), token=token)
+            _read_token(token_file)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    return Credentials(**files, server_name=values.get("server_name"), token_file=token_file)
+
+
+def _read_token(file: Path) -> str:
+    try:
+        words = _read("token_file", file).decode().split()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"token_file: expected {file} in UTF-8") from error
+    if not words:
+        raise ConfigError(f"token_file: expected a token in {file}, found none")
+    return words[0]
+
+
+def _bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
 
 
 def require_endpoint(endpoint: str) -> None:

@@ -1,42 +1,33 @@
-"""Connections to policy servers: their contracts, and their models' answers step by step.
+"""Connections to policy servers: their contracts, and the errors of calls that fail.
 
 A step is missed if its answer does not come before the deadline or the server is gone (:class:`MissedAnswerError`).
 An answer that arrives later is dropped: a call is cancelled, a stream is replaced by a new one, and an answer with
-another step id than the request's is refused. A model that keeps missing is asked in the background
+another step id than the request's is refused. A server that keeps missing is asked in the background
 (:mod:`omcda_deploy.client.circuit`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import grpc
-from numpy.typing import NDArray
 
 from omcda_deploy.client.channel import Credentials, Metadata, open_channel
-from omcda_deploy.client.circuit import Circuit, NotAwaitedError
-from omcda_deploy.client.transport import SERVICE, Arrivals, Calls, Stream
+from omcda_deploy.client.circuit import Circuit
+from omcda_deploy.client.transport import SERVICE
 from omcda_deploy.errors import (
-    ConfigError,
     ContractError,
     EndpointError,
     MissedAnswerError,
     OmcdaError,
 )
-from omcda_deploy.protos.policy_pb2 import ActRequest, ActResponse, GetContractRequest, GetContractResponse
-from omcda_deploy.protos.tensors import answer_tensors, input_tensors
+from omcda_deploy.protos.policy_pb2 import GetContractRequest, GetContractResponse
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 CONNECT_LIMIT_S = 5.0
-
-Rows: TypeAlias = dict[str, NDArray[Any]]  # a model's inputs by name, one row per sample
-Outputs: TypeAlias = dict[str, NDArray[Any]]
+RETRY_S = 0.1  # between two questions to a server that is waited for
 
 
 @dataclass(frozen=True)
@@ -53,15 +44,19 @@ class Contract:
 
 
 class ServerConnection:
-    """A connection to one endpoint. ``contract``: of one version, at first the current one.
+    """A connection to one endpoint. ``contract``: of one version, at first of ``version``; empty: the current one.
+
+    ``wait_s``: seconds in which it is asked again if it does not answer, or does not hold the version.
 
     Raises :class:`EndpointError` if the endpoint is no policy server, :class:`MissedAnswerError` if it does not
     answer.
     """
 
-    def __init__(self, endpoint: str, credentials: Credentials | None = None) -> None:
+    def __init__(
+        self, endpoint: str, credentials: Credentials | None = None, version: str = "", wait_s: float = 0.0
+    ) -> None:
         self.endpoint = endpoint
-        self.circuits: list[Circuit] = []  # of its models that are in use
+        self.circuit = Circuit(breaks=False)  # replaced by that of its models in use
         self.channel = open_channel(endpoint, credentials)
         self.metadata: Metadata = () if credentials is None else credentials.metadata
         self._get_contract = self.channel.unary_unary(
@@ -70,15 +65,25 @@ class ServerConnection:
             response_deserializer=GetContractResponse.FromString,
         )
         try:
-            self.contract = self._ask("")
+            self.contract = self._first_answer(version, time.monotonic() + wait_s)
         except BaseException:
             self.close()
             raise
 
+    def _first_answer(self, version: str, end: float) -> Contract:
+        """Return the contract of a version, as soon as the server tells it."""
+        while True:
+            try:
+                return self._ask(version)
+            except MissedAnswerError:
+                if time.monotonic() + RETRY_S >= end:
+                    raise
+            time.sleep(RETRY_S)
+
     @property
     def silent(self) -> bool:
-        """True while a model of it is not waited for."""
-        return any(circuit.open for circuit in self.circuits)
+        """True while it is not waited for."""
+        return self.circuit.open
 
     def current_version(self) -> str:
         """Ask for the version that answers new episodes."""
@@ -93,6 +98,11 @@ class ServerConnection:
         if spec is not None:
             team = self.contract.team
             require_same_contract(spec, team, "the client's team", f"the team served at {self.endpoint}")
+
+    def note_failure(self, error: grpc.RpcError) -> None:
+        """Note a call beside the steps that failed."""
+        if status_of(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
+            self.circuit.miss(CONNECT_LIMIT_S)
 
     def close(self) -> None:
         self.channel.close()
@@ -120,147 +130,22 @@ class ServerConnection:
         try:
             return self._get_contract(request, timeout=CONNECT_LIMIT_S, metadata=self.metadata)
         except grpc.RpcError as error:
-            if _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
-                for circuit in self.circuits:
-                    circuit.miss(CONNECT_LIMIT_S)
-            raise _error_of(error, f"{self.endpoint}: GetContract", CONNECT_LIMIT_S) from error
+            self.note_failure(error)
+            raise error_of(error, f"{self.endpoint}: GetContract", CONNECT_LIMIT_S) from error
 
 
-class ServedModel:
-    """One model of one server. :meth:`ask` is a whole step; :meth:`send` and :meth:`receive` are its halves.
-
-    ``version``: requested in every step. ``latency``: seconds from sending the last step to its answer's arrival,
-    however late the answer is read; None without an answer. ``breaks``: whether a circuit opens after misses.
-    """
-
-    def __init__(
-        self, server: ServerConnection, model: str, deadline_s: float, stream: bool, breaks: bool
-    ) -> None:
-        if not 0.0 < deadline_s < math.inf:
-            raise ConfigError(f"deadline_s: expected a number of seconds above 0, got {deadline_s}")
-        contract = server.contract
-        if model not in contract.models:
-            raise EndpointError(
-                f"{server.endpoint} serves {', '.join(contract.models)}, not {model}: give the endpoint of {model}"
-            )
-        self.latency: float | None = None
-        self.version = contract.version
-        self._model = model
-        self._step_name = f"{server.endpoint}: step of {model}"
-        self._contract_hash = contract.contract_hash
-        self._deadline_s = deadline_s
-        self._inputs = {tensor.name: tensor for tensor in input_tensors(contract.team, model)}
-        self._outputs = answer_tensors(contract.team, model)
-        self._arrivals = Arrivals()
-        self._transport: Calls | Stream = (Stream if stream else Calls)(
-            server.channel, deadline_s, self._arrivals, server.metadata
-        )
-        self._step_id = 0
-        self._first = True
-        self._sent_at = 0.0
-        self._under_way = False  # a request that was sent and not answered
-        self._circuit = Circuit(breaks)
-        server.circuits.append(self._circuit)
-
-    def reset(self) -> None:
-        """Mark the next step as the first of an episode."""
-        if self._under_way:
-            self.abandon()
-        self._first = True
-
-    def ask(self, rows: Rows) -> Outputs:
-        """Send one step and wait for its answer; raises as :meth:`receive`."""
-        if self._circuit.open:
-            self.send(rows)
-            return self.receive()
-        request = self._request(rows)
-        return self._answer(lambda: self._transport.ask(request))
-
-    def send(self, rows: Rows) -> None:
-        """Send one step without waiting; while the circuit is open, only if no other one is under way."""
-        if self._circuit.open and not self._settled():
-            self.latency = None
-            return
-        self._transport.send(self._request(rows))
-        self._under_way = True
-
-    def receive(self) -> Outputs:
-        """Wait for the answer to the step that was sent.
-
-        Raises :class:`MissedAnswerError`, which is a :class:`NotAwaitedError` while the circuit is open,
-        :class:`ContractError`, and :class:`EndpointError` for a refusal.
-        """
-        if self._circuit.open:
-            raise NotAwaitedError(f"{self._step_name} was not waited for, as its last answers were missed")
-        return self._answer(self._transport.receive)
-
-    def abandon(self) -> None:
-        """Forget a request that was sent, so that the next answer is the next request's."""
-        self._under_way = False
-        self._transport.abandon()
-
-    def _settled(self) -> bool:
-        """Return whether no step is under way; an answer in time to the last one closes the circuit."""
-        if self._under_way and self._transport.arrived():
-            with suppress(MissedAnswerError):
-                self._answer(self._transport.receive)
-        return not self._under_way
-
-    def _request(self, rows: Rows) -> ActRequest:
-        self._step_id += 1
-        self.latency = None
-        self._sent_at = time.perf_counter()
-        tensors: dict[str, Any] = {name: self._inputs[name].encode(values) for name, values in rows.items()}
-        return ActRequest(
-            model=self._model,
-            model_version=self.version,
-            contract_hash=self._contract_hash,
-            step_id=self._step_id,
-            reset=self._first,
-            batch=len(rows["observation"]),
-            **tensors,
-        )
-
-    def _answer(self, receive: Callable[[], ActResponse]) -> Outputs:
-        try:
-            response = receive()
-            self._under_way = False
-        except BaseException as error:
-            self.abandon()
-            if isinstance(error, (grpc.RpcError, TimeoutError)):
-                if _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
-                    self._circuit.miss(time.perf_counter() - self._sent_at)
-                raise _error_of(error, self._step_name, self._deadline_s) from error
-            raise
-        if (response.step_id, response.model_version) != (self._step_id, self.version):
-            self.abandon()
-            raise EndpointError(
-                f"{self._step_name}: expected the answer to step {self._step_id} of version {self.version}, got "
-                f"that to {response.step_id} of {response.model_version}: the server mixes up its answers, update "
-                "it"
-            )
-        self.latency = self._arrivals.last - self._sent_at
-        self._circuit.close()
-        self._first = False
-        # Copies, as bytes are read-only and a caller may change an action in place.
-        return {
-            tensor.name: tensor.decode(getattr(response, tensor.name), response.batch).copy()
-            for tensor in self._outputs
-        }
-
-
-def _code(error: BaseException) -> grpc.StatusCode:
+def status_of(error: BaseException) -> grpc.StatusCode:
     """Return the status of a failed call; an answer that did not come on a stream has none of its own."""
     return error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def _error_of(error: BaseException, call: str, deadline_s: float) -> OmcdaError:
+def error_of(error: BaseException, call: str, deadline_s: float) -> OmcdaError:
     """Return the error for a failed call, with what the user can do about it.
 
     What may well be answered at another moment is a miss, in which a fallback acts. What is wrong with the request
     is none, as a fallback would hide it for ever.
     """
-    code = _code(error)
+    code = status_of(error)
     details = (error.details() if isinstance(error, grpc.Call) else None) or "no details"
     match code:
         # The server was killed, or it aborted the call because it stops.

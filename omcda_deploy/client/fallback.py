@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.bundle import Bundle
+from omcda_deploy.client.circuit import NotAwaitedError
 from omcda_deploy.errors import ConfigError, ContractError, MissedAnswerError
 from omcda_deploy.guard import behavior_action
 from omcda_deploy.local import LocalTeam
@@ -52,6 +53,14 @@ class Fallback(Protocol):
     ) -> dict[str, Decision]:
         """Decide for the agents in ``missed``. Raises :class:`MissedAnswerError` where there is nothing to hold."""
         ...
+
+
+def marked(decisions: Mapping[str, Decision], missed: Mapping[str, MissedAnswerError]) -> dict[str, Decision]:
+    """Mark the decisions of a fallback that did not wait for the policy's answer."""
+    return {
+        name: replace(decision, awaited=not isinstance(missed[name], NotAwaitedError))
+        for name, decision in decisions.items()
+    }
 
 
 def fallback_of(choice: FallbackChoice, spec: TeamSpec, agents: Sequence[AgentSpec]) -> Fallback | None:

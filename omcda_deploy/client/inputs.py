@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from omcda_deploy.client.connection import Rows
 from omcda_deploy.client.fallback import Mask
 from omcda_deploy.errors import ContractError
 from omcda_deploy.local import batch_of
 from omcda_deploy.policy import Float
 from omcda_deploy.spec import AgentSpec, TeamSpec
+
+Rows: TypeAlias = dict[str, NDArray[Any]]  # a model's inputs by name, one row per sample
 
 
 def agent_rows(agent: AgentSpec, observation: Float, noise: Float | None, action_mask: Mask | None) -> Rows:
@@ -38,6 +41,16 @@ def agent_rows(agent: AgentSpec, observation: Float, noise: Float | None, action
                 f"{name} of {agent.name}: expected {batch} rows as in the observation, got {len(values)}"
             )
     return rows
+
+
+def require_agents(spec: TeamSpec, **inputs: Mapping[str, object] | None) -> None:
+    """Raise :class:`ContractError` for vectors of agents that the team does not have."""
+    for name, vectors in inputs.items():
+        if isinstance(vectors, Mapping) and len(vectors) > len(spec.agents):
+            others = ", ".join(sorted(set(vectors) - set(spec.names)))
+            raise ContractError(
+                f"{name}: expected those of {', '.join(spec.names)}, got {others} too: leave it out"
+            )
 
 
 def require_one_batch(rows: Mapping[str, Rows]) -> None:

@@ -2,14 +2,68 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias, get_args
 
-from omcda_deploy.bundle import TEAM
+from omcda_deploy.bundle import TEAM, Bundle
+from omcda_deploy.client.channel import Credentials
 from omcda_deploy.client.connection import Contract, ServerConnection
-from omcda_deploy.errors import EndpointError, MissedAnswerError
+from omcda_deploy.client.open_inference import OpenServer
+from omcda_deploy.errors import ConfigError, EndpointError, MissedAnswerError
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
+Protocol: TypeAlias = Literal["omcda", "oip"]  # this package's, or the Open Inference Protocol v2
 Servers = Mapping[str, ServerConnection]  # by endpoint
+
+
+def connect(
+    endpoints: Sequence[str] | Mapping[str, str],
+    protocol: Protocol,
+    credentials: Credentials | None,
+    bundle: Bundle | None = None,
+    *,
+    version: str | None = None,
+    wait_s: float = 0.0,
+) -> dict[str, ServerConnection]:
+    """Connect to every endpoint once; returns the connections by endpoint.
+
+    ``version``: whose contracts are asked for; the current one if None. ``wait_s``: as for
+    :class:`ServerConnection`, for all endpoints together.
+
+    Raises :class:`EndpointError`, also for an address that is listed twice, and :class:`ConfigError` for a protocol
+    that is none, a version without a name and seconds below 0. What was connected before an error is closed.
+    """
+    if protocol not in get_args(Protocol):
+        raise ConfigError(f"protocol: expected {' or '.join(get_args(Protocol))}, got {protocol!r}")
+    addresses = list(endpoints.values() if isinstance(endpoints, Mapping) else endpoints)
+    if not addresses:
+        raise EndpointError(
+            "expected at least one endpoint, got none: start servers with  omcda-deploy serve"
+        )
+    if version is not None and not (isinstance(version, str) and version):
+        raise ConfigError(f"version: expected its name, or None for the current one, got {version!r}")
+    if not 0.0 <= wait_s < math.inf:
+        raise ConfigError(f"wait_s: expected a number of seconds from 0 on, got {wait_s}")
+    end = time.monotonic() + wait_s
+    servers: dict[str, ServerConnection] = {}
+    try:
+        for endpoint in addresses:
+            if endpoint not in servers:
+                asked = (version or "", max(0.0, end - time.monotonic()))
+                servers[endpoint] = (
+                    OpenServer(endpoint, credentials, bundle, *asked)
+                    if protocol == "oip"
+                    else ServerConnection(endpoint, credentials, *asked)
+                )
+            elif not isinstance(endpoints, Mapping):
+                raise EndpointError(f"{endpoint} was given twice: give every endpoint once")
+    except BaseException:
+        for server in servers.values():
+            server.close()
+        raise
+    return servers
 
 
 def agreed_contract(servers: Iterable[ServerConnection], spec: TeamSpec | None) -> Contract:

@@ -14,27 +14,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from types import TracebackType
-from typing import Literal, NoReturn, Self
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from omcda_deploy.bundle import TEAM, parameter_names
+from omcda_deploy.bundle import TEAM, Bundle, parameter_names, read_bundle
 from omcda_deploy.client.channel import Credentials
 from omcda_deploy.client.circuit import NotAwaitedError
-from omcda_deploy.client.connection import Outputs, Rows, ServedModel, ServerConnection
-from omcda_deploy.client.fallback import FallbackChoice, Mask, fallback_of
-from omcda_deploy.client.inputs import agent_rows, joined_rows, require_one_batch
-from omcda_deploy.client.placement import agreed_contract, next_contract, only_agent, place_models
-from omcda_deploy.client.usage import Usage
-from omcda_deploy.errors import ContractError, EndpointError, MissedAnswerError
+from omcda_deploy.client.connection import ServerConnection
+from omcda_deploy.client.episode import EpisodeClock
+from omcda_deploy.client.fallback import FallbackChoice, Mask, fallback_of, marked
+from omcda_deploy.client.inputs import Rows, agent_rows, joined_rows, require_agents, require_one_batch
+from omcda_deploy.client.open_inference import OpenModels
+from omcda_deploy.client.placement import (
+    Protocol,
+    agreed_contract,
+    connect,
+    next_contract,
+    only_agent,
+    place_models,
+)
+from omcda_deploy.client.reports import Reports
+from omcda_deploy.client.served import Outputs, ServedModels
+from omcda_deploy.client.usage import UsedByOne
+from omcda_deploy.errors import ConfigError, MissedAnswerError
 from omcda_deploy.local import decision_of, first_row, observation_of, split_decisions
 from omcda_deploy.policy import Decision, Float, NoiseSource, Policy, checked_temperature
 from omcda_deploy.spec import AgentSpec, TeamSpec
 
 
-class RemotePolicy:
+class RemotePolicy(UsedByOne):
     """One served agent.
 
     ``agent``: its name; None for the only agent that the endpoint serves. ``spec``: the team that the caller was
@@ -42,8 +52,10 @@ class RemotePolicy:
     one gRPC stream, about half the cost of a call per step. ``fallback``: acts if the answer to a step is missed.
     ``credentials``: TLS and tokens; without them, plaintext and no token. ``temperature``: T of calls without
     ``noise``, 0 for deterministic actions, 1 for samples; their noise is drawn here, from ``seed``, and the server,
-    its guard and the fallback all use it. Noise that a call brings is used as it is. ``missed``: number of missed
-    answers, ``not_awaited``: of those that were not waited for.
+    its guard and the fallback all use it. Noise that a call brings is used as it is. ``version``: answers all
+    episodes, if the server holds it; None for that which is current when an episode begins. ``wait_s``: seconds in
+    which the server may get ready, and load the version. ``missed``: number of missed answers, ``not_awaited``: of
+    those that were not waited for.
 
     Raises :class:`EndpointError` if the endpoint cannot be reached, does not serve the agent or refuses a request,
     :class:`MissedAnswerError`, :class:`ContractError` if its contract is another one than ``spec``'s, and
@@ -62,11 +74,15 @@ class RemotePolicy:
         credentials: Credentials | None = None,
         temperature: float = 0.0,
         seed: int = 0,
+        version: str | None = None,
+        wait_s: float = 0.0,
     ) -> None:
-        self._usage = Usage("RemotePolicy")
+        super().__init__()
         self.missed = self.not_awaited = 0
         self.temperature = checked_temperature(temperature)
-        self._server = ServerConnection(endpoint, credentials)
+        servers = connect([endpoint], "omcda", credentials, version=version, wait_s=wait_s)
+        self._server = servers[endpoint]
+        self._pinned = version is not None
         try:
             self._server.require_contract(spec)
             self.team: TeamSpec = self._server.contract.team
@@ -74,7 +90,8 @@ class RemotePolicy:
             self.spec: AgentSpec = self.team.agent(name)
             choice = fallback if isinstance(fallback, str) else {name: fallback}
             self._fallback = fallback_of(choice, self.team, [self.spec])
-            self._model = ServedModel(self._server, name, deadline_s, stream, self._fallback is not None)
+            self._episode, breaks = EpisodeClock(), self._fallback is not None
+            self._model = ServedModels(self._server, [name], deadline_s, stream, breaks, self._episode)
             self._noise = NoiseSource(self.team, seed, temperature)
         except BaseException:
             self._server.close()
@@ -86,11 +103,16 @@ class RemotePolicy:
         """Seconds from sending the last request to its answer's arrival; None without an answer."""
         return self._model.latency
 
-    def reset(self) -> None:
-        """Mark the next step as the first of an episode, which the server's current version will answer."""
+    def reset(self, *, episode_id: str | None = None) -> None:
+        """Mark the next step as the first of an episode, which the server's current version will answer.
+
+        ``episode_id``: its name in recordings, which all agents of a team share; a new one if None.
+        """
         with self._usage:
-            contract = next_contract([self._server], self.team, lenient=self._fallback is not None)
-            self._model.version = contract.version
+            self._episode.begin(episode_id)
+            if not self._pinned:
+                contract = next_contract([self._server], self.team, lenient=self._fallback is not None)
+                self._model.version = contract.version
             self._model.reset()
             if self._fallback is not None:
                 self._fallback.reset()
@@ -108,10 +130,10 @@ class RemotePolicy:
     def _act(self, observation: Float, noise: Float | None, action_mask: Mask | None) -> Decision:
         name = self.spec.name
         noises = self._noise.for_call(None if noise is None else {name: noise}, {name: observation})
+        self._episode.advance(noises)
         try:
-            outputs = self._model.ask(
-                agent_rows(self.spec, observation, noises[name] if noises else None, action_mask)
-            )
+            rows = agent_rows(self.spec, observation, noises[name] if noises else None, action_mask)
+            outputs = self._model.ask({name: rows})[name]
         except MissedAnswerError as error:
             self.missed += 1
             self.not_awaited += isinstance(error, NotAwaitedError)
@@ -119,7 +141,7 @@ class RemotePolicy:
                 raise
             masks = None if action_mask is None else {name: action_mask}
             decisions = self._fallback.answer({name: error}, {name: observation}, noises, masks)
-            return _marked(decisions, {name: error})[name]
+            return marked(decisions, {name: error})[name]
         decision = decision_of(outputs, self._parameters)
         if np.ndim(observation) == 1:
             decision = first_row(decision)
@@ -133,24 +155,15 @@ class RemotePolicy:
         self._model.abandon()
         self._server.close()
 
-    def __reduce__(self) -> NoReturn:
-        self._usage.refuse_pickling()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class RemoteTeam:
+class RemoteTeam(UsedByOne):
     """A served team: one endpoint per agent, one for several agents, or one that serves the joint graph.
 
     ``endpoints``: addresses in any order, each used for the agents that it serves, or a mapping from agent (or
     ``"team"``) to address. The other arguments are those of :class:`RemotePolicy`. A step sends all requests before
     it waits for the first answer; if one agent's answer is missed, the other agents' answers are used all the same.
+    ``record``: a folder for what is reported (:meth:`report`). ``protocol``: ``oip`` for other servers that hold a
+    bundle's models (:mod:`omcda_deploy.client.open_inference`), whose contract ``bundle`` states where they do not.
 
     As attributes, ``spec`` is the served team, ``endpoints`` has the address by agent, or of ``"team"``, ``missed``
     the number of missed answers by agent (one missed by the joint graph is missed by all agents), ``not_awaited``
@@ -173,22 +186,36 @@ class RemoteTeam:
         credentials: Credentials | None = None,
         temperature: float = 0.0,
         seed: int = 0,
+        record: str | Path | None = None,
+        protocol: Protocol = "omcda",
+        bundle: Bundle | str | Path | None = None,
+        version: str | None = None,
+        wait_s: float = 0.0,
     ) -> None:
         self.temperature = checked_temperature(temperature)
-        self._usage = Usage("RemoteTeam")
+        super().__init__()
+        self._episode = EpisodeClock()
+        self._reports: Reports | None = None
         if isinstance(endpoints, str):
             endpoints = [endpoints]
         self._servers: dict[str, ServerConnection] = {}  # by endpoint
-        self._models: dict[str, ServedModel] = {}
+        self._served: list[ServedModels] = []  # one per server that is asked
         try:
-            self._connect(endpoints, credentials)
+            held = read_bundle(bundle) if isinstance(bundle, (str, Path)) else bundle
+            self._servers = connect(endpoints, protocol, credentials, held, version=version, wait_s=wait_s)
             contract = agreed_contract(self._servers.values(), spec)
             placement = place_models(endpoints, self._servers, contract.team)
             self._fallback = fallback_of(fallback, contract.team, contract.team.agents)
-            for model, server in placement.items():
-                breaks = self._fallback is not None
-                self._models[model] = ServedModel(server, model, deadline_s, stream, breaks)
+            breaks = self._fallback is not None
+            for server in dict.fromkeys(placement.values()):
+                models = [model for model, holder in placement.items() if holder is server]
+                serve = OpenModels if protocol == "oip" else ServedModels
+                self._served.append(serve(server, models, deadline_s, stream, breaks, self._episode))
             self._noise = NoiseSource(contract.team, seed, temperature)
+            if record is not None and protocol == "oip":
+                raise ConfigError("record: expected protocol omcda, whose servers record their half, got oip")
+            if record is not None:
+                self._reports = Reports(Path(record), contract.team, self._episode)
         except BaseException:
             self.close()
             raise
@@ -202,20 +229,7 @@ class RemoteTeam:
         self.divergence_kind: str = contract.divergence_kind
         self.budgets: dict[str, float | None] = contract.budgets
         self._parameters = parameter_names(self.spec)
-        self._pinned = False  # episodes keep their version
-
-    def _connect(self, endpoints: Sequence[str] | Mapping[str, str], credentials: Credentials | None) -> None:
-        """Connect to every endpoint once. Raises :class:`EndpointError`."""
-        addresses = list(endpoints.values() if isinstance(endpoints, Mapping) else endpoints)
-        if not addresses:
-            raise EndpointError(
-                "expected at least one endpoint, got none: start servers with  omcda-deploy serve"
-            )
-        for endpoint in addresses:
-            if endpoint not in self._servers:
-                self._servers[endpoint] = ServerConnection(endpoint, credentials)
-            elif not isinstance(endpoints, Mapping):
-                raise EndpointError(f"{endpoint} was given twice: give every endpoint once")
+        self._pinned = version is not None  # episodes keep their version
 
     @property
     def latencies(self) -> dict[str, float]:
@@ -223,17 +237,45 @@ class RemoteTeam:
 
         Agents whose answer was missed are left out.
         """
-        models = self._models.items()
-        return {name: model.latency for name, model in models if model.latency is not None}
+        latencies = {model: served.latency for served in self._served for model in served.models}
+        return {name: latency for name in self.endpoints if (latency := latencies[name]) is not None}
 
-    def reset(self) -> None:
-        """Mark the next step as the first of an episode.
+    @property
+    def episode(self) -> tuple[str, int]:
+        """The episode's name in recordings, and the number of its last step, from 1 on."""
+        return self._episode.id, self._episode.step
+
+    @property
+    def reporting(self) -> bool:
+        """True if :meth:`report` is to be called after each step."""
+        return self._reports is not None
+
+    def reset(self, *, episode_id: str | None = None) -> None:
+        """Mark the next step as the first of an episode, named ``episode_id`` in recordings, or anew.
 
         The whole episode is answered by the version that is now the first server's current one. Without a fallback
         it raises :class:`EndpointError` if another server does not hold that version.
         """
         with self._usage:
+            self._episode.begin(episode_id)
             self._reset()
+
+    def report(self, reward: Any, terminated: Any, truncated: Any, **unseen: Any) -> None:
+        """Record what became of the step that :meth:`act` answered last, into the folder ``record``.
+
+        The team's ``reward``, and whether the task or a time limit ended the episode: a number and two truth
+        values, arrays [B] of them, or equal ones by agent. ``unseen``: ``next_observations`` and
+        ``next_action_masks`` by agent, as for :meth:`act`, which servers never see of the last step; ``state`` and
+        ``next_state`` [B, S] of tasks whose state is not all observations joined; and ``active`` [B], where some
+        rows of a batch took no step. Never waits for the disk.
+
+        Raises :class:`ConfigError` without ``record`` or without a step to report, :class:`ContractError` for other
+        shapes, and rewards that are not finite or differ by agent.
+        """
+        with self._usage:
+            if self._reports is None:
+                raise ConfigError("report: expected RemoteTeam(..., record=FOLDER), got none: name a folder")
+            self._reports.add(reward, terminated, truncated, unseen)
 
     def _reset(self) -> None:
         if not self._pinned:
@@ -241,9 +283,9 @@ class RemoteTeam:
             contract = next_contract(servers, self.spec, lenient=self._fallback is not None)
             self.version, self.bundle_digest = contract.version, contract.bundle_digest
             self.divergence_kind, self.budgets = contract.divergence_kind, contract.budgets
-        for model in self._models.values():
-            model.version = self.version
-            model.reset()
+        for served in self._served:
+            served.version = self.version
+            served.reset()
         if self._fallback is not None:
             self._fallback.reset()
 
@@ -269,7 +311,7 @@ class RemoteTeam:
         After an error no request is pending.
         """
         with self._usage:
-            self._require_agents(observations=observations, noise=noise, action_masks=action_masks)
+            require_agents(self.spec, observations=observations, noise=noise, action_masks=action_masks)
             return self._act(observations, self._noise.for_call(noise, observations), action_masks)
 
     def _act(
@@ -288,7 +330,10 @@ class RemoteTeam:
             for agent in self.spec.agents
         }
         require_one_batch(rows)
+        self._episode.advance(noise)
         outputs, missed = self._ask(rows)
+        if self._reports is not None:
+            self._reports.expect(len(next(iter(rows.values()))["observation"]), bool(missed))
         decisions = (
             split_decisions(self.spec, outputs[TEAM])
             if TEAM in outputs
@@ -301,74 +346,49 @@ class RemoteTeam:
         if self._fallback is not None:
             if missed:
                 answers = self._fallback.answer(missed, observations, noise, action_masks)
-                decisions |= _marked(answers, missed)
+                decisions |= marked(answers, missed)
                 decisions = {name: decisions[name] for name in self.spec.names}
             self._fallback.note(decisions)
         return decisions
-
-    def _require_agents(self, **inputs: Mapping[str, object] | None) -> None:
-        """Raise :class:`ContractError` for vectors of agents that the team does not have."""
-        for name, vectors in inputs.items():
-            if isinstance(vectors, Mapping) and len(vectors) > len(self.spec.agents):
-                others = ", ".join(sorted(set(vectors) - set(self.spec.names)))
-                raise ContractError(
-                    f"{name}: expected those of {', '.join(self.spec.names)}, got {others} too: leave it out"
-                )
 
     def _ask(self, rows: Mapping[str, Rows]) -> tuple[dict[str, Outputs], dict[str, MissedAnswerError]]:
         """Return the models' answers, and the errors of the agents whose answers are missed."""
         outputs: dict[str, Outputs] = {}
         missed: dict[str, MissedAnswerError] = {}
-        receivers: dict[str, Callable[[], Outputs]]
+        if TEAM in self.endpoints:
+            rows = {TEAM: joined_rows(self.spec, rows)}
         try:
-            if TEAM in self._models:
-                receivers = {TEAM: lambda: self._models[TEAM].ask(joined_rows(self.spec, rows))}
+            receivers: list[Callable[[], dict[str, Outputs]]]
+            if len(self._served) == 1:
+                receivers = [lambda: self._served[0].ask(rows)]
             else:
-                for name, model in self._models.items():
-                    model.send(rows[name])
-                receivers = {name: model.receive for name, model in self._models.items()}
-            for name, receive in receivers.items():
+                for served in self._served:
+                    served.send(rows)
+                receivers = [served.receive for served in self._served]
+            for served, receive in zip(self._served, receivers, strict=True):
                 try:
-                    outputs[name] = receive()
+                    outputs |= receive()
                 except MissedAnswerError as error:
-                    missed |= dict.fromkeys(self.spec.names if name == TEAM else [name], error)
+                    names = self.spec.names if TEAM in served.models else served.models
+                    missed |= dict.fromkeys(names, error)
                     if self._fallback is None:
                         raise
         except BaseException:
-            for model in self._models.values():
-                model.abandon()
+            for served in self._served:
+                served.abandon()
             raise
         finally:
             for name, miss in missed.items():
                 self.missed[name] += 1
                 self.not_awaited[name] += isinstance(miss, NotAwaitedError)
-        return outputs, missed
+        return {name: outputs[name] for name in self.endpoints if name in outputs}, missed
 
     def close(self) -> None:
         """Give up what is under way and close all connections."""
         self._usage.closed = True
-        for model in self._models.values():
-            model.abandon()
+        for served in self._served:
+            served.abandon()
         for server in self._servers.values():
             server.close()
-
-    def __reduce__(self) -> NoReturn:
-        self._usage.refuse_pickling()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _marked(
-    decisions: Mapping[str, Decision], missed: Mapping[str, MissedAnswerError]
-) -> dict[str, Decision]:
-    """Mark the decisions of a fallback that did not wait for the policy's answer."""
-    return {
-        name: replace(decision, awaited=not isinstance(missed[name], NotAwaitedError))
-        for name, decision in decisions.items()
-    }
+        if self._reports is not None:
+            self._reports.close()

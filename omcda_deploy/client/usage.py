@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from omcda_deploy.errors import EndpointError
 
@@ -55,3 +55,25 @@ class Usage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._calls.release()
+
+
+class UsedByOne:
+    """Base of clients: closed at the end of a ``with`` block, and never pickled. ``_usage``: holds each call."""
+
+    def __init__(self) -> None:
+        self._usage = Usage(type(self).__name__)
+
+    def close(self) -> None:
+        """Close the client; each has its own way."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> NoReturn:
+        self._usage.refuse_pickling()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

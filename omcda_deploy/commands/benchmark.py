@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from omcda_deploy.commands import console, require_outputs
+from omcda_deploy.commands import print_table, print_text, require_outputs
+from omcda_deploy.commands.estimate import Confidence
+from omcda_deploy.commands.progress import progress_bar
+from omcda_deploy.commands.stopping import when_stopped
 
 app = typer.Typer(help="Benchmarks: ratios measured within one run.", no_args_is_help=True)
 
@@ -19,6 +22,7 @@ def _group() -> None:
 
 
 @app.command("train")
+@when_stopped()
 def train(
     task: Annotated[str, typer.Option(help="Task whose shapes are used.")] = "mamujoco/halfcheetah-6x1",
     algo: Annotated[list[str] | None, typer.Option(help="Algorithms; all when omitted. Repeatable.")] = None,
@@ -32,7 +36,7 @@ def train(
     rounds: Annotated[
         int, typer.Option(min=1, help="Alternating rounds of steps and of their matrix products alone.")
     ] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Torch threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure CPU milliseconds per run and training step beside its matrix products alone, in the same run."""
@@ -74,7 +78,7 @@ def train(
                         **dict(zip(names, figures, strict=True)),
                     }
                 )
-    console.print(table)
+    print_table(table)
     if json_file:
         write_json(json_file, {"task": task, "batch_size": batch_size, "threads": threads, "rows": rows})
 
@@ -87,6 +91,7 @@ def _algorithms(kind: str) -> list[str]:
 
 
 @app.command("comparison")
+@when_stopped()
 def comparison(
     hidden: Annotated[int, typer.Option(help="Hidden units.")] = 128,
     task: Annotated[
@@ -133,12 +138,13 @@ def comparison(
     columns = [sum(column) for column in zip(*hours.values(), strict=True)]
     total = sum(columns)
     table.add_row("together", *(f"{value:.1f}" for value in (*columns, total)))
-    console.print(table)
+    print_table(table)
     if json_file:
         write_json(json_file, {"tasks": tasks, "hidden": hidden, "hours": hours, "total_hours": total})
 
 
 @app.command("serve")
+@when_stopped()
 def serve(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     seconds: Annotated[float, typer.Option(help="Seconds for each scenario in each round.")] = 1.0,
@@ -148,17 +154,19 @@ def serve(
     processes: Annotated[
         bool, typer.Option("--processes", help="Measure one server process per agent, too.")
     ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Measure a server that records its steps, too.")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="Configuration of the servers (TOML).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
 ) -> None:
     """Measure a served step beside a bare gRPC echo of the same messages, as ratios within one run."""
     require_outputs(json_file)
-    from omcda_deploy.commands import progress_bar
     from omcda_deploy.files import write_json
     from omcda_deploy.play.measurements import machine
     from omcda_deploy.serve.bench.steps import run
 
-    with progress_bar("measuring") as progress:
+    with progress_bar("measuring", "scenarios") as progress:
         report = run(
             bundle,
             seconds=seconds,
@@ -166,6 +174,7 @@ def serve(
             clients=clients,
             rate=rate,
             processes=processes,
+            record=record,
             config=config,
             progress=progress,
         )
@@ -182,7 +191,7 @@ def serve(
             *(f"{median[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
             *(f"{median[name]:.0f}" for name in ("rate", "cpu_us", "client_cpu_us", "rss_mb", "refused")),
         )
-    console.print(table)
+    print_table(table)
     ratios = Table(title="Medians of ratios within a round", title_justify="left")
     for column in ("ratio", "of", "is", "should be", ""):
         ratios.add_column(column, justify="right" if column == "is" else "left")
@@ -196,13 +205,14 @@ def serve(
             ratio.target,
             "" if holds is None else "holds" if holds else "missed",
         )
-    console.print(ratios)
-    console.print(f"The server of all agents was ready in {report.ready_s:.1f} s.")
+    print_table(ratios)
+    print_text(f"The server of all agents was ready in {report.ready_s:.1f} s.")
     if json_file:
         write_json(json_file, report.to_json())
 
 
 @app.command("reload")
+@when_stopped()
 def reload(
     bundle: Annotated[Path, typer.Argument(help="A bundle; two copies of it are exchanged.")],
     seconds: Annotated[
@@ -221,12 +231,11 @@ def reload(
 ) -> None:
     """Measure reloads of a team's policies: their cost for concurrent requests, and their lasting effect."""
     require_outputs(json_file)
-    from omcda_deploy.commands import progress_bar
     from omcda_deploy.files import write_json
     from omcda_deploy.play.measurements import machine
     from omcda_deploy.serve.bench.reload import DRIFT, P99_RATIO, run
 
-    with progress_bar("measuring") as progress:
+    with progress_bar("measuring", "parts") as progress:
         report = run(
             bundle,
             seconds=seconds,
@@ -250,7 +259,7 @@ def reload(
                 *(str(value) for value in (half.requests, half.refused, half.reloads)),
                 "" if name == "quiet" else f"{each.p99_ratio:.2f}",
             )
-    console.print(table)
+    print_table(table)
     rows = (
         ("p99 while reloading / quiet, median", f"{report.p99_ratio:.2f}", P99_RATIO, report.p99_ratio),
         ("requests refused", str(report.refused), 0, report.refused),
@@ -262,6 +271,67 @@ def reload(
         verdicts.add_column(column, justify="right" if column == "is" else "left")
     for name, text, limit, value in rows:
         verdicts.add_row(name, text, f"{limit:g}", "holds" if value <= limit else "missed")
-    console.print(verdicts)
+    print_table(verdicts)
     if json_file:
         write_json(json_file, report.to_json())
+
+
+@app.command("promotions")
+@when_stopped()
+def promotions(
+    games: Annotated[list[str] | None, typer.Option("--game", help="Only these; repeatable.")] = None,
+    episodes: Annotated[
+        list[int] | None, typer.Option(min=1, help="Recorded episodes; 300 and 600 when omitted. Repeatable.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=5, help="Candidates of each game and number of episodes.")] = 200,
+    confidence: Confidence = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the candidates and the episodes.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
+) -> None:
+    """Simulate promotions on toy games: how often evidence lets a harmful team act, or misses a better one."""
+    require_outputs(json_file)
+    from omcda_deploy.experiments.promotions import GAMES, LEAST_CLEAR, MOST_HARMFUL, Outcome, simulate
+    from omcda_deploy.files import write_json
+
+    tasks, sizes = games or GAMES, episodes or (300, 600)
+    outcomes: list[Outcome] = []
+    with progress_bar("deciding", "promotions") as report:
+        total = len(tasks) * len(sizes) * count
+        for size in sizes:
+            for task in tasks:
+                before = len(outcomes) * count
+
+                def progress(done: int, before: int = before) -> None:
+                    report(before + done, total)
+
+                outcomes.append(
+                    simulate(task, size, count, confidence=confidence, seed=seed, progress=progress)
+                )
+    columns = {
+        "harmful_promoted": "harmful",
+        "better_promoted": "better",
+        "clear_promoted": "clearly better",
+        "silent": "data cannot tell",
+        "above_low": "bound holds",
+    }
+    table = Table(title=f"{count} candidates each, seed {seed}", title_justify="left")
+    for column in ("episodes", "game", "harmful ones", *columns.values()):
+        table.add_column(column, justify="left" if column == "game" else "right")
+    rows = [outcome.to_json() for outcome in outcomes]
+    for row in rows:
+        shares = (f"{100 * row[name]:.1f} %" for name in columns)
+        table.add_row(str(row["episodes"]), row["task"], str(row["harmful"]), *shares)
+    print_table(table)
+    for size in sizes:
+        of_size = [row for row in rows if row["episodes"] == size]
+        worst = max(row["harmful_promoted"] for row in of_size)
+        least = min(row["clear_promoted"] for row in of_size)
+        harm = "holds" if worst <= MOST_HARMFUL else "missed"
+        gain = "holds" if least >= LEAST_CLEAR else "missed"
+        print_text(
+            f"{size} episodes: of harmful candidates at most {100 * worst:.1f} % are promoted, at most "
+            f"{100 * MOST_HARMFUL:g} % may be: {harm}; of clearly better ones at least {100 * least:.1f} %, "
+            f"at least {100 * LEAST_CLEAR:g} % shall be: {gain}"
+        )
+    if json_file:
+        write_json(json_file, rows)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from omcda_deploy.commands import CredentialsFile, addresses, console, credentials_of
+from omcda_deploy.commands import (
+    AsJson,
+    CredentialsFile,
+    Temperature,
+    addresses,
+    credentials_of,
+    print_json,
+    print_table,
+    print_text,
+    temperature_of,
+)
+from omcda_deploy.commands.estimate import Confidence
+from omcda_deploy.commands.stopping import when_stopped
 from omcda_deploy.formatting import UNKNOWN, percent, significant
 
 if TYPE_CHECKING:
@@ -50,11 +64,61 @@ def switch(
         _print_versions(team.switch(version, replacing))
 
 
+@app.command("promote")
+@when_stopped(
+    lambda: "look at  omcda-deploy status: what had begun is undone, unless all servers had switched"
+)
+def promote(
+    version: Version,
+    admin: Admin,
+    dataset: Annotated[
+        Path, typer.Option("--estimate", help="Recorded episodes, joined (docs/recording.md).")
+    ],
+    releases: Annotated[
+        Path, typer.Option(help="Folder of the bundles that the servers hold, by version.")
+    ] = Path("releases"),
+    at_least: Annotated[
+        float, typer.Option(help="Improvement of the return that the lower bound must exceed.")
+    ] = 0.0,
+    confidence: Confidence = 0.95,
+    temperature: Temperature = "1",
+    shadow_first: Annotated[
+        float, typer.Option(help="Seconds for which the version runs beside the current one before.")
+    ] = 0.0,
+    credentials: CredentialsFile = None,
+) -> None:
+    """Switch to a version only if recorded episodes show that it earns more than the current one."""
+    from omcda_deploy.experiments.promote import Demand, promote
+
+    demand = Demand(at_least, confidence, temperature_of(temperature), shadow_first)
+    with _team(admin, credentials) as team:
+        evidence, statuses = promote(team, version, dataset, releases, demand)
+    _print_versions(statuses)
+    print_text(f"version {version} answers: {_reason(evidence)}")
+
+
 @app.command("rollback")
 def rollback(admin: Admin, credentials: CredentialsFile = None) -> None:
     """Switch back to the version that answered before."""
     with _team(admin, credentials) as team:
+        before = team.status()
         _print_versions(team.rollback())
+    for version, text in sorted({(status.current, status.evidence) for status in before.values()}):
+        if text:
+            print_text(f"version {version} had been promoted: {_reason(json.loads(text))}")
+
+
+def _reason(evidence: Mapping[str, Any]) -> str:
+    """Say in a sentence on what evidence a version was promoted; evidence of others than ``promote`` as it is."""
+    try:
+        gain = evidence["improvement"]
+        return (
+            f"estimated to earn {significant(gain['estimate'])} more than version {evidence['over']}, at least "
+            f"{significant(gain['low'])} with {100 * evidence['confidence']:g} % confidence, from "
+            f"{evidence['episodes']} episodes of dataset {evidence['dataset'][:12]}"
+        )
+    except (KeyError, TypeError, ValueError):
+        return json.dumps(evidence)
 
 
 @app.command("unload")
@@ -93,18 +157,60 @@ def streams(
         for stream in streams:
             age = timedelta(seconds=int(stream.age_s))
             table.add_row(endpoint, stream.client, str(age), f"{stream.idle_s:.1f}", str(stream.steps))
-    console.print(table)
+    print_table(table)
     if end is not None:
-        console.print(f"ended {sum(map(len, found.values()))} streams", highlight=False)
+        print_text(f"ended {sum(map(len, found.values()))} streams")
 
 
-def status(admin: Admin, credentials: CredentialsFile = None) -> None:
+@app.command("record")
+def record(
+    folder: Annotated[
+        str, typer.Argument(help="Absolute path on the servers' machines; 'off' ends recording.")
+    ],
+    admin: Admin,
+    credentials: CredentialsFile = None,
+) -> None:
+    """Let all servers record the steps that they answer into a folder, or none; until they are restarted."""
+    with _team(admin, credentials) as team:
+        _print_versions(team.record("" if folder == "off" else folder))
+
+
+@app.command("reload-config")
+def reload_config(admin: Admin, credentials: CredentialsFile = None) -> None:
+    """Let all servers read their configuration files again; if one file is wrong, nothing changes anywhere."""
+    with _team(admin, credentials) as team:
+        _print_status(team.reload_config(), {})
+
+
+def status(admin: Admin, credentials: CredentialsFile = None, as_json: AsJson = False) -> None:
     """Print health, version, rate, latency, divergence and guard of every agent. Status 1 unless all serve."""
     with _team(admin, credentials) as team:
         statuses, down = team.survey()
+    if as_json:
+        print_json(
+            {"servers": {name: _values(served) for name, served in statuses.items()}, "down": dict(down)}
+        )
+    else:
+        _print_status(statuses, down)
+    if down or not all(served.serving for served in statuses.values()):
+        raise typer.Exit(1)
+
+
+def _values(message: Any) -> Any:
+    """Return a protobuf message's fields, and theirs, by name; null for a number that is not known."""
+    if isinstance(message, float):
+        return message if math.isfinite(message) else None
+    if isinstance(message, str | int):
+        return message
+    if hasattr(message, "DESCRIPTOR"):
+        return {field.name: _values(getattr(message, field.name)) for field in message.DESCRIPTOR.fields}
+    return [_values(entry) for entry in message]
+
+
+def _print_status(statuses: Mapping[str, ServerStatus], down: Mapping[str, str]) -> None:
     _print_versions(statuses)
     for endpoint, reason in down.items():
-        console.print(f"{endpoint} told no status: {reason}", highlight=False, soft_wrap=True, markup=False)
+        print_text(f"{endpoint} told no status: {reason}")
     table = Table(box=None, pad_edge=False)
     table.add_column("agent", no_wrap=True)
     for column in ("answers/s", "p50, p99 ms", "divergence, budget", "guard", "above, replaced", "shadow"):
@@ -112,9 +218,7 @@ def status(admin: Admin, credentials: CredentialsFile = None) -> None:
     for served in statuses.values():
         for row in _agent_rows(served):
             table.add_row(*row)
-    console.print(table)
-    if down or not all(served.serving for served in statuses.values()):
-        raise typer.Exit(1)
+    print_table(table)
 
 
 def _agent_rows(served: ServerStatus) -> Iterator[list[str]]:
@@ -135,6 +239,9 @@ def _print_versions(statuses: Statuses | Mapping[str, ServerStatus]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("server", "health", "up", "current", "held", "previous", "shadow"):
         table.add_column(column)
+    recording = any(served.recording for served in statuses.values())
+    if recording:
+        table.add_column("recorded, lost")
     for endpoint, served in statuses.items():
         health, up = "SERVING" if served.serving else "NOT_SERVING", timedelta(seconds=int(served.uptime_s))
         held = ", ".join(version.version for version in served.versions)
@@ -146,8 +253,9 @@ def _print_versions(statuses: Statuses | Mapping[str, ServerStatus]) -> None:
             held,
             served.previous or UNKNOWN,
             served.shadow or UNKNOWN,
+            *([f"{served.recorded_rows}, {served.lost_rows}"] if recording else []),
         )
-    console.print(table)
+    print_table(table)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from omcda_deploy.commands import Demo, bundle_of
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.serve.options import GRACE_S, HELP, LOOPBACK, Listen, ServeOptions
 
@@ -14,7 +15,10 @@ _SHIFT = " With one process per agent, agent i has this port + i."
 
 
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="A bundle, or a folder of bundles named 1, 2, …: versions.")],
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle, or a folder of bundles named 1, 2, …: versions.")
+    ] = None,
+    demo: Demo = False,
     agent: Annotated[str | None, typer.Option(help="Serve this agent alone, on --port.")] = None,
     team: Annotated[
         bool, typer.Option("--team", help="Serve the joint graph of all agents, on --port.")
@@ -26,6 +30,7 @@ def serve(
     metrics_port: Annotated[int | None, typer.Option(help=HELP["metrics_port"] + _SHIFT)] = None,
     health_port: Annotated[int | None, typer.Option(help=HELP["health_port"] + _SHIFT)] = None,
     config: Annotated[Path | None, typer.Option(help=HELP["config"])] = None,
+    record: Annotated[Path | None, typer.Option(help=HELP["record"])] = None,
     trace: Annotated[bool, typer.Option("--trace", help=HELP["trace"])] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help=HELP["log_json"])] = False,
     grace: Annotated[float, typer.Option(help=HELP["grace_s"])] = GRACE_S,
@@ -37,10 +42,11 @@ def serve(
         raise ConfigError("expected --agent or --team, got both: serve them with two commands")
     model = agent or (TEAM if team else None)
     options = ServeOptions(
-        bundle,
+        bundle_of(bundle, demo),
         models=(model,) if model else (),
         listen=Listen(host, port if model else base_port, metrics_port, admin_port, health_port),
         config=config,
+        record=record,
         trace=trace,
         log_json=log_json,
         grace_s=grace,

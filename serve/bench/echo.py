@@ -1,7 +1,8 @@
 """A bare grpc.aio server, which answers every request with a fixed number of zero bytes.
 
-It costs what gRPC itself costs; :mod:`omcda_deploy.serve.bench.steps` compares servers with it. Run as
-``python -m omcda_deploy.serve.bench.echo --unary PATH BYTES --stream PATH BYTES``.
+It costs what gRPC itself costs; :mod:`omcda_deploy.serve.bench.steps` compares servers with it. It has the poller
+and the event loop of this package's servers, or the defaults of gRPC and asyncio. Run as
+``python -m omcda_deploy.serve.bench.echo [--defaults] --unary PATH BYTES --stream PATH BYTES``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ import asyncio
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grpc
+from omcda_deploy.serve import event_loop
+
+if TYPE_CHECKING:
+    import grpc
 
 
 def unary(size: int) -> grpc.RpcMethodHandler[Any, Any]:
     """Return a handler that answers one call with ``size`` bytes."""
+    import grpc
+
     answer = bytes(size)
 
     async def handle(data: bytes, context: Any) -> bytes:
@@ -28,6 +34,8 @@ def unary(size: int) -> grpc.RpcMethodHandler[Any, Any]:
 
 def stream(size: int) -> grpc.RpcMethodHandler[Any, Any]:
     """Return a handler that answers every message of a stream with ``size`` bytes."""
+    import grpc
+
     answer = bytes(size)
 
     async def handle(_: object, context: Any) -> None:
@@ -39,6 +47,8 @@ def stream(size: int) -> grpc.RpcMethodHandler[Any, Any]:
 
 async def serve(handlers: Sequence[tuple[str, grpc.RpcMethodHandler[Any, Any]]]) -> None:
     """Serve ``handlers``, by path ``/service/method``, on a free port of this machine until SIGTERM."""
+    import grpc
+
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
@@ -55,12 +65,15 @@ async def serve(handlers: Sequence[tuple[str, grpc.RpcMethodHandler[Any, Any]]])
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m omcda_deploy.serve.bench.echo")
+    parser.add_argument("--defaults", action="store_true", help="keep the defaults of gRPC and asyncio")
     for kind in ("--unary", "--stream"):
         parser.add_argument(kind, nargs=2, action="append", default=[], metavar=("PATH", "BYTES"))
     options = parser.parse_args()
+    if not options.defaults:
+        event_loop.choose_poller()  # before gRPC is imported
     handlers = [(path, unary(int(size))) for path, size in options.unary]
     handlers += [(path, stream(int(size))) for path, size in options.stream]
-    asyncio.run(serve(handlers))
+    event_loop.run(serve(handlers))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from omcda_deploy.bundle import TEAM
+from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.errors import EndpointError
 from omcda_deploy.protos import oip, policy_pb2
 from omcda_deploy.protos.tensors import DTYPES, input_tensors
@@ -61,11 +61,12 @@ def start_models(
     config: Path | None,
     *,
     admin: bool = False,
+    record: Path | None = None,
 ) -> Servers:
     """Start one server for each group of models, until ``stack`` closes.
 
-    ``source``: a bundle, or a folder of versions. ``admin``: give each an admin port. Raises
-    :class:`EndpointError`.
+    ``source``: a bundle, or a folder of versions. ``admin``: give each an admin port. ``record``: a folder to
+    record into. Raises :class:`EndpointError`.
     """
     endpoints: dict[str, str] = {}
     processes = []
@@ -75,6 +76,7 @@ def start_models(
         arguments = [str(source), *(part for model in models for part in ("--model", model))]
         arguments += ["--admin-port", str(ports[index])] if admin else []
         arguments += [] if config is None else ["--config", str(config)]
+        arguments += [] if record is None else ["--record", str(record)]
         endpoint, process = stack.enter_context(_started("omcda_deploy.serve", arguments))
         endpoints |= dict.fromkeys(models, endpoint)
         processes.append(process)
@@ -82,8 +84,21 @@ def start_models(
     return Servers(endpoints, processes, ready_s, [f"{LOOPBACK}:{port}" for port in ports])
 
 
-def start_echo(stack: ExitStack, servers: Servers, model: str, requests: Requests) -> Servers:
-    """Start a server that answers as many bytes as ``servers`` do for ``model``, until ``stack`` closes."""
+def start_plain(stack: ExitStack, bundle: Bundle, model: str) -> Servers:
+    """Start a server of one model as a user would write it, until ``stack`` closes."""
+    began = time.perf_counter()
+    path = str(bundle.model_path(model))
+    endpoint, process = stack.enter_context(_started("omcda_deploy.serve.bench.plain", [path]))
+    return Servers({model: endpoint}, [process], time.perf_counter() - began)
+
+
+def start_echo(
+    stack: ExitStack, servers: Servers, model: str, requests: Requests, *, defaults: bool = False
+) -> Servers:
+    """Start a server that answers as many bytes as ``servers`` do for ``model``, until ``stack`` closes.
+
+    ``defaults``: with gRPC's and asyncio's own poller and event loop rather than those of ``servers``.
+    """
     sizes = {}
     with grpc.insecure_channel(servers.endpoints[model], (("grpc.enable_http_proxy", 0),)) as channel:
         untyped: Any = channel
@@ -96,6 +111,7 @@ def start_echo(stack: ExitStack, servers: Servers, model: str, requests: Request
                 ) from error
             sizes[path] = str(len(answer))
     arguments = [part for path, size in sizes.items() for part in ("--unary", path, size)]
+    arguments += ["--defaults"] if defaults else []
     began = time.perf_counter()
     endpoint, process = stack.enter_context(
         _started("omcda_deploy.serve.bench.echo", [*arguments, "--stream", STREAM, sizes[ACT]])

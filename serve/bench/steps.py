@@ -3,10 +3,13 @@
 Every round starts new servers, because the memory pages of a process make one start up to a tenth faster than
 another. Each round runs all scenarios in another order, so that a drift of the machine affects all alike. The
 figures to quote are the medians of ratios within a round. The servers are real processes on this machine: all
-agents in one, the joint graph, and a bare grpc.aio server that answers as many bytes
-(:mod:`omcda_deploy.serve.bench.echo`). The load comes from the calling process
+agents in one, the joint graph, bare grpc.aio servers that answer as many bytes
+(:mod:`omcda_deploy.serve.bench.echo`), and a server as a user would write it
+(:mod:`omcda_deploy.serve.bench.plain`). The load comes from the calling process
 (:mod:`omcda_deploy.serve.bench.http2`); its CPU per step is among the figures, and must stay far below a server's
-for the figures to describe the servers. Linux only, as it reads the CPU clocks of other processes.
+for the figures to describe the servers. In scenarios of the package's own client
+(:mod:`omcda_deploy.serve.bench.clients`) it is the figure to look at. Linux only, as it reads the CPU clocks of
+other processes.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from omcda_deploy.bundle import TEAM, read_bundle
 from omcda_deploy.errors import ConfigError, EndpointError
 from omcda_deploy.play.measurements import installed_versions, machine
+from omcda_deploy.serve.bench.clients import ClientLoop
 from omcda_deploy.serve.bench.http2 import Connection
-from omcda_deploy.serve.bench.load import Line, Sockets, closed_loop, open_loop
+from omcda_deploy.serve.bench.load import Line, Sockets, Timings, closed_loop, open_loop
 from omcda_deploy.serve.bench.measured_servers import (
     ACT,
     INFER,
@@ -37,18 +42,23 @@ from omcda_deploy.serve.bench.measured_servers import (
     requests_of,
     start_echo,
     start_models,
+    start_plain,
 )
 from omcda_deploy.spec import TeamSpec
 
 WARM_UP_S = 0.1
 
-Where = Literal["agents", "team", "echo", "processes"]
-Measure = Literal["p50_ms", "cpu_us", "rate"]
+Where = Literal["agents", "team", "echo", "default echo", "plain", "processes", "recording"]
+Measure = Literal["p50_ms", "cpu_us", "client_cpu_us", "rate", "rss_mb"]
+PRICES: tuple[Measure, Measure] = ("p50_ms", "cpu_us")
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One kind of load: a step asks all ``models``, in turn or ``at_once``; with a ``rate`` the loop is open."""
+    """One kind of load: a step asks all ``models``, in turn or ``at_once``; with a ``rate`` the loop is open.
+
+    ``client``: the steps are those of the package's own client, at all ``models``, on streams if ``path`` is one.
+    """
 
     name: str
     where: Where
@@ -57,6 +67,7 @@ class Scenario:
     clients: int = 1
     at_once: bool = False
     rate: float | None = None
+    client: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,13 +154,18 @@ class StepReport:
         }
 
 
-def scenarios(spec: TeamSpec, clients: int, rate: float, *, processes: bool) -> tuple[Scenario, ...]:
+def scenarios(
+    spec: TeamSpec, clients: int, rate: float, *, processes: bool, record: bool = False
+) -> tuple[Scenario, ...]:
     """List the scenarios. ``clients``: of the busy loops. ``rate``: of the open loops, in requests/s."""
     one, team, every = spec.names[:1], (TEAM,), spec.names
-    basic = (
+    chosen: tuple[Scenario, ...] = (
         Scenario("echo", "echo", ACT, one),
         Scenario("echo infer", "echo", INFER, one),
         Scenario("echo stream", "echo", STREAM, one),
+        Scenario("default echo", "default echo", ACT, one),
+        Scenario("default echo infer", "default echo", INFER, one),
+        Scenario("plain server", "plain", ACT, one),
         Scenario("unary", "agents", ACT, one),
         Scenario("infer", "agents", INFER, one),
         Scenario("stream", "agents", STREAM, one),
@@ -160,21 +176,47 @@ def scenarios(spec: TeamSpec, clients: int, rate: float, *, processes: bool) -> 
         Scenario("joint stream", "team", STREAM, team),
         Scenario("agents in turn", "agents", ACT, every),
         Scenario("agents at once", "agents", ACT, every, at_once=True),
+        Scenario("client joint", "team", ACT, team, client=True),
+        Scenario("client joint stream", "team", STREAM, team, client=True),
+        Scenario("client agents", "agents", ACT, every, client=True),
+        Scenario("client agents stream", "agents", STREAM, every, client=True),
         Scenario(f"unary at {rate:g}/s", "agents", ACT, one, clients, rate=rate),
         Scenario(f"stream at {rate:g}/s", "agents", STREAM, one, clients, rate=rate),
     )
-    if not processes:
-        return basic
-    return (*basic, Scenario("processes at once", "processes", ACT, every, at_once=True))
+    if processes:
+        chosen += (
+            Scenario("processes at once", "processes", ACT, every, at_once=True),
+            Scenario("client processes", "processes", ACT, every, client=True),
+            Scenario("client processes stream", "processes", STREAM, every, client=True),
+        )
+    if record:
+        chosen += (
+            Scenario("unary recorded", "recording", ACT, one),
+            Scenario("stream recorded", "recording", STREAM, one),
+            Scenario(f"unary recorded at {rate:g}/s", "recording", ACT, one, clients, rate=rate),
+        )
+    return chosen
 
 
-def targets(clients: int) -> tuple[Ratio, ...]:
+def targets(clients: int, rate: float, *, record: bool = False) -> tuple[Ratio, ...]:
     """List the ratios that are reported, with their targets."""
+    recorded = (
+        Ratio("unary recorded", "unary", "cpu_us", at_most=1.1),
+        Ratio("stream recorded", "stream", "cpu_us", at_most=1.1),
+        Ratio("unary recorded", "unary", "p50_ms"),
+        Ratio("unary recorded", "unary", "rss_mb"),
+        Ratio(f"unary recorded at {rate:g}/s", f"unary at {rate:g}/s", "cpu_us"),
+    )
     return (
-        Ratio("unary", "echo", "p50_ms", at_most=1.25),
-        Ratio("unary", "echo", "cpu_us", at_most=1.25),
-        Ratio("infer", "echo infer", "p50_ms", at_most=1.25),
-        Ratio("infer", "echo infer", "cpu_us", at_most=1.25),
+        *(recorded if record else ()),
+        *(
+            Ratio(name, f"{echo}{kind}", measure, at_most=limit)
+            for name, kind in (("unary", ""), ("infer", " infer"))
+            for echo, limit in (("default echo", 1.25), ("echo", None))
+            for measure in PRICES
+        ),
+        Ratio("unary", "plain server", "p50_ms", at_most=0.8),
+        Ratio("unary", "plain server", "cpu_us", at_most=0.8),
         Ratio("stream", "unary", "p50_ms", at_most=0.6),
         Ratio("stream", "unary", "cpu_us", at_most=0.65),
         Ratio(f"stream x{clients}", f"unary x{clients}", "rate", at_least=1.7),
@@ -182,6 +224,8 @@ def targets(clients: int) -> tuple[Ratio, ...]:
         Ratio("joint stream", "stream", "p50_ms", at_most=1.5),
         Ratio("agents in turn", "joint unary", "p50_ms", at_least=4.0),
         Ratio("agents at once", "joint unary", "p50_ms"),
+        Ratio("client agents stream", "client joint stream", "p50_ms", at_most=2.5),
+        Ratio("client agents stream", "client joint stream", "client_cpu_us"),
         Ratio("stream", "echo stream", "cpu_us"),
         Ratio(f"unary x{clients}", f"echo x{clients}", "rate"),
     )
@@ -195,13 +239,15 @@ def run(
     clients: int = 8,
     rate: float = 200.0,
     processes: bool = False,
+    record: bool = False,
     config: Path | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> StepReport:
     """Serve a bundle several ways and measure each for ``seconds`` in each of ``rounds`` rounds.
 
-    ``processes``: also one server per agent. ``config``: of the servers. ``seed``: of observations and order.
+    ``processes``: also one server per agent. ``record``: also a server that records its steps. ``config``: of the
+    servers. ``seed``: of observations and order.
 
     Raises :class:`BundleError`, :class:`ConfigError` for a setting out of range, and :class:`EndpointError` if a
     server fails.
@@ -210,7 +256,7 @@ def run(
     bundle = read_bundle(bundle_path)
     spec = bundle.spec
     requests = requests_of(spec, seed)
-    chosen = scenarios(spec, clients, rate, processes=processes)
+    chosen = scenarios(spec, clients, rate, processes=processes, record=record)
     load_before = os.getloadavg()[0]
     measured: list[Mapping[str, Figures]] = []
     order = list(chosen)
@@ -225,17 +271,24 @@ def run(
                 "agents": agents,
                 "team": start_models(stack, bundle.path, [[TEAM]], config),
                 "echo": start_echo(stack, agents, spec.names[0], requests),
+                "default echo": start_echo(stack, agents, spec.names[0], requests, defaults=True),
+                "plain": start_plain(stack, bundle, spec.names[0]),
             }
             if processes:
                 alone = [[name] for name in spec.names]
                 servers["processes"] = start_models(stack, bundle.path, alone, config)
+            if record:
+                folder = Path(stack.enter_context(TemporaryDirectory()))
+                servers["recording"] = start_models(stack, bundle.path, [spec.names], config, record=folder)
             for index, scenario in enumerate(order):
                 progress(done * len(order) + index, rounds * len(order))
-                figures[scenario.name] = _measure(scenario, servers[scenario.where], requests, seconds)
+                load = _load(scenario, servers[scenario.where], requests, spec)
+                figures[scenario.name] = _measure(scenario, servers[scenario.where], load, seconds)
         measured.append(figures)
         ready.append(agents.ready_s)
     load_average = (load_before, os.getloadavg()[0])
-    return StepReport(chosen, targets(clients), tuple(measured), load_average, statistics.median(ready))
+    ratios = targets(clients, rate, record=record)
+    return StepReport(chosen, ratios, tuple(measured), load_average, statistics.median(ready))
 
 
 def require_measurable(**settings: float) -> None:
@@ -249,15 +302,38 @@ def require_measurable(**settings: float) -> None:
         )
 
 
-def _measure(scenario: Scenario, servers: Servers, requests: Requests, seconds: float) -> Figures:
-    with closing(Sockets([_lines(scenario, servers, requests) for _ in range(scenario.clients)])) as sockets:
-        lines = len(scenario.models)
-        closed_loop(sockets, scenario.clients, min(WARM_UP_S, seconds), lines=lines, at_once=scenario.at_once)
+class _ServerLoop:
+    """The loop of a scenario, closed or open, over connections that cost next to nothing."""
+
+    def __init__(self, scenario: Scenario, servers: Servers, requests: Requests) -> None:
+        self._scenario = scenario
+        self._sockets = Sockets([_lines(scenario, servers, requests) for _ in range(scenario.clients)])
+        self.close = self._sockets.close
+
+    def warm_up(self, seconds: float) -> Timings:
+        lines = len(self._scenario.models)
+        clients, at_once = self._scenario.clients, self._scenario.at_once
+        return closed_loop(self._sockets, clients, seconds, lines=lines, at_once=at_once)
+
+    def run(self, seconds: float) -> Timings:
+        if self._scenario.rate is None:
+            return self.warm_up(seconds)
+        return open_loop(self._sockets, self._scenario.clients, self._scenario.rate, seconds)
+
+
+def _load(
+    scenario: Scenario, servers: Servers, requests: Requests, spec: TeamSpec
+) -> _ServerLoop | ClientLoop:
+    if scenario.client:
+        return ClientLoop(servers, spec, scenario.path == STREAM)
+    return _ServerLoop(scenario, servers, requests)
+
+
+def _measure(scenario: Scenario, servers: Servers, load: _ServerLoop | ClientLoop, seconds: float) -> Figures:
+    with closing(load):
+        load.warm_up(min(WARM_UP_S, seconds))
         cpu_s, client_s = servers.cpu_s(), time.process_time()
-        if scenario.rate is None:
-            timings = closed_loop(sockets, scenario.clients, seconds, lines=lines, at_once=scenario.at_once)
-        else:
-            timings = open_loop(sockets, scenario.clients, scenario.rate, seconds)
+        timings = load.run(seconds)
         cpu_s, client_s = servers.cpu_s() - cpu_s, time.process_time() - client_s
     steps = timings.latency.seconds.size
     if not steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,14 +56,16 @@ class SlowService(policy_pb2_grpc.PolicyServiceServicer):
         return policy_pb2.GetContractResponse.FromString(self._service.get_contract(request))
 
     def Act(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self.hold_up(request.model)
+        models = [request.model, *(other.model for other in request.others)]
+        for model in models:
+            self.hold_up(model)
         with self._came:
-            self.requests.append(request)
+            self.requests += [request, *request.others]
             self._came.notify_all()
-            if (request.model, request.step_id) in self.late:
-                assert self._came.wait_for(lambda: self._has_come(request.model, request.step_id + 1), 10)
+            if (late := models[0], request.step_id) in self.late:
+                assert self._came.wait_for(lambda: self._has_come(late, request.step_id + 1), 10)
                 self.answered_late += 1
-        time.sleep(self.pause_s.get(request.model, 0.0))
+        time.sleep(sum(self.pause_s.get(model, 0.0) for model in models))
         return policy_pb2.ActResponse.FromString(self._service.act(request))
 
     def ActStream(self, requests: Any, context: Any) -> Any:  # noqa: N802
@@ -78,14 +80,30 @@ class SlowService(policy_pb2_grpc.PolicyServiceServicer):
 def slow_server(
     bundle: Bundle, *models: str, port: int = 0
 ) -> Iterator[tuple[str, SlowService, grpc.Server]]:
+    with slow_servers(bundle, models, [port]) as ([endpoint], service, server):
+        yield endpoint, service, server
+
+
+@contextmanager
+def slow_addresses(bundle: Bundle) -> Iterator[tuple[dict[str, str], SlowService]]:
+    """One slow service at an address of its own for each agent, so that their steps travel apart."""
+    names = bundle.spec.names
+    with slow_servers(bundle, names, [0] * len(names)) as (endpoints, service, _):
+        yield dict(zip(names, endpoints, strict=True)), service
+
+
+@contextmanager
+def slow_servers(
+    bundle: Bundle, models: tuple[str, ...], ports: Sequence[int]
+) -> Iterator[tuple[list[str], SlowService, grpc.Server]]:
     service = SlowService(bundle, models)
     server = grpc.server(futures.ThreadPoolExecutor(16), options=(("grpc.so_reuseport", 0),))
     add: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server
     add(service, server)
-    port = server.add_insecure_port(f"127.0.0.1:{port}")
+    endpoints = [f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}" for port in ports]
     server.start()
     try:
-        yield f"127.0.0.1:{port}", service, server
+        yield endpoints, service, server
     finally:
         server.stop(None).wait()
 
@@ -126,8 +144,8 @@ def test_misses_are_counted_exactly_and_late_answers_never_taken(
     local = LocalTeam(continuous_bundle)
     late = {("agent_1", 3), ("agent_1", 4), ("agent_2", 4), ("agent_1", 7)}
     with (
-        slow_server(continuous_bundle, *spec.names) as (endpoint, service, _),
-        RemoteTeam([endpoint], stream=stream, deadline_s=DEADLINE_S, fallback="hold") as team,
+        slow_addresses(continuous_bundle) as (addresses, service),
+        RemoteTeam(addresses, stream=stream, deadline_s=DEADLINE_S, fallback="hold") as team,
     ):
         service.late = late
         previous: Mapping[str, Decision] = {}
@@ -246,7 +264,7 @@ def test_the_command_line_says_who_answered(
     task = "toy/chain-mixed"
     bundle = write_test_bundle(tmp_path / "bundle", registry.team_spec(task))
     with slow_server(bundle, *bundle.spec.names) as (endpoint, service, _):
-        service.late = {("agent_1", 2)}
+        service.late = {("agent_0", 2)}
         words = ["evaluate", task, "--endpoints", endpoint, "--bundle", str(bundle.path), "--episodes", "1"]
         words += [
             "--on-miss",
@@ -261,9 +279,11 @@ def test_the_command_line_says_who_answered(
             cli.main()
     assert exit_info.value.code == 0
     result = json.loads((tmp_path / "out.json").read_text())
-    steps = {"agent_0": 0, "agent_1": 1, "agent_2": 0}
+    steps = dict.fromkeys(bundle.spec.names, 1)  # of one server, so that their answers are one
     assert result["fallback"] == {"by": "BehaviorTeam", "steps": steps}
-    assert "answered by the fallback: agent_1 in 1 of" in " ".join(capsys.readouterr().out.split())
+    assert "answered by the fallback: agent_0 in 1, agent_1 in 1, agent_2 in 1 of" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
@@ -343,8 +363,8 @@ def test_an_agents_latency_is_its_own(continuous_bundle: Bundle, stream: bool) -
     """Answers are read in team order, but a slow first one does not lengthen the latencies of the others."""
     spec = continuous_bundle.spec
     with (
-        slow_server(continuous_bundle, *spec.names) as (endpoint, service, _),
-        RemoteTeam([endpoint], stream=stream, deadline_s=5) as team,
+        slow_addresses(continuous_bundle) as (addresses, service),
+        RemoteTeam(addresses, stream=stream, deadline_s=5) as team,
     ):
         service.pause_s = {"agent_0": 0.6, "agent_1": 0.3}
         team.act(observations(spec, 1))
@@ -388,11 +408,11 @@ def test_without_fallback_a_miss_is_counted_and_raised(continuous_bundle: Bundle
     with (
         team_without_servers(continuous_bundle, "raise") as team,
         pytest.raises(
-            MissedAnswerError, match=r"127\.0\.0\.1:\d+: step of agent_0 failed.*cannot be reached"
+            MissedAnswerError, match=r"127\.0\.0\.1:\d+: step of agent_0, .* failed.*cannot be reached"
         ),
     ):
         team.act(observations(continuous_bundle.spec, 2))
-    assert team.missed == {"agent_0": 1, "agent_1": 0, "agent_2": 0}
+    assert team.missed == dict.fromkeys(continuous_bundle.spec.names, 1)
     assert team.fallback == "raise"
 
 

@@ -24,6 +24,8 @@ def test_committed_code_is_what_the_generator_makes(tmp_path: Path) -> None:
         "policy_pb2.py",
         "policy_pb2.pyi",
         "policy_pb2_grpc.py",
+        "triton_pb2.py",
+        "triton_pb2.pyi",
     }
     assert sorted(tmp_path.iterdir()) == sorted(generated), "something was left beside the generated files"
     for path in generated:

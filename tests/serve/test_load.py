@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -17,11 +18,14 @@ from typer.testing import CliRunner
 
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.cli import app
+from omcda_deploy.client.transport import Calls, Stream
 from omcda_deploy.errors import ConfigError, EndpointError
-from omcda_deploy.protos.policy_pb2 import ActRequest
+from omcda_deploy.local import LocalPolicy
+from omcda_deploy.protos.policy_pb2 import ActRequest, ActResponse
+from omcda_deploy.serve.bench.clients import ClientLoop
 from omcda_deploy.serve.bench.http2 import FIRST_WINDOW, FRAME_LIMIT, Connection
 from omcda_deploy.serve.bench.load import Answer, closed_loop, open_loop
-from omcda_deploy.serve.bench.measured_servers import ACT, STREAM, requests_of, start_models
+from omcda_deploy.serve.bench.measured_servers import ACT, STREAM, requests_of, start_models, start_plain
 from omcda_deploy.serve.bench.steps import Figures, Ratio, run
 from tests.support.fuzz import resident_kb
 from tests.support.server_process import ServerProcess
@@ -189,7 +193,8 @@ def test_bench_serve_measures_and_writes_its_arithmetic(continuous_bundle: Bundl
     assert "load average" in done.output
     written = json.loads(file.read_text())
     by_name = {scenario["name"]: scenario for scenario in written["scenarios"]}
-    assert {"unary", "stream x3", "joint stream", "agents in turn", "unary at 100/s"} <= set(by_name)
+    names = {"unary", "stream x3", "joint stream", "agents in turn", "unary at 100/s", "plain server"}
+    assert names | {"default echo", "client agents stream", "client joint"} <= set(by_name)
     for scenario in by_name.values():
         for figures in scenario["rounds"]:
             assert 0 < figures["p50_ms"] <= figures["p95_ms"] <= figures["p99_ms"]
@@ -243,3 +248,28 @@ def test_reloads_refuse_nobody_and_are_reported(
     assert report["reloads"] == 2
     assert report["after"]["rss_mb"] > 10.0
     assert "p99 while reloading / quiet" in result.output
+
+
+def test_the_clients_loop_asks_as_the_scenario_says(continuous_bundle: Bundle) -> None:
+    spec = continuous_bundle.spec
+    with ExitStack() as stack:
+        servers = start_models(stack, continuous_bundle.path, [spec.names[:1], spec.names[1:]], None)
+        for stream, transport in ((False, Calls), (True, Stream)):
+            with closing(ClientLoop(servers, spec, stream)) as loop:
+                assert loop.run(0.05).latency.seconds.size > 0
+                assert {type(served._transport) for served in loop._team._served} == {transport}
+                assert [served.models for served in loop._team._served] == [spec.names[:1], spec.names[1:]]
+
+
+def test_the_plain_server_answers_as_the_policy_does(continuous_bundle: Bundle) -> None:
+    spec = continuous_bundle.spec
+    request = requests_of(spec, 0)[ACT, spec.names[0]][0]
+    observation = np.frombuffer(ActRequest.FromString(request).observation, np.float32)
+    with ExitStack() as stack:
+        servers = start_plain(stack, continuous_bundle, spec.names[0])
+        with grpc.insecure_channel(servers.endpoints[spec.names[0]]) as channel:
+            untyped: Any = channel
+            answer = ActResponse.FromString(untyped.unary_unary(ACT)(request, timeout=5))
+    expected = LocalPolicy(continuous_bundle, spec.names[0]).act(observation)
+    assert answer.action == expected.action.tobytes()
+    assert answer.divergence == expected.divergence.tobytes()

@@ -16,7 +16,16 @@ from omcda_deploy.serve.server import main
 SOURCE = Path("releases")
 LISTEN = Listen("::1", 8500, 9600, 9500, 9700)
 EVERYTHING = ServeOptions(
-    Path("-a folder=odd"), ("agent_0", "team"), LISTEN, Path("-serve.toml"), True, True, 0.1, 4711, "2@da2afe"
+    Path("-a folder=odd"),
+    ("agent_0", "team"),
+    LISTEN,
+    Path("-serve.toml"),
+    True,
+    True,
+    0.1,
+    4711,
+    "2@da2afe",
+    Path("-folder of records"),
 )
 ONE_AT_A_TIME = [
     *(

@@ -130,6 +130,39 @@ def test_one_stream_may_speak_of_several_models(stub: Any) -> None:
     assert list(stub.ActStream(iter(requests))) == [stub.Act(request) for request in requests]
 
 
+def test_steps_of_several_models_share_a_message(stub: Any) -> None:
+    """The answers are those that each would have alone, in order; on a stream, a repetition is run no more."""
+    noise = np.array([[0.5], [-1.5]], np.float32).tobytes()
+    one, two = good(noise=noise, step_id=3), good(model="agent_1", batch=1, observation=bytes(20), step_id=9)
+    alone = [stub.Act(two), stub.Act(one)]
+    together = policy_pb2.ActRequest.FromString(two.SerializeToString())
+    together.others.append(one)
+    for answer in (stub.Act(together), *stub.ActStream(iter([together, together]))):
+        assert list(answer.others) == [alone[1]]
+        answer.ClearField("others")
+        assert answer == alone[0]
+
+
+@pytest.mark.parametrize(
+    ("others", "status", "words"),
+    [
+        ([good()], "INVALID_ARGUMENT", "one step of each model in a request, got 2 of 1"),
+        ([good(model="agent_1", others=[good()])], "INVALID_ARGUMENT", "without others of their own"),
+        ([good(model="agent_7")], "NOT_FOUND", "agent_7"),
+        ([good(model="agent_1")], "INVALID_ARGUMENT", "observation of agent_1: expected"),
+    ],
+)
+def test_one_bad_step_refuses_the_whole_request(
+    stub: Any, others: list[policy_pb2.ActRequest], status: str, words: str
+) -> None:
+    request = good(others=others)
+    for ask in (stub.Act, lambda bad: list(stub.ActStream(iter([bad])))):
+        with pytest.raises(grpc.RpcError) as refusal:
+            ask(request)
+        assert refusal.value.code().name == status
+        assert words in str(refusal.value)
+
+
 BAD: dict[str, tuple[policy_pb2.ActRequest, str, tuple[str, ...]]] = {
     "unknown model": (good(model="agent_7"), "NOT_FOUND", ("agent_7", "agent_0")),
     "no model": (good(model=""), "NOT_FOUND", ("agent_0",)),

@@ -24,6 +24,7 @@ from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import BundleError, ContractError, EndpointError, UnknownNameError
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.protos import policy_pb2
+from omcda_deploy.protos.admin_pb2 import ServerStatus
 from omcda_deploy.serve.config import Limits, ServerConfig
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.repository import CURRENT
@@ -288,6 +289,16 @@ def test_a_team_is_switched_together_or_not_at_all(folder: Path, tmp_path: Path)
         result = CliRunner().invoke(app, ["status", *words], catch_exceptions=False)
         assert result.exit_code == 1
         assert f"{team.admin[1]} told no status: UNAVAILABLE" in result.output
+        result = CliRunner().invoke(app, ["status", "--json", *words], catch_exceptions=False)
+        assert result.exit_code == 1
+        values = json.loads(result.output)
+        assert list(values) == ["servers", "down"]
+        assert list(values["down"]) == [team.admin[1]]
+        server = values["servers"][team.admin[0]]
+        assert list(server) == [field.name for field in ServerStatus.DESCRIPTOR.fields]
+        assert (server["current"], server["serving"]) == ("10", True)
+        assert [agent["agent"] for model in server["models"] for agent in model["agents"]] == ["agent_0"]
+        assert server["models"][0]["shadow_difference"] is None, "not a number"
         with TeamAdmin(team.admin[:1]) as rest:
             assert {status.current for status in rest.status().values()} == {"10"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
 import time
@@ -158,28 +160,32 @@ def test_a_call_without_a_token_is_refused_before_its_message_has_come(
 
 def test_tokens_are_rotated_without_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
-    monkeypatch.setattr("omcda_deploy.serve.security.time.monotonic", lambda: now)
+    monkeypatch.setattr("omcda_deploy.followed.time.monotonic", lambda: now)
     file = tmp_path / "tokens"
     file.write_text("old\n")
     tokens = Tokens(file)
+
+    def admitted(authorization: str) -> bool:
+        return tokens.holder(authorization) is not None
+
     file.write_text("old\nnew\n")
-    assert not tokens.admit("Bearer new")  # not looked at again within a second
+    assert not admitted("Bearer new")  # not looked at again within a second
     now += 2
-    assert tokens.admit("Bearer new")
-    assert tokens.admit("bearer old")
-    assert not tokens.admit("Basic old")
+    assert admitted("Bearer new")
+    assert admitted("bearer old")
+    assert not admitted("Basic old")
     file.write_text("")  # half-written: those known so far stay
     os.utime(file, ns=(1, 1))
     now += 2
-    assert tokens.admit("Bearer new")
+    assert admitted("Bearer new")
     file.write_bytes(b"n\xffw\n")
     now += 2
-    assert tokens.admit("Bearer new")
+    assert admitted("Bearer new")
     with pytest.raises(ConfigError, match="in UTF-8, got a byte 0xff"):
         Tokens(file)
     file.write_text("new\n")
     now += 2
-    assert not tokens.admit("Bearer old")
+    assert not admitted("Bearer old")
 
 
 @pytest.mark.parametrize(
@@ -189,6 +195,7 @@ def test_tokens_are_rotated_without_a_restart(tmp_path: Path, monkeypatch: pytes
         ("[tls]\ncertificate = 1\nkey = 2", "tls.certificate: expected the name of a PEM file, got 1"),
         ('[tls]\ncertificates = "a.pem"', "did you mean 'certificate'"),
         ("[access]\ntoken_file = 3", "access.token_file: expected the name of a file, got 3"),
+        ("[access]\nadmin_token_file = 3", "access.admin_token_file: expected the name of a file, got 3"),
         ("[releases]\nretire_s = -1", "retire_s: expected seconds from 0 on, got -1"),
     ],
 )
@@ -249,6 +256,91 @@ def test_our_client_shows_its_credentials(continuous_bundle: Bundle, tmp_path: P
         credentials_file.write_text(whole.replace('certificate = "robot.pem"\nkey = "robot.key"\n', ""))
         with pytest.raises(EndpointError, match="cannot be reached"):
             RemoteTeam([server.endpoint], credentials=read_credentials(credentials_file))
+
+
+def test_operators_have_tokens_of_their_own_and_names(continuous_bundle: Bundle, tmp_path: Path) -> None:
+    ours = Authority(tmp_path / "ours")
+    tls = '[tls]\ncertificate = "ours/server.pem"\nkey = "ours/server.key"\nclient_ca = "ours/ca.pem"\n'
+    (tmp_path / "tokens").write_text("sesame robots\n")
+    (tmp_path / "admin").write_text("rosebud  Anna Kern\nnameless\n")
+    options = config(tmp_path, tls + '[access]\ntoken_file = "tokens"\nadmin_token_file = "admin"\n')
+    log, port = tmp_path / "log", free_port()
+    client = ours.ca.issue_cert("robot@example.org", common_name="desk 4")
+    pair: Any = {
+        "private_key": client.private_key_pem.bytes(),
+        "certificate_chain": b"".join(blob.bytes() for blob in client.cert_chain_pems),
+        "root_certificates": ours.file.read_bytes(),
+    }
+
+    def secure(endpoint: str) -> grpc.Channel:
+        address = endpoint.replace("127.0.0.1", "localhost")
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(**pair))
+
+    with (
+        server_process(
+            continuous_bundle,
+            "agent_0",
+            options=(*options, "--admin-port", str(port), "--log-json"),
+            log=log,
+        ) as server,
+        secure(server.endpoint) as channel,
+        secure(f"127.0.0.1:{port}") as admin,
+    ):
+        assert ask(channel, token="sesame") != b""
+        assert status_of(channel, token="rosebud") is grpc.StatusCode.UNAUTHENTICATED
+        for token in ("sesame", "rosebu"):
+            assert status_of(admin, LOAD, token) is grpc.StatusCode.UNAUTHENTICATED
+        for token in ("rosebud", "nameless"):
+            assert status_of(admin, LOAD, token) is grpc.StatusCode.INVALID_ARGUMENT
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in lines if "call" in line]
+    denied, invalid = ("Load", "UNAUTHENTICATED", None), "INVALID_ARGUMENT"
+    digest = hashlib.sha256(b"nameless").hexdigest()[:8]
+    assert [(line["call"], line["outcome"], line.get("operator")) for line in lines] == [
+        denied,
+        denied,
+        ("Load", invalid, "Anna Kern"),
+        ("Load", invalid, f"token {digest}"),
+    ]
+    assert {line["certificate"] for line in lines} == {"desk 4"}
+    assert lines[2]["message"].startswith("Load by Anna Kern, desk 4 (ipv4:127.0.0.1:")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["calls", "stream"])
+def test_the_token_of_a_client_follows_its_file(
+    continuous_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr("omcda_deploy.followed.LOOK_S", 0.0)  # of the client; the server looks every second
+    (tmp_path / "tokens").write_text("old\n")
+    (tmp_path / "token").write_text("old\n")
+    (tmp_path / "credentials.toml").write_text('token_file = "token"\n')
+    observations = {
+        a.name: np.ones((1, a.observation_size), np.float32) for a in continuous_bundle.spec.agents
+    }
+    access = config(tmp_path, '[access]\ntoken_file = "tokens"\n')
+    with (
+        server_process(continuous_bundle, options=access) as server,
+        RemoteTeam(
+            [server.endpoint],
+            stream=stream,
+            deadline_s=5,
+            credentials=read_credentials(tmp_path / "credentials.toml"),
+        ) as team,
+        grpc.insecure_channel(server.endpoint) as channel,
+    ):
+        team.act(observations)
+        (tmp_path / "tokens").write_text("new\n")
+        time.sleep(1.1)
+        assert status_of(channel, token="old") is grpc.StatusCode.UNAUTHENTICATED
+        if not stream:  # a stream that is open stays
+            with pytest.raises(EndpointError, match="UNAUTHENTICATED"):
+                team.act(observations)
+        (tmp_path / "token").write_text("")  # half-written: the last one stays, which is refused
+        with pytest.raises(EndpointError, match="UNAUTHENTICATED"):
+            team.reset()
+        (tmp_path / "token").write_text("new\n")
+        team.reset()
+        team.act(observations)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ class Attack:
         )
         self._steps = 0
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: float, total: float) -> None:
         self._steps += 1
         if self._steps == 20:
             os.kill(self._target, self._number)

@@ -66,6 +66,8 @@ def test_a_second_phase_that_fails_leaves_all_as_it_was(
     team: tuple[Served, Path], admin: TeamAdmin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served, folder = team
+    admin.switch("1")
+    admin.switch("3", evidence='{"low": 1}')
     before = admin.status()
     stopped = served.processes[1]
     load = admin.load
@@ -87,7 +89,8 @@ def test_a_second_phase_that_fails_leaves_all_as_it_was(
         os.kill(stopped.pid, signal.SIGCONT)
     monkeypatch.undo()
     assert versions(admin) == {("3", "1")}
-    assert (folder / CURRENT).read_text() == "3\n1\n"
+    assert {status.evidence for status in admin.status().values()} == {'{"low": 1}'}
+    assert (folder / CURRENT).read_text() == '3\n1\n{"low": 1}\n'
     admin.rollback()  # to the version that answered before, not to the one that failed
     assert versions(admin) == {("1", "3")}
     assert before.keys() == admin.status().keys()
