@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.processes import postponing_signals
 
 RETRY_S = 0.1
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of the file system
@@ -77,25 +78,29 @@ def lock_path(path: Path) -> Path:
 def _acquire(path: Path, deadline: float) -> IO[str] | None:
     """Return the locked file, None where another process held it until the deadline."""
     while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+        with postponing_signals():  # which would leave the file behind
+            file = path.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                held = True
+            except OSError:
+                file.close()
+                raise
+            else:
+                held = False
+                if _is_at(path, file):
+                    with suppress(OSError):  # on a full disk the holder stays unnamed
+                        file.truncate(0)
+                        file.write(f"{os.getpid()} {socket.gethostname()}")
+                        file.flush()
+                    return file
+                file.close()  # its holder removed it when it ended: there is another file by now, or none
+        if held:
             if time.monotonic() > deadline:
                 return None
             time.sleep(RETRY_S)
-            continue
-        except OSError:
-            file.close()
-            raise
-        if _is_at(path, file):
-            with suppress(OSError):  # on a full disk the holder stays unnamed
-                file.truncate(0)
-                file.write(f"{os.getpid()} {socket.gethostname()}")
-                file.flush()
-            return file
-        file.close()  # its holder removed it when it ended: there is another file by now, or none
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:

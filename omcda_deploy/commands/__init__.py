@@ -1,36 +1,47 @@
-"""CLI commands, one file per group: options, checks of input, progress and tables.
+"""CLI commands, one file per group: options, checks of input and tables.
 
 The libraries that they call do the work; :mod:`omcda_deploy.experiments` composes training, export and play.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from omcda_deploy.claims import claimed
-from omcda_deploy.errors import ConfigError, OmcdaError
-from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.commands.completion import task_names
+from omcda_deploy.errors import ConfigError
 from omcda_deploy.files import folder_of, require_writable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from omcda_deploy.client.channel import Credentials
-    from omcda_deploy.play.evaluate import Evaluation
-    from omcda_deploy.policy import TeamPolicy
 
-console = Console()
-stderr = Console(stderr=True)
+WIDE = 10_000  # columns, more than any line has
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Test if a stream, None for one that was closed before this process began, is a terminal."""
+    return stream is not None and stream.isatty()
+
+
+def _console(stream: TextIO | None, **settings: Any) -> Console:
+    """Make a console that breaks and shortens lines for a terminal alone: what is piped is whole."""
+    return Console(width=None if is_terminal(stream) else WIDE, **settings)
+
+
+console = _console(sys.stdout)
+stderr = _console(sys.stderr, stderr=True)
 
 SimulatorPython = Annotated[
     str | None,
@@ -43,6 +54,10 @@ SimulatorFactory = Annotated[
     ),
 ]
 
+OptionalTask = Annotated[
+    str | None,
+    typer.Argument(help="For instance mamujoco/halfcheetah-6x1.", autocompletion=task_names),
+]
 OwnEnvironment = Annotated[
     str | None,
     typer.Option(
@@ -54,7 +69,12 @@ OwnEnvironment = Annotated[
 
 DatasetTask = Annotated[
     str | None,
-    typer.Option("--task", "--env", help="Task of a dataset that does not say: a name, or MODULE:CALLABLE."),
+    typer.Option(
+        "--task",
+        "--env",
+        help="Task of a dataset that does not say: a name, or MODULE:CALLABLE.",
+        autocompletion=task_names,
+    ),
 ]
 
 
@@ -96,6 +116,12 @@ Temperature = Annotated[
 ]
 
 
+Demo = Annotated[
+    bool, typer.Option("--demo", help="The trained team that comes with the package (docs/results/demo.md).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (docs/command-line.md).")]
+
+
 def temperatures_of(text: str) -> tuple[float, ...]:
     """Read the value of ``--temperature``, in ascending order.
 
@@ -116,6 +142,20 @@ def temperature_of(text: str) -> float:
     if len(temperatures) > 1:
         raise ConfigError(f"--temperature: expected one number, got {text!r}: call once for each")
     return temperatures[0]
+
+
+def bundle_of(bundle: Path | None, demo: bool) -> Path:
+    """Return the bundle that is named, or the one that comes with the package.
+
+    Raises :class:`ConfigError` unless one of the two is given.
+    """
+    from omcda_deploy.bundle import DEMO_TEAM
+
+    if (bundle is None) != demo:
+        raise ConfigError(
+            "expected a BUNDLE, or --demo for the team that comes with the package: give one of them"
+        )
+    return bundle or DEMO_TEAM
 
 
 def credentials_of(path: Path | None) -> Credentials | None:
@@ -158,9 +198,27 @@ def named_values(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
     return values
 
 
-def print_whole(table: Table) -> None:
-    """Print a table with all its columns, also where the terminal, or none at all, seems too narrow for them."""
-    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+def print_text(text: str, style: str = "") -> None:
+    """Print text as it is: no line is broken, and nothing in it is markup."""
+    console.print(text, style=style or None, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_note(text: str) -> None:
+    """Print text as it is to stderr, beside the results of a command."""
+    stderr.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_json(values: Any) -> None:
+    """Print JSON values."""
+    console.print_json(json.dumps(values))
+
+
+def print_table(table: Table) -> None:
+    """Print a table with all its columns, also where the terminal seems too narrow for them, its title above it."""
+    if table.title:  # which rich would break where it is longer than the table
+        print_text(str(table.title), style="bold")
+        table.title = None
+    needed = Measurement.get(console, console.options.update(max_width=WIDE), table).maximum
     Console(width=max(console.width, needed)).print(table)  # print's own width is at most the terminal's
 
 
@@ -176,78 +234,22 @@ def require_outputs(*files: Path | None) -> None:
         require_writable(file)
 
 
+def require_folder(out: Path) -> None:
+    """Raise :class:`ConfigError` where no folder can be written, before any time is spent on its content."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: expected a folder to write to")
+    require_writable(out)
+
+
 @contextmanager
 def claimed_folder(out: Path) -> Iterator[None]:
     """Hold the folder ``out``, which need not exist, while the block writes into it.
 
     Raises :class:`ConfigError` where it cannot be written, and where another process writes it.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file: expected a folder to write to")
-    require_writable(out)
+    require_folder(out)
     with folder_of(out), claimed(out):
         yield
-
-
-@contextmanager
-def progress_bar(description: str) -> Iterator[ProgressReport]:
-    """Show a progress bar on a terminal, and nothing elsewhere; yields a callable for ``(done, total)``."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    ) as progress:
-        yield ProgressReport(progress, description)
-
-
-def play_temperatures(
-    team: TeamPolicy, task: str, temperatures: Sequence[float], label: str, **settings: Any
-) -> list[Evaluation]:
-    """Evaluate ``team`` at one temperature after another, with a progress bar for each.
-
-    ``settings`` are those of :func:`omcda_deploy.play.evaluate.evaluate`, whose errors are raised.
-    """
-    from omcda_deploy.play.evaluate import evaluate
-
-    evaluations = []
-    for temperature in temperatures:
-        with progress_bar(f"{label}, temperature {temperature:g}") as progress:
-            evaluations.append(evaluate(team, task, temperature=temperature, progress=progress, **settings))
-    return evaluations
-
-
-class ProgressReport:
-    """Updates a progress bar when called as ``report(done, total)``."""
-
-    def __init__(self, progress: Progress, description: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task(description, total=None)
-
-    def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=min(done, total), total=total)
-
-
-class TerminalObserver(Observer):
-    """Prints the progress of an experiment to stderr."""
-
-    def progress(self, label: str) -> AbstractContextManager[ProgressReport]:
-        return progress_bar(label)
-
-    def recorded(self, dataset: Path) -> None:
-        self._print(f"recorded {dataset}")
-
-    def ended(self, run: Path, error: OmcdaError | None) -> None:
-        self._print(f"done: {run}" if error is None else f"failed: {error}")
-
-    def left_out(self, run: Path, error: OmcdaError) -> None:
-        self._print(f"left out: {run}: {error}")
-
-    def _print(self, line: str) -> None:
-        stderr.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def addresses(endpoints: str) -> list[str]:

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
-from omcda_deploy.commands import TerminalObserver, console
+from omcda_deploy.commands import print_text
+from omcda_deploy.commands.completion import task_names
+from omcda_deploy.commands.progress import TerminalObserver
+from omcda_deploy.commands.stopping import command, nothing, this_command, when_stopped
 from omcda_deploy.errors import ConfigError
 
 app = typer.Typer(help="Make the behaviour policies that datasets are recorded with.", no_args_is_help=True)
@@ -18,9 +21,13 @@ SHIPPED = Path("omcda_deploy/policies")
 
 @app.command("train")
 def train(
-    task: Annotated[str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")],
+    task: Annotated[
+        str, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.", autocompletion=task_names)
+    ],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")],
-    seed: Annotated[int, typer.Option(help="Seed of the weights and of the episodes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the weights and of the episodes.")
+    ] = 0,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -49,15 +56,17 @@ def train(
 
     logging.getLogger("omcda_deploy.training.behavior").setLevel(logging.INFO)
     torch.set_num_threads(1)
-    train_policies(task, out, seed, steps, record, until)
+    with when_stopped(lambda: _kept(out)):
+        train_policies(task, out, seed, steps, record, until, TerminalObserver())
 
 
 @app.command("measure")
+@when_stopped(lambda: f"the measurements so far are kept, go on with  {this_command()}")
 def measure(
     run: Annotated[Path, typer.Argument(help="Folder of  omcda-deploy behavior train.")],
     first: Annotated[int, typer.Option("--from", help="First checkpoint, in steps.")] = 0,
     last: Annotated[int, typer.Option("--to", help="Last checkpoint, in steps.")] = 10**12,
-    workers: Annotated[int, typer.Option(help="Processes that play, a kept policy each.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that play, a kept policy each.")] = 2,
 ) -> None:
     """Play each checkpoint for 20 episodes (SMAX: 200), sampled as in recording and greedily; note its returns.
 
@@ -66,7 +75,7 @@ def measure(
     from omcda_deploy.experiments.tiers import measure_run
 
     for steps, returns in measure_run(run, first, last, workers, TerminalObserver()):
-        console.print(f"{steps:>9}  {returns}", highlight=False)
+        print_text(f"{steps:>9}  {returns}")
 
 
 @app.command("ship")
@@ -80,7 +89,7 @@ def ship(
             help="TIER=STEPS: ship the checkpoint of that many steps (medium-replay: up to it); repeat for each.",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that play, a kept policy each.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that play, a kept policy each.")] = 2,
 ) -> None:
     """Export the measured checkpoints whose returns are nearest to the published ones, in mean and in spread.
 
@@ -97,18 +106,17 @@ def ship(
             published = (
                 f"; published {tier.published.mean:g} ± {tier.published.std:g}, distance {distance:.0f}"
             )
-        console.print(
-            f"{tier.folder}: {tier.steps} steps, {returns}{published}", highlight=False, soft_wrap=True
-        )
+        print_text(f"{tier.folder}: {tier.steps} steps, {returns}{published}")
 
 
 @app.command("index")
+@when_stopped(lambda: f"the measurements so far are kept, go on with  {this_command()}")
 def index(
     out: Annotated[Path, typer.Argument(help="Folder of shipped policies.")] = SHIPPED,
     measure: Annotated[
         bool, typer.Option("--measure", help="Play the policies again first, and note their returns.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Processes that play, a kept policy each.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that play, a kept policy each.")] = 2,
 ) -> None:
     """Write README.md of a folder of shipped policies from their manifests."""
     from omcda_deploy.experiments.tier_index import write_index
@@ -118,7 +126,19 @@ def index(
         write_index(out)
         return
     for folder, returns in measure_shipped(out, workers, TerminalObserver()):
-        console.print(f"{folder}: {returns}", highlight=False, soft_wrap=True)
+        print_text(f"{folder}: {returns}")
+
+
+def _kept(run: Path) -> str:
+    """Say what is kept of a training that was stopped; it cannot go on, as PPO's own state is not."""
+    from omcda_deploy.training.behavior.checkpoint import find_checkpoints
+
+    steps = max(find_checkpoints(run), default=0)
+    if not steps:
+        return nothing()
+    return (
+        f"the checkpoints up to step {steps} are kept, play them with  {command('behavior', 'measure', run)}"
+    )
 
 
 def _parse_tiers(options: Sequence[str]) -> dict[str, int]:

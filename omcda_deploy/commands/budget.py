@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from omcda_deploy.commands import console, named_values, progress_bar, require_outputs
+from omcda_deploy.commands import named_values, print_table, print_text, require_outputs
+from omcda_deploy.commands.progress import progress_bar
+from omcda_deploy.commands.stopping import when_stopped
 from omcda_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from omcda_deploy.training.budget import BudgetChoice
 
 
+@when_stopped()
 def choose_budget(
     dataset: Annotated[Path, typer.Argument(help="A dataset file.")],
     steps: Annotated[
@@ -41,7 +44,7 @@ def choose_budget(
     from omcda_deploy.files import write_json
 
     require_outputs(json)
-    with progress_bar("training at every budget") as report:
+    with progress_bar("training at every budget", "steps") as report:
         choice = choose(
             dataset,
             steps=steps,
@@ -56,8 +59,8 @@ def choose_budget(
         )
     if json is not None:
         write_json(json, choice.to_json())
-    console.print(_table(choice))
-    console.print(choice.advice, highlight=False, soft_wrap=True)
+    print_table(_table(choice))
+    print_text(choice.advice)
 
 
 def _numbers(budgets: str) -> list[float]:

@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omcda_deploy.commands import (
-    Temperatures,
-    TerminalObserver,
-    claimed_folder,
-    console,
-    print_whole,
-    temperatures_of,
-)
+from omcda_deploy.commands import Temperatures, claimed_folder, print_table, print_text, temperatures_of
+from omcda_deploy.commands.progress import TerminalObserver
+from omcda_deploy.commands.stopping import this_command, when_stopped
 from omcda_deploy.references import trust
 
 if TYPE_CHECKING:
     from omcda_deploy.report.comparison import Comparison
 
 
+@when_stopped(lambda: f"the scores of the runs that were played are kept, go on with  {this_command()}")
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(help="Run folders, or folders with run folders anywhere below.")
@@ -61,7 +57,7 @@ def compare(
         comparison = compare_runs(find_runs(runs), conditions, observer=TerminalObserver())
         write_comparison(comparison, out)
     print_comparison(comparison)
-    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    print_text(f"report: {out / 'report.html'}")
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -69,8 +65,6 @@ def print_comparison(comparison: Comparison) -> None:
     from omcda_deploy.report.comparison_report import terminal_tables
 
     for table in terminal_tables(comparison):
-        print_whole(table)
+        print_table(table)
     for left in comparison.left_out:
-        console.print(
-            f"left out of the means: {left.run}: {left.reason}", highlight=False, soft_wrap=True, markup=False
-        )
+        print_text(f"left out of the means: {left.run}: {left.reason}")

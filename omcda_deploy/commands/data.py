@@ -1,8 +1,7 @@
-"""Commands ``tasks``, ``collect`` and ``inspect``: list tasks, record datasets, print files."""
+"""Commands ``tasks`` and ``collect``: list tasks, record datasets."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,46 +9,53 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from omcda_deploy.commands import (
-    DatasetTask,
+    AsJson,
+    OptionalTask,
     OwnEnvironment,
     RewardRule,
     SimulatorFactory,
     SimulatorPython,
     Temperature,
-    console,
-    progress_bar,
+    print_json,
+    print_text,
     simulator_options,
     task_of,
     temperature_of,
 )
+from omcda_deploy.commands.completion import tier_names
+from omcda_deploy.commands.progress import progress_bar
+from omcda_deploy.commands.stopping import when_stopped
 from omcda_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from omcda_deploy.play.collect import Source
 
-inspect_app = typer.Typer(help="Look at a dataset or a bundle.", no_args_is_help=True)
 
-
-def tasks() -> None:
+def tasks(as_json: AsJson = False) -> None:
     """List the tasks, and the tiers of behaviour policies that datasets can be recorded with."""
     from omcda_deploy import registry
-    from omcda_deploy.play.shipped import tiers
+    from omcda_deploy.play.shipped import RANDOM, tiers
 
+    if as_json:
+        print_json([{"name": task, "tiers": [*tiers(task), RANDOM]} for task in registry.tasks()])
+        return
     for task in registry.tasks():
         names = ", ".join(tiers(task))
         line = f"{task}  (behaviour policies: {names})" if names else task
-        console.print(line, highlight=False, soft_wrap=True)
+        print_text(line)
 
 
+@when_stopped()
 def collect(
     out: Annotated[Path, typer.Option(help="HDF5 file to write.")],
-    task: Annotated[str | None, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")] = None,
+    task: OptionalTask = None,
     env: OwnEnvironment = None,
     tier: Annotated[
         str | None,
         typer.Option(
             help="medium (default), expert, medium-replay or medium-expert; smax/…: good, medium, poor; "
-            "toy/…: behavior; every task: random."
+            "toy/…: behavior; every task: random.",
+            autocompletion=tier_names,
         ),
     ] = None,
     bundle: Annotated[
@@ -87,7 +93,7 @@ def collect(
     require_task(task)
     options = simulator_options(simulator_python, simulator_factory, reward)
     policies = _policies(task, tier, bundle, policy, options)
-    with progress_bar(f"recording {task}") as report:
+    with progress_bar(f"recording {task}", "transitions") as report:
         summary = collect_mixture(
             task,
             policies,
@@ -101,7 +107,7 @@ def collect(
             progress=report,
             options=options,
         )
-    console.print_json(json.dumps(summary))
+    print_json(summary)
 
 
 def _policies(
@@ -122,28 +128,3 @@ def _policies(
     if policy is not None:
         return [Source(policy, CallableTeam(policy, registry.team_spec(task, **options)), 1.0)]
     return sources(task, tier or "medium", options)
-
-
-@inspect_app.command("dataset")
-def inspect_dataset(
-    file: Annotated[Path, typer.Argument(help="A dataset file.")],
-    task: DatasetTask = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Print shapes, episodes, returns, actions and digest of a dataset."""
-    from omcda_deploy.datasets.summary import render_table, summarize
-    from omcda_deploy.registry import read_dataset
-
-    summary = summarize(read_dataset(file, task))
-    if as_json:
-        console.print_json(json.dumps(summary))
-    else:
-        console.print(render_table(summary))
-
-
-@inspect_app.command("bundle")
-def inspect_bundle(folder: Annotated[Path, typer.Argument(help="A bundle.")]) -> None:
-    """Verify a bundle and print its manifest."""
-    from omcda_deploy.bundle import read_bundle
-
-    console.print_json(json.dumps(dict(read_bundle(folder).manifest)))

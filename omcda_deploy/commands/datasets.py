@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from enum import StrEnum
 from pathlib import Path
@@ -10,10 +9,13 @@ from typing import Annotated
 
 import typer
 
-from omcda_deploy.commands import console, progress_bar
+from omcda_deploy.commands import print_json
+from omcda_deploy.commands.progress import progress_bar
+from omcda_deploy.commands.stopping import when_stopped
 from omcda_deploy.errors import ConfigError
 
 DatasetFile = Annotated[Path, typer.Argument(help="A dataset file.")]
+MOST_EPISODES = 10**7  # that --episodes lists
 Out = Annotated[Path, typer.Option(help="HDF5 file to write.")]
 
 
@@ -24,6 +26,7 @@ class RewardMode(StrEnum):
     return_to_go = "return_to_go"
 
 
+@when_stopped()
 def import_dataset(
     source: Annotated[
         Path,
@@ -63,7 +66,7 @@ def import_dataset(
 
     require_new_file(out)
     spec = None if team is None else read_team(team)
-    with progress_bar(f"importing {source.name}") as report:
+    with progress_bar(f"importing {source.name}", "episodes") as report:
         summary = convert(
             source,
             out,
@@ -75,9 +78,10 @@ def import_dataset(
             reward_mode=reward_mode.value,
             progress=report,
         )
-    console.print_json(json.dumps(summary))
+    print_json(summary)
 
 
+@when_stopped()
 def merge(
     files: Annotated[
         list[Path], typer.Argument(help="Datasets of one task, recorded with other --seed each.")
@@ -95,9 +99,10 @@ def merge(
 
     require_new_file(out)
     concatenate(files, out, behavior)
-    console.print_json(json.dumps(summarize(read_dataset(out))))
+    print_json(summarize(read_dataset(out)))
 
 
+@when_stopped()
 def split(
     file: DatasetFile,
     train: Annotated[Path, typer.Option(help="HDF5 file to write: the part to train on.")],
@@ -111,9 +116,10 @@ def split(
 
     require_new_file(train, "--train")
     require_new_file(held_out, "--held-out")
-    console.print_json(json.dumps(selection.split(file, train, held_out, share=share, seed=seed)))
+    print_json(selection.split(file, train, held_out, share=share, seed=seed))
 
 
+@when_stopped()
 def subset(
     file: DatasetFile,
     out: Out,
@@ -141,9 +147,10 @@ def subset(
         count=count,
         seed=seed,
     )
-    console.print_json(json.dumps(summary))
+    print_json(summary)
 
 
+@when_stopped()
 def to_minari(
     file: DatasetFile,
     out: Annotated[
@@ -156,7 +163,7 @@ def to_minari(
     from omcda_deploy.datasets.minari_export import write_minari
     from omcda_deploy.registry import read_dataset
 
-    console.print_json(json.dumps(write_minari(read_dataset(file, task), out)))
+    print_json(write_minari(read_dataset(file, task), out))
 
 
 def _numbers(text: str) -> list[int]:
@@ -166,7 +173,10 @@ def _numbers(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise ConfigError(f"--episodes: expected numbers and ranges such as 0,5,100-199, got {text!r}")
-        numbers += range(int(first), int(last or first) + 1)
+        span = range(int(first), int(last or first) + 1)
+        if span.stop - span.start + len(numbers) > MOST_EPISODES:
+            raise ConfigError(f"--episodes: expected at most {MOST_EPISODES} numbers, got {text!r}")
+        numbers += span
     return numbers
 
 

@@ -1,7 +1,8 @@
 """``demo``: the whole pipeline on MuJoCo, with the commands a user would type.
 
-Collect a HalfCheetah dataset from the shipped behaviour policies, train BC and OMCDA on it, export both, serve each
-with one process per agent, and evaluate over gRPC at several temperatures of play.
+Collect a HalfCheetah dataset from a shipped behaviour policy, train BC and OMCDA on it, export both, serve each
+with one process per agent, and evaluate over gRPC at several temperatures of play. The settings are those of the
+team that comes with the package (docs/results/demo.md).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omcda_deploy.commands import claimed_folder, console, play_temperatures, print_whole
+from omcda_deploy.commands import claimed_folder, print_table, print_text
+from omcda_deploy.commands.progress import play_temperatures
+from omcda_deploy.commands.stopping import when_stopped
 from omcda_deploy.errors import ConfigError, EndpointError
 from omcda_deploy.processes import child_environment, run_child
 
@@ -29,8 +32,16 @@ if TYPE_CHECKING:
     from omcda_deploy.report.evaluation import Entry
 
 TASK = "mamujoco/halfcheetah-6x1"
-TIER = "medium-replay"
+TIER = "medium"
 EPISODES = 20
+SETTINGS: Mapping[str, Mapping[str, object]] = {
+    "bc": {"hidden": 64},
+    "omcda": {"hidden": 64, "d_tot": 0.1, "divergence_mixer": "identity", "price": "solved"},
+}
+WHAT_IS_SEEN = f"""\
+The first rows are the recorded episodes and the policy that recorded them, with and without its noise. BC imitates
+it. OMCDA may depart from it by {SETTINGS["omcda"]["d_tot"]} nats per step, which its agents share by influence on
+the return. T scales the noise of the actions: 1 samples, as was recorded, 0 has none."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +54,18 @@ class Scale:
     temperatures: tuple[float, ...]  # of play
 
 
-FULL = Scale(200_000, behavior_steps=5000, steps=5000, temperatures=(0.0, 0.25, 0.5, 0.75, 1.0))
-QUICK = Scale(40_000, behavior_steps=1000, steps=500, temperatures=(0.0, 0.5, 1.0))
+FULL = Scale(200_000, behavior_steps=10_000, steps=8000, temperatures=(0.0, 0.25, 0.5, 0.75, 1.0))
+QUICK = Scale(40_000, behavior_steps=1000, steps=1000, temperatures=(0.0, 1.0))
 
 
+@when_stopped()
 def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for all of the demo's files; an earlier demo's is replaced.")
     ] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="The same steps in about two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The same steps on less data, in about a minute of CPU time.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of recording, training and playing.")] = 0,
 ) -> None:
     """Collect, train BC and OMCDA, export, serve every agent, evaluate over gRPC, and report."""
@@ -65,6 +79,7 @@ def _demo(out: Path, scale: Scale, seed: int) -> None:
     from omcda_deploy.registry import read_dataset
     from omcda_deploy.report.evaluation import comparison_section, comparison_table, evaluation_section
     from omcda_deploy.report.html import write_report
+    from omcda_deploy.report.verdict import verdict
 
     started = time.monotonic()
     _make_empty(out)
@@ -72,33 +87,36 @@ def _demo(out: Path, scale: Scale, seed: int) -> None:
     _command(
         "collect", TASK, "--tier", TIER, "--transitions", scale.transitions, "--seed", seed, "--out", dataset
     )
-    for name in ("bc", "omcda"):
+    for name, settings in SETTINGS.items():
         run, bundle = out / f"{name}-run", out / f"{name}-bundle"
         _command(
             *("train", dataset, "--algo", name, "--steps", scale.steps, "--seed", seed),
             *("--behavior-steps", scale.behavior_steps, "--out", run),
+            *(word for setting, value in settings.items() for word in ("--set", f"{setting}={value}")),
         )
         _command("export", run, "--out", bundle)
 
     recording = read_dataset(dataset)
-    best = behavior_policies(TASK, TIER)[-1]  # the longest trained of the policies in the dataset
+    [recorded] = behavior_policies(TASK, TIER)
     episodes = {"episodes": EPISODES, "num_envs": EPISODES, "seed": seed}
-    label = "behaviour policy"
-    rows = {label: play_temperatures(LocalTeam(best.bundle), TASK, (0.0,), label, **episodes)}
-    for name in ("bc", "omcda"):
+    team = LocalTeam(recorded.bundle)
+    label = f"{recorded.label} policy, {team.bundle.manifest['training']['ppo_steps']:,} steps of PPO"
+    rows = {label: play_temperatures(team, TASK, (0.0, 1.0), label, **episodes)}
+    for name in SETTINGS:
         label = f"{name.upper()}, served"
-        with _served(out / f"{name}-bundle") as team:
-            rows[label] = play_temperatures(team, TASK, scale.temperatures, label, **episodes)
-    comparison: dict[str, Entry] = {"dataset": recording.episode_returns, **rows}
+        with _served(out / f"{name}-bundle") as served:
+            rows[label] = play_temperatures(served, TASK, scale.temperatures, label, **episodes)
+    comparison: dict[str, Entry] = {f"recorded data, {TIER}": recording.episode_returns, **rows}
     title = f"{TASK}, {EPISODES} episodes at temperature T, {scale.steps} training steps"
-    print_whole(comparison_table(comparison, title))
+    print_table(comparison_table(comparison, title))
+    words = verdict(rows["OMCDA, served"], rows["BC, served"], names=("OMCDA", "BC"))
+    print_text("\n".join((WHAT_IS_SEEN, *words, "One seed: docs/results/demo.md has three.")))
     report = out / "report.html"
     details = [(f"{name}, temperature {e.temperature:g}", e) for name, row in rows.items() for e in row]
     sections = [comparison_section(comparison), *(evaluation_section(e, heading) for heading, e in details)]
-    write_report(
-        report, "omcda-deploy demo", sections, f"{TASK}, dataset {TIER}, digest {recording.digest[:12]}"
-    )
-    console.print(f"report: {report}\ndone in {time.monotonic() - started:.0f} s", highlight=False)
+    headline = f"{TASK}, dataset {TIER}, digest {recording.digest[:12]}. {' '.join(words)}"
+    write_report(report, "omcda-deploy demo", sections, headline)
+    print_text(f"report: {report}\ndone in {time.monotonic() - started:.0f} s")
     mean = float(recording.episode_returns.mean())
     deterministic = rows["OMCDA, served"][0]
     if deterministic.mean <= mean:
@@ -125,7 +143,7 @@ def _make_empty(out: Path) -> None:
 def _command(*words: object) -> None:
     """Print an omcda-deploy command and run it as a user would."""
     arguments = [str(word) for word in words]
-    console.print(f"[bold]$ omcda-deploy {shlex.join(arguments)}[/bold]", highlight=False)
+    print_text(f"$ omcda-deploy {shlex.join(arguments)}", style="bold")
     status = run_child([sys.executable, "-m", "omcda_deploy.cli", *arguments])
     if status:
         raise SystemExit(status)  # the command has printed its error
@@ -140,7 +158,7 @@ def _served(bundle: Path) -> Iterator[RemoteTeam]:
     names = read_bundle(bundle).spec.names
     base = _free_port_range(len(names))
     words = ["serve", str(bundle), "--base-port", str(base)]
-    console.print(f"[bold]$ omcda-deploy {shlex.join(words)}[/bold]", highlight=False)
+    print_text(f"$ omcda-deploy {shlex.join(words)}", style="bold")
     server = subprocess.Popen(
         [sys.executable, "-m", "omcda_deploy.cli", *words],
         stdout=subprocess.PIPE,
@@ -153,7 +171,7 @@ def _served(bundle: Path) -> Iterator[RemoteTeam]:
             line = server.stdout.readline()
             if not line:
                 raise EndpointError(f"the servers of {bundle} did not start: the lines above say why")
-            console.print(line.rstrip(), highlight=False)
+            print_text(line.rstrip())
         endpoints = [f"127.0.0.1:{base + index}" for index in range(len(names))]
         with RemoteTeam(endpoints, stream=True) as team:
             yield team

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from omcda_deploy.commands import console
+from omcda_deploy.commands import print_text
+from omcda_deploy.commands.stopping import when_stopped
 
 
+@when_stopped()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, made by  omcda-deploy train.")],
     out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
@@ -23,8 +25,7 @@ def export(
     bundle = experiment.export(run, out, step)
     parity = bundle.manifest["parity"]
     worst = max(error["max_abs"] for error in parity["against_torch"].values())
-    console.print(
+    print_text(
         f"exported {out}: {len(bundle.spec.names)} agents, contract {bundle.spec.contract_hash[:12]}, at most "
-        f"{worst:.1e} from torch over {parity['rows']} observations",
-        highlight=False,
+        f"{worst:.1e} from torch over {parity['rows']} observations"
     )

@@ -13,6 +13,8 @@ import typer
 from omcda_deploy.commands import (
     CredentialsFile,
     DatasetTask,
+    Demo,
+    OptionalTask,
     OwnEnvironment,
     RewardRule,
     SimulatorFactory,
@@ -20,17 +22,17 @@ from omcda_deploy.commands import (
     Temperature,
     Temperatures,
     addresses,
-    console,
     credentials_of,
-    play_temperatures,
-    print_whole,
-    progress_bar,
+    print_table,
+    print_text,
     require_outputs,
     simulator_options,
     task_of,
     temperature_of,
     temperatures_of,
 )
+from omcda_deploy.commands.progress import play_temperatures, progress_bar
+from omcda_deploy.commands.stopping import when_stopped
 from omcda_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +53,19 @@ class OnMiss(StrEnum):
     behavior = "behavior"
 
 
+class Protocol(StrEnum):
+    omcda = "omcda"
+    oip = "oip"
+
+
+ProtocolOption = Annotated[
+    Protocol,
+    typer.Option(
+        help="Of the endpoints: omcda for  omcda-deploy serve,  oip for other servers of the Open Inference "
+        "Protocol v2 that hold the bundle's models. Those that do not state the team's contract need --bundle."
+    ),
+]
+
 OnMissOption = Annotated[
     OnMiss,
     typer.Option(
@@ -60,14 +75,23 @@ OnMissOption = Annotated[
 ]
 
 
+ReportFolder = Annotated[
+    Path | None, typer.Option(help="Folder to record rewards and ends into, for  recordings join.")
+]
+
+
+@when_stopped()
 def evaluate(
-    task: Annotated[str | None, typer.Argument(help="For instance mamujoco/halfcheetah-6x1.")] = None,
+    task: OptionalTask = None,
     env: OwnEnvironment = None,
     endpoints: Endpoints = None,
     bundle: Annotated[
         Path | None,
-        typer.Option(help="Play this bundle in process instead; beside endpoints for --on-miss behavior."),
+        typer.Option(
+            help="Play this bundle in process instead; beside endpoints for --on-miss behavior and --protocol oip."
+        ),
     ] = None,
+    demo: Demo = False,
     episodes: Annotated[int, typer.Option(help="Episodes to play.")] = 20,
     seed: Annotated[int, typer.Option(help="Episode k starts from a seed made of this and k.")] = 0,
     num_envs: Annotated[
@@ -82,6 +106,7 @@ def evaluate(
         bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
     ] = False,
     on_miss: OnMissOption = OnMiss.raise_,
+    protocol: ProtocolOption = Protocol.omcda,
     simulator_python: SimulatorPython = None,
     simulator_factory: SimulatorFactory = None,
     reward: RewardRule = None,
@@ -89,6 +114,7 @@ def evaluate(
     credentials: CredentialsFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
+    record: ReportFolder = None,
 ) -> None:
     """Play live episodes of a task against served agents, or against a bundle in process."""
     from omcda_deploy.files import write_json
@@ -105,13 +131,8 @@ def evaluate(
     if video is not None and len(temperatures) > 1:
         raise ConfigError(f"--video: expected one --temperature, got {temperature}: film one of them")
     require_outputs(video, json_file, report)
-    task = task_of(task, env)
-    if endpoints is not None and bundle is not None and on_miss is not OnMiss.behavior:
-        raise ConfigError(
-            "expected --endpoints (a served team) or --bundle (in process), or both with --on-miss behavior: "
-            "leave one of them out"
-        )
-    with _team(endpoints, bundle, deadline, stream, on_miss, credentials) as team:
+    task, bundle = _played(task, env, endpoints, bundle, on_miss, protocol, demo)
+    with _team(endpoints, bundle, deadline, stream, on_miss, protocol, credentials, record) as team:
         evaluations = play_temperatures(
             team,
             task,
@@ -126,7 +147,7 @@ def evaluate(
         )
     several = len(evaluations) > 1
     heading = f"{task}: {count(episodes, 'episode')} at each temperature T"
-    print_whole(comparison_table({"": evaluations}, heading) if several else evaluation_table(evaluations[0]))
+    print_table(comparison_table({"": evaluations}, heading) if several else evaluation_table(evaluations[0]))
     if json_file:
         parts = [evaluation.to_json() for evaluation in evaluations]
         write_json(json_file, {"kind": "evaluations", "evaluations": parts} if several else parts[0])
@@ -137,9 +158,10 @@ def evaluate(
             for each in evaluations
         ]
         write_report(report, f"{task}: evaluation", sections)
-        console.print(f"report: {report}")
+        print_text(f"report: {report}")
 
 
+@when_stopped()
 def replay(
     dataset: Annotated[Path, typer.Argument(help="A dataset file.")],
     endpoints: Endpoints = None,
@@ -162,6 +184,7 @@ def replay(
         bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
     ] = False,
     on_miss: OnMissOption = OnMiss.raise_,
+    protocol: ProtocolOption = Protocol.omcda,
     credentials: CredentialsFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
@@ -179,8 +202,8 @@ def replay(
     episodes_on_file = read_dataset(dataset, task)
     local = LocalTeam(bundle) if bundle and endpoints else None
     with (
-        _team(endpoints, bundle, deadline, stream, on_miss, credentials) as team,
-        progress_bar(f"replaying {dataset.name}") as progress,
+        _team(endpoints, bundle, deadline, stream, on_miss, protocol, credentials) as team,
+        progress_bar(f"replaying {dataset.name}", "calls") as progress,
     ):
         result = send(
             team,
@@ -194,12 +217,51 @@ def replay(
             paced=paced,
             progress=progress,
         )
-    console.print(replay_table(result))
+    print_table(replay_table(result))
     if json_file:
         write_json(json_file, result.to_json())
     if report:
         write_report(report, f"{episodes_on_file.spec.task}: replay", [replay_section(result)])
-        console.print(f"report: {report}")
+        print_text(f"report: {report}")
+
+
+def _require_one_team(
+    endpoints: str | None, bundle: Path | None, on_miss: OnMiss, protocol: Protocol
+) -> None:
+    """Raise :class:`ConfigError` where a bundle beside endpoints would be of no use."""
+    if endpoints is None or bundle is None or on_miss is OnMiss.behavior or protocol is Protocol.oip:
+        return
+    raise ConfigError(
+        "expected --endpoints (a served team) or --bundle (in process), or both with --on-miss behavior or "
+        "--protocol oip: leave one of them out"
+    )
+
+
+def _played(
+    task: str | None,
+    env: str | None,
+    endpoints: str | None,
+    bundle: Path | None,
+    on_miss: OnMiss,
+    protocol: Protocol,
+    demo: bool,
+) -> tuple[str, Path | None]:
+    """Return the task to play and the bundle to play it with, None for served agents alone.
+
+    Raises :class:`ConfigError` for options that exclude one another.
+    """
+    from omcda_deploy.bundle import DEMO_TEAM, read_bundle
+
+    if not demo:
+        _require_one_team(endpoints, bundle, on_miss, protocol)
+        return task_of(task, env), bundle
+    for name, value in (("a TASK", task), ("--env", env), ("--bundle", bundle)):
+        if value is not None:
+            raise ConfigError(
+                f"--demo has a task and a bundle of its own, got {name} {value}: leave one of them out"
+            )
+    local = endpoints is None or on_miss is OnMiss.behavior or protocol is Protocol.oip
+    return read_bundle(DEMO_TEAM).spec.task, DEMO_TEAM if local else None
 
 
 @contextmanager
@@ -209,12 +271,19 @@ def _team(
     deadline: float,
     stream: bool,
     on_miss: OnMiss,
+    protocol: Protocol,
     credentials: Path | None,
+    record: Path | None = None,
 ) -> Iterator[TeamPolicy]:
     """Open the served team where ``endpoints`` are set, ``bundle`` in process otherwise.
 
-    Raises :class:`ConfigError` without either, and for ``--on-miss behavior`` without a bundle.
+    Raises :class:`ConfigError` without either, for ``--on-miss behavior`` without a bundle, and for ``--record``
+    and ``--protocol`` without endpoints.
     """
+    if record is not None and endpoints is None:
+        raise ConfigError("--record: expected --endpoints, whose servers record their answers, got none")
+    if protocol is not Protocol.omcda and endpoints is None:
+        raise ConfigError(f"--protocol {protocol.value}: expected --endpoints, which speak it, got none")
     if endpoints is not None:
         from omcda_deploy.client.fallback import BehaviorTeam, FallbackChoice
         from omcda_deploy.client.remote import RemoteTeam
@@ -232,6 +301,9 @@ def _team(
             stream=stream,
             fallback=fallback,
             credentials=credentials_of(credentials),
+            record=record,
+            protocol=protocol.value,
+            bundle=bundle if protocol is Protocol.oip else None,
         ) as team:
             yield team
     elif bundle is not None:

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omcda_deploy.commands import console, stderr
+from omcda_deploy.commands import print_note, print_text
+from omcda_deploy.commands.stopping import when_stopped
 
 if TYPE_CHECKING:
     from omcda_deploy.experiments.toy_games import Row
 
 
+@when_stopped()
 def toy_results(
     table: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/toy-results.md"),
     games: Annotated[list[str] | None, typer.Option("--game", help="Only these; repeatable.")] = None,
     algorithms: Annotated[list[str] | None, typer.Option("--algo", help="Only these; repeatable.")] = None,
-    transitions: Annotated[int, typer.Option(help="Transitions recorded per game.")] = 200_000,
-    steps: Annotated[int, typer.Option(help="Gradient steps per run.")] = 2000,
+    transitions: Annotated[int, typer.Option(min=1, help="Transitions recorded per game.")] = 200_000,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps per run.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the datasets and of training.")] = 0,
 ) -> None:
     """Train every discrete algorithm on the toy games and write the table of exact expected returns."""
@@ -35,11 +37,11 @@ def toy_results(
         on_row=_print_row,
     )
     write_table(table, results, transitions=transitions, steps=steps, seed=seed)
-    console.print(f"wrote {table}")
+    print_text(f"wrote {table}")
     for line in (line for result in results for line in result.violations()):
-        stderr.print(f"not as expected: {line}", highlight=False, soft_wrap=True)
+        print_note(f"not as expected: {line}")
 
 
 def _print_row(task: str, row: Row) -> None:
-    outcome = row.failure if row.earned is None else f"{row.earned:.3f}"
-    stderr.print(f"{task}: {row.algorithm} {outcome}", highlight=False, soft_wrap=True)
+    outcome = row.failure if row.outcome is None else f"{row.outcome.sampled:.3f}"
+    print_note(f"{task}: {row.algorithm} {outcome}")

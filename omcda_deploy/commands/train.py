@@ -8,21 +8,53 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from omcda_deploy.commands import DatasetTask, console, named_values
+from omcda_deploy.commands import AsJson, DatasetTask, named_values, print_json, print_table, print_text
+from omcda_deploy.commands.completion import algorithm_names
+from omcda_deploy.commands.stopping import command, nothing, this_command, when_stopped
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.references import is_reference, trust
 
+AlgorithmName = Annotated[
+    str, typer.Option(help="See  omcda-deploy algorithms.", autocompletion=algorithm_names)
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Total divergence budget in nats (omcda); auto: as  omcda-deploy choose-budget  says."),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="Settings by name, such as paper (omcda by its paper's letter); --set overrides them."),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the algorithm, name=value; repeatable.")
+]
 
-def algorithms() -> None:
+
+def algorithms(as_json: AsJson = False) -> None:
     """List the algorithms: the actions they handle, their papers, one line each."""
     from omcda_deploy import registry
 
+    modules = registry.load_algorithms()
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": name,
+                    "actions": sorted(module.ACTIONS),
+                    "summary": module.SUMMARY,
+                    "paper": module.PAPER,
+                    "divergence": dict(module.DIVERGENCE),
+                }
+                for name, module in modules.items()
+            ]
+        )
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("algorithm", "actions", "what it does", "paper"):
         table.add_column(column)
-    for name, module in registry.load_algorithms().items():
+    for name, module in modules.items():
         table.add_row(name, ", ".join(sorted(module.ACTIONS)), module.SUMMARY, module.PAPER)
-    console.print(table)
+    print_table(table)
 
 
 def train(
@@ -30,7 +62,7 @@ def train(
     dataset: Annotated[
         Path | None, typer.Argument(help="A dataset file; with --resume only where it has moved.")
     ] = None,
-    algo: Annotated[str, typer.Option(help="See  omcda-deploy algorithms.")] = "omcda",
+    algo: AlgorithmName = "omcda",
     out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of the weights and batches.")] = 0,
@@ -38,15 +70,9 @@ def train(
         str | None,
         typer.Option(help="Several, as 0,1,2: trained side by side into OUT/seed0, OUT/seed1, …"),
     ] = None,
-    d_tot: Annotated[
-        str | None,
-        typer.Option(
-            help="Total divergence budget in nats (omcda); auto: as  omcda-deploy choose-budget  says."
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the algorithm, name=value; repeatable.")
-    ] = None,
+    d_tot: Budget = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
     task: DatasetTask = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Torch threads; part of what makes a run repeatable.")] = 1,
@@ -74,7 +100,7 @@ def train(
     from omcda_deploy.commands.training_view import TrainingView
     from omcda_deploy.experiments import train as training
 
-    with TrainingView() as view:
+    with when_stopped(lambda: _kept(out, resume, evaluate_every, task)), TrainingView() as view:
         if resume is not None:
             own = task is not None and is_reference(task)
             _require_only(context, "resume", "dataset", "evaluate_every", "seeds", *(["task"] if own else []))
@@ -92,7 +118,7 @@ def train(
                 out,
                 steps=steps,
                 seed=seed if seeds is None else _numbers(seeds),
-                settings=_settings(settings, d_tot),
+                settings=_settings(settings, d_tot=d_tot, recipe=recipe),
                 task=task,
                 behavior={"steps": behavior_steps},
                 device=device,
@@ -106,10 +132,25 @@ def train(
     _print_next(run, several=seeds is not None)
 
 
+def _kept(out: Path | None, resumed: Path | None, evaluate_every: int | None, task: str | None) -> str:
+    """Say what is kept of a new or resumed run, or of the runs in a folder."""
+    from omcda_deploy.training.run_folder import CONFIG, saved_step
+
+    folder = resumed or out
+    runs = [] if folder is None else [folder, *sorted(folder.glob("seed*"))]
+    runs = [run for run in runs if (run / CONFIG).is_file()]
+    if not runs:
+        return nothing()
+    beside = () if evaluate_every is None else ("--evaluate-every", evaluate_every)
+    own = ("--env", task) if beside and task and is_reference(task) else ()
+    go_on = this_command() if resumed else command("train", "--resume", folder, *beside, *own)
+    return f"the state of step {min(map(saved_step, runs))} is kept, go on with  {go_on}"
+
+
 def _print_next(run: Path, several: bool) -> None:
     """Say what to do with a trained run, or with one of several."""
     which = f"one with  omcda-deploy export {run}/seed…" if several else f"it with  omcda-deploy export {run}"
-    console.print(f"trained {run}: export {which} --out BUNDLE", highlight=False)
+    print_text(f"trained {run}: export {which} --out BUNDLE")
 
 
 def _numbers(seeds: str) -> list[int]:
@@ -120,12 +161,10 @@ def _numbers(seeds: str) -> list[int]:
         raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {seeds!r}") from None
 
 
-def _settings(pairs: list[str] | None, d_tot: str | None) -> dict[str, Any]:
-    """Collect the settings of ``--set`` and ``--d-tot``."""
-    values: dict[str, Any] = {**named_values("--set", pairs)}
-    if d_tot is not None:
-        values["d_tot"] = d_tot
-    return values
+def _settings(pairs: list[str] | None, **options: str | None) -> dict[str, Any]:
+    """Collect the settings of ``--set`` and of options of their own."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**named_values("--set", pairs), **given}
 
 
 def _require_only(context: typer.Context, *allowed: str) -> None:

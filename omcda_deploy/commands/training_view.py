@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from omcda_deploy.commands import stderr
+from omcda_deploy.commands import is_terminal, print_note, stderr
+from omcda_deploy.commands.progress import PACE
 from omcda_deploy.plugins import Column, columns_of
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
@@ -20,7 +21,7 @@ from omcda_deploy.training.observer import TrainObserver
 
 
 class TrainingView(TrainObserver):
-    """A bar and a table of the algorithm's columns on a terminal, about twenty lines elsewhere."""
+    """A bar and a table of the algorithm's columns on a terminal, lines elsewhere: a twentieth apart, or 10 s."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -49,13 +50,13 @@ class TrainingView(TrainObserver):
         """Announce the recipe and show the bar."""
         if recipe:
             settings = " ".join(f"{name}={value}" for name, value in recipe.items())
-            self._print(f"recipe of {spec.task.partition('/')[0]}: {settings}")
+            print_note(f"recipe of {spec.task.partition('/')[0]}: {settings}")
         self.show(steps, spec.names, columns_of(load_algorithm(algorithm)))
 
     def show(self, steps: int, agents: Sequence[str], columns: Sequence[Column]) -> None:
         """Show the progress of ``steps`` steps, and of the metrics in ``columns``."""
         self._steps, self._agents, self._columns = steps, agents, columns
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             self._bar.update(self._training, total=steps)
             self._live = Live(self._bar, console=stderr, auto_refresh=False)
             self._live.__enter__()
@@ -67,7 +68,7 @@ class TrainingView(TrainObserver):
             self._bar.update(self._cloning, completed=step, total=steps, description=text, visible=True)
             self._live.refresh()
         else:
-            self._print(
+            print_note(
                 f"cloning the behaviour policy: step {step} of at most {steps}, held-out NLL {loss:.3f}"
             )
 
@@ -77,12 +78,12 @@ class TrainingView(TrainObserver):
             text = "training on halves of the data, to choose d_tot"
             self._bar.update(self._cloning, completed=step, total=steps, description=text, visible=True)
             self._live.refresh()
-        elif step in (1, steps // 2, steps):
-            self._print(f"training on halves of the data, to choose d_tot: step {step} of {steps}")
+        elif step in (1, steps // 2, steps) or PACE.due():
+            print_note(f"training on halves of the data, to choose d_tot: step {step} of {steps}")
 
     def chosen(self, advice: str) -> None:
         """Print the choice."""
-        self._print(f"d_tot auto: {advice}")
+        print_note(f"d_tot auto: {advice}")
 
     def logged(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the losses and the algorithm's columns."""
@@ -92,12 +93,9 @@ class TrainingView(TrainObserver):
             self._bar.update(self._training, completed=step)
             lines = (Text(f"losses: {losses}", "dim"), Text("  ".join(self._team_numbers(metrics)), "dim"))
             self._live.update(Group(self._bar, self._table(metrics), *lines), refresh=True)
-        elif (twentieth := 20 * step // self._steps) > self._printed:
+        elif (twentieth := 20 * step // self._steps) > self._printed or PACE.due():
             self._printed = twentieth
-            self._print("  ".join([f"step {step} of {self._steps}: {losses}", *self._sums(metrics)]))
-
-    def _print(self, line: str) -> None:
-        stderr.print(line, highlight=False, soft_wrap=True)
+            print_note("  ".join([f"step {step} of {self._steps}: {losses}", *self._sums(metrics)]))
 
     def _team_numbers(self, metrics: Mapping[str, float]) -> list[str]:
         """Format the metrics of the whole team."""

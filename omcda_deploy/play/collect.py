@@ -27,7 +27,7 @@ from omcda_deploy.errors import ConfigError
 from omcda_deploy.play.episodes import PlayedStep
 from omcda_deploy.play.recording import EpisodeRecorder
 from omcda_deploy.play.rollout import EpisodeBatch
-from omcda_deploy.policy import Float, NoiseSource, TeamPolicy, checked_temperature
+from omcda_deploy.policy import NoiseSource, ScaledNoise, TeamPolicy, checked_temperature
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 Progress = Callable[[int, int], None]  # (transitions recorded so far, transitions asked for)
@@ -276,7 +276,8 @@ class _EpisodeNoise:
         for name, values in source.draw(self._spec.episode_limit).items():
             self._noise[name][index] = values
 
-    def at(self, age: NDArray[np.int64]) -> dict[str, Float]:
+    def at(self, age: NDArray[np.int64]) -> ScaledNoise:
         """Noise [E, A] by agent, for environments whose episodes are ``age`` [E] steps old."""
         steps = np.minimum(age, self._spec.episode_limit - 1)
-        return {name: values[np.arange(len(age)), steps] for name, values in self._noise.items()}
+        noise = {name: values[np.arange(len(age)), steps] for name, values in self._noise.items()}
+        return ScaledNoise(noise, self._temperature)

@@ -16,14 +16,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.envs.vector import vectorize
-from omcda_deploy.play.episodes import Episodes, PlayedEpisode, episode_table
+from omcda_deploy.play.episodes import Episodes, PlayedEpisode, PlayedStep, episode_table
 from omcda_deploy.play.measurements import (
     CallLog,
     Divergence,
@@ -37,12 +37,15 @@ from omcda_deploy.play.measurements import (
     one_version,
     require_at_least,
 )
+from omcda_deploy.play.reporting import report_step
 from omcda_deploy.play.rollout import Plan, rollout, rollouts
 from omcda_deploy.play.video import filming, rendering, require_video
 from omcda_deploy.policy import TeamPolicy, checked_temperature, own_temperature
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 DEFAULT_NUM_ENVS = 10
+
+Progress: TypeAlias = Callable[[float, float], None]  # (episodes so far, episodes in all)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,7 @@ def evaluate(
     num_envs: int | None = None,
     temperature: float | None = None,
     workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     video: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
@@ -134,9 +137,9 @@ def evaluate(
     team answers all episodes by the version that is current when the first one begins.
 
     ``num_envs`` (default 10) is never more than ``episodes``. ``progress(done, total)`` is called after every
-    control step; ``total`` supposes that every round lasts to the time limit. ``video`` is an mp4 of the first
-    episode, in real time; for it ``MUJOCO_GL`` is set to ``egl`` where it is unset. ``options`` go to the task's
-    simulator (:func:`omcda_deploy.registry.make_environment`).
+    control step, in episodes; one that is under way counts as the share of the time limit that it has lasted.
+    ``video`` is an mp4 of the first episode, in real time; for it ``MUJOCO_GL`` is set to ``egl`` where it is
+    unset. ``options`` go to the task's simulator (:func:`omcda_deploy.registry.make_environment`).
 
     Raises :class:`ContractError` when team and task do not fit or an answer cannot be played,
     :class:`ConfigError` for a setting out of range or where nothing can be rendered, and :class:`SimulatorError`
@@ -173,7 +176,7 @@ def evaluate(
                     episodes=episodes,
                     seed=seed,
                     temperature=temperature,
-                    on_step=lambda step: calls.add(step.seconds, step.decisions),
+                    on_step=lambda step: _note(team, calls, step),
                     progress=progress,
                 )
             )
@@ -198,7 +201,7 @@ def play_plans(
     plans: Sequence[Plan],
     *,
     workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Episodes]:
     """Play ``plans`` of ``task`` with a team that remembers nothing between calls; return a table for each.
 
@@ -215,25 +218,28 @@ def play_plans(
         sizes = {plan.num_envs for plan in plans}
         stages = {size: [[i] for i in indices if plans[i].num_envs == size] for size in sorted(sizes)}
     played: list[list[PlayedEpisode]] = [[] for _ in plans]
-    finished = 0
+    finished, total = 0, sum(plan.episodes for plan in plans)
     for num_envs, groups in stages.items():
         with vectorize(task, num_envs, workers=workers) as environment:
             require_same_contract(team.spec, environment.spec, "the team", "the simulator")
             for group in groups:
-                share = part_of(progress, finished, len(plans), len(group))
+                share = part_of(progress, finished, total)
                 for index, episode in rollouts(team, environment, [plans[i] for i in group], progress=share):
                     played[group[index]].append(episode)
-                finished += len(group)
+                finished += sum(plans[i].episodes for i in group)
     return [episode_table(episodes) for episodes in played]
 
 
-def part_of(
-    progress: Callable[[int, int], None] | None, before: int, parts: int, size: int = 1
-) -> Callable[[int, int], None] | None:
-    """Report the progress of ``size`` of ``parts`` equal parts as the whole's; ``before`` are finished."""
+def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Report the progress of a part as the whole's, of ``total`` episodes of which ``before`` are finished."""
     if progress is None:
         return None
-    return lambda done, total: progress(before * total + size * done, parts * total)
+    return lambda done, part: progress(before + min(done, part), total)
+
+
+def _note(team: TeamPolicy, calls: CallLog, step: PlayedStep) -> None:
+    calls.add(step.seconds, step.decisions)
+    report_step(team, step)
 
 
 def _require_playable(team: TeamPolicy, task: str) -> None:

@@ -11,7 +11,6 @@ Shapes: E environments, N agents, T steps of an episode.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -158,7 +157,7 @@ def rollout(
     seed: int = 0,
     temperature: float = 0.0,
     on_step: Callable[[PlayedStep], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, float], None] | None = None,
 ) -> Iterator[PlayedEpisode]:
     """Play one :class:`Plan` in all environments, as :func:`rollouts` does; yields its episodes in order."""
     plan = Plan(episodes, environment.num_envs, seed, temperature)
@@ -172,7 +171,7 @@ def rollouts(
     plans: Sequence[Plan],
     *,
     on_step: Callable[[PlayedStep], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, float], None] | None = None,
 ) -> Iterator[tuple[int, PlayedEpisode]]:
     """Play ``plans`` at once; yields (index of its plan, episode), those of one plan in order.
 
@@ -184,10 +183,10 @@ def rollouts(
     The team is asked once per step and plan, always for the plan's ``num_envs`` rows. So a plan's numbers are those
     of the plan alone, to the last bit; several plans at once need a team that remembers nothing between calls.
 
-    ``on_step`` sees each step as it is taken. ``progress(done, total)`` is called after every step, in steps of all
-    plans, and at the end; ``total`` supposes that every round lasts to the time limit. Raises
-    :class:`ContractError` unless the plans have as many environments as there are, and what
-    :meth:`EpisodeBatch.take` raises.
+    ``on_step`` sees each step as it is taken. ``progress(done, total)`` is called after every step, in episodes of
+    all plans, and at the end; of an episode under way the share of the time limit counts that it has lasted, and
+    both numbers include the episodes that were lost. Raises :class:`ContractError` unless the plans have as many
+    environments as there are, and what :meth:`EpisodeBatch.take` raises.
     """
     batch = EpisodeBatch(environment)
     courses = _courses(batch, plans)
@@ -236,15 +235,17 @@ class _Course:
         self._counted = self._started = self._rounds = 0
 
     @property
-    def done(self) -> int:
-        """Steps taken, those of a finished round as if it had lasted to the time limit."""
-        return self._rounds * self._batch.spec.episode_limit + (self.log.steps if self._seeds else 0)
+    def done(self) -> float:
+        """Episodes that ended, lost ones included, and the shares of those under way."""
+        rows = slice(self.rows.start, self.rows.start + len(self._seeds))
+        shares = self._batch.age[rows] / self._batch.spec.episode_limit
+        ended = ~self._batch.active[rows]
+        return self._started - len(self._seeds) + float(np.where(ended, 1.0, shares).sum())
 
     @property
     def total(self) -> int:
-        """Steps of all rounds, as far as they are known to be needed."""
-        missing = max(self.plan.episodes - self._counted, 0)
-        return (self._rounds + math.ceil(missing / self.plan.num_envs)) * self._batch.spec.episode_limit
+        """Episodes to play, and those that were lost in earlier rounds."""
+        return self.plan.episodes + self._started - len(self._seeds) - self._counted
 
     def begin(self, team: TeamPolicy) -> bool:
         """Start the next round where none is under way; return False once there is none left."""

@@ -268,6 +268,14 @@ CASES: list[Case] = [
         "expected one of --tier, --bundle, --policy, got --tier and --bundle",
     ),
     (f"evaluate {HOPPER}", "expected --endpoints .* or --bundle .*: give one of them"),
+    (
+        f"evaluate {HOPPER} --demo",
+        f"--demo has a task .* of its own, got a TASK {HOPPER}: leave one of them out",
+    ),
+    ("evaluate --demo --bundle bundle", "--demo has .* a bundle of its own, got --bundle bundle"),
+    ("evaluate --demo --env lift:Lift", "--demo has a task .*, got --env lift:Lift"),
+    ("serve", "expected a BUNDLE, or --demo .*: give one of them"),
+    ("serve bundle --demo", "expected a BUNDLE, or --demo .*: give one of them"),
     (f"evaluate {HOPPER} --bundle bundle --endpoints {DOWN}", "expected --endpoints .* or --bundle"),
     (
         f"evaluate {HOPPER} --endpoints {DOWN} --on-miss behavior",
@@ -291,6 +299,23 @@ CASES: list[Case] = [
     ("replay data.hdf5 --bundle cheetah", "do not fit together: agents: "),
     (f"collect {HOPPER} --workers 0 --bundle cheetah --out new.hdf5", "do not fit together: agents: "),
     ("train data.hdf5 --task mamujoco/halfcheetah-6x1 --out new", "do not fit together: agents: "),
+    # the command line itself
+    ("traim data.hdf5", "No such command 'traim'. Did you mean 'train'.*: see  omcda-deploy --help$"),
+    ("train data.hdf5 --steps 1e3 --out new", "'--steps'.*valid integer.*: see  omcda-deploy train --help$"),
+    ("collect toy/masked", "Missing option '--out': see  omcda-deploy collect --help$"),
+    ("settings omcdaa", "unknown algorithm 'omcdaa': did you mean 'omcda'"),
+    ("settings bc toy/maskd", "unknown task 'toy/maskd': did you mean 'toy/masked'"),
+    ("inspect nothing", "nothing: no such file or folder: expected a dataset, a bundle or a run folder"),
+    ("inspect taken", "taken: expected a dataset, a bundle or a run folder, found a folder of none"),
+    ("train data.hdf5 --threads 100000 --out new", "threads: expected at most 1024, got 100000"),
+    ("subset data.hdf5 --episodes 0-99999999999 --out new.hdf5", "--episodes: expected at most 10000000"),
+    ("toy-results --steps 0 --table new.md", "'--steps'.* greater than or equal to 1"),
+    ("behavior train mamujoco/hopper-3x1 --seed -1 --out new", "'--seed'.* greater than or equal to 0"),
+    ("behavior measure run", r"run/config\.json is not of  omcda-deploy behavior train"),
+    (
+        "behavior train mamujoco-khop1/hopper-3x1 --record new.hdf5 --out new",
+        "--record: the training .* is not",
+    ),
     # outputs
     (
         f"evaluate {HOPPER} --bundle bundle --json no/where.json",
@@ -342,6 +367,12 @@ def test_a_damaged_run_is_named(refuse: Refuse, place: Path) -> None:
     assert_matches(refuse("train", "--resume", "damaged"), r"resume\.pt is damaged")
     (place / "damaged" / "policies" / "step-00000010.pt").write_bytes(b"half")
     assert_matches(refuse("export", "damaged", "--out", "new"), r"step-00000010\.pt is damaged")
+    (place / "damaged" / "timing.json").write_text("{")
+    assert_matches(refuse("inspect", "damaged"), r"timing\.json is damaged")
+    (place / "damaged" / "policies" / "step-best.pt").touch()  # a user's own
+    assert_matches(
+        refuse("export", "damaged", "--step", "7", "--out", "new"), "no policy of step 7: it has 10"
+    )
     (place / "damaged" / "config.json").write_text("{")
     assert_matches(refuse("export", "damaged", "--out", "new"), r"config\.json is damaged")
 

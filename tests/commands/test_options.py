@@ -63,6 +63,7 @@ def test_the_version_is_that_of_the_package(
             "error: torch is not installed: run  pip install 'omcda-deploy[all]'\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (MemoryError(), 2, "error: not enough memory (the system refused): ask for less at once\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "d.hdf5"),
             2,
@@ -98,7 +99,7 @@ def test_errors_are_one_line_and_an_exit_status(
     status: int,
     line: str,
 ) -> None:
-    def fail() -> None:
+    def fail(**_: object) -> None:
         raise error
 
     monkeypatch.setattr(cli, "app", fail)
@@ -109,7 +110,7 @@ def test_errors_are_one_line_and_an_exit_status(
 
 
 def test_a_missing_module_of_this_package_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(**_: object) -> None:
         raise ModuleNotFoundError("no", name="omcda_deploy.absent")
 
     monkeypatch.setattr(cli, "app", fail)
@@ -148,7 +149,7 @@ def test_a_missing_package_names_the_smallest_extra(
         exec("import absent_package.part", {"__name__": module})
 
     monkeypatch.setattr(
-        cli, "app", lambda: exec("fail()", {"__name__": "omcda_deploy.serve.x", "fail": fail})
+        cli, "app", lambda **_: exec("fail()", {"__name__": "omcda_deploy.serve.x", "fail": fail})
     )
     with pytest.raises(SystemExit):
         cli.main()

@@ -254,12 +254,12 @@ def test_noise_is_the_seeded_source_drawn_for_the_whole_batch(
 
 
 def test_progress_ends_at_its_total(environments: list[CountingEnvironment]) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[float, float]] = []
     evaluate(StubTeam(), "stub/counting", episodes=5, num_envs=2, progress=lambda *c: calls.append(c))
-    assert {total for _, total in calls} == {3 * SPEC.episode_limit}
+    assert {total for _, total in calls} == {5}
     done = [d for d, _ in calls]
     assert done == sorted(done)
-    assert done[-1] == 3 * SPEC.episode_limit
+    assert done[-1] == 5
 
 
 def test_another_contract_is_refused_before_the_first_step(environments: list[CountingEnvironment]) -> None:
@@ -551,6 +551,7 @@ def test_plans_are_evaluations_of_their_temperatures(
         )
         assert table.columns() == alone.columns()
     assert len({tuple(table.returns.tolist()) for table in tables}) == 3
+    assert {total for _, total in calls} == {sum(plan.episodes for plan in plans)}
     shares = [done / total for done, total in calls]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0

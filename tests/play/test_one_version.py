@@ -47,11 +47,11 @@ def served(folder: Path) -> Iterator[tuple[str, TeamAdmin]]:
         admin.switch("1")
 
 
-def switching(admin: TeamAdmin, after: int) -> Callable[[int, int], None]:
+def switching(admin: TeamAdmin, after: int) -> Callable[[float, float], None]:
     """Return a progress callback that switches to version 2 after a number of steps."""
     steps = iter(range(1, 1_000_000))
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: float, total: float) -> None:
         if next(steps) == after:
             admin.switch("2")
 

@@ -161,16 +161,21 @@ def test_noise_is_drawn_for_the_whole_batch() -> None:
         np.testing.assert_array_equal(actions["left"], np.tanh(source.draw(3)["left"]))
 
 
-def test_progress_counts_steps_of_rounds_and_ends_at_its_total() -> None:
-    calls: list[tuple[int, int]] = []
+def test_progress_counts_episodes_and_ends_at_its_total() -> None:
+    """An episode under way counts as the share of the limit that it has lasted, a lost one as one more to play."""
+    calls: list[tuple[float, float]] = []
     episodes = list(
         rollout(
             StubTeam(), LossyEnvironment(3), episodes=5, seed=4, progress=lambda *call: calls.append(call)
         )
     )
-    rounds = episodes[-1].round + 1
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-    assert calls[-1] == (rounds * SPEC.episode_limit, rounds * SPEC.episode_limit)
+    np.testing.assert_allclose(calls[0], (3 / SPEC.episode_limit, 5))
+    assert sum(episode.discarded for episode in episodes) > 0
+    assert calls[-1] == (len(episodes), len(episodes))
+    first = [episode for episode in episodes if episode.round == 0]
+    middle = max(len(episode) for episode in first)  # steps of the round
+    assert calls[middle - 1] == (len(first), 5)
 
 
 def test_a_simulator_that_loses_everything_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,13 +333,13 @@ def test_temperatures_at_once_are_the_temperatures_alone_on_a_simulator(tmp_path
     assert len(returns) == len(plans)
 
 
-def test_progress_of_several_plans_counts_all_their_steps() -> None:
-    calls: list[tuple[int, int]] = []
+def test_progress_of_several_plans_counts_all_their_episodes() -> None:
+    calls: list[tuple[float, float]] = []
     environment = LossyEnvironment(sum(plan.num_envs for plan in PLANS))
     episodes = list(rollouts(StubTeam(), environment, PLANS, progress=lambda *call: calls.append(call)))
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-    rounds = sum(max(e.round + 1 for k, e in episodes if k == index) for index in range(len(PLANS)))
-    assert calls[-1] == (rounds * SPEC.episode_limit, rounds * SPEC.episode_limit)
+    assert calls[0][1] == sum(plan.episodes for plan in PLANS)
+    assert calls[-1] == (len(episodes), len(episodes))
     assert all(done <= total for done, total in calls)
 
 
