@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread: part of what makes runs repeatable, and the fastest setting for networks of this size.
 export OMP_NUM_THREADS ?= 1
+# Processes that share the files of tests.
+WORKERS ?= 2
 
-.PHONY: test check lint types unit slow extras fuzz demo docs protos clean
+.PHONY: test check lint types unit slow extras fuzz demo team docs protos clean
 
 test check: lint types unit  ## what CI runs
 
@@ -19,7 +21,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 slow: $(READY)  ## tests that CI leaves out: other maps of SMAX are compiled, Ray and SLURM jobs are killed
 	$(BIN)/pytest -m slow
@@ -30,12 +32,17 @@ extras: $(READY)  ## each extra alone in an environment of its own, and whether 
 fuzz: $(READY)  ## 100,000 hostile requests; 2,000 of them are part of the tests
 	$(BIN)/python -m tests.support.fuzz
 
-# About ten minutes: collect, train, export, serve, evaluate. QUICK=1 takes the same path in about two.
+# Collect, train, export, serve, evaluate. QUICK=1 takes the same path in about a minute of CPU time.
 demo: $(READY)
 	$(BIN)/omcda-deploy demo --out demo $(if $(QUICK),--quick)
 
-docs: $(READY)  ## write docs/api from the docstrings
-	$(BIN)/python docs/generate_api.py
+team: $(READY)  ## train, measure and write the team of  serve --demo,  its page and the README's picture
+	$(BIN)/omcda-deploy results docs/results/demo.toml --out results/demo
+	$(BIN)/python docs/generate_team.py results/demo
+
+docs: $(READY)  ## build the pages as a site in site/; a broken link fails, also in the tests
+	$(BIN)/python docs/generate_observations.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # with --quiet, warnings would not fail
 
 protos: $(READY)  ## regenerate the committed protobuf code
 	$(BIN)/python -m omcda_deploy.protos.generate
@@ -48,4 +55,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from omcda_deploy.errors import PluginError as PluginError
     from omcda_deploy.errors import SimulatorError as SimulatorError
     from omcda_deploy.errors import UnknownNameError as UnknownNameError
+    from omcda_deploy.experiments.estimate import Estimates as Estimates
+    from omcda_deploy.experiments.estimate import estimate as estimate
     from omcda_deploy.experiments.export import export as export
     from omcda_deploy.experiments.train import train as train
     from omcda_deploy.local import JointTeam as JointTeam
@@ -88,6 +90,7 @@ _NAMES = {  # module -> its public names
         "SimulatorError",
         "UnknownNameError",
     ),
+    "omcda_deploy.experiments.estimate": ("Estimates", "estimate"),
     "omcda_deploy.experiments.export": ("export",),
     "omcda_deploy.experiments.train": ("train",),
     "omcda_deploy.local": ("JointTeam", "LocalPolicy", "LocalTeam"),

@@ -6,6 +6,7 @@ A bundle is a folder in Triton's model-repository layout plus a manifest::
     agent_0/config.pbtxt  agent_0/1/model.onnx        one graph per agent
     …
     team/config.pbtxt     team/1/model.onnx           all agents in one graph
+    README.md                         the same for people; not listed in the manifest
 
 Inputs of an agent's graph (B is dynamic):
 
@@ -49,6 +50,7 @@ MANIFEST = "bundle.json"
 TEAM = "team"  # folder and model name of the team graph
 MODEL_FILE = "1/model.onnx"
 CONFIG_FILE = "config.pbtxt"
+DEMO_TEAM = Path(__file__).parent / "demo_team"  # a trained team that comes with the package
 
 CONTINUOUS_PARAMETERS = ("mean", "log_std", "behavior_mean", "behavior_log_std")
 DISCRETE_PARAMETERS = ("logits", "behavior_logits")

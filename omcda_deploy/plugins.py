@@ -21,6 +21,7 @@ from omcda_deploy.errors import PluginError
 if TYPE_CHECKING:
     from omcda_deploy.bundle import DivergenceKind
     from omcda_deploy.datasets import Claim, Dataset, Recording
+    from omcda_deploy.entries import AgentEntries
     from omcda_deploy.envs import Environment
     from omcda_deploy.envs.vector import BatchedEnvironment
     from omcda_deploy.policy import TeamPolicy
@@ -31,8 +32,8 @@ class Simulator(Protocol):
     """Module of a simulator, such as ``omcda_deploy/envs/toy.py``.
 
     It must import without the simulator's own packages; ``make`` raises MissingExtraError where they are missing.
-    It may define :class:`WithPackages`, :class:`WithVersions`, :class:`WithSpecs`, :class:`WithVector` and
-    :class:`WithBehavior`.
+    It may define :class:`WithPackages`, :class:`WithVersions`, :class:`WithSpecs`, :class:`WithVector`,
+    :class:`WithBehavior` and :class:`WithEntries`.
     """
 
     @property
@@ -93,6 +94,16 @@ class WithBehavior(Protocol):
     @property
     def behavior_team(self) -> Callable[[str], TeamPolicy]:
         """``behavior_team(task)``."""
+        ...
+
+
+@runtime_checkable
+class WithEntries(Protocol):
+    """Simulator that names the numbers of its vectors."""
+
+    @property
+    def entries(self) -> Callable[[str], Mapping[str, AgentEntries]]:
+        """``entries(task)``, by agent in team order. May need the simulator's own packages, as ``make`` does."""
         ...
 
 

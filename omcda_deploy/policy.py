@@ -100,6 +100,14 @@ def own_temperature(team: TeamPolicy) -> float:
     return float(getattr(team, "temperature", 0.0))
 
 
+class ScaledNoise(dict[str, Float]):
+    """Noise by agent, and the ``temperature`` that it was multiplied by."""
+
+    def __init__(self, noise: Mapping[str, Float], temperature: float) -> None:
+        super().__init__(noise)
+        self.temperature = temperature
+
+
 class NoiseSource:
     """Seeded noise that makes deterministic policies sample from their distributions.
 
@@ -116,7 +124,7 @@ class NoiseSource:
         self._spec = spec
         self._generator = np.random.default_rng(seed)
 
-    def draw(self, batch: int) -> dict[str, Float]:
+    def draw(self, batch: int) -> ScaledNoise:
         """Draw the noise [B, A_i] of every agent for one call of ``batch`` rows."""
         draw = (
             self._generator.standard_normal
@@ -124,10 +132,11 @@ class NoiseSource:
             else lambda shape: self._generator.gumbel(size=shape)
         )
         factor = np.float32(self.temperature)
-        return {
+        noise = {
             agent.name: factor * draw((batch, agent.action.size)).astype(np.float32)
             for agent in self._spec.agents
         }
+        return ScaledNoise(noise, self.temperature)
 
     def draw_for(self, team: TeamPolicy, batch: int) -> Mapping[str, Float] | None:
         """Draw the noise of one call of ``team``; None at temperature 0, unless the team would draw its own."""
@@ -145,7 +154,7 @@ class NoiseSource:
             return noise
         rows = next(iter(observations.values()), np.zeros(1))
         if np.ndim(rows) == 1:
-            return {name: values[0] for name, values in self.draw(1).items()}
+            return ScaledNoise({name: values[0] for name, values in self.draw(1).items()}, self.temperature)
         return self.draw(len(rows))
 
 

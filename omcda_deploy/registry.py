@@ -36,6 +36,7 @@ from omcda_deploy.plugins import (
     ForeignFormat,
     Simulator,
     WithBehavior,
+    WithEntries,
     WithPackages,
     WithSpecs,
     WithVector,
@@ -47,6 +48,7 @@ from omcda_deploy.references import is_reference
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
+    from omcda_deploy.entries import AgentEntries
     from omcda_deploy.envs import Environment
     from omcda_deploy.envs.vector import BatchedEnvironment
     from omcda_deploy.policy import TeamPolicy
@@ -152,6 +154,23 @@ def behavior_team(task: str) -> TeamPolicy | None:
     """Behaviour policies with which the task is defined; None where its simulator defines none."""
     module = _simulator(task)
     return module.behavior_team(task) if isinstance(module, WithBehavior) else None
+
+
+def entries(task: str) -> Mapping[str, AgentEntries]:
+    """Names of the numbers in the vectors of each agent; empty where the task's simulator does not name them.
+
+    Raises MissingExtraError where the simulator needs its packages to tell, and :class:`PluginError` for other
+    numbers of names than the team's spec has.
+    """
+    module = _simulator(task)
+    if not isinstance(module, WithEntries):
+        return {}
+    described, spec = module.entries(task), team_spec(task)
+    told = {name: (len(agent.observation), len(agent.action)) for name, agent in described.items()}
+    sizes = {agent.name: (agent.observation_size, agent.action.size) for agent in spec.agents}
+    if told != sizes:
+        raise PluginError(f"entries of {task}: expected names for {sizes}, got {told}: correct its module")
+    return described
 
 
 def algorithms() -> tuple[str, ...]:

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from omcda_deploy import cli, registry
+from omcda_deploy import registry
 from omcda_deploy.bundle import read_bundle
 from omcda_deploy.registry import read_dataset
-from tests.project.test_readme import arguments
-from tests.support.server_process import server_process
+from tests.support.pages import DOCS, blocks, run_blocks
 
-TEXT = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
-BLOCK = re.compile(r'^```(\w+)(?: title="([\w.]+)")?\n(.*?)^```', re.M | re.S)
+TEXT = (DOCS / "extending.md").read_text()
 SMALL = " --behavior-steps 20 --set hidden=16 --set batch_size=16"
 SMALLER = [
     (r"--transitions \d+", "--transitions 300 --workers 0"),
-    (r"--algo cql --steps \d+", "--algo cql --steps 20 --set samples=2" + SMALL),
     (r"--steps \d{4}", "--steps 20" + SMALL),
     (r"evaluate --env (\S+)", r"evaluate --env \1 --episodes 1"),
 ]
-
-
-def blocks() -> list[tuple[str, str, str]]:
-    """Language, file and text of every block, in order."""
-    return BLOCK.findall(TEXT)
 
 
 @pytest.fixture
@@ -42,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "installed")])
     (tmp_path / "installed").mkdir()
     yield tmp_path
-    for name in [Path(file).stem for _, file, _ in blocks() if file.endswith(".py")]:
+    for name in [Path(file).stem for _, file, _ in blocks(TEXT) if file.endswith(".py")]:
         sys.modules.pop(name, None)
     monkeypatch.undo()
     registry.rescan()
@@ -68,31 +58,12 @@ def install(text: str, folder: Path) -> None:
 def test_every_block_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Commands run in this process, against one server of all agents where the page starts one of each."""
-    endpoint, commands = "", 0
-    with ExitStack() as stack:
-        for language, file, text in blocks():
-            if language == "toml":
-                install(text, folder)
-            elif file:
-                (folder / file).write_text(text)
-            for line in text.splitlines() if language == "bash" else ():
-                for pattern, smaller in SMALLER:
-                    line = re.sub(pattern, smaller, line)
-                words = arguments(line)
-                if words[0] == "serve":
-                    bundle = read_bundle(Path(words[1]))
-                    endpoint = stack.enter_context(server_process(bundle, *bundle.spec.names)).endpoint
-                    continue
-                if words[0] == "import":
-                    write_log(folder / "random.hdf5", Path(words[1]))
-                words = [endpoint if word == "127.0.0.1:8500-8501" else word for word in words]
-                monkeypatch.setattr(sys, "argv", ["omcda-deploy", *words])
-                with pytest.raises(SystemExit) as ended:
-                    cli.main()
-                assert ended.value.code == 0, (line, capsys.readouterr().err)
-                commands += 1
-    assert commands == 13
+    def before(words: list[str]) -> None:
+        if words[0] == "import":
+            write_log(folder / "random.hdf5", Path(words[1]))
+
+    commands = run_blocks(TEXT, SMALLER, monkeypatch, toml=lambda text: install(text, folder), before=before)
+    assert len(commands) == 9
     check(folder, capsys.readouterr().out)
 
 
@@ -109,11 +80,11 @@ def check(folder: Path, printed: str) -> None:
     robot, source = read_dataset(folder / "robot.hdf5"), random
     assert robot.spec.task == "lab/reach"
     assert robot.digests[1] == source.digests[1]  # that of version 2 covers the states, which differ
-    for bundle in ("bundle", "filtered-bundle"):
-        assert read_bundle(folder / bundle).spec.contract_hash == random.spec.contract_hash
-    assert read_bundle(folder / "filtered-bundle").manifest["training"]["settings"]["quantile"] == 0.8
+    bundle = read_bundle(folder / "filtered-bundle")
+    assert bundle.spec.contract_hash == random.spec.contract_hash
+    assert bundle.manifest["training"]["settings"]["quantile"] == 0.8
     assert (folder / "filtered.html").stat().st_size > 10_000
-    assert printed.count("reach:Reach: return") == 2
+    assert printed.count("reach:Reach: return") == 1
 
 
 def write_log(recorded: Path, out: Path) -> None:
@@ -133,6 +104,6 @@ def write_log(recorded: Path, out: Path) -> None:
 
 
 def test_blocks_of_python_have_a_file_and_none_is_left_out() -> None:
-    assert len(blocks()) == TEXT.count("\n```") // 2 + TEXT.startswith("```")
-    assert {language for language, *_ in blocks()} == {"python", "toml", "bash"}
-    assert all(file for language, file, _ in blocks() if language != "bash")
+    assert len(blocks(TEXT)) == TEXT.count("\n```") // 2 + TEXT.startswith("```")
+    assert {language for language, *_ in blocks(TEXT)} == {"python", "toml", "bash"}
+    assert all(file for language, file, _ in blocks(TEXT) if language != "bash")

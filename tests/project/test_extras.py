@@ -33,6 +33,7 @@ NEEDED_FOR = {  # extra -> files that must find all they import with this extra 
     "export": ("export/*.py", "omcda_deploy/local.py"),
     "serve": (
         "serve/**/*.py",
+        "omcda_deploy/watch/*.py",
         "omcda_deploy/client/admin.py",
         "omcda_deploy/client/remote.py",
         "omcda_deploy/client/connection.py",
@@ -84,6 +85,7 @@ TOOLS = {
     ),
     *("tritonclient", "trustme", "types-grpcio", "types-protobuf", "types-pyyaml"),
 }
+SITE = {"ipykernel", "mkdocs-material", "mkdocstrings", "nbconvert"}  # programs that make docs runs
 TORCH_PLATFORM = ("cuda-", "nvidia-", "triton==")  # pinned by torch itself, absent from its CPU build
 
 
@@ -215,12 +217,12 @@ def test_all_but_training_export_and_serve_import_the_base_or_name_the_extra() -
 def test_nothing_is_declared_that_nothing_imports() -> None:
     imported = {found.distribution for found in third_party_imports()}
     for extra in (None, *PROJECT["optional-dependencies"]):
-        tools = TOOLS if extra == "dev" else set()
+        tools = {"dev": TOOLS | SITE, "docs": SITE}.get(extra or "", set())
         assert declared(extra) - imported - LOADED_BY_GYMNASIUM - tools == set(), extra
 
 
 def test_all_is_every_extra_and_dev_is_more() -> None:
-    extras = set(PROJECT["optional-dependencies"]) - {"all", "dev"}
+    extras = set(PROJECT["optional-dependencies"]) - {"all", "dev", "docs"}
     assert declared("all") == set().union(*map(declared, extras))
     assert declared("dev") > declared("all")
 

@@ -30,7 +30,8 @@ MAPPED = (
 )  # folders at the top of the tree that are packages of omcda_deploy
 FOLDERS = ("omcda_deploy", *MAPPED)
 DOCUMENTS = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
-BESIDE = ("pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "Makefile", "constraints.txt", *DOCUMENTS)
+BUILT_WITH = ("pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "mkdocs.yml")
+BESIDE = (*BUILT_WITH, "LICENSE", "README.md", *DOCUMENTS)
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS: dict[str, Any] = PYPROJECT["tool"]["setuptools"]
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
@@ -65,7 +66,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy.mkdir()
     for name in BESIDE:
         shutil.copy(ROOT / name, copy)
-    for folder in (*FOLDERS, "docs", "tests"):
+    for folder in (*FOLDERS, "docs", "examples", "tests"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
     return copy
@@ -149,12 +150,22 @@ def test_links_between_documents_lead_somewhere(document: str) -> None:
 def test_the_readme_has_no_relative_link() -> None:
     """PyPI shows the README without the tree around it, where such links lead nowhere."""
     assert relative_links("see [a](docs/a.md), [b](#below), [c](https://example.org)") == ["docs/a.md"]
-    assert relative_links((ROOT / "README.md").read_text()) == []
+    text = (ROOT / "README.md").read_text()
+    # Pictures of the tree show their description there.
+    assert relative_links(re.sub(r"!\[[^]]{20,}\]\(docs/[\w.-]+\.svg\)", "", text)) == []
+
+
+def test_pictures_of_the_readme_are_small_and_in_the_tree() -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert pictures == ["docs/team.svg"]
+    assert all((ROOT / picture).stat().st_size < 60_000 for picture in pictures)
 
 
 def test_files_that_the_readme_names_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    paths = re.findall(r"`((?:docs|training|serve|tests|omcda_deploy)/[\w/.-]*|[A-Z]+\.(?:md|cff))`", text)
+    paths = re.findall(
+        r"`((?:docs|training|serve|tests|examples|omcda_deploy)/[\w/.-]*|[A-Z]+\.(?:md|cff))`", text
+    )
     assert len(paths) > 10
     assert [path for path in paths if not (ROOT / path).exists()] == []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -145,14 +144,3 @@ def test_a_notebook_goes_from_a_simulator_to_an_exported_team(
     assert np.array_equal(copy.observations, dataset.observations)
     environment = make_environment("toy/chain")
     assert environment.spec == dataset.spec
-
-
-def test_the_pages_of_the_api_are_those_of_its_docstrings() -> None:
-    folder = Path(__file__).parents[2] / "docs"
-    spec = importlib.util.spec_from_file_location("generate_api", folder / "generate_api.py")
-    assert spec
-    assert spec.loader
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
-    present = {path.name: path.read_text() for path in (folder / "api").glob("*.md")}
-    assert present == generator.pages(), "run  make docs"

@@ -109,7 +109,7 @@ def test_every_command_of_the_pipeline_is_valid(line: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("serve", "Missing parameter: bundle"),
+        ("export", "Missing parameter: run"),
         ("serve bundle --agnt agent_2", "No such option.*--agnt"),
         ("trian data.hdf5", "No such command 'trian'"),
         ("serve bundle --port many", "valid integer"),
@@ -133,7 +133,7 @@ def test_commands_and_options_in_the_text_exist() -> None:
         assert {word for word in words if word.startswith("--")} <= options, code
 
 
-@pytest.mark.parametrize("target", ["test", "demo", "slow", "fuzz", "extras"])
+@pytest.mark.parametrize("target", ["test", "demo", "team", "slow", "fuzz", "extras", "docs"])
 def test_make_targets_of_the_readme_exist(target: str) -> None:
     assert f"make {target}" in TEXT
     dry = subprocess.run(["make", "-n", target], cwd=README.parent, capture_output=True, text=True)

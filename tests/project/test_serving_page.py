@@ -101,9 +101,10 @@ def test_the_configuration_shows_every_entry() -> None:
     files = {file_name(text): tomllib.loads(text) for language, text in BLOCKS if language == "toml"}
     values = files["serve.toml"]
     values["guard"].pop("agents")
+    access = {"token_file": "tokens", "admin_token_file": "admin-tokens"}
     for table, kind in (("guard", GuardSetting), ("limits", Limits), ("tls", Tls)):
         assert values.pop(table).keys() == {entry.name for entry in dataclasses.fields(kind)}
-    assert values == {"releases": {"retire_s": 300.0}, "access": {"token_file": "tokens"}}
+    assert values == {"releases": {"retire_s": 300.0}, "access": access}
     entries = {entry.name for entry in dataclasses.fields(Credentials)}
     assert files["credentials.toml"].keys() == entries - {"token"} | {"token_file"}
 

@@ -27,6 +27,7 @@ from omcda_deploy.bundle import (
 from omcda_deploy.files import sha256
 from omcda_deploy.guard import DataReference
 from omcda_deploy.local import LocalTeam
+from omcda_deploy.protos.model_config import triton_config
 from omcda_deploy.protos.tensors import Tensor, input_tensors, output_tensors
 from omcda_deploy.spec import ActionSpec, AgentSpec, Normalizer, TeamSpec
 
@@ -65,22 +66,20 @@ def write_test_bundle(path: Path, spec: TeamSpec, seed: int = 0, *, divergence_k
     """
     generator = np.random.default_rng(seed)
     weights = {agent.name: _weights(agent, generator) for agent in spec.agents}
+    last = spec.names[-1]
+    budgets = {name: None if name == last else round(0.1 * (i + 1), 3) for i, name in enumerate(spec.names)}
     files: dict[str, str] = {}
     for model in (*spec.names, TEAM):
         onnx_file, config = path / model / MODEL_FILE, path / model / CONFIG_FILE
         onnx_file.parent.mkdir(parents=True)
         save(_graph(spec, model, weights), str(onnx_file))
-        config.write_text(_triton_config(spec, model))
+        config.write_text(triton_config(spec, model, divergence_kind, budgets))
         files |= {str(file.relative_to(path)): sha256(file) for file in (onnx_file, config)}
-    last = spec.names[-1]
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "contract_hash": spec.contract_hash,
         "team": spec.to_json(),
-        "agents": {
-            name: {"budget": None if name == last else round(0.1 * (i + 1), 3)}
-            for i, name in enumerate(spec.names)
-        },
+        "agents": {name: {"budget": budget} for name, budget in budgets.items()},
         "divergence_kind": divergence_kind,
         "files": files,
     }
@@ -206,18 +205,3 @@ def _discrete_outputs(node: Any, at: str, keep: bool) -> None:
 def _value(tensor: Tensor) -> Any:
     shape: list[str | int | None] = ["B"] if tensor.width is None else ["B", tensor.width]
     return helper.make_tensor_value_info(tensor.name, ONNX_TYPES[tensor.datatype], shape)
-
-
-def _triton_config(spec: TeamSpec, model: str) -> str:
-    def entries(field: str, tensors: tuple[Tensor, ...]) -> str:
-        lines = ",\n".join(
-            f'  {{ name: "{t.name}" data_type: TYPE_{t.datatype} dims: [ {", ".join(map(str, t.shape(-1)))} ] }}'
-            for t in tensors
-        )
-        return f"{field} [\n{lines}\n]\n"
-
-    return (
-        f'name: "{model}"\nplatform: "onnxruntime_onnx"\nmax_batch_size: 0\n'
-        + entries("input", input_tensors(spec, model))
-        + entries("output", output_tensors(spec, model))
-    )

@@ -34,6 +34,8 @@ DEADLINE_S = 20.0
 REQUESTS: dict[str, type[Any]] = {
     **dict.fromkeys(("Load", "Switch", "Unload", "Shadow"), admin_pb2.VersionRequest),
     "EndStreams": admin_pb2.EndStreamsRequest,
+    "Record": admin_pb2.RecordRequest,
+    **dict.fromkeys(("ReloadConfig", "CheckConfig"), admin_pb2.ConfigRequest),
     "GetStatus": admin_pb2.GetStatusRequest,
     "ListStreams": admin_pb2.ListStreamsRequest,
 }
@@ -79,6 +81,8 @@ def _valid(draw: Random, method: str) -> Message:
             request.expected_current = draw.choice((*GOOD, *NAMES))
         if draw.random() < 0.3:
             request.previous = draw.choice((*GOOD, *BAD, "", "1\n2"))
+        if draw.random() < 0.3:
+            request.evidence = draw.choice(('{"low": 1.5}', '{"a":\n[]}', "{}", "[]", "{", "[" * 5000))
     elif isinstance(request, admin_pb2.EndStreamsRequest):
         request.client = draw.choice(("all", "127.0.0.1", "[::1]:80", ""))
     return request
@@ -103,7 +107,9 @@ def fuzz_admin(seed: int, calls: int) -> AdminReport:
         folder = Path(name)
         write_versions(folder)
         log = folder / "log"
-        options = ("--admin-port", str(port), "--log-json")
+        config = folder / "serve.toml"
+        config.write_text("[limits]\nrows = 8\n")
+        options = ("--admin-port", str(port), "--log-json", "--config", str(config))
         with server_process(folder, "agent_0", start=("-c", START), options=options, log=log) as server:
             asyncio.run(_drive(server.endpoint, f"127.0.0.1:{port}", seed, calls, report, folder))
             if server.process.poll() is not None:
@@ -151,7 +157,9 @@ async def _drive(endpoint: str, admin: str, seed: int, calls: int, report: Admin
         held = set() if said is None else {version.version for version in said.versions}
         if said is None or said.current not in held or not held <= set(GOOD):
             report.failures.append(f"at the end {status}, current and held: {said}")
-        elif (folder / "current").read_text() != f"{said.current}\n{said.previous}\n":
+            return
+        noted = [said.current, said.previous, *filter(None, [said.evidence])]
+        if (folder / "current").read_text() != "".join(f"{line}\n" for line in noted):
             report.failures.append("the file of the current version says otherwise than the server")
 
 

@@ -95,7 +95,11 @@ class Fuzzer:
             case "ModelInfer":
                 return self._infer(draw, model, version)
             case "Act" | "ActStream":
-                return self._act(draw, model, version)
+                step = self._act(draw, model, version)
+                others = [name for name in self._models if name != model]
+                if others and draw.random() < 0.2:
+                    step.others.append(self._act(draw, draw.choice(others), version))
+                return step
             case "GetContract":
                 return policy_pb2.GetContractRequest(model_version=version)
             case "ModelReady" | "ModelMetadata" as name:
@@ -125,7 +129,7 @@ class Fuzzer:
             request.parameters["priority"].int64_param = 3
         return request
 
-    def _act(self, draw: Random, model: str, version: str) -> Message:
+    def _act(self, draw: Random, model: str, version: str) -> policy_pb2.ActRequest:
         tensors = self._tensors(draw, model)
         return policy_pb2.ActRequest(
             model=model,

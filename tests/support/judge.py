@@ -27,11 +27,15 @@ def complaint(spec: TeamSpec, method: str, request: bytes, answer: bytes) -> str
                     spec, oip.ModelInferRequest.FromString(request), oip.ModelInferResponse.FromString(answer)
                 )
             case "Act" | "ActStream":
-                _act(
-                    spec,
+                step, response = (
                     policy_pb2.ActRequest.FromString(request),
                     policy_pb2.ActResponse.FromString(answer),
                 )
+                steps, responses = [step, *step.others], [response, *response.others]
+                _must(len(steps) == len(responses), f"{len(responses)} answers to {len(steps)} steps")
+                _must(len({each.model for each in steps}) == len(steps), "two steps of one model")
+                for each, each_answer in zip(steps, responses, strict=True):
+                    _act(spec, each, each_answer)
             case "GetContract":
                 contract = policy_pb2.GetContractRequest.FromString(request)
                 _must(contract.model_version in ("", "1"), f"version {contract.model_version!r}")
