@@ -67,12 +67,12 @@ def test_unknown_options_end_with_status_2(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_command_has_every_option_of_a_server() -> None:
-    """``--agent`` and ``--team`` choose the models; only a supervisor names itself and a pin."""
+    """``--demo`` is a source, ``--agent`` and ``--team`` are models; only a supervisor names itself and a pin."""
     entries = (*dataclasses.fields(ServeOptions), *dataclasses.fields(Listen))
     names = {entry.name for entry in entries} - {"source", "models", "listen", "supervisor", "pin"}
     parameters = set(inspect.signature(command.serve).parameters)
     assert {name.removesuffix("_s") for name in names} <= parameters
-    assert parameters - names == {"bundle", "agent", "team", "base_port", "grace"}
+    assert parameters - names == {"bundle", "demo", "agent", "team", "base_port", "grace"}
 
 
 def test_the_command_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
