@@ -5,8 +5,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread: part of what makes runs repeatable, and the fastest setting for networks of this size.
 export OMP_NUM_THREADS ?= 1
-# Processes that share the files of tests.
-WORKERS ?= 2
 
 .PHONY: test check lint types unit slow extras fuzz demo team docs protos clean
 
@@ -21,7 +19,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest
 
 slow: $(READY)  ## tests that CI leaves out: other maps of SMAX are compiled, Ray and SLURM jobs are killed
 	$(BIN)/pytest -m slow
