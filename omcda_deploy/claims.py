@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -78,29 +78,32 @@ def lock_path(path: Path) -> Path:
 def _acquire(path: Path, deadline: float) -> IO[str] | None:
     """Return the locked file, None where another process held it until the deadline."""
     while True:
-        with postponing_signals():  # which would leave the file behind
-            file = path.open("a+")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                held = True
-            except OSError:
-                file.close()
-                raise
-            else:
-                held = False
-                if _is_at(path, file):
-                    with suppress(OSError):  # on a full disk the holder stays unnamed
-                        file.truncate(0)
-                        file.write(f"{os.getpid()} {socket.gethostname()}")
-                        file.flush()
-                    return file
-                file.close()  # its holder removed it when it ended: there is another file by now, or none
-        if held:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(RETRY_S)
+        with suppress(BlockingIOError):
+            if (file := _locked(path)) is not None:
+                return file
+            continue
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(RETRY_S)
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """Return the locked file, None where its holder removed it meanwhile: there is another one by now, or none.
+
+    Raises :class:`BlockingIOError` where another process holds it, and :class:`OSError` as the system does.
+    """
+    # A signal that came in between would leave the file behind.
+    with postponing_signals(), ExitStack() as unless_locked:
+        file = unless_locked.enter_context(path.open("a+"))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(path, file):
+            return None
+        with suppress(OSError):  # on a full disk the holder stays unnamed
+            file.truncate(0)
+            file.write(f"{os.getpid()} {socket.gethostname()}")
+            file.flush()
+        unless_locked.pop_all()
+        return file
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:

@@ -21,9 +21,8 @@ from omcda_deploy.spec import require_same_contract
 
 Values: TypeAlias = NDArray[np.float64]
 
-_EDGE = (
-    1.0 - 1e-6
-)  # actions are held below it: nobody knows how far beyond it the variable under the tanh was
+# Actions are held below it: nobody knows how far beyond it the variable under the tanh was.
+_EDGE = 1.0 - 1e-6
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(24)  # expectations over one Gaussian entry
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 

@@ -32,7 +32,7 @@ from omcda_deploy.estimation.distributions import TeamDistributions, Values
 LEAST_EPISODES = 30
 LEAST_EFFECTIVE = 10.0  # episodes; below it neither a mean nor its error is known
 UNSUPPORTED_NATS = (
-    3.0  # of divergence in a state, above which its recorded actions say next to nothing of the team
+    3.0  # of divergence in a state; above, its recorded actions say next to nothing of the team
 )
 MOST_UNSUPPORTED = 0.05  # share of such states
 MOST_EPISODES = 10**6  # that anybody would record
