@@ -57,10 +57,9 @@ class DecoupledCritic:
 
     def __init__(self, config: Config, networks: NetworkFactory, device: str) -> None:
         self._config = config
-        zero = config.zero_heads
-        self.q_r, self.v_r = networks.q(zero), networks.v(zero)
+        self.q_r, self.v_r = networks.q(), networks.v()
         self.mixer_r = networks.mixer(config.mixer_hidden)
-        self.q_c, self.v_c = networks.q(zero), networks.v(zero)
+        self.q_c, self.v_c = networks.q(), networks.v()
         self.mixer_c = networks.divergence_mixer(config.divergence_mixer, config.mixer_hidden)
         online = (self.q_r, self.v_r, self.mixer_r, self.q_c, self.v_c, self.mixer_c)
         self.online = nn.ModuleList(online).to(device)
@@ -148,7 +147,7 @@ class EntangledCritic:
 
     def __init__(self, config: Config, networks: NetworkFactory, device: str) -> None:
         self._config = config
-        self.q, self.v = networks.q(config.zero_heads), networks.v(config.zero_heads)
+        self.q, self.v = networks.q(), networks.v()
         self.mixer = networks.mixer(config.mixer_hidden)
         self.online = nn.ModuleList((self.q, self.v, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)

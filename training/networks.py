@@ -278,12 +278,10 @@ class NetworkFactory:
         """Make critics Q_i for the team's kind of actions; ``zero``: all values are 0 at first."""
         return self._of_actions(ContinuousQ, DiscreteQ, zero)
 
-    def v(self, zero: bool = False) -> nn.Module:
-        """Make state values V_i; ``zero``: all values are 0 at first."""
+    def v(self) -> nn.Module:
+        """Make state values V_i."""
         spec = self.spec
-        return self.make(
-            lambda: _from_zero(StateValue(spec.observation_size, len(spec.agents), self.hidden), zero)
-        )
+        return self.make(lambda: StateValue(spec.observation_size, len(spec.agents), self.hidden))
 
     def mixer(self, hidden: int, kind: str = "linear") -> nn.Module:
         """Make a mixer: ``linear``, ``vdn`` or ``qmix``."""

@@ -95,6 +95,7 @@ SampleCount: TypeAlias = Annotated[int, Range(1, 10**5)]
 BatchSize: TypeAlias = Annotated[int, Range(1, 10**6), "transitions of a batch"]
 Width: TypeAlias = Annotated[int, Range(1, 65536), "units of a hidden layer"]
 MixerWidth: TypeAlias = Annotated[int, Range(1, 65536), "units of the mixers' hidden layers"]
+StandardizeStates: TypeAlias = Annotated[bool, "mixers see states of mean 0 and deviation 1 over the dataset"]
 Weight: TypeAlias = Annotated[float, Range(0.0, 1e6)]  # factor of a term of a loss
 
 

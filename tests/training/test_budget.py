@@ -83,7 +83,7 @@ def one_step_dataset(path: Path, rewards: Sequence[Sequence[float]], noise: floa
 
 def search(budgets: Sequence[float]) -> BudgetSearch:
     config = Config(
-        divergence_mixer="identity", price="solved", zero_heads=True, lr=3e-3, lr_divergence=3e-3, alpha0=1.0,
+        divergence_mixer="identity", price="solved", lr=3e-3, lr_divergence=3e-3, alpha0=1.0,
         tau=0.05, tau_policy=0.05, warmup=0.1, hidden=16, mixer_hidden=8, batch_size=64,
     )  # fmt: skip
     return BudgetSearch(

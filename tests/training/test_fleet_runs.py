@@ -36,7 +36,7 @@ CLONING = {"steps": 20, "batch_size": 16, "check_every": 10}
 RUNS: Mapping[str, tuple[int, Mapping[str, Any]]] = {  # name: seed, settings of its own
     "a": (0, {"d_tot": 0.01}),
     "b": (1, {"d_tot": 0.02, "allocation": "optimal"}),
-    "c": (2, {"d_tot": 0.01, "allocation": "random", "temperature": 0.5}),
+    "c": (2, {"d_tot": 0.01, "allocation": "random", "share_temperature": 0.5}),
 }
 
 

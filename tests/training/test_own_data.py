@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from omcda_deploy import registry
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.datasets.summary import summarize
 from omcda_deploy.datasets.writer import write_dataset
@@ -20,6 +21,8 @@ from omcda_deploy.play.replay import replay
 from omcda_deploy.registry import read_dataset
 from omcda_deploy.spec import ActionSpec, TeamSpec
 from omcda_deploy.training.batches import TransitionSampler
+from omcda_deploy.training.run_folder import read_snapshot
+from omcda_deploy.training.settings import plain_types
 from tests.support.episodes import SPECS, random_episode
 
 UNIT = SPECS["continuous"]
@@ -32,6 +35,11 @@ OTHER = replace(
     ),
 )
 SETTINGS = {"hidden": 8, "batch_size": 8}
+WITH_MIXERS = [
+    name
+    for name in registry.algorithms()
+    if "mixer_hidden" in plain_types(registry.load_algorithm(name).Config)
+]
 
 
 def write(path: Path, spec: TeamSpec, episodes: int = 4, steps: int = 5) -> Dataset:
@@ -76,6 +84,23 @@ def test_a_policy_answers_in_the_units_of_its_data(tmp_path: Path, monkeypatch: 
             [agreement[agent.name] / (agent.action.high - agent.action.low) for agent in spec.agents]
         )
     np.testing.assert_allclose(spreads[0], spreads[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", WITH_MIXERS)
+def test_the_units_of_states_do_not_matter_once_states_are_standardised(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
+    folders = []
+    for name, scale, shift in (("ours", 1.0, 0.0), ("scaled", 100.0, 3.0)):
+        dataset = write(tmp_path / f"{name}.hdf5", UNIT)
+        dataset = replace(dataset, states=(scale * dataset.states + shift).astype(np.float32))
+        settings = {**SETTINGS, "standardize_states": True}
+        folders.append(tmp_path / f"{name}-run")
+        train(dataset, algorithm, folders[-1], steps=20, settings=settings, behavior={"steps": 20})
+    ours, scaled = (read_snapshot(folder, 20).policy.state_dict() for folder in folders)
+    for name, values in ours.items():
+        torch.testing.assert_close(values, scaled[name], atol=1e-4, rtol=1e-3)
 
 
 def test_one_transition_in_all_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,7 @@ from omcda_deploy.training.settings import (
     MixerWidth,
     Range,
     SampleCount,
+    StandardizeStates,
     Tau,
     Unit,
     Weight,
@@ -75,8 +76,7 @@ LATENT_LIMIT = 0.5  # beyond it the decoder gives actions that the data hardly h
 LATENT_SEED = 0
 ENCODER_LOG_STD = (-4.0, 15.0)
 NO_WIDTH = -20.0  # log std of the exported policy: noise of any likely size moves an action by less than 1e-7
-# atanh of an action nearer to +-1 is mostly rounding in float32, and no two runtimes would agree on it.
-DEPLOYED_LIMIT = 0.999
+DEPLOYED_LIMIT = 0.999  # nearer to +-1, atanh is mostly rounding in float32, and no two runtimes would agree
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Config:
     batch_size: BatchSize = 128
     hidden: Width = 256
     mixer_hidden: MixerWidth = 64
+    standardize_states: StandardizeStates = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -160,8 +161,7 @@ class GenerativeActor(nn.Module):
         actions, values = self.candidates(observation, agent)
         best = values.amax(0)
         near = values >= best - TIE * (1.0 + best.abs())
-        as_good: Tensor = (near & ((actions - action).abs() <= TIE).all(-1)).any(0)
-        return as_good
+        return cast(Tensor, (near & ((actions - action).abs() <= TIE).all(-1)).any(0))
 
 
 class RestrictedActor(nn.Module):

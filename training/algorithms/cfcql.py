@@ -78,6 +78,7 @@ from omcda_deploy.training.settings import (
     LearningRate,
     MixerWidth,
     Range,
+    StandardizeStates,
     Tau,
     Weight,
     Width,
@@ -113,6 +114,7 @@ class Config:
     batch_size: BatchSize = 128
     hidden: Width = 256
     mixer_hidden: MixerWidth = 64
+    standardize_states: StandardizeStates = False
 
     def __post_init__(self) -> None:
         check(self)

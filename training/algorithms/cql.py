@@ -62,6 +62,7 @@ from omcda_deploy.training.settings import (
     LearningRate,
     MixerWidth,
     SampleCount,
+    StandardizeStates,
     Tau,
     Weight,
     Width,
@@ -103,6 +104,7 @@ class Config:
     batch_size: BatchSize = 128
     hidden: Width = 256
     mixer_hidden: MixerWidth = 64
+    standardize_states: StandardizeStates = False
 
     def __post_init__(self) -> None:
         check(self)

@@ -65,6 +65,7 @@ from omcda_deploy.training.settings import (
     MixerWidth,
     Range,
     SampleCount,
+    StandardizeStates,
     Tau,
     Unit,
     Weight,
@@ -111,6 +112,7 @@ class Config:
     batch_size: BatchSize = 128
     hidden: Width = 256
     mixer_hidden: MixerWidth = 64
+    standardize_states: StandardizeStates = False
 
     def __post_init__(self) -> None:
         check(self)

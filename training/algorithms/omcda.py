@@ -60,6 +60,7 @@ from omcda_deploy.training.settings import (
     LearningRate,
     MixerWidth,
     Range,
+    StandardizeStates,
     Tau,
     Unit,
     Width,
@@ -81,7 +82,7 @@ COLUMNS = (
     Column("dual_active", "prices wait for the reward critic", per_agent=False, flag=False),
 )
 CURVES = INFLUENCE_CURVES
-PER_RUN = ("d_tot", "allocation", "alpha0", "temperature", "settled")
+PER_RUN = ("d_tot", "allocation", "alpha0", "share_temperature", "settled")
 SCAN = Scan("d_tot", "allocation", "Budget scan", "d_tot, nats (logarithmic)", "the budget, per allocation")
 
 
@@ -109,7 +110,7 @@ class Config:
     alpha0: Annotated[
         float, Range(1e-6, 1e6), "first price alpha_i; its bounds are alpha0/200 and 5 alpha0"
     ] = 10.0
-    temperature: Annotated[
+    share_temperature: Annotated[
         float, Range(1e-3, 1e3), "T of softmax(m/T), which turns influences into shares of the budget"
     ] = 1.0
     metric: Annotated[
@@ -140,11 +141,7 @@ class Config:
         Choice("steps", "choices"),
         "agent-steps over which divergence is averaged: all, or those with a choice (discrete)",
     ] = "steps"
-    zero_heads: Annotated[bool, "last layers of Q and V start at 0, so that the first policies are pi_b"] = (
-        False
-    )
     clip_targets: Annotated[bool, "clip targets to the data's returns-to-go"] = False
-    standardize_states: Annotated[bool, "standardise states for the mixers"] = False
     lr: LearningRate = 5e-4
     lr_divergence: Annotated[LearningRate, "step size of Adam for Q^c, V^c and their mixer"] = 1e-4
     lr_alpha: Annotated[float, Range(0.0, 10.0), "step size of the dual, for alpha_i"] = 3e-3
@@ -155,6 +152,7 @@ class Config:
     batch_size: BatchSize = 128
     hidden: Width = 256
     mixer_hidden: MixerWidth = 64
+    standardize_states: StandardizeStates = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -220,7 +218,7 @@ class Algorithm:
             agents,
             d_tot,
             seeds,
-            temperature=column(configs, "temperature", device),
+            temperature=column(configs, "share_temperature", device),
             decay=config.influence_decay**config.reallocate_every,
         )
         single_price = [strategy.single_price for strategy in self.allocation.strategies]
