@@ -36,6 +36,14 @@ def estimate(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles of the same team.", metavar="BUNDLE...")],
     temperature: Temperature = "1",
     confidence: Confidence = 0.95,
+    behavior: Annotated[
+        Path | None,
+        typer.Option(
+            help="Bundle whose behaviour policy stands for what acted, where that is not on record; cloned from "
+            "the dataset if omitted.",
+            metavar="BUNDLE",
+        ),
+    ] = None,
     task: DatasetTask = None,
     as_json: AsJson = False,
 ) -> None:
@@ -43,7 +51,12 @@ def estimate(
     from omcda_deploy.experiments.estimate import estimate as estimate_bundles
 
     found = estimate_bundles(
-        dataset, bundles, temperature=temperature_of(temperature), confidence=confidence, task=task
+        dataset,
+        bundles,
+        temperature=temperature_of(temperature),
+        confidence=confidence,
+        behavior=behavior,
+        task=task,
     )
     if as_json:
         print_json(found.to_json())
@@ -65,6 +78,7 @@ def _table(found: Estimates) -> Table:
         "return",
         "above what was recorded",
         "episodes that count",
+        "mean weight",
         "states beyond the data",
         "nats",
     ):
@@ -75,6 +89,7 @@ def _table(found: Estimates) -> Table:
             _bounds(comparison.value),
             _bounds(comparison.improvement),
             f"{comparison.effective_episodes:.0f}",
+            significant(comparison.mean_weight),
             percent(comparison.unsupported),
             significant(comparison.divergence),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,6 +76,14 @@ OnMissOption = Annotated[
 ]
 
 
+ServedVersion = Annotated[
+    str | None,
+    typer.Option(help="Version that answers, where the servers hold it; the one that is current if omitted."),
+]
+Wait = Annotated[
+    float, typer.Option(help="Seconds in which the servers may get ready, and load the version.")
+]
+
 ReportFolder = Annotated[
     Path | None, typer.Option(help="Folder to record rewards and ends into, for  recordings join.")
 ]
@@ -107,6 +116,8 @@ def evaluate(
     ] = False,
     on_miss: OnMissOption = OnMiss.raise_,
     protocol: ProtocolOption = Protocol.omcda,
+    version: ServedVersion = None,
+    wait: Wait = 0.0,
     simulator_python: SimulatorPython = None,
     simulator_factory: SimulatorFactory = None,
     reward: RewardRule = None,
@@ -132,7 +143,8 @@ def evaluate(
         raise ConfigError(f"--video: expected one --temperature, got {temperature}: film one of them")
     require_outputs(video, json_file, report)
     task, bundle = _played(task, env, endpoints, bundle, on_miss, protocol, demo)
-    with _team(endpoints, bundle, deadline, stream, on_miss, protocol, credentials, record) as team:
+    service = _Service(endpoints, deadline, stream, on_miss, protocol, version, wait, credentials, record)
+    with _team(bundle, service) as team:
         evaluations = play_temperatures(
             team,
             task,
@@ -185,6 +197,8 @@ def replay(
     ] = False,
     on_miss: OnMissOption = OnMiss.raise_,
     protocol: ProtocolOption = Protocol.omcda,
+    version: ServedVersion = None,
+    wait: Wait = 0.0,
     credentials: CredentialsFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
@@ -201,8 +215,9 @@ def replay(
     require_outputs(json_file, report)
     episodes_on_file = read_dataset(dataset, task)
     local = LocalTeam(bundle) if bundle and endpoints else None
+    service = _Service(endpoints, deadline, stream, on_miss, protocol, version, wait, credentials)
     with (
-        _team(endpoints, bundle, deadline, stream, on_miss, protocol, credentials) as team,
+        _team(bundle, service) as team,
         progress_bar(f"replaying {dataset.name}", "calls") as progress,
     ):
         result = send(
@@ -264,46 +279,66 @@ def _played(
     return read_bundle(DEMO_TEAM).spec.task, DEMO_TEAM if local else None
 
 
-@contextmanager
-def _team(
-    endpoints: str | None,
-    bundle: Path | None,
-    deadline: float,
-    stream: bool,
-    on_miss: OnMiss,
-    protocol: Protocol,
-    credentials: Path | None,
-    record: Path | None = None,
-) -> Iterator[TeamPolicy]:
-    """Open the served team where ``endpoints`` are set, ``bundle`` in process otherwise.
+@dataclass(frozen=True)
+class _Service:
+    """What the options say of a served team."""
 
-    Raises :class:`ConfigError` without either, for ``--on-miss behavior`` without a bundle, and for ``--record``
-    and ``--protocol`` without endpoints.
+    endpoints: str | None
+    deadline: float
+    stream: bool
+    on_miss: OnMiss
+    protocol: Protocol
+    version: str | None
+    wait: float
+    credentials: Path | None
+    record: Path | None = None
+
+    def require_endpoints(self) -> None:
+        """Raise :class:`ConfigError` for an option that needs servers where there are none."""
+        if self.endpoints is not None:
+            return
+        if self.record is not None:
+            raise ConfigError("--record: expected --endpoints, whose servers record their answers, got none")
+        if self.protocol is not Protocol.omcda:
+            raise ConfigError(
+                f"--protocol {self.protocol.value}: expected --endpoints, which speak it, got none"
+            )
+        if self.version is not None:
+            raise ConfigError(
+                f"--version {self.version}: expected --endpoints, whose servers hold versions, got none"
+            )
+
+
+@contextmanager
+def _team(bundle: Path | None, service: _Service) -> Iterator[TeamPolicy]:
+    """Open the served team where there are endpoints, ``bundle`` in process otherwise.
+
+    Raises :class:`ConfigError` without either, for ``--on-miss behavior`` without a bundle, and for options of a
+    served team without endpoints.
     """
-    if record is not None and endpoints is None:
-        raise ConfigError("--record: expected --endpoints, whose servers record their answers, got none")
-    if protocol is not Protocol.omcda and endpoints is None:
-        raise ConfigError(f"--protocol {protocol.value}: expected --endpoints, which speak it, got none")
-    if endpoints is not None:
+    service.require_endpoints()
+    if service.endpoints is not None:
         from omcda_deploy.client.fallback import BehaviorTeam, FallbackChoice
         from omcda_deploy.client.remote import RemoteTeam
 
-        fallback: FallbackChoice = "hold" if on_miss is OnMiss.hold else "raise"
-        if on_miss is OnMiss.behavior:
+        fallback: FallbackChoice = "hold" if service.on_miss is OnMiss.hold else "raise"
+        if service.on_miss is OnMiss.behavior:
             if bundle is None:
                 raise ConfigError(
                     "--on-miss behavior: expected --bundle, whose behaviour policy is to stand in"
                 )
             fallback = BehaviorTeam(bundle)
         with RemoteTeam(
-            addresses(endpoints),
-            deadline_s=deadline,
-            stream=stream,
+            addresses(service.endpoints),
+            deadline_s=service.deadline,
+            stream=service.stream,
             fallback=fallback,
-            credentials=credentials_of(credentials),
-            record=record,
-            protocol=protocol.value,
-            bundle=bundle if protocol is Protocol.oip else None,
+            credentials=credentials_of(service.credentials),
+            record=service.record,
+            protocol=service.protocol.value,
+            version=service.version,
+            wait_s=service.wait,
+            bundle=bundle if service.protocol is Protocol.oip else None,
         ) as team:
             yield team
     elif bundle is not None:

@@ -121,20 +121,17 @@ class TeamDistributions:
                 f"({training_of(bundle).get('algorithm', 'unknown')}) has none, so recorded actions "
                 "carry no weight for it: evaluate it by playing"
             )
-        names = ("logits",) if dataset.spec.action_kind == "discrete" else ("mean", "log_std")
-        agents = []
-        for index, agent in enumerate(dataset.spec.agents):
-            policy = LocalPolicy(bundle, agent.name)
-            parts: list[list[NDArray[Any]]] = []
-            for rows in blocks(len(dataset.observations)):
-                masks = dataset.action_masks
-                decision = policy.act(
-                    dataset.observations[rows, index, : agent.observation_size],
-                    action_mask=None if masks is None else masks[rows, index, : agent.action.size],
-                )
-                parts.append([decision.parameters[name] for name in names])
-            agents.append(_distribution([np.concatenate(part) for part in zip(*parts, strict=True)]))
+        agents = _answered(bundle, dataset, "")
         return cls([agent.at_temperature(temperature) for agent in agents])
+
+    @classmethod
+    def of_clone(cls, bundle: Bundle, dataset: Dataset) -> TeamDistributions:
+        """Compute the behaviour policies in a bundle, a clone of what acted, at a dataset's observations.
+
+        Raises :class:`ContractError` for another team.
+        """
+        require_same_contract(dataset.spec, bundle.spec, "the dataset", f"bundle {bundle.path}")
+        return cls(_answered(bundle, dataset, "behavior_"))
 
     @classmethod
     def of_recording(cls, dataset: Dataset) -> TeamDistributions:
@@ -176,6 +173,24 @@ def training_of(bundle: Bundle) -> Mapping[str, Any]:
     """Return the provenance of a bundle's training; empty for a bundle that says nothing of it."""
     training: Mapping[str, Any] = bundle.manifest.get("training", {})
     return training
+
+
+def _answered(bundle: Bundle, dataset: Dataset, prefix: str) -> list[Gaussian | Categorical]:
+    """Return what a bundle says of each agent at every row, in outputs whose names begin with ``prefix``."""
+    names = ("logits",) if dataset.spec.action_kind == "discrete" else ("mean", "log_std")
+    agents = []
+    for index, agent in enumerate(dataset.spec.agents):
+        policy = LocalPolicy(bundle, agent.name)
+        parts: list[list[NDArray[Any]]] = []
+        for rows in blocks(len(dataset.observations)):
+            masks = dataset.action_masks
+            decision = policy.act(
+                dataset.observations[rows, index, : agent.observation_size],
+                action_mask=None if masks is None else masks[rows, index, : agent.action.size],
+            )
+            parts.append([decision.parameters[prefix + name] for name in names])
+        agents.append(_distribution([np.concatenate(part) for part in zip(*parts, strict=True)]))
+    return agents
 
 
 def _distribution(arrays: Sequence[NDArray[Any]]) -> Gaussian | Categorical:

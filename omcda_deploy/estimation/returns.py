@@ -35,6 +35,7 @@ UNSUPPORTED_NATS = (
     3.0  # of divergence in a state; above, its recorded actions say next to nothing of the team
 )
 MOST_UNSUPPORTED = 0.05  # share of such states
+MEAN_WEIGHTS = (0.5, 2.0)  # of whole episodes; expected is 1
 MOST_EPISODES = 10**6  # that anybody would record
 POWER = 0.8  # with which as many episodes as are asked for would tell
 _FOLDS = 5  # values are fitted on all but one
@@ -66,6 +67,7 @@ class Comparison:
     standard_error: float  # of the improvement
     episodes: int
     effective_episodes: float  # how many whole episodes really speak for the team
+    mean_weight: float  # of whole episodes, 1 expected; the farthest from 1 of both teams'
     unsupported: float  # share of recorded states in which the data cannot say
     divergence: (
         float  # from what acted, mean over recorded states, nats per step; infinite beyond its support
@@ -106,6 +108,13 @@ class Comparison:
                 f"{LEAST_EFFECTIVE:.0f} are needed, and it is {self.episode_divergence:.3g} nats an episode from "
                 f"what acted: {more} at a higher temperature, or estimate a team that is nearer to it"
             )
+        low, high = MEAN_WEIGHTS
+        if not low <= self.mean_weight <= high:
+            return (
+                f"the episodes' weights have a mean of {self.mean_weight:.2g}, where 1 is expected and {low:g} to "
+                f"{high:g} may be: most of what the team does was not recorded, or what acted is not the "
+                "distribution it is taken for. Record more, with exact behaviour, or estimate a team that is nearer"
+            )
         return ""
 
     def episodes_for(self, threshold: float) -> int | None:
@@ -126,6 +135,11 @@ class _Terms(NamedTuple):
     weighted: Values  # sum_t W_t r_t
     control: Values  # of mean 0
     log_weight: Values  # of the whole episode
+
+    @property
+    def mean_weight(self) -> float:
+        """Mean of the capped weights of whole episodes: 1 as far as the episodes hold what the team does."""
+        return float(np.exp(np.minimum(self.log_weight, _largest_log_weight(len(self.log_weight)))).mean())
 
 
 class Estimator:
@@ -169,12 +183,14 @@ class Estimator:
         gain = _controlled(of_team.weighted - of_baseline.weighted, of_team.control - of_baseline.control)
         improvement, error = self._bounds(gain, effective)
         divergence = team.divergence(self.behavior)[self._rows]
+        mean_weights = (of_team.mean_weight, of_baseline.mean_weight)
         return Comparison(
             value=value,
             improvement=improvement,
             standard_error=error,
             episodes=count,
             effective_episodes=effective,
+            mean_weight=max(mean_weights, key=lambda mean: abs(math.log(max(mean, 1e-300)))),
             unsupported=float((divergence > UNSUPPORTED_NATS).mean()),
             divergence=float(divergence.mean()),
             episode_divergence=float(divergence.sum() / count),
@@ -192,7 +208,7 @@ class Estimator:
         sums = np.cumsum(ratios)
         before = np.concatenate([[0.0], sums])[np.flatnonzero(self._step == 0)]
         logs = sums - before[self._episode]
-        weights = np.exp(np.minimum(logs, 0.5 * math.log(len(before))))
+        weights = np.exp(np.minimum(logs, _largest_log_weight(len(before))))
         value, following, chosen = self._values(team)
         control = self._per_episode(weights * (following - chosen)) + value[self._step == 0]
         return _Terms(self._per_episode(weights * self._rewards), control, logs[~self._goes_on])
@@ -252,6 +268,10 @@ class Estimator:
         return _standardized(self._dataset.states, self._rows), _standardized(
             self._dataset.observations, self._rows
         )
+
+
+def _largest_log_weight(episodes: int) -> float:
+    return 0.5 * math.log(episodes)
 
 
 def _standardized(values: NDArray[Any], rows: NDArray[np.int64]) -> Values:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omcda_deploy.bundle import Bundle, read_bundle
 from omcda_deploy.datasets import Dataset
+from omcda_deploy.errors import ConfigError
 from omcda_deploy.estimation import Bounds, Comparison, Estimator, TeamDistributions
 from omcda_deploy.registry import read_dataset
 
@@ -46,23 +47,30 @@ def estimate(
     *,
     temperature: float = 1.0,
     confidence: float = 0.95,
+    behavior: Bundle | str | Path | None = None,
     task: str | None = None,
 ) -> Estimates:
     """Estimate what bundles would earn, and by how much more than what was recorded, without playing.
 
     Each bound holds alone with ``confidence``, and ``temperature`` is that of the bundles' play. Where the dataset
-    does not have the exact distributions that acted, a clone stands in, which needs torch.
+    does not have the exact distributions that acted, a clone stands in: the behaviour policy of the bundle
+    ``behavior``, or one that is fitted to these episodes, which needs torch. Bundles that began as one clone are
+    best compared by it: what is wrong with it is wrong with them as well, and cancels.
 
     Raises :class:`DatasetError` for fewer than 30 episodes, :class:`ContractError` for bundles of another team,
-    :class:`ConfigError` for a deterministic or unknown temperature and for a confidence that is out of range, and
+    :class:`ConfigError` for a deterministic or unknown temperature, for a confidence that is out of range and for a
+    ``behavior`` beside what is on record, and
     :class:`BundleError` for damaged bundles and for policies without a density.
     """
     data = dataset if isinstance(dataset, Dataset) else read_dataset(Path(dataset), task)
     read = [bundle if isinstance(bundle, Bundle) else read_bundle(bundle) for bundle in bundles]
     teams = {str(bundle.path): TeamDistributions.of_bundle(bundle, data, temperature) for bundle in read}
     exact = data.behavior is not None
-    behavior = TeamDistributions.of_recording(data) if exact else _clone(data)
-    estimator = Estimator(data, behavior, confidence)
+    if exact and behavior is not None:
+        raise ConfigError(
+            "behavior: expected none, as the dataset has the exact distributions that acted: leave it out"
+        )
+    estimator = Estimator(data, _acted(data, behavior), confidence)
     return Estimates(
         data.digest,
         len(data.episode_length),
@@ -74,8 +82,13 @@ def estimate(
     )
 
 
-def _clone(dataset: Dataset) -> TeamDistributions:
-    """Return behaviour as it is cloned for training, at every row."""
+def _acted(dataset: Dataset, clone: Bundle | str | Path | None) -> TeamDistributions:
+    """Return what acted at every row: as recorded, as ``clone`` says, or as it is cloned for training."""
+    if dataset.behavior is not None:
+        return TeamDistributions.of_recording(dataset)
+    if clone is not None:
+        bundle = clone if isinstance(clone, Bundle) else read_bundle(clone)
+        return TeamDistributions.of_clone(bundle, dataset)
     from omcda_deploy.training.behavior_model import BehaviorConfig, cloned_rows
 
     return TeamDistributions.of_arrays(dataset, cloned_rows(dataset, BehaviorConfig()))

@@ -23,6 +23,7 @@ from omcda_deploy.estimation import (
     TeamDistributions,
     effective_sample_size,
 )
+from omcda_deploy.estimation.returns import LEAST_EFFECTIVE, MEAN_WEIGHTS
 from omcda_deploy.experiments.promotions import GAMES, at_rows, record, reweighted
 from omcda_deploy.registry import read_dataset
 from tests.support.bundles import continuous_spec
@@ -156,6 +157,36 @@ def test_data_that_cannot_tell_are_silent() -> None:
     assert beyond.unsupported > 0.05
     assert "of the recorded states" in beyond.silence
     assert beyond.to_json()["divergence"] == pytest.approx(beyond.divergence)
+
+
+def test_weights_tell_a_behavior_that_is_not_the_one_that_acted() -> None:
+    """A team that is taken for what acted, and another one close to it: many episodes count, all for nothing."""
+    dataset, policies = recorded("toy/chain", 400, 11), candidate("toy/chain", 0.1, 11)
+    right = estimator(dataset).compare(at_rows(policies, dataset))
+    assert right.mean_weight == pytest.approx(1.0, abs=0.2)
+    assert right.silence == ""
+    taken = [reweighted(table, 2.5, np.random.default_rng(6)) for table in policies]
+    wrong = Estimator(dataset, at_rows(taken, dataset)).compare(
+        at_rows([reweighted(table, 0.3, np.random.default_rng(15)) for table in taken], dataset)
+    )
+    assert wrong.effective_episodes > LEAST_EFFECTIVE
+    assert not MEAN_WEIGHTS[0] <= wrong.mean_weight <= MEAN_WEIGHTS[1]
+    assert "where 1 is expected" in wrong.silence
+
+
+def test_the_mean_weight_is_that_of_a_plain_loop() -> None:
+    dataset, policies = recorded("toy/masked", 50, 8), candidate("toy/masked", 0.4, 8)
+    chains = tabular.game("toy/masked").chains
+    weights = []
+    for number in range(50):
+        episode, weight = dataset.episode(number), 1.0
+        for t in range(len(episode)):
+            for i, (policy, chain) in enumerate(zip(policies, chains, strict=True)):
+                x, a = episode.observations[t, i].argmax(), episode.actions[t, i]
+                weight *= policy[x, a] / chain.behavior[x, a]
+        weights.append(min(weight, math.sqrt(50)))
+    found = estimator(dataset).compare(at_rows(policies, dataset))
+    assert found.mean_weight == pytest.approx(np.mean(weights), rel=1e-5)
 
 
 def test_the_episodes_that_would_tell_do() -> None:

@@ -34,7 +34,7 @@ from tests.support.server_process import free_port, server_process
 TASK = "toy/chain"
 GAME, SPEC = tabular.game(TASK), team_spec(TASK)
 SEEDS = {"1": 1, "2": 2, "3": 9, "4": 7, "5": 8}  # 2 earns more than 1, 3 and 5 less, 4 is far from it
-SMALL = Comparison(Bounds(5, 4, 6), Bounds(0.5, -0.1, 1.1), 0.36, 400, 390.0, 0.0, 0.01, 0.1, 0.95)
+SMALL = Comparison(Bounds(5, 4, 6), Bounds(0.5, -0.1, 1.1), 0.36, 400, 390.0, 1.0, 0.0, 0.01, 0.1, 0.95)
 
 
 def tables(bundle: Bundle) -> list[NDArray[np.float64]]:
@@ -222,10 +222,31 @@ def test_the_commands(
     assert "version 2 had been promoted: estimated to earn" in back.output
 
 
+def test_a_version_is_evaluated_beside_the_current_one(
+    server: tuple[str, str], admin: TeamAdmin, releases: Path, tmp_path: Path
+) -> None:
+    admin.load("2")
+
+    def evaluate(*options: str) -> Result:
+        words = ["evaluate", TASK, "--episodes", "2", "--wait", "5", *options]
+        return CliRunner().invoke(app, words)
+
+    file = tmp_path / "evaluation.json"
+    done = evaluate("--endpoints", server[0], "--version", "2", "--json", str(file))
+    assert done.exit_code == 0, done.output
+    assert json.loads(file.read_text())["team"]["version"] == "2"
+    assert {status.current for status in admin.status().values()} == {"1"}
+    unknown = evaluate("--endpoints", server[0], "--version", "77")
+    assert "unknown version '77'" in str(unknown.exception)
+    local = evaluate("--bundle", str(releases / "2"), "--version", "2")
+    assert "--version 2: expected --endpoints" in str(local.exception)
+
+
 def test_a_demand_that_is_missed_says_how_much_is_missing() -> None:
     assert "about 3300 episodes would tell, these are 400" in refusal(
         dataclasses.replace(SMALL, improvement=Bounds(0.5, -0.1, 1.1), standard_error=0.57), 0.0
     )
     assert refusal(dataclasses.replace(SMALL, improvement=Bounds(0.5, 0.1, 0.9)), 0.0) == ""
     assert "0.1 more" in refusal(dataclasses.replace(SMALL, improvement=Bounds(0.5, 0.1, 0.9)), 0.1)
+    assert "weights have a mean of 0.4" in refusal(dataclasses.replace(SMALL, mean_weight=0.4), -9.0)
     assert "in 6 % of the recorded states" in refusal(dataclasses.replace(SMALL, unsupported=0.06), -9.0)

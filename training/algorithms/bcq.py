@@ -34,7 +34,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,7 @@ class GenerativeActor(nn.Module):
         actions, values = self.candidates(observation, agent)
         best = values.amax(0)
         near = values >= best - TIE * (1.0 + best.abs())
-        return cast(Tensor, (near & ((actions - action).abs() <= TIE).all(-1)).any(0))
+        return (near & ((actions - action).abs() <= TIE).all(-1)).any(0)
 
 
 class RestrictedActor(nn.Module):
