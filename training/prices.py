@@ -18,6 +18,8 @@ _BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8  # of the dual's Adam, as torch's
 WINDOW = 20  # batches from which a price is solved
 SOLVE_EVERY = 50  # steps
 _HALVINGS = 24  # of an interval of log alpha: its width ends below 1e-6
+_CORRECTION = 0.1  # of log(d_i/KL_i) per solution; slower than the averaged policy follows its price
+_SCALES = (0.5, 100.0)  # the least is near 1: a budget below the noise of training must not end all learning
 
 
 class Settling:
@@ -167,10 +169,12 @@ def divergence_of(exponents: tuple[Tensor, Tensor, Tensor], alpha: Tensor, z_max
 
 
 class SolvedPrice:
-    """Prices at which the policies ``pi_b exp z`` spend their budgets, by bisection on recent batches.
+    """Prices at which the trained policies spend their budgets: solved by bisection, corrected by what is measured.
 
-    No integrator lags behind the critic, and noise of the trained network counts for nothing. The divergence of the
-    trained policy is then a reading, not the controlled value.
+    The policies ``pi_b exp z`` are known from recent batches alone, so their prices follow the critic at once. The
+    trained policy may spend less: a network with the agent's observation cannot follow what z owes to the state or
+    to noise. So the budgets that are solved for are ``scale_i d_i``, where scale_i grows while less than d_i is
+    measured.
     """
 
     def __init__(self, agents: int, alpha0: Tensor, *, single_price: Sequence[bool], z_max: float) -> None:
@@ -180,6 +184,7 @@ class SolvedPrice:
         self._single = torch.tensor([[flag] for flag in single_price], device=alpha0.device)
         self._z_max = z_max
         self.log_alpha = alpha0.log().expand(-1, agents).clone()
+        self._log_scale = torch.zeros_like(self.log_alpha)
 
     @property
     def alpha(self) -> Tensor:
@@ -192,8 +197,18 @@ class SolvedPrice:
         alpha = self.alpha
         return (alpha <= self.low * (1 + 1e-3)) | (alpha >= self.high * (1 - 1e-3))
 
+    def correct(self, budgets: Tensor, divergence: Tensor, active: Tensor) -> None:
+        """Move the scales of the ``active`` [R] runs by what their policies spend, ``divergence`` [R, N]."""
+        spent = torch.where(self._single, divergence.sum(1, keepdim=True).expand_as(divergence), divergence)
+        allowed = torch.where(self._single, budgets.sum(1, keepdim=True).expand_as(budgets), budgets)
+        error = (allowed.clamp_min(1e-9) / spent.clamp_min(1e-9)).log().clamp(-1.0, 1.0)
+        low, high = _SCALES
+        moved = (self._log_scale + _CORRECTION * error).clamp(math.log(low), math.log(high))
+        self._log_scale.copy_(torch.where(active.unsqueeze(1), moved, self._log_scale))
+
     def solve(self, exponents: tuple[Tensor, Tensor, Tensor], budgets: Tensor, active: Tensor) -> None:
-        """Set the prices of the ``active`` [R] runs so that they spend ``budgets`` [R, N]."""
+        """Set the prices of the ``active`` [R] runs so that they spend ``budgets`` [R, N], times their scales."""
+        budgets = budgets * self._log_scale.exp()
         low, high = self._log_low.expand_as(self.log_alpha), self._log_high.expand_as(self.log_alpha)
         for _ in range(_HALVINGS):
             middle = 0.5 * (low + high)
@@ -205,9 +220,9 @@ class SolvedPrice:
 
     def state_dict(self, run: int) -> dict[str, Any]:
         """The state of one run."""
-        return {"log_alpha": self.log_alpha[run].clone()}
+        return {"log_alpha": self.log_alpha[run].clone(), "log_scale": self._log_scale[run].clone()}
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Load the states of all runs, in their order."""
         for run, state in enumerate(states):
-            self.log_alpha[run] = state["log_alpha"]
+            self.log_alpha[run], self._log_scale[run] = state["log_alpha"], state["log_scale"]

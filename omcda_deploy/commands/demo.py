@@ -36,7 +36,7 @@ TIER = "medium"
 EPISODES = 20
 SETTINGS: Mapping[str, Mapping[str, object]] = {
     "bc": {"hidden": 64},
-    "omcda": {"hidden": 64, "d_tot": 0.1, "divergence_mixer": "identity", "price": "solved"},
+    "omcda": {"hidden": 64, "d_tot": 0.03},
 }
 WHAT_IS_SEEN = f"""\
 The first rows are the recorded episodes and the policy that recorded them, with and without its noise. BC imitates

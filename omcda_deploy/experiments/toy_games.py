@@ -33,7 +33,7 @@ COMMON: Settings = {"hidden": 32, "batch_size": 128, "lr": 1e-3}
 # Prices and temperatures are in units of return, so they follow the games and not the published benchmarks.
 PER_ALGORITHM: Mapping[str, Settings] = {
     "bc": {"batch_size": 1024, "lr": 5e-4},  # with 1e-3 its last steps wander by a hundredth of the way
-    "omcda": {"d_tot": NATS, "alpha0": 3.0, "price": "solved", "allocation": "accumulated"},
+    "omcda": {"d_tot": NATS, "d_eval": NATS, "alpha0": 3.0},
     "omiga": {"alpha": 1.0},
     "icq": {"critic_temperature": 3.0, "policy_temperature": 1.0},
     "comadice": {"alpha": 1.0},

@@ -20,8 +20,11 @@ from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import Categorical, TanhGaussian, policy_of
 from omcda_deploy.training.losses import atanh_action
 from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.recipes import recipe
 
 HIDDEN = 16
+# OMCDA's settings as in its paper, for tests of what the paper defines.
+PAPER = recipe("test/any", "omcda", "paper")
 
 
 def continuous_spec() -> TeamSpec:
@@ -107,6 +110,8 @@ def random_batch(spec: TeamSpec, size: int = 32, seed: int = 0) -> Batch:
         next_action_known=(torch.rand(size, generator=generator) > 0.1).float(),
         mask=mask,
         next_mask=next_mask,
+        return_to_go=normal(size),
+        return_range=torch.tensor([-50.0, 50.0]),  # as wide as to clip nothing
     )
 
 

@@ -25,13 +25,14 @@ from omcda_deploy.training.critics import DecoupledCritic, EntangledCritic
 from omcda_deploy.training.distributions import policy_of
 from omcda_deploy.training.networks import DivergenceMixer
 from omcda_deploy.training.prices import Dual
-from tests.support.synthetic import continuous_spec, differing, make_learner, random_batch
+from tests.support.synthetic import PAPER, continuous_spec, differing, make_learner, random_batch
 
 SPEC = continuous_spec()
 Array = NDArray[np.float64]
 # Six tenths of the steps are warm-up, after which the dual runs whatever the critic does.
 STEPS, WARM = 50, 30
 SETTINGS: dict[str, Any] = {
+    **PAPER,
     "settled": 0.0,
     "warmup": WARM / STEPS,
     "reallocate_every": 5,

@@ -16,6 +16,7 @@ from omcda_deploy.training.algorithm import Algorithm
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.prices import Dual
 from tests.support.synthetic import (
+    PAPER,
     differing,
     make_fleet,
     make_learner,
@@ -118,7 +119,7 @@ def test_a_fleet_is_resumed_in_parts_and_in_any_order(name: str, kind: ActionKin
 
 
 SPECIAL: dict[str, tuple[Any, ...]] = {
-    "allocation": ("random", "optimal", "uniform", "accumulated"),
+    "allocation": ("random", "optimal", "uniform", "influence"),
     "settled": (1e9,),
     "d_tot": (1e-3, 30.0),
     "pessimism": (0.25, 1.0),
@@ -140,6 +141,8 @@ def test_settings_per_run_are_those_of_the_runs_alone(name: str, setting: str) -
         settings = [{setting: value} for value in values]
         if setting == "settled":
             settings = [{**each, "warmup": 1.0} for each in settings]  # else the dual starts all the same
+        if setting == "share_temperature":
+            settings = [{**each, "allocation": "influence"} for each in settings]
         fleet, history = trained(name, kind, [4] * len(values), *settings)  # one seed: equal but for it
         for run, own in enumerate(settings):
             alone, alone_history = trained(name, kind, [4], own)
@@ -191,9 +194,10 @@ def old_layout(state: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_run_trained_before_fleets_goes_on(name: str, kind: ActionKind, tmp_path: Path) -> None:
     for updates in (3, UPDATES):
-        algorithm, _ = trained(name, kind, [0], updates=updates)
+        settings = {**PAPER, **QUICK["omcda"]} if name == "omcda" else {}  # there was no other dual
+        algorithm, _ = trained(name, kind, [0], settings, updates=updates)
         save_state(tmp_path / "resume.pt", old_layout(algorithm.state_dict(0)))
-        resumed = make_learner(name, spec_of(kind), QUICK.get(name))
+        resumed = make_learner(name, spec_of(kind), settings)
         resumed.load_state_dicts([load_state(tmp_path / "resume.pt")])
         later: Callable[[], Any] = lambda: random_batch(spec_of(kind), seed=77)  # noqa: E731
         for _ in range(3):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,15 +23,20 @@ from omcda_deploy.training.critics import DecoupledCritic
 from omcda_deploy.training.distributions import policy_of
 from omcda_deploy.training.prices import Dual
 from tests.support import oracles
+from tests.support.synthetic import PAPER
 from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
+SETTINGS: dict[str, Any] = {
+    **PAPER,
+    "divergence_mixer": "identity",
+    "tau": 0.05,
+}
 CONFIG = Config(
-    divergence_mixer="identity",
+    **SETTINGS,
     lr=0.05,
     lr_divergence=0.05,
     lr_alpha=0.0,  # alpha stays as given, unless a test says otherwise
     alpha0=1.0,
-    tau=0.05,
     tau_policy=0.05,
     gamma=0.9,
     grad_clip=1e9,

@@ -19,8 +19,9 @@ from tests.support.synthetic import differing
 from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
 
 CONFIG = Config(
-    divergence_mixer="identity",
-    price="solved",
+    d_eval=1e3,
+    allocation="influence",
+    clip_targets=False,
     lr=0.05,
     lr_divergence=0.05,
     alpha0=1.0,
@@ -80,6 +81,25 @@ def test_a_solved_price_spends_the_budget(single: bool) -> None:
         else oracles.alphas_for_budgets(game.rewards, game.behavior, budgets[0].double().numpy())
     )
     np.testing.assert_allclose(price.alpha[0].numpy(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_policies_that_cannot_follow_their_prices_spend_their_budgets(single: bool) -> None:
+    """A network that spends a part of what is solved for, here a tenth or a half of it, or more than it."""
+    game = one_step()
+    price = SolvedPrice(3, torch.tensor([[1.0]]), single_price=[single], z_max=50.0)
+    budgets, on = torch.tensor([[0.02, 0.04, 0.03]]), torch.tensor([True])
+    part = torch.tensor([[0.1, 0.5, 1.5]])
+    spent = torch.zeros_like(budgets)
+    for _ in range(150):
+        price.solve(exponents(game), budgets, on)
+        spent = part * divergence_of(exponents(game), price.alpha, 50.0)
+        price.correct(budgets, spent, on)
+    ours, expected = (spent.sum(), budgets.sum()) if single else (spent, budgets)
+    torch.testing.assert_close(ours, expected, rtol=1e-2, atol=0)
+    before = price.state_dict(0)["log_scale"].clone()
+    price.correct(budgets, 0.5 * spent, ~on)
+    assert torch.equal(price.state_dict(0)["log_scale"], before)
 
 
 def test_agents_without_a_choice_count_nothing() -> None:
@@ -155,4 +175,4 @@ def test_an_evaluation_budget_above_the_total_changes_nothing() -> None:
 
 def test_an_evaluation_budget_needs_solved_prices() -> None:
     with pytest.raises(ConfigError, match="set price=solved"):
-        Config(d_tot=1.0, d_eval=0.3)
+        Config(d_tot=1.0, d_eval=0.3, price="gradient")

@@ -92,21 +92,22 @@ class Config:
 
     d_tot: Annotated[
         float, Range(1e-6, 1e3), "total budget in nats per step, of all agents; auto: chosen from the data"
-    ] = 0.3
+    ] = 0.1
     allocation: Annotated[
         str,
         Choice(*STRATEGIES),
-        "how the budget is shared; uniform and random are ablations, optimal one price for all",
-    ] = "influence"
+        "how the budget is shared: accumulated, or the paper's influence; uniform and random are ablations, "
+        "optimal one price for all",
+    ] = "accumulated"
     d_eval: Annotated[
         float,
         Range(0.0, 1e3),
         "total budget of the policies that the critics evaluate, where smaller than d_tot; 0: pi_b",
-    ] = 1e3
+    ] = 0.3
     decoupled: Annotated[bool, "values of reward and divergence apart; false: the ablation w/o-dq"] = True
-    divergence_mixer: Annotated[str, Choice("learned", "identity"), "W^c: learned, or the identity"] = (
-        "learned"
-    )
+    divergence_mixer: Annotated[
+        str, Choice("learned", "identity"), "W^c: learned as in the paper, or the identity"
+    ] = "identity"
     alpha0: Annotated[
         float, Range(1e-6, 1e6), "first price alpha_i; its bounds are alpha0/200 and 5 alpha0"
     ] = 10.0
@@ -135,13 +136,13 @@ class Config:
         str,
         Choice("gradient", "solved"),
         "how alpha_i is found: by gradient (the paper's dual), or solved on the last batches",
-    ] = "gradient"
+    ] = "solved"
     divergence_over: Annotated[
         str,
         Choice("steps", "choices"),
         "agent-steps over which divergence is averaged: all, or those with a choice (discrete)",
-    ] = "steps"
-    clip_targets: Annotated[bool, "clip targets to the data's returns-to-go"] = False
+    ] = "choices"
+    clip_targets: Annotated[bool, "clip targets to the data's returns-to-go"] = True
     lr: LearningRate = 5e-4
     lr_divergence: Annotated[LearningRate, "step size of Adam for Q^c, V^c and their mixer"] = 1e-4
     lr_alpha: Annotated[float, Range(0.0, 10.0), "step size of the dual, for alpha_i"] = 3e-3
@@ -152,14 +153,14 @@ class Config:
     batch_size: BatchSize = 128
     hidden: Width = 256
     mixer_hidden: MixerWidth = 64
-    standardize_states: StandardizeStates = False
+    standardize_states: StandardizeStates = True
 
     def __post_init__(self) -> None:
         check(self)
         if self.d_eval < self.d_tot and self.price != "solved":
             raise ConfigError(
                 f"omcda.d_eval: expected at least d_tot ({self.d_tot:g}) with price=gradient, got {self.d_eval:g}: "
-                "set price=solved"
+                "set price=solved, or d_eval=1000, which has no effect"
             )
 
 
@@ -332,6 +333,7 @@ class Algorithm:
             self._exponents.add(terms.advantage, terms.correction, weight)
         if plan.solves:
             exponents = self._exponents.joined()
+            self.dual.correct(self.budgets, kl, active)
             self.dual.solve(exponents, self.budgets, active)
             self._eval_price.solve(exponents, self._eval_share * self.budgets, active)
         return {}
