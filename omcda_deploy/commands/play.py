@@ -281,7 +281,7 @@ def _played(
 
 @dataclass(frozen=True)
 class _Service:
-    """What the options say of a served team."""
+    """Options of a served team."""
 
     endpoints: str | None
     deadline: float

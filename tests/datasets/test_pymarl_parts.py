@@ -21,41 +21,12 @@ from omcda_deploy.local import LocalTeam
 from omcda_deploy.play.replay import replay
 from omcda_deploy.registry import foreign_format_of, read_dataset
 from omcda_deploy.spec import TeamSpec
-from tests.support.smac_episodes import Batch, save_pymarl
+from tests.support.smac_episodes import Batch, batch_of, save_pymarl
 
 # Recordings that this project does not hold: https://github.com/LAMDA-RL/ODIS, its folders dataset/odis/sc2 and cn.
 ODIS = Path(os.environ.get("OMCDA_ODIS", "no such folder"))
 
 SMAC_3M = smac.SPECS["smac/3m"]
-
-
-def batch_of(spec: TeamSpec, lengths: list[int], seed: int = 0, *, continuing: bool = False) -> Batch:
-    """Random episodes in the layout of PyMARL's runners; the alive can do all but nothing, the dead nothing else.
-
-    ``terminated`` is 1 at the time limit too, unless the simulator calls such episodes ``continuing``.
-    """
-    generator = np.random.default_rng(seed)
-    rows, agents = spec.episode_limit + 1, len(spec.agents)
-    shape = (len(lengths), rows)
-    recorded = np.arange(rows) <= np.array(lengths)[:, None]  # [E, T], the final row among them
-    dead = generator.random((*shape, agents)) < 0.2
-    masks = np.where(dead[..., None], np.eye(spec.action_size)[0], 1 - np.eye(spec.action_size)[0])
-    masks *= recorded[..., None, None]
-    last = np.arange(rows) == np.array(lengths)[:, None] - 1
-    if continuing:
-        last &= np.array(lengths)[:, None] < spec.episode_limit
-    return {
-        "obs": (
-            generator.normal(size=(*shape, agents, spec.observation_size)) * recorded[..., None, None]
-        ).astype("f4"),
-        "state": (generator.normal(size=(*shape, spec.state_size)) * recorded[..., None]).astype("f4"),
-        "actions": np.where(dead, 0, generator.integers(1, spec.action_size, dead.shape))[..., None],
-        "avail_actions": masks.astype(np.int32),
-        "reward": (generator.integers(0, 9, shape) * recorded)[..., None].astype(np.float32),
-        "terminated": last[..., None].astype(np.uint8),
-        "filled": recorded[..., None].astype(np.int64),
-        "actions_onehot": np.zeros((*shape, agents, spec.action_size), np.float32),
-    }
 
 
 def save_parts(folder: Path, *batches: Batch) -> Path:

@@ -14,11 +14,13 @@ import pytest
 
 from omcda_deploy import registry
 from omcda_deploy.bundle import read_bundle
+from omcda_deploy.envs import smac
 from omcda_deploy.local import JointTeam
 from omcda_deploy.registry import read_dataset
 from tests.support.bundles import continuous_spec, write_test_bundle
 from tests.support.pages import DOCS, NOT_RUN, blocks, run_blocks
 from tests.support.server_process import ROOT, server_process
+from tests.support.smac_episodes import batch_of, save_pymarl
 
 TUTORIALS = DOCS / "tutorials"
 SMALLER = [
@@ -85,6 +87,23 @@ def test_own_simulator_and_its_reports(
         assert (folder / "comparison" / file).is_file()
 
 
+def test_judging_without_playing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "3m" / "medium").mkdir(parents=True)
+    save_pymarl(folder / "3m" / "medium" / "part_0.h5", batch_of(smac.SPECS["smac/3m"], [4, 5, 6, 7] * 20))
+    page = (
+        text("judging-without-playing")
+        .replace("steps = 2000", "steps = 20\nbehavior_steps = 20")
+        .replace("[0, 1, 2]", "[0]")
+    )
+    page = page.replace("{ hidden = 64 }", "{ hidden = 8, batch_size = 16 }")
+    run_blocks(page, [], monkeypatch)
+    judged = capsys.readouterr().out
+    assert len(re.findall(r"^omcda-\S+ seed0: [+-]\d+\.\d\d \(.*\), \d+ episodes count", judged, re.M)) == 3
+    assert re.search(r"^cql-\S+ seed0 .*expected a policy with a density", judged, re.M)
+
+
 def client(folder: Path, name: str) -> str:
     """Write a client of the page, which observes 0.5 everywhere, and the protocol's file; return the page."""
     page = text("robot-client")
@@ -134,7 +153,7 @@ def test_the_robots_client_in_node(tmp_path: Path) -> None:
     check_answers(tmp_path, ["node", "client.mjs"])
 
 
-@pytest.mark.parametrize("name", ["own-logs", "own-simulator", "robot-client", "reading-a-report"])
+@pytest.mark.parametrize("name", sorted(page.stem for page in TUTORIALS.glob("*.md") if page.stem != "index"))
 def test_no_block_is_left_out(name: str) -> None:
     page = text(name)
     assert len(blocks(page)) == page.count("\n```") // 2

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from omcda_deploy.datasets import Dataset
+from omcda_deploy.spec import TeamSpec
 
 LIMIT = 70  # steps, of 5m_vs_6m
 
@@ -118,6 +119,35 @@ def pymarl_batch(
         batch["terminated"][e, steps - 1, 0] = not timeout
         batch["filled"][e, :rows_filled] = 1
     return batch
+
+
+def batch_of(spec: TeamSpec, lengths: list[int], seed: int = 0, *, continuing: bool = False) -> Batch:
+    """Random episodes in the layout of PyMARL's runners; the alive can do all but nothing, the dead nothing else.
+
+    ``terminated`` is 1 at the time limit too, unless the simulator calls such episodes ``continuing``.
+    """
+    generator = np.random.default_rng(seed)
+    rows, agents = spec.episode_limit + 1, len(spec.agents)
+    shape = (len(lengths), rows)
+    recorded = np.arange(rows) <= np.array(lengths)[:, None]  # [E, T], the final row among them
+    dead = generator.random((*shape, agents)) < 0.2
+    masks = np.where(dead[..., None], np.eye(spec.action_size)[0], 1 - np.eye(spec.action_size)[0])
+    masks *= recorded[..., None, None]
+    last = np.arange(rows) == np.array(lengths)[:, None] - 1
+    if continuing:
+        last &= np.array(lengths)[:, None] < spec.episode_limit
+    return {
+        "obs": (
+            generator.normal(size=(*shape, agents, spec.observation_size)) * recorded[..., None, None]
+        ).astype("f4"),
+        "state": (generator.normal(size=(*shape, spec.state_size)) * recorded[..., None]).astype("f4"),
+        "actions": np.where(dead, 0, generator.integers(1, spec.action_size, dead.shape))[..., None],
+        "avail_actions": masks.astype(np.int32),
+        "reward": (generator.integers(0, 9, shape) * recorded)[..., None].astype(np.float32),
+        "terminated": last[..., None].astype(np.uint8),
+        "filled": recorded[..., None].astype(np.int64),
+        "actions_onehot": np.zeros((*shape, agents, spec.action_size), np.float32),
+    }
 
 
 def save_pymarl(path: Path, batch: Batch, **options: Any) -> Path:
