@@ -18,7 +18,8 @@ _BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8  # of the dual's Adam, as torch's
 WINDOW = 20  # batches from which a price is solved
 SOLVE_EVERY = 50  # steps
 _HALVINGS = 24  # of an interval of log alpha: its width ends below 1e-6
-_CORRECTION = 0.1  # of log(d_i/KL_i) per solution; slower than the averaged policy follows its price
+_CORRECTION = 0.1  # of log(d_i/KL_i) per solution
+_LAG = 5.0  # of the averaged policy behind its price, in 1/tau_policy, before what it spends says anything
 _SCALES = (0.5, 100.0)  # the least is near 1: a budget below the noise of training must not end all learning
 
 
@@ -177,14 +178,23 @@ class SolvedPrice:
     measured.
     """
 
-    def __init__(self, agents: int, alpha0: Tensor, *, single_price: Sequence[bool], z_max: float) -> None:
-        """``alpha0`` [R, 1], the price until the first solution; ``single_price``: one flag per run."""
+    def __init__(
+        self, agents: int, alpha0: Tensor, *, single_price: Sequence[bool], z_max: float, tau_policy: float
+    ) -> None:
+        """``alpha0`` [R, 1], the price until the first solution; ``single_price``: one flag per run.
+
+        ``tau_policy``: step of the average whose divergence is measured.
+        """
         self.low, self.high = alpha0 / 1e3, alpha0 * 1e6
         self._log_low, self._log_high = self.low.log(), self.high.log()
         self._single = torch.tensor([[flag] for flag in single_price], device=alpha0.device)
         self._z_max = z_max
         self.log_alpha = alpha0.log().expand(-1, agents).clone()
         self._log_scale = torch.zeros_like(self.log_alpha)
+        self._solutions = torch.zeros_like(alpha0)  # so far, [R, 1]
+        self._wait = _LAG / tau_policy / SOLVE_EVERY  # solutions before the first correction
+        self._followed = 1.0 - (1.0 - tau_policy) ** SOLVE_EVERY  # of a new budget, until the next solution
+        self._budgets = torch.zeros_like(self.log_alpha)  # averaged as the policy is
 
     @property
     def alpha(self) -> Tensor:
@@ -198,13 +208,20 @@ class SolvedPrice:
         return (alpha <= self.low * (1 + 1e-3)) | (alpha >= self.high * (1 - 1e-3))
 
     def correct(self, budgets: Tensor, divergence: Tensor, active: Tensor) -> None:
-        """Move the scales of the ``active`` [R] runs by what their policies spend, ``divergence`` [R, N]."""
+        """Move the scales of the ``active`` [R] runs by what their policies spend, ``divergence`` [R, N].
+
+        Budgets are averaged as those policies are, which cannot have followed what has moved since.
+        """
+        followed = torch.where(self._solutions > 0, self._followed, 1.0)
+        self._budgets.copy_(torch.lerp(self._budgets, budgets, followed))
+        budgets = self._budgets
         spent = torch.where(self._single, divergence.sum(1, keepdim=True).expand_as(divergence), divergence)
         allowed = torch.where(self._single, budgets.sum(1, keepdim=True).expand_as(budgets), budgets)
         error = (allowed.clamp_min(1e-9) / spent.clamp_min(1e-9)).log().clamp(-1.0, 1.0)
         low, high = _SCALES
         moved = (self._log_scale + _CORRECTION * error).clamp(math.log(low), math.log(high))
-        self._log_scale.copy_(torch.where(active.unsqueeze(1), moved, self._log_scale))
+        late = active.unsqueeze(1) & (self._solutions >= self._wait)
+        self._log_scale.copy_(torch.where(late, moved, self._log_scale))
 
     def solve(self, exponents: tuple[Tensor, Tensor, Tensor], budgets: Tensor, active: Tensor) -> None:
         """Set the prices of the ``active`` [R] runs so that they spend ``budgets`` [R, N], times their scales."""
@@ -217,12 +234,19 @@ class SolvedPrice:
             excess = torch.where(budgets > 0, excess, 1.0)  # rounding of a divergence near 0 decides nothing
             low, high = torch.where(excess > 0, middle, low), torch.where(excess > 0, high, middle)
         self.log_alpha.copy_(torch.where(active.unsqueeze(1), 0.5 * (low + high), self.log_alpha))
+        self._solutions.add_(active.unsqueeze(1))
 
     def state_dict(self, run: int) -> dict[str, Any]:
         """The state of one run."""
-        return {"log_alpha": self.log_alpha[run].clone(), "log_scale": self._log_scale[run].clone()}
+        return {
+            "log_alpha": self.log_alpha[run].clone(),
+            "log_scale": self._log_scale[run].clone(),
+            "solutions": float(self._solutions[run]),
+            "budgets": self._budgets[run].clone(),
+        }
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Load the states of all runs, in their order."""
         for run, state in enumerate(states):
             self.log_alpha[run], self._log_scale[run] = state["log_alpha"], state["log_scale"]
+            self._solutions[run], self._budgets[run] = state["solutions"], state["budgets"]

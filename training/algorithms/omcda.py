@@ -228,8 +228,12 @@ class Algorithm:
         if config.price == "gradient":
             self.dual = Dual(agents, price, config.lr_alpha, single_price=single_price)
         else:
-            self.dual = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
-            self._eval_price = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
+            self.dual, self._eval_price = (
+                SolvedPrice(
+                    agents, price, single_price=single_price, z_max=config.z_max, tau_policy=config.tau_policy
+                )
+                for _ in range(2)
+            )
             self._exponents = Exponents(d_tot.device)
         self._eval_share = (d_eval / d_tot).clamp_max(1.0)  # [R, 1]
         self.settling = Settling(column(configs, "settled", device)[:, 0])
