@@ -22,9 +22,10 @@ E_b is the mean over the behaviour policy's actions in the data. E(z) continues 
 there would have no gradient and let V run away; its derivative is rho, hence rho instead of exp z at the minimum
 of L_Vc.
 
-Source: docs/derivation.md, which also lists where the paper and this file differ: kappa (the paper's summary has
-kappa = 1, which holds when W^c is the identity; the factor is needed only when it is not), a fixed diagonal of W^c,
-and the dual's warm-up, bounds and least share (:mod:`omcda_deploy.training.allocation`).
+Source: docs/derivation.md, which also lists where the paper and this file differ. The defaults are what did best in
+trials: W^c is the identity, prices are solved, shares accumulate influence, critics evaluate policies of at most 0.3
+nats, targets stay within the data's returns, and mixers see standardised states. ``train --recipe paper`` has the
+paper's form of each.
 
 Ablations: ``allocation=uniform`` (w/o-CDA), ``allocation=random`` (rd), ``decoupled=false`` (w/o-dq: one entangled
 Q and V as in OMIGA, ``z_i = (w_i/alpha_i)(Q_i - V_i)``). ``allocation=optimal`` is one alpha for all agents.
