@@ -22,10 +22,9 @@ E_b is the mean over the behaviour policy's actions in the data. E(z) continues 
 there would have no gradient and let V run away; its derivative is rho, hence rho instead of exp z at the minimum
 of L_Vc.
 
-Source: docs/derivation.md, which also lists where the paper and this file differ. The defaults are what did best in
-trials: W^c is the identity, prices are solved, shares accumulate influence, critics evaluate policies of at most 0.3
-nats, targets stay within the data's returns, and mixers see standardised states. ``train --recipe paper`` has the
-paper's form of each.
+Source: docs/derivation.md, which also lists where the paper and this file differ. The defaults did best in trials:
+W^c is the identity, prices are solved, shares accumulate influence, critics evaluate policies of at most 0.3 nats,
+targets stay within the data's returns, mixers see standardised states. ``--recipe paper`` has the paper's forms.
 
 Ablations: ``allocation=uniform`` (w/o-CDA), ``allocation=random`` (rd), ``decoupled=false`` (w/o-dq: one entangled
 Q and V as in OMIGA, ``z_i = (w_i/alpha_i)(Q_i - V_i)``). ``allocation=optimal`` is one alpha for all agents.
@@ -110,7 +109,9 @@ class Config:
         str, Choice("learned", "identity"), "W^c: learned as in the paper, or the identity"
     ] = "identity"
     alpha0: Annotated[
-        float, Range(1e-6, 1e6), "first price alpha_i; its bounds are alpha0/200 and 5 alpha0"
+        float,
+        Range(1e-6, 1e6),
+        "first price alpha_i, in the unit of returns per nat; bounds are multiples of it",
     ] = 10.0
     share_temperature: Annotated[
         float, Range(1e-3, 1e3), "T of softmax(m/T), which turns influences into shares of the budget"
