@@ -268,7 +268,7 @@ def test_misuse_is_named(battles: SmaxVector) -> None:
         battles.reset({0: 0})
     with pytest.raises(UnknownNameError, match="did you mean 'smax/5m_vs_6m'"):
         vectorize("smax/5m_vs_5m", 2)
-    with pytest.raises(ConfigError, match="num_envs of at least 1"):
+    with pytest.raises(ConfigError, match="num_envs: expected 1 to 100,000, got 0"):
         SmaxVector(TASK, 0)
     with pytest.raises(ConfigError, match="no option colour: expected render_mode"):
         vectorize(TASK, 2, colour="red")

@@ -23,6 +23,10 @@ from omcda_deploy.envs.vector.workers import EnvironmentGroup, ScalarInfo, Worke
 from omcda_deploy.errors import ConfigError, ContractError, SimulatorError
 from omcda_deploy.spec import TeamSpec
 
+# More would fill the memory before anything is seen of them.
+MOST_ENVIRONMENTS = 100_000
+MOST_WORKERS = 1024
+
 
 @dataclass(frozen=True)
 class VectorStep:
@@ -254,10 +258,12 @@ def checked_actions(
 
 def require_counts(num_envs: int, workers: int = 0) -> None:
     """Raise :class:`ConfigError` for numbers of environments or workers that are out of range."""
-    if num_envs < 1 or workers < 0:
-        raise ConfigError(
-            f"expected num_envs of at least 1 and workers of at least 0, got {num_envs} and {workers}"
-        )
+    for name, number, least, most in (
+        ("num_envs", num_envs, 1, MOST_ENVIRONMENTS),
+        ("workers", workers, 0, MOST_WORKERS),
+    ):
+        if not least <= number <= most:
+            raise ConfigError(f"{name}: expected {least} to {most:,}, got {number}")
 
 
 def _info_arrays(info: ScalarInfo, num_envs: int) -> dict[str, NDArray[Any]]:
