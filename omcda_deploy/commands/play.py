@@ -76,6 +76,9 @@ OnMissOption = Annotated[
 ]
 
 
+Workers = Annotated[
+    int, typer.Option(help="Processes that step simulators that have no batched form; 0 for none.")
+]
 ServedVersion = Annotated[
     str | None,
     typer.Option(help="Version that answers, where the servers hold it; the one that is current if omitted."),
@@ -106,9 +109,7 @@ def evaluate(
     num_envs: Annotated[
         int, typer.Option(help="Episodes played side by side: the batch size of requests.")
     ] = 10,
-    workers: Annotated[
-        int, typer.Option(help="Processes that step simulators that have no batched form; 0 for none.")
-    ] = 0,
+    workers: Workers = 0,
     temperature: Temperatures = "0",
     deadline: Annotated[float, typer.Option(help="Seconds a served agent may take to answer.")] = 1.0,
     stream: Annotated[
@@ -139,11 +140,12 @@ def evaluate(
     from omcda_deploy.report.html import write_report
 
     temperatures = temperatures_of(temperature)
-    if video is not None and len(temperatures) > 1:
+    several = len(temperatures) > 1
+    if video is not None and several:
         raise ConfigError(f"--video: expected one --temperature, got {temperature}: film one of them")
     require_outputs(video, json_file, report)
-    task, bundle = _played(task, env, endpoints, bundle, on_miss, protocol, demo)
     service = _Service(endpoints, deadline, stream, on_miss, protocol, version, wait, credentials, record)
+    task, bundle = _played(task, env, bundle, demo, service)
     with _team(bundle, service) as team:
         evaluations = play_temperatures(
             team,
@@ -157,7 +159,6 @@ def evaluate(
             video=video,
             options=simulator_options(simulator_python, simulator_factory, reward),
         )
-    several = len(evaluations) > 1
     heading = f"{task}: {count(episodes, 'episode')} at each temperature T"
     print_table(comparison_table({"": evaluations}, heading) if several else evaluation_table(evaluations[0]))
     if json_file:
@@ -240,45 +241,6 @@ def replay(
         print_text(f"report: {report}")
 
 
-def _require_one_team(
-    endpoints: str | None, bundle: Path | None, on_miss: OnMiss, protocol: Protocol
-) -> None:
-    """Raise :class:`ConfigError` where a bundle beside endpoints would be of no use."""
-    if endpoints is None or bundle is None or on_miss is OnMiss.behavior or protocol is Protocol.oip:
-        return
-    raise ConfigError(
-        "expected --endpoints (a served team) or --bundle (in process), or both with --on-miss behavior or "
-        "--protocol oip: leave one of them out"
-    )
-
-
-def _played(
-    task: str | None,
-    env: str | None,
-    endpoints: str | None,
-    bundle: Path | None,
-    on_miss: OnMiss,
-    protocol: Protocol,
-    demo: bool,
-) -> tuple[str, Path | None]:
-    """Return the task to play and the bundle to play it with, None for served agents alone.
-
-    Raises :class:`ConfigError` for options that exclude one another.
-    """
-    from omcda_deploy.bundle import DEMO_TEAM, read_bundle
-
-    if not demo:
-        _require_one_team(endpoints, bundle, on_miss, protocol)
-        return task_of(task, env), bundle
-    for name, value in (("a TASK", task), ("--env", env), ("--bundle", bundle)):
-        if value is not None:
-            raise ConfigError(
-                f"--demo has a task and a bundle of its own, got {name} {value}: leave one of them out"
-            )
-    local = endpoints is None or on_miss is OnMiss.behavior or protocol is Protocol.oip
-    return read_bundle(DEMO_TEAM).spec.task, DEMO_TEAM if local else None
-
-
 @dataclass(frozen=True)
 class _Service:
     """Options of a served team."""
@@ -292,6 +254,11 @@ class _Service:
     wait: float
     credentials: Path | None
     record: Path | None = None
+
+    @property
+    def uses_bundle(self) -> bool:
+        """True where a local bundle plays, stands in, or states the contract."""
+        return self.endpoints is None or self.on_miss is OnMiss.behavior or self.protocol is Protocol.oip
 
     def require_endpoints(self) -> None:
         """Raise :class:`ConfigError` for an option that needs servers where there are none."""
@@ -307,6 +274,36 @@ class _Service:
             raise ConfigError(
                 f"--version {self.version}: expected --endpoints, whose servers hold versions, got none"
             )
+
+
+def _require_one_team(bundle: Path | None, service: _Service) -> None:
+    """Raise :class:`ConfigError` where a bundle beside endpoints would be of no use."""
+    if bundle is None or service.uses_bundle:
+        return
+    raise ConfigError(
+        "expected --endpoints (a served team) or --bundle (in process), or both with --on-miss behavior or "
+        "--protocol oip: leave one of them out"
+    )
+
+
+def _played(
+    task: str | None, env: str | None, bundle: Path | None, demo: bool, service: _Service
+) -> tuple[str, Path | None]:
+    """Return the task to play and the bundle to play it with, None for served agents alone.
+
+    Raises :class:`ConfigError` for options that exclude one another.
+    """
+    from omcda_deploy.bundle import DEMO_TEAM, read_bundle
+
+    if not demo:
+        _require_one_team(bundle, service)
+        return task_of(task, env), bundle
+    for name, value in (("a TASK", task), ("--env", env), ("--bundle", bundle)):
+        if value is not None:
+            raise ConfigError(
+                f"--demo has a task and a bundle of its own, got {name} {value}: leave one of them out"
+            )
+    return read_bundle(DEMO_TEAM).spec.task, DEMO_TEAM if service.uses_bundle else None
 
 
 @contextmanager

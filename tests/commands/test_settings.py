@@ -67,5 +67,5 @@ def test_the_recipe_of_a_task_stands_beside_the_defaults(task: str | None) -> No
     header, *lines = call("omcda", *words).splitlines()
     assert ("recipe of" in header) == (task is not None)
     assert len(lines) == len(values["settings"])
-    assert lines[0].split()[:2] == ["d_tot", "0.3"]
+    assert lines[0].split()[:2] == ["d_tot", f"{kind().d_tot:g}"]
     assert (lines[0].split()[2] == "1.8") == (task is not None)

@@ -215,6 +215,7 @@ def test_what_is_written(runs: Path, tmp_path: Path, played: list[str]) -> None:
     lines = [
         json.loads(line) for line in (runs / "omcda" / "seed0" / "metrics.jsonl").read_text().splitlines()
     ]
+    d_tot = read_config(runs / "omcda" / "seed0").settings["d_tot"]
     influence = [row for row in rows_of(out / "influence.csv") if "d_tot 1.2" not in row["settings"]]
     assert len(influence) == 4 * 3  # logged steps, agents
     for row in influence:
@@ -222,15 +223,15 @@ def test_what_is_written(runs: Path, tmp_path: Path, played: list[str]) -> None:
         agent = row["agent"]
         for name in ("influence", "budget", "kl"):
             assert float(row[name]) == line[f"{name}/{agent}"]
-        assert float(row["share"]) == pytest.approx(line[f"budget/{agent}"] / 0.3, rel=1e-5)
+        assert float(row["share"]) == pytest.approx(line[f"budget/{agent}"] / d_tot, rel=1e-5)
 
     scan = rows_of(out / "d_tot.csv")
     assert sorted((row["d_tot"], row["mean"], row["std"]) for row in scan) == [
-        ("0.3", "20.0", ""),
+        (f"{d_tot:g}", "20.0", ""),
         ("1.2", "20.0", ""),
     ]
     assert len({row["allocation"] for row in scan}) == 1
-    assert scan[0]["allocation"].startswith("influence, ")
+    assert scan[0]["allocation"].startswith("accumulated, ")
 
     digests = [read_config(runs / name / "seed0").dataset_digest for name in ("bc", "other")]
     for text in ((out / "results.md").read_text(), (out / "report.html").read_text()):
