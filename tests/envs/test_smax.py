@@ -282,7 +282,7 @@ def test_a_simulator_that_batches_by_itself_is_asked_to() -> None:
         assert vector.num_envs == 3
     with vectorize("toy/chain", 3) as single:
         assert isinstance(single, VectorEnvironment)
-    with pytest.raises(ConfigError, match="workers of at least 0"):
+    with pytest.raises(ConfigError, match="workers: expected 0 to 1,024, got -1"):
         vectorize(TASK, 3, workers=-1)
 
 
