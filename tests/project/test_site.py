@@ -41,7 +41,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_site_has_every_page_and_needs_no_network(site: Path) -> None:
-    pages = {str(path.relative_to(DOCS).with_suffix("")) for path in DOCS.rglob("*.md")}
+    pages = {
+        str(path.relative_to(DOCS).with_suffix("")).replace("README", "index") for path in DOCS.rglob("*.md")
+    }
     generated = {"quickstart", "cli", "behavior-policies", "changelog", "examples", "tutorials/notebook"}
     built = {str(path.relative_to(site).with_suffix("")) for path in site.rglob("*.html")}
     assert built == pages | generated | {"404"}
