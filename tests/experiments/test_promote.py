@@ -23,7 +23,8 @@ from omcda_deploy.datasets import Dataset
 from omcda_deploy.datasets.writer import write_dataset
 from omcda_deploy.envs import tabular
 from omcda_deploy.errors import BundleError, ConfigError, DatasetError, EndpointError
-from omcda_deploy.estimation import Bounds, Comparison
+from omcda_deploy.estimation import Bounds, Comparison, Estimator, TeamDistributions
+from omcda_deploy.experiments.estimate import estimate
 from omcda_deploy.experiments.promote import Demand, RefusedError, promote, refusal
 from omcda_deploy.experiments.promotions import record
 from omcda_deploy.local import LocalPolicy
@@ -240,6 +241,20 @@ def test_a_version_is_evaluated_beside_the_current_one(
     assert "unknown version '77'" in str(unknown.exception)
     local = evaluate("--bundle", str(releases / "2"), "--version", "2")
     assert "--version 2: expected --endpoints" in str(local.exception)
+
+
+def test_a_bundles_clone_stands_for_what_acted_where_that_is_not_on_record(
+    releases: Path, dataset: Dataset
+) -> None:
+    clone = read_bundle(releases / "1")
+    with pytest.raises(ConfigError, match="behavior: expected none, as the dataset has the exact"):
+        estimate(dataset, [releases / "2"], behavior=clone)
+    unknown = dataclasses.replace(dataset, behavior=None)
+    found = estimate(unknown, [releases / "2"], behavior=releases / "1")
+    team = TeamDistributions.of_bundle(read_bundle(releases / "2"), unknown)
+    expected = Estimator(unknown, TeamDistributions.of_clone(clone, unknown)).compare(team)
+    assert not found.exact
+    assert found.bundles[str(releases / "2")] == expected
 
 
 def test_a_demand_that_is_missed_says_how_much_is_missing() -> None:
