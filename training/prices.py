@@ -170,31 +170,19 @@ def divergence_of(exponents: tuple[Tensor, Tensor, Tensor], alpha: Tensor, z_max
 
 
 class SolvedPrice:
-    """Prices at which the trained policies spend their budgets: solved by bisection, corrected by what is measured.
+    """Prices at which the policies ``pi_b exp z`` spend their budgets, by bisection on recent batches.
 
-    The policies ``pi_b exp z`` are known from recent batches alone, so their prices follow the critic at once. The
-    trained policy may spend less: a network with the agent's observation cannot follow what z owes to the state or
-    to noise. So the budgets that are solved for are ``scale_i d_i``, where scale_i grows while less than d_i is
-    measured.
+    No integrator lags behind the critic, and noise of the trained network counts for nothing. What the trained
+    policy spends is another matter: :class:`BudgetScales`.
     """
 
-    def __init__(
-        self, agents: int, alpha0: Tensor, *, single_price: Sequence[bool], z_max: float, tau_policy: float
-    ) -> None:
-        """``alpha0`` [R, 1], the price until the first solution; ``single_price``: one flag per run.
-
-        ``tau_policy``: step of the average whose divergence is measured.
-        """
+    def __init__(self, agents: int, alpha0: Tensor, *, single_price: Sequence[bool], z_max: float) -> None:
+        """``alpha0`` [R, 1], the price until the first solution; ``single_price``: one flag per run."""
         self.low, self.high = alpha0 / 1e3, alpha0 * 1e6
         self._log_low, self._log_high = self.low.log(), self.high.log()
         self._single = torch.tensor([[flag] for flag in single_price], device=alpha0.device)
         self._z_max = z_max
         self.log_alpha = alpha0.log().expand(-1, agents).clone()
-        self._log_scale = torch.zeros_like(self.log_alpha)
-        self._solutions = torch.zeros_like(alpha0)  # so far, [R, 1]
-        self._wait = _LAG / tau_policy / SOLVE_EVERY  # solutions before the first correction
-        self._followed = 1.0 - (1.0 - tau_policy) ** SOLVE_EVERY  # of a new budget, until the next solution
-        self._budgets = torch.zeros_like(self.log_alpha)  # averaged as the policy is
 
     @property
     def alpha(self) -> Tensor:
@@ -206,6 +194,48 @@ class SolvedPrice:
         """[R, N] bool: the budget is beyond what recorded actions allow (low), or 0 (high)."""
         alpha = self.alpha
         return (alpha <= self.low * (1 + 1e-3)) | (alpha >= self.high * (1 - 1e-3))
+
+    def solve(self, exponents: tuple[Tensor, Tensor, Tensor], budgets: Tensor, active: Tensor) -> None:
+        """Set the prices of the ``active`` [R] runs so that they spend ``budgets`` [R, N]."""
+        low, high = self._log_low.expand_as(self.log_alpha), self._log_high.expand_as(self.log_alpha)
+        for _ in range(_HALVINGS):
+            middle = 0.5 * (low + high)
+            excess = divergence_of(exponents, middle.exp(), self._z_max) - budgets
+            excess = torch.where(self._single, excess.sum(1, keepdim=True).expand_as(excess), excess)
+            excess = torch.where(budgets > 0, excess, 1.0)  # rounding of a divergence near 0 decides nothing
+            low, high = torch.where(excess > 0, middle, low), torch.where(excess > 0, high, middle)
+        self.log_alpha.copy_(torch.where(active.unsqueeze(1), 0.5 * (low + high), self.log_alpha))
+
+    def state_dict(self, run: int) -> dict[str, Any]:
+        """The state of one run."""
+        return {"log_alpha": self.log_alpha[run].clone()}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Load the states of all runs, in their order."""
+        for run, state in enumerate(states):
+            self.log_alpha[run] = state["log_alpha"]
+
+
+class BudgetScales:
+    """Factors of the budgets that prices are solved for, such that the trained policies spend their budgets.
+
+    A network with the agent's observation cannot follow what z owes to the state or to noise, and may spend less
+    than ``pi_b exp z``. So scale_i grows while less than d_i is measured.
+    """
+
+    def __init__(self, agents: int, *, single_price: Sequence[bool], tau_policy: float, device: str) -> None:
+        """``single_price``: one flag per run; ``tau_policy``: step of the average whose divergence is measured."""
+        self._single = torch.tensor([[flag] for flag in single_price], device=device)
+        self._log_scale = torch.zeros(len(single_price), agents, device=device)
+        self._solutions = torch.zeros(len(single_price), 1, device=device)  # so far
+        self._wait = _LAG / tau_policy / SOLVE_EVERY  # solutions before the first correction
+        self._followed = 1.0 - (1.0 - tau_policy) ** SOLVE_EVERY  # of a new budget, until the next solution
+        self._budgets = torch.zeros_like(self._log_scale)  # averaged as the policy is
+
+    @property
+    def values(self) -> Tensor:
+        """scale_i [R, N]."""
+        return self._log_scale.exp()
 
     def correct(self, budgets: Tensor, divergence: Tensor, active: Tensor) -> None:
         """Move the scales of the ``active`` [R] runs by what their policies spend, ``divergence`` [R, N].
@@ -222,24 +252,11 @@ class SolvedPrice:
         moved = (self._log_scale + _CORRECTION * error).clamp(math.log(low), math.log(high))
         late = active.unsqueeze(1) & (self._solutions >= self._wait)
         self._log_scale.copy_(torch.where(late, moved, self._log_scale))
-
-    def solve(self, exponents: tuple[Tensor, Tensor, Tensor], budgets: Tensor, active: Tensor) -> None:
-        """Set the prices of the ``active`` [R] runs so that they spend ``budgets`` [R, N], times their scales."""
-        budgets = budgets * self._log_scale.exp()
-        low, high = self._log_low.expand_as(self.log_alpha), self._log_high.expand_as(self.log_alpha)
-        for _ in range(_HALVINGS):
-            middle = 0.5 * (low + high)
-            excess = divergence_of(exponents, middle.exp(), self._z_max) - budgets
-            excess = torch.where(self._single, excess.sum(1, keepdim=True).expand_as(excess), excess)
-            excess = torch.where(budgets > 0, excess, 1.0)  # rounding of a divergence near 0 decides nothing
-            low, high = torch.where(excess > 0, middle, low), torch.where(excess > 0, high, middle)
-        self.log_alpha.copy_(torch.where(active.unsqueeze(1), 0.5 * (low + high), self.log_alpha))
         self._solutions.add_(active.unsqueeze(1))
 
     def state_dict(self, run: int) -> dict[str, Any]:
         """The state of one run."""
         return {
-            "log_alpha": self.log_alpha[run].clone(),
             "log_scale": self._log_scale[run].clone(),
             "solutions": float(self._solutions[run]),
             "budgets": self._budgets[run].clone(),
@@ -248,5 +265,5 @@ class SolvedPrice:
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Load the states of all runs, in their order."""
         for run, state in enumerate(states):
-            self.log_alpha[run], self._log_scale[run] = state["log_alpha"], state["log_scale"]
-            self._solutions[run], self._budgets[run] = state["solutions"], state["budgets"]
+            self._log_scale[run], self._solutions[run] = state["log_scale"], state["solutions"]
+            self._budgets[run] = state["budgets"]

@@ -13,7 +13,7 @@ from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, 
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.training.algorithms.omcda import Algorithm, Config
 from omcda_deploy.training.critics import DecoupledCritic
-from omcda_deploy.training.prices import SolvedPrice, divergence_of
+from omcda_deploy.training.prices import BudgetScales, SolvedPrice, divergence_of
 from tests.support import oracles
 from tests.support.synthetic import differing
 from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
@@ -72,7 +72,7 @@ def test_the_divergence_of_an_exponent_is_that_of_the_closed_form() -> None:
 @pytest.mark.parametrize("single", [False, True])
 def test_a_solved_price_spends_the_budget(single: bool) -> None:
     game = one_step()
-    price = SolvedPrice(3, torch.tensor([[1.0]]), single_price=[single], z_max=50.0, tau_policy=0.05)
+    price = SolvedPrice(3, torch.tensor([[1.0]]), single_price=[single], z_max=50.0)
     budgets = torch.tensor([[0.05, 0.1, 0.15]])
     price.solve(exponents(game), budgets, torch.tensor([True]))
     expected = (
@@ -87,21 +87,22 @@ def test_a_solved_price_spends_the_budget(single: bool) -> None:
 def test_policies_that_cannot_follow_their_prices_spend_their_budgets(single: bool) -> None:
     """A network that spends a part of what is solved for, here a tenth or a half of it, or more than it."""
     game = one_step()
-    price = SolvedPrice(3, torch.tensor([[1.0]]), single_price=[single], z_max=50.0, tau_policy=0.05)
+    price = SolvedPrice(3, torch.tensor([[1.0]]), single_price=[single], z_max=50.0)
+    scales = BudgetScales(3, single_price=[single], tau_policy=0.05, device="cpu")
     budgets, on = torch.tensor([[0.02, 0.04, 0.03]]), torch.tensor([True])
     part = torch.tensor([[0.1, 0.5, 1.5]])
     spent = torch.zeros_like(budgets)
     for number in range(150):
-        price.solve(exponents(game), budgets, on)
+        price.solve(exponents(game), scales.values * budgets, on)
         spent = part * divergence_of(exponents(game), price.alpha, 50.0)
-        price.correct(budgets, spent, on)
+        scales.correct(budgets, spent, on)
         if number == 0:  # the average has not followed the first price
-            assert price.state_dict(0)["log_scale"].tolist() == [0.0, 0.0, 0.0]
+            assert scales.state_dict(0)["log_scale"].tolist() == [0.0, 0.0, 0.0]
     ours, expected = (spent.sum(), budgets.sum()) if single else (spent, budgets)
     torch.testing.assert_close(ours, expected, rtol=1e-2, atol=0)
-    before = price.state_dict(0)["log_scale"].clone()
-    price.correct(budgets, 0.5 * spent, ~on)
-    assert torch.equal(price.state_dict(0)["log_scale"], before)
+    before = scales.state_dict(0)["log_scale"].clone()
+    scales.correct(budgets, 0.5 * spent, ~on)
+    assert torch.equal(scales.state_dict(0)["log_scale"], before)
 
 
 def test_agents_without_a_choice_count_nothing() -> None:

@@ -50,7 +50,15 @@ from omcda_deploy.training.influence import INFLUENCE_CURVES, influence, value_g
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
-from omcda_deploy.training.prices import SOLVE_EVERY, WINDOW, Dual, Exponents, Settling, SolvedPrice
+from omcda_deploy.training.prices import (
+    SOLVE_EVERY,
+    WINDOW,
+    BudgetScales,
+    Dual,
+    Exponents,
+    Settling,
+    SolvedPrice,
+)
 from omcda_deploy.training.settings import (
     BatchSize,
     Choice,
@@ -230,11 +238,10 @@ class Algorithm:
         if config.price == "gradient":
             self.dual = Dual(agents, price, config.lr_alpha, single_price=single_price)
         else:
-            self.dual, self._eval_price = (
-                SolvedPrice(
-                    agents, price, single_price=single_price, z_max=config.z_max, tau_policy=config.tau_policy
-                )
-                for _ in range(2)
+            self.dual = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
+            self._eval_price = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
+            self._scales = BudgetScales(
+                agents, single_price=single_price, tau_policy=config.tau_policy, device=device
             )
             self._exponents = Exponents(d_tot.device)
         self._eval_share = (d_eval / d_tot).clamp_max(1.0)  # [R, 1]
@@ -339,8 +346,8 @@ class Algorithm:
             self._exponents.add(terms.advantage, terms.correction, weight)
         if plan.solves:
             exponents = self._exponents.joined()
-            self.dual.correct(self.budgets, kl, active)
-            self.dual.solve(exponents, self.budgets, active)
+            self._scales.correct(self.budgets, kl, active)
+            self.dual.solve(exponents, self._scales.values * self.budgets, active)
             self._eval_price.solve(exponents, self._eval_share * self.budgets, active)
         return {}
 
@@ -371,7 +378,11 @@ class Algorithm:
     def _solved_state(self, run: int) -> dict[str, Any]:
         if isinstance(self.dual, Dual):
             return {}
-        return {"eval_price": self._eval_price.state_dict(run), **self._exponents.state_dict(run)}
+        return {
+            "eval_price": self._eval_price.state_dict(run),
+            "scales": self._scales.state_dict(run),
+            **self._exponents.state_dict(run),
+        }
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         self._optimizer.load_state_dicts(states)
@@ -379,6 +390,7 @@ class Algorithm:
         self.dual.load_state_dicts([state["dual"] for state in states])
         if not isinstance(self.dual, Dual):
             self._eval_price.load_state_dicts([state["eval_price"] for state in states])
+            self._scales.load_state_dicts([state["scales"] for state in states])
             self._exponents.load_state_dicts(states)
         self.step = states[0]["step"]
         self.settling.load_state_dicts(states)
