@@ -89,55 +89,60 @@ def _choices(dataset: Dataset) -> dict[str, dict[str, list[float]]]:
     }
 
 
+def card(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Put :func:`summarize`'s result into words: names and values, in the order in which they are shown."""
+    lines = [("agents", ", ".join(summary["agents"]))]
+    lines += [(name, " x ".join(f"{size:,}" for size in shape)) for name, shape in summary["shapes"].items()]
+    lines.append(("transitions", f"{summary['transitions']:,}"))
+    ends = f"{summary['terminals']:,} terminal, {summary['timeouts']:,} by the time limit"
+    lines.append(("episodes", f"{summary['episodes']:,} ({ends})"))
+    if summary["transitions_without_end"]:
+        lines.append(("in an unfinished tail", f"{summary['transitions_without_end']:,} transitions"))
+    lines.append(("return", _line(summary["returns"])))
+    for label, behavior in summary.get("behaviors", {}).items():
+        lines.append((f"  {label}", f"{behavior['episodes']:,} episodes, {_line(behavior['returns'])}"))
+    if "exact_behavior" in summary:
+        lines.append(("exact distributions that acted", ", ".join(summary["exact_behavior"])))
+    lengths = "{mean:.1f} ± {std:.1f} (sd), {min:.0f} to {max:.0f}"
+    lines.append(("episode length", lengths.format(**summary["lengths"])))
+    if "action_shares" in summary:
+        for name, shares in summary["action_shares"].items():
+            line = "  ".join(f"{choice}: {share:.1%}" for choice, share in enumerate(shares))
+            lines.append((f"actions of {name}", line))
+    else:
+        lines.append((f"|a| > {NEARLY_SATURATED}", f"{summary['share_nearly_saturated']:.3%}"))
+        lines.append((f"|a| > {SATURATED}", f"{summary['share_saturated']:.3%}"))
+        lines.append(("|a| > 1", f"{summary['share_outside']:.3%} (largest {summary['largest_action']:.4g})"))
+    lines += _coverage_lines(summary["coverage"])
+    lines.append(("digest", summary["digest"]))
+    lines.append(("digest covers", DIGEST_CONTENTS[summary["digest_version"]]))
+    return [*lines, *((name, str(value)) for name, value in summary["metadata"].items())]
+
+
 def render_table(summary: Mapping[str, Any]) -> Table:
     """Make a table of :func:`summarize`'s result, for a terminal."""
     from rich.table import Table
 
     table = Table(title=summary["task"], show_header=False)
-    table.add_row("agents", ", ".join(summary["agents"]))
-    for name, shape in summary["shapes"].items():
-        table.add_row(name, " x ".join(f"{size:,}" for size in shape))
-    table.add_row("transitions", f"{summary['transitions']:,}")
-    ends = f"{summary['terminals']:,} terminal, {summary['timeouts']:,} by the time limit"
-    table.add_row("episodes", f"{summary['episodes']:,} ({ends})")
-    if summary["transitions_without_end"]:
-        table.add_row("in an unfinished tail", f"{summary['transitions_without_end']:,} transitions")
-    table.add_row("return", _line(summary["returns"]))
-    for label, behavior in summary.get("behaviors", {}).items():
-        table.add_row(f"  {label}", f"{behavior['episodes']:,} episodes, {_line(behavior['returns'])}")
-    if "exact_behavior" in summary:
-        table.add_row("exact distributions that acted", ", ".join(summary["exact_behavior"]))
-    lengths = "{mean:.1f} ± {std:.1f} (sd), {min:.0f} to {max:.0f}"
-    table.add_row("episode length", lengths.format(**summary["lengths"]))
-    if "action_shares" in summary:
-        for name, shares in summary["action_shares"].items():
-            line = "  ".join(f"{choice}: {share:.1%}" for choice, share in enumerate(shares))
-            table.add_row(f"actions of {name}", line)
-    else:
-        table.add_row(f"|a| > {NEARLY_SATURATED}", f"{summary['share_nearly_saturated']:.3%}")
-        table.add_row(f"|a| > {SATURATED}", f"{summary['share_saturated']:.3%}")
-        table.add_row("|a| > 1", f"{summary['share_outside']:.3%} (largest {summary['largest_action']:.4g})")
-    _add_coverage(table, summary["coverage"])
-    table.add_row("digest", summary["digest"])
-    table.add_row("digest covers", DIGEST_CONTENTS[summary["digest_version"]])
-    for name, value in summary["metadata"].items():
-        table.add_row(name, str(value))
+    for name, words in card(summary):
+        table.add_row(name, words)
     return table
 
 
-def _add_coverage(table: Table, covered: Mapping[str, Any]) -> None:
+def _coverage_lines(covered: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
     if covered["policies"] is not None:
-        table.add_row("effective number of policies", f"{covered['policies']:.1f}")
+        lines.append(("effective number of policies", f"{covered['policies']:.1f}"))
     distinct, entries = covered["distinct_observation_entries"], covered["observation_entries"]
-    table.add_row("distinct observation entries", f"{distinct:,} of {entries:,}")
-    table.add_row("their effective dimensions", f"{covered['effective_dimensions']:.1f}")
+    lines.append(("distinct observation entries", f"{distinct:,} of {entries:,}"))
+    lines.append(("their effective dimensions", f"{covered['effective_dimensions']:.1f}"))
     for name, spread in covered["action_spread"].items():
         if isinstance(spread, list):
-            table.add_row(
-                f"spread of {name}'s actions", "  ".join(f"{value:.2f}" for value in spread) + " (sd)"
-            )
+            words = "  ".join(f"{value:.2f}" for value in spread)
+            lines.append((f"spread of {name}'s actions", f"{words} (sd)"))
         else:
-            table.add_row(f"actions that {name} uses", f"{spread:.1f} (effective number)")
+            lines.append((f"actions that {name} uses", f"{spread:.1f} (effective number)"))
+    return lines
 
 
 def _distribution(values: NDArray[Any]) -> dict[str, float]:

@@ -22,10 +22,8 @@ from omcda_deploy.experiments.sweep import Job, check_jobs
 from omcda_deploy.experiments.tier_index import MISSING
 from omcda_deploy.experiments.watching import watching
 from omcda_deploy.files import require_writable, write_json
-from omcda_deploy.formatting import digits_of
 
 if TYPE_CHECKING:
-    from omcda_deploy.datasets import Dataset
     from omcda_deploy.report.comparison import Comparison, LeftOut
     from omcda_deploy.report.overview import Entry
 
@@ -195,6 +193,7 @@ def _make(work: _Work, jobs: int, observer: Observer, engine: Engine, *, train: 
 
 def _compare(work: _Work, failures: Mapping[Job, str], observer: Observer, *, play: bool) -> _Made:
     """Compare a page's finished runs under the names of its rows, and list all others."""
+    from omcda_deploy.datasets.summary import card, summarize
     from omcda_deploy.registry import read_dataset
     from omcda_deploy.report.comparison import CLONE
 
@@ -216,12 +215,9 @@ def _compare(work: _Work, failures: Mapping[Job, str], observer: Observer, *, pl
         comparison,
         summaries=[*summaries, *clones],
         names={s.variant: order[s.results[0].run][1] for s in summaries},
-        left_out=[*_left_out(work, failures), *comparison.left_out],
-        conditions={
-            **({} if dataset is None else {"Data": _description(work.page, dataset)}),
-            **_budgets(work),
-            **comparison.conditions,
-        },
+        left_out=[_below(work.out, left) for left in (*_left_out(work, failures), *comparison.left_out)],
+        conditions={**_budgets(work), **comparison.conditions},
+        card=card(summarize(dataset)) if play and dataset is not None else (),
     )
     return _Made(comparison, failures=failures)
 
@@ -243,6 +239,12 @@ def _left_out(work: _Work, failures: Mapping[Job, str]) -> list[LeftOut]:
                 seeds = ", ".join(str(job.seed) for job in jobs)
                 left.append(LeftOut(str(jobs[0].run.parent), f"{row.name}, seeds {seeds}", reason))
     return left
+
+
+def _below(out: Path, left: LeftOut) -> LeftOut:
+    """Name files as they lie in ``out``: where that is on the machine is nothing to a page's readers."""
+    run, reason = (text.replace(f"{out}/", "") for text in (left.run, left.reason))
+    return dataclasses.replace(left, run=run, reason=reason)
 
 
 def _budgets(work: _Work) -> dict[str, str]:
@@ -335,13 +337,3 @@ def _require_dataset(work: _Work) -> None:
             f"{work.dataset} holds {count:,} transitions of {recorded['behavior']} (seed {recorded['seed']}), "
             f"expected {page.transitions:,} of {page.tier} (seed {page.seed}): choose another --out, or remove it"
         )
-
-
-def _description(page: Page, dataset: Dataset) -> str:
-    returns = dataset.episode_returns
-    digits = digits_of(returns)
-    return (
-        f"{returns.size:,} episodes, {dataset.transitions.size:,} transitions of the {page.tier} policies (seed "
-        f"{page.seed}), return {returns.mean():.{digits}f} ± {returns.std():.{digits}f}, "
-        f"best {returns.max():.{digits}f}"
-    )

@@ -322,13 +322,15 @@ class Comparison:
     """Everything that a report shows.
 
     ``conditions`` say under which the runs were evaluated, for provenance; ``names`` are those that variants go by
-    in place of their algorithm and settings.
+    in place of their algorithm and settings; ``card`` describes the dataset of a comparison on one, in names and
+    words.
     """
 
     summaries: Sequence[Summary]
     left_out: Sequence[LeftOut]
     conditions: Mapping[str, str]
     names: Mapping[Variant, str] = field(default_factory=dict)
+    card: Sequence[tuple[str, str]] = ()
 
     @cached_property
     def overall(self) -> list[Overall]:

@@ -219,6 +219,9 @@ def _markdown(
         lines += markdown_table(*temperature_table(comparison, summaries))
     for file, figure in figures.items():
         lines += [f"## {figure.title}", "", f"![{figure.title}]({file})", "", figure.caption, ""]
+    if comparison.card:
+        lines += ["## The data", ""]
+        lines += markdown_table(["", ""], [*comparison.card, *_clone_lines(comparison)])
     if comparison.overall:
         lines += ["## All datasets", ""]
         lines += markdown_table(
@@ -230,6 +233,23 @@ def _markdown(
     for heading, entries in (("Notes", _notes(comparison)), ("Provenance", _origin(comparison))):
         lines += [f"## {heading}", "", *(f"* {name}: {text}" for name, text in entries.items()), ""]
     return "\n".join(lines)
+
+
+def _clone_lines(comparison: Comparison) -> list[tuple[str, str]]:
+    """Say what the clone of the data's behaviour earns, and how its episodes end, at each temperature of play."""
+    clone = next((s for s in comparison.summaries if s.variant.algorithm in ("bc", CLONE)), None)
+    if clone is None:
+        return []
+    lines = []
+    for index, temperature in enumerate(clone.temperatures):
+        ends = [
+            f"{outcome} {share_words(shares, index)}"
+            for outcome, shares in clone.shares.items()
+            if shares is not None
+        ]
+        words = mean_words(clone.curve[:, index], digits_of(clone.curve))
+        lines.append((f"return of the clone, T {temperature:g}", ", ".join([words, *ends])))
+    return lines
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -18,6 +18,7 @@ from omcda_deploy.experiments.observer import Observer
 from omcda_deploy.experiments.pages import write_results
 from omcda_deploy.experiments.results import read_results
 from omcda_deploy.experiments.sweep import Job
+from omcda_deploy.registry import read_dataset
 
 COMPARISON = """
 title = "Toys"
@@ -133,6 +134,12 @@ def test_a_comparison_is_killed_resumed_and_written_in_parts(file: Path, tmp_pat
     names = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if " | 20 | 0, 1 | " in line]
     assert names == ["omcda", "bc", "w/o-CDA", "omcda, d_tot 1.2"]  # in the order of the file
     assert "(cql, seed 0): failed: training diverged at step 7" in text
+    assert str(tmp_path) not in text.partition("\n## ")[2]  # the command names it as it was called
+    dataset = read_dataset(out / "toy-masked-behavior.hdf5")
+    assert cells(masked, "digest")[1] == dataset.digest
+    assert cells(masked, "transitions")[1] == f"{dataset.transitions.size:,}"
+    played = [line.split(" | ") for line in text.splitlines() if line.startswith("| bc | 0 ")]
+    assert cells(masked, "return of the clone, T 0")[1].startswith(played[0][2])
     for kind in ("temperatures", "influence", "d_tot"):
         assert f"(toy-masked-behavior-{kind}.svg)" in text
         assert masked.with_name(f"toy-masked-behavior-{kind}.svg").is_file()
