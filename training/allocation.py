@@ -1,7 +1,7 @@
 """Allocation of a total divergence budget to agents.
 
-Source: docs/derivation.md#allocation (the softmax of the influence is the paper's; least shares and the
-accumulation of influence are this project's). Budgets and divergences are in nats.
+Source: docs/derivation.md#allocation (the softmax of the influence is the paper's; least shares and the one price
+for all agents are this project's). Budgets and divergences are in nats.
 """
 
 from __future__ import annotations
@@ -17,24 +17,12 @@ from torch import Tensor
 from omcda_deploy.errors import ConfigError
 
 MIN_SHARE = 0.05  # every agent's least share of the total, before renormalising
-ACCUMULATED_MIN_SHARE = 0.01
-_STEP = 0.05  # of log shares under `accumulated`, per measurement
 _EPS = 1e-12
 
 
 def influence_shares(influence: Tensor, temperature: float | Tensor) -> Tensor:
     """Return ``softmax(m / T)`` with the least share applied: [..., N] -> [..., N], sums to 1."""
     return _bounded(torch.softmax(influence / temperature, dim=-1))
-
-
-def accumulated_shares(shares: Tensor, influence: Tensor) -> Tensor:
-    """Return shares [..., N] after a step of mirror ascent along ``influence`` [..., N], relative to its mean size.
-
-    It rests where all m_i are equal, as they are where the budget is best split. A softmax of the present m_i
-    answers 1/N there, and so rests elsewhere.
-    """
-    moved = shares * torch.exp(_STEP * (influence - 1.0))
-    return _bounded(moved / moved.sum(-1, keepdim=True), ACCUMULATED_MIN_SHARE)
 
 
 def uniform_shares(agents: int) -> Tensor:
@@ -48,8 +36,8 @@ def random_shares(agents: int, seed: int) -> Tensor:
     return _bounded(torch.tensor(shares, dtype=torch.float32))
 
 
-def _bounded(shares: Tensor, least: float = MIN_SHARE) -> Tensor:
-    shares = shares.clamp_min(least)
+def _bounded(shares: Tensor) -> Tensor:
+    shares = shares.clamp_min(MIN_SHARE)
     return shares / shares.sum(-1, keepdim=True)
 
 
@@ -57,37 +45,25 @@ def _bounded(shares: Tensor, least: float = MIN_SHARE) -> Tensor:
 class Strategy:
     """A rule of allocation.
 
-    With ``single_price`` all agents have one alpha, and only the sum of their divergences is held.
+    With ``single_price`` all agents have one alpha, and only the sum of their divergences is held: shares are an
+    average of what each of them spends.
     """
 
     initial: Callable[[int, int], Tensor]  # (agents, seed) -> shares [N]
-    # (shares [R, N], relative influence [R, N], temperature [R, 1]) -> shares; None: they never move
-    moved: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    follows_influence: bool = False
     single_price: bool = False
-
-    @property
-    def follows_influence(self) -> bool:
-        """True where shares move with m_i."""
-        return self.moved is not None
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "influence": Strategy(
-        lambda agents, seed: uniform_shares(agents),
-        lambda shares, influence, temperature: influence_shares(influence, temperature),
-    ),
-    "accumulated": Strategy(
-        lambda agents, seed: uniform_shares(agents),
-        lambda shares, influence, temperature: accumulated_shares(shares, influence),
-    ),
+    "optimal": Strategy(lambda agents, seed: uniform_shares(agents), single_price=True),
+    "influence": Strategy(lambda agents, seed: uniform_shares(agents), follows_influence=True),
     "uniform": Strategy(lambda agents, seed: uniform_shares(agents)),
     "random": Strategy(random_shares),
-    "optimal": Strategy(lambda agents, seed: uniform_shares(agents), single_price=True),
 }
 
 
 class Allocation:
-    """The budgets d_i of R runs: an average of the influence m_i, rescaled, through softmax, times d_tot.
+    """The budgets d_i of R runs: shares times d_tot.
 
     Its state stays where it is in memory: a CUDA graph finds it there.
     """
@@ -109,10 +85,8 @@ class Allocation:
         self.strategies = [STRATEGIES[strategy] for strategy in strategies]
         self.d_tot, self._temperature, self._decay = d_tot, temperature, decay
         device = d_tot.device
-        self._rows = {
-            name: torch.tensor([[other == name] for other in strategies], device=device)
-            for name in dict.fromkeys(strategies)
-        }
+        self._by_influence = torch.tensor([[s.follows_influence] for s in self.strategies], device=device)
+        self._single_price = torch.tensor([[s.single_price] for s in self.strategies], device=device)
         self.shares = torch.stack(
             [s.initial(agents, seed) for s, seed in zip(self.strategies, seeds, strict=True)]
         ).to(device)
@@ -125,7 +99,7 @@ class Allocation:
 
     @property
     def budgets(self) -> Tensor:
-        """d_i [R, N]; under ``optimal`` a reference line, d_tot/N, since only the sum is held."""
+        """d_i [R, N]."""
         return self.shares * self.d_tot
 
     def observe(self, influence: Tensor, divergence: Tensor) -> None:
@@ -138,10 +112,12 @@ class Allocation:
         self.released.logical_or_(divergence.sum(1, keepdim=True) > 0.01 * self.d_tot)
         # Numerator and scale carry the same weight of the average, so the bias correction cancels.
         relative = self.influence / (self._scale + _EPS)
-        for name, rows in self._rows.items():
-            if moved := STRATEGIES[name].moved:
-                shares = moved(self.shares, relative, self._temperature)
-                self.shares.copy_(torch.where(rows & self.released, shares, self.shares))
+        by_influence = influence_shares(relative, self._temperature)
+        spent = divergence.clamp_min(_EPS)
+        spent = keep * self.shares + (1.0 - keep) * spent / spent.sum(1, keepdim=True)
+        moved = torch.where(self._single_price, _bounded(spent), by_influence)
+        moves = self.released & (self._single_price | self._by_influence)
+        self.shares.copy_(torch.where(moves, moved, self.shares))
 
     @property
     def mean_influence(self) -> Tensor:

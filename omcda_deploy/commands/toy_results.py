@@ -20,7 +20,7 @@ def toy_results(
     games: Annotated[list[str] | None, typer.Option("--game", help="Only these; repeatable.")] = None,
     algorithms: Annotated[list[str] | None, typer.Option("--algo", help="Only these; repeatable.")] = None,
     transitions: Annotated[int, typer.Option(min=1, help="Transitions recorded per game.")] = 200_000,
-    steps: Annotated[int, typer.Option(min=1, help="Gradient steps per run.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps per run.")] = 4000,
     seed: Annotated[int, typer.Option(help="Seed of the datasets and of training.")] = 0,
 ) -> None:
     """Train every discrete algorithm on the toy games and write the table of exact expected returns."""

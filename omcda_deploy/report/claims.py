@@ -16,6 +16,8 @@ rule                  holds where
 ``correlated``        the interval of the mean rank correlation over agents of the two curves that the algorithm
                       draws against each other (OMCDA: influence and weighted reward value) is above 0
 ``sensitive``         on every dataset, the best and the worst value of the setting that the algorithm scans differ
+``hindsight``         on every dataset, the value of the scanned setting that it chose from the data is not
+                      behind the fixed value with the largest mean
 ``converges``         no run failed, and none's reward values left the range of the data's returns
 ``steady``            the median over datasets of the spread between a run's policies, relative to its mean, is not
                       above that of each row of ``than``
@@ -31,7 +33,7 @@ from typing import Any
 
 from omcda_deploy.errors import ConfigError, UnknownNameError
 
-RULES = ("better", "correlated", "sensitive", "converges", "steady")
+RULES = ("better", "correlated", "sensitive", "hindsight", "converges", "steady")
 COMPARING = ("better", "steady")  # those with ``than``
 _LISTS = ("than", "on")
 

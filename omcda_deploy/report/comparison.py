@@ -261,18 +261,32 @@ class Summary:
         return float(self.results[0].settings[self.scan.setting])
 
     @property
-    def scan_group(self) -> str:
+    def scan_word(self) -> str:
+        """The word that stands for the scanned setting where its value was chosen from the data, else empty."""
+        assert self.scan is not None  # by the caller
+        value = dict(self.variant.settings).get(self.scan.setting)
+        return value if isinstance(value, str) else ""
+
+    @property
+    def scan_line(self) -> str:
         """The line of the scan that the variant is on: all settings that differ from the recipe but the scanned."""
         assert self.scan is not None  # by the caller
         scan = self.scan
         others = [
             f"{name} {value}"
             for name, value in self.variant.settings
-            # A value that was chosen from the data is given as a word, and is a line of its own.
-            if name != scan.group and not (name == scan.setting and isinstance(value, (int, float)))
+            if name not in (scan.group, scan.setting)
         ]
         group = self.results[0].settings.get(scan.group, self.variant.algorithm)
         return ", ".join([str(group), *others])
+
+    @property
+    def scan_group(self) -> str:
+        """The name of its line; where the value was chosen from the data, of one of its own."""
+        assert self.scan is not None  # by the caller
+        return ", ".join(
+            [self.scan_line, *([f"{self.scan.setting} {self.scan_word}"] if self.scan_word else [])]
+        )
 
 
 @dataclass(frozen=True)

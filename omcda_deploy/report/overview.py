@@ -173,6 +173,50 @@ class Overview:
         return (word if have == planned else f"so far: {word}"), f"{evidence}; {coverage}"
 
 
+@dataclass(frozen=True)
+class Hindsight:
+    """A value of a scanned setting that was chosen from the data, beside the best fixed one."""
+
+    label: str  # of the dataset
+    chosen: Summary
+    fixed: Sequence[Summary]
+
+    @property
+    def best(self) -> Summary:
+        """The fixed value with the largest mean."""
+        return max(self.fixed, key=lambda summary: summary.mean)
+
+    @property
+    def regret(self) -> float:
+        """The part of the best mean that the choice gives away; below 0 where it earned more."""
+        return (self.best.mean - self.chosen.mean) / abs(self.best.mean) if self.best.mean else math.nan
+
+    @property
+    def behind(self) -> bool:
+        """True where the choice is behind, at a level for the best of so many."""
+        pair = (self.chosen.values, self.best.values)
+        return _verdict([pair], confidence=1 - 0.05 / len(self.fixed)) == -1
+
+
+def hindsight(overview: Overview, claim: Claim) -> list[Hindsight]:
+    """Compare a method's choices with fixed values on every dataset of ``claim`` that has two of these."""
+    compared = []
+    for entry in overview.entries:
+        chosen = entry.summary(claim.method) if fits(entry.label, claim.on) else None
+        fixed = [] if chosen is None else [s for s in _scanned(entry, chosen) if not s.scan_word]
+        if chosen is not None and len(fixed) > 1:
+            compared.append(Hindsight(entry.label, chosen, fixed))
+    return compared
+
+
+def _scanned(entry: Entry, method: Summary) -> list[Summary]:
+    """Rows of a dataset that differ from ``method`` in the scanned setting alone."""
+    if method.scan is None or entry.comparison is None:
+        return []
+    rows = [s for s in entry.comparison.summaries if s.scan == method.scan]
+    return [s for s in rows if (s.scan_line, s.variant.steps) == (method.scan_line, method.variant.steps)]
+
+
 def relative_spread(summary: Summary) -> float:
     """Mean over runs of the std between a run's policies, relative to the size of the mean return."""
     spread = float(summary.std_of_snapshots[summary.best])
@@ -235,13 +279,7 @@ def _sensitive(overview: Overview, claim: Claim) -> tuple[str, str]:
     differing, words = [], []
     for entry in overview.entries:
         method = entry.summary(claim.method) if fits(entry.label, claim.on) else None
-        if method is None or method.scan is None or entry.comparison is None:
-            continue
-        line = [
-            s
-            for s in entry.comparison.summaries
-            if s.scan == method.scan and s.scan_group == method.scan_group
-        ]
+        line = [] if method is None else [s for s in _scanned(entry, method) if not s.scan_word]
         if len(line) < 2:
             continue
         line.sort(key=lambda summary: summary.mean)
@@ -256,6 +294,19 @@ def _sensitive(overview: Overview, claim: Claim) -> tuple[str, str]:
     return (
         word,
         f"best and worst value differ on {sum(differing)} of {len(differing)} scans ({'; '.join(words)})",
+    )
+
+
+def _hindsight(overview: Overview, claim: Claim) -> tuple[str, str]:
+    compared = hindsight(overview, claim)
+    if not compared:
+        return "not run", "no dataset has two fixed values beside it"
+    behind = sum(each.behind for each in compared)
+    regrets = [each.regret for each in compared]
+    return (
+        "does not hold" if behind else "holds",
+        f"behind the best of the fixed values on {behind} of {count(len(compared), 'dataset')} that have some, "
+        f"regret {percent(float(np.median(regrets)))} in the median and {percent(max(regrets))} at most",
     )
 
 
@@ -283,6 +334,7 @@ _RULES: Mapping[str, Callable[[Overview, Claim], tuple[str, str]]] = {
     "better": _better,
     "correlated": _correlated,
     "sensitive": _sensitive,
+    "hindsight": _hindsight,
     "converges": _converges,
     "steady": _steady,
 }

@@ -13,7 +13,7 @@ from omcda_deploy.report.comparison import Summary
 from omcda_deploy.report.comparison_report import markdown_table, page_figures
 from omcda_deploy.report.figures import Bar, grouped_bars_figure
 from omcda_deploy.report.html import svg_document
-from omcda_deploy.report.overview import LEAST_RUNS, Entry, Overview, relative_spread
+from omcda_deploy.report.overview import LEAST_RUNS, Entry, Overview, hindsight, relative_spread
 from omcda_deploy.report.statistics import reference_of
 from omcda_deploy.report.temperatures import interval_words, mean_words
 
@@ -60,6 +60,7 @@ def write_overview(overview: Overview, path: Path, command: str) -> None:
         lines += [f"![Returns on {task}]({figures[task]})", "", _CAPTION, ""] if task in figures else []
         lines += _returns(overview, entries)
     lines += _duels(overview)
+    lines += _choices(overview)
     lines += _declared(overview, path)
     lines += _spreads(overview)
     lines += [
@@ -194,6 +195,31 @@ def _duels(overview: Overview) -> list[str]:
         header = [f"{claim.method} against", "datasets", "P", "ahead on", "behind on", "larger mean on"]
         lines += [f"## {claim.says}?", "", *markdown_table(header, rows)]
     return lines
+
+
+def _choices(overview: Overview) -> list[str]:
+    """Write a table per claim about values that were chosen from the data."""
+    lines = []
+    for claim in overview.claims:
+        compared = hindsight(overview, claim) if claim.rule == "hindsight" else []
+        rows = [
+            [
+                each.label,
+                _with_value(each.chosen),
+                _with_value(each.best),
+                ", ".join(f"{summary.scan_value:g}" for summary in each.fixed),
+                percent(each.regret),
+                "yes" if each.behind else "no",
+            ]
+            for each in compared
+        ]
+        header = ["", claim.method, "best fixed value", "of", "regret", "behind"]
+        lines += [f"## {claim.says}?", "", *markdown_table(header, rows)] if rows else []
+    return lines
+
+
+def _with_value(summary: Summary) -> str:
+    return f"{summary.scan_value:g}: {mean_words(summary.values, digits_of(summary.curve))}"
 
 
 def _declared(overview: Overview, path: Path) -> list[str]:

@@ -231,7 +231,7 @@ def test_what_is_written(runs: Path, tmp_path: Path, played: list[str]) -> None:
         ("1.2", "20.0", ""),
     ]
     assert len({row["allocation"] for row in scan}) == 1
-    assert scan[0]["allocation"].startswith("accumulated, ")
+    assert scan[0]["allocation"].startswith("optimal, ")
 
     digests = [read_config(runs / name / "seed0").dataset_digest for name in ("bc", "other")]
     for text in ((out / "results.md").read_text(), (out / "report.html").read_text()):

@@ -222,6 +222,58 @@ def test_a_setting_matters_where_its_best_and_worst_value_differ(worst: Sequence
     assert overview(entry({"a": GOOD})).verdict(Claim("d_tot matters", "sensitive", "a"))[0] == "not run"
 
 
+@pytest.mark.parametrize(
+    ("best", "word", "regret"),
+    [
+        (BAD, "holds", "-300.0 %"),
+        (GOOD, "holds", "0.0 %"),
+        ([g + 20 for g in GOOD], "does not hold", "62.5 %"),
+    ],
+)
+def test_a_choice_from_the_data_is_held_against_the_best_fixed_value(
+    best: Sequence[float], word: str, regret: str, tmp_path: Path
+) -> None:
+    rows: dict[str | float, Sequence[float]] = {
+        "auto": GOOD,
+        0.1: best,
+        0.3: BAD,
+        1.0: [0.1 * g for g in BAD],
+    }
+    runs = [
+        replace(
+            run, run=f"{d_tot}/{seed}", settings={**run.settings, "d_tot": 0.3 if d_tot == "auto" else d_tot}
+        )
+        for d_tot, values in rows.items()
+        for seed, value in enumerate(values)
+        for run in [result(seed, [value], task=HOPPER, settings=(("d_tot", d_tot),))]
+    ]
+    # Another line of the scan is no fixed value of this one.
+    runs += [
+        replace(result(seed, [1e6], task=HOPPER, settings=(("allocation", "uniform"),)), run=f"other/{seed}")
+        for seed in range(5)
+    ]
+    whole = made(runs)
+    assert whole.comparison is not None
+    names = {
+        v: str(dict(v.settings).get("d_tot", "other"))
+        for s in whole.comparison.summaries
+        for v in [s.variant]
+    }
+    whole = replace(
+        whole, comparison=replace(whole.comparison, names=names), planned=dict.fromkeys(names.values(), 5)
+    )
+    claim = Claim("The choice is right", "hindsight", "auto")
+    judged, evidence = overview(whole).verdict(claim)
+    assert judged == word
+    behind = int(word != "holds")
+    assert f"behind the best of the fixed values on {behind} of 1 dataset" in evidence
+    assert f"regret {regret} in the median" in evidence
+    write_overview(overview(whole, claims=[claim]), tmp_path / "page.md", "the command")
+    table = (tmp_path / "page.md").read_text().split("## The choice is right?")[1].split("##")[0]
+    assert re.search(rf"\| 0.3: 12.000 ± 1.414 \| 0.1: .* \| 0.1, 0.3, 1 \| {regret} \| (yes|no) \|", table)
+    assert overview(entry({"a": GOOD})).verdict(Claim("a", "hindsight", "a"))[0] == "not run"
+
+
 def test_the_page_says_what_is_not_run_and_its_bars_are_intervals(tmp_path: Path) -> None:
     some = entry({"a": GOOD, "b": BAD[:3]}, failed={"b": 2})
     none = Entry(f"{HOPPER}/expert", "expert.md", None, "no simulator", planned={"a": 5, "b": 5})

@@ -97,11 +97,12 @@ def test_an_allocation_changes_budgets_then_prices_then_the_rest(allocation: str
     assert [step["dual_active"].item() for step in ours] == [0.0] * WARM + [1.0] * (STEPS - WARM)
 
 
-def test_only_influence_moves_its_shares() -> None:
+def test_shares_move_by_influence_and_by_what_one_price_spends() -> None:
     for allocation, strategy in STRATEGIES.items():
         budgets = torch.cat([step["budget"] for step in history(allocation)])
         moved = not torch.equal(budgets[0], budgets[-1])
-        assert moved == strategy.follows_influence == (allocation in ("influence", "accumulated")), allocation
+        assert moved == (strategy.follows_influence or strategy.single_price), allocation
+        assert moved == (allocation in ("influence", "optimal")), allocation
         torch.testing.assert_close(budgets.sum(-1), torch.full((STEPS,), omcda.Config().d_tot))
 
 
@@ -402,10 +403,23 @@ def test_shares_wait_for_a_divergence_and_then_follow_the_influence() -> None:
     assert allocation.shares[0, 0] < scaled.shares[0, 0]
 
 
+def test_shares_under_one_price_are_an_average_of_what_agents_spend() -> None:
+    one = torch.tensor([[1.0]])
+    allocation = Allocation(["optimal"], 3, one, [0], temperature=one, decay=0.5)
+    spent = torch.tensor([[0.6, 0.3, 0.1]])
+    allocation.observe(torch.tensor([[5.0, -1.0, 0.0]]), 0.009 * spent)  # 0.9 % of the total: too little
+    np.testing.assert_allclose(allocation.budgets.numpy(), np.full((1, 3), 1 / 3), rtol=1e-6)
+    allocation.observe(torch.zeros(1, 3), spent)
+    np.testing.assert_allclose(allocation.budgets[0].numpy(), 0.5 / 3 + 0.5 * spent[0].numpy(), rtol=1e-6)
+    for _ in range(40):
+        allocation.observe(torch.zeros(1, 3), 7.0 * torch.tensor([[0.9, 0.1, 0.0]]))
+    floored = np.maximum([0.9, 0.1, 0.0], MIN_SHARE)
+    # The floor is renormalised every time, so the others' rest is a little below their part.
+    np.testing.assert_allclose(allocation.shares[0].numpy(), floored / floored.sum(), atol=0.01)
+
+
 def test_unknown_choices_are_refused_by_name() -> None:
-    with pytest.raises(
-        ConfigError, match=r"allocation: expected one of influence, accumulated, uniform, random, optimal"
-    ):
+    with pytest.raises(ConfigError, match=r"allocation: expected one of optimal, influence, uniform, random"):
         dataclasses.replace(omcda.Config(), allocation="fair")
     with pytest.raises(ConfigError, match=r"divergence_mixer: expected one of learned, identity, got 'free'"):
         omcda.Config(divergence_mixer="free")

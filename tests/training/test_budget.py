@@ -16,9 +16,10 @@ from omcda_deploy.envs.tabular import team_spec
 from omcda_deploy.envs.tabular.games import OneStepGame
 from omcda_deploy.errors import ConfigError, DatasetError
 from omcda_deploy.registry import read_dataset
+from omcda_deploy.training import budget
 from omcda_deploy.training.algorithms.omcda import Config
 from omcda_deploy.training.behavior_model import BehaviorConfig
-from omcda_deploy.training.budget import BudgetRow, BudgetSearch, choose_budget, decide
+from omcda_deploy.training.budget import BudgetChoice, BudgetRow, BudgetSearch, choose_budget, decide
 from omcda_deploy.training.estimation import FittedConfig
 
 
@@ -27,12 +28,12 @@ def row(d_tot: float, share: float, gain: float | None = None, deviation: float 
 
 
 def test_the_largest_budget_above_the_floor_is_chosen() -> None:
-    rows = [row(0.1, 0.9), row(0.3, 0.5), row(1.0, 0.31), row(2.0, 0.2)]
-    assert decide(rows, with_values=False).d_tot == 1.0
+    rows = [row(0.03, 0.95), row(0.1, 0.8), row(0.12, 0.76), row(0.3, 0.5)]
+    assert decide(rows, with_values=False).d_tot == 0.12
 
 
 def test_a_budget_beyond_one_below_the_floor_is_never_chosen() -> None:
-    rows = [row(0.1, 0.9), row(0.3, 0.29), row(1.0, 0.8)]
+    rows = [row(0.1, 0.9), row(0.3, 0.74), row(1.0, 0.8)]
     assert decide(rows, with_values=False).d_tot == 0.1
 
 
@@ -54,6 +55,29 @@ def test_values_beyond_the_data_are_not_believed() -> None:
 
 def test_without_a_certain_gain_the_answer_is_to_clone() -> None:
     assert decide([row(0.1, 0.9, 0.05, 0.1), row(0.3, 0.5, -0.2)], with_values=True).d_tot == 0.0
+
+
+def test_measurements_are_cached_and_the_choice_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that was filled under an older rule answers by the present one."""
+    from tests.support.synthetic import continuous_spec, write_dataset
+
+    dataset = read_dataset(write_dataset(tmp_path / "data.hdf5", continuous_spec(), [5] * 4))
+    measured = BudgetChoice(0.3, (row(0.1, 0.8), row(0.3, 0.5)), floor=0.3)
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
+    asked: list[object] = []
+
+    def choose(*request: object) -> BudgetChoice:
+        asked.append(request)
+        return measured
+
+    monkeypatch.setattr(budget, "choose_budget", choose)
+    wanted = search((0.1, 0.3))
+    budget.cached_choice(dataset, wanted)
+    again = budget.cached_choice(dataset, wanted)
+    assert len(asked) == 1
+    assert (again.d_tot, again.rows, again.floor) == (0.1, measured.rows, budget.FLOOR)
 
 
 def one_step_dataset(path: Path, rewards: Sequence[Sequence[float]], noise: float = 0.0) -> Dataset:

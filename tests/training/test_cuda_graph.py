@@ -44,7 +44,7 @@ VARIANTS = [
     *((name, kind, QUICK.get(name, {})) for name, kind in CASES),
     ("omcda", "continuous", {**QUICK["omcda"], "decoupled": False, "metric": "fisher"}),
     *(
-        ("omcda", kind, {**QUICK["omcda"], "price": "solved", "allocation": "accumulated", **settings})
+        ("omcda", kind, {**QUICK["omcda"], "price": "solved", **settings})
         for kind, settings in (("continuous", {"clip_targets": True}), ("discrete", {"d_eval": 0.1}))
     ),
     ("cfcql", "continuous", {"mixer": "qmix"}),

@@ -23,11 +23,12 @@ there would have no gradient and let V run away; its derivative is rho, hence rh
 of L_Vc.
 
 Source: docs/derivation.md, which also lists where the paper and this file differ. The defaults did best in trials:
-W^c is the identity, prices are solved, shares accumulate influence, critics evaluate policies of at most 0.3 nats,
-targets stay within the data's returns, mixers see standardised states. ``--recipe paper`` has the paper's forms.
+W^c is the identity, one price is solved for all agents, at which their influences are equal, critics evaluate
+policies of at most 0.3 nats, targets stay within the data's returns, mixers see standardised states. ``--recipe
+paper`` has the paper's forms.
 
 Ablations: ``allocation=uniform`` (w/o-CDA), ``allocation=random`` (rd), ``decoupled=false`` (w/o-dq: one entangled
-Q and V as in OMIGA, ``z_i = (w_i/alpha_i)(Q_i - V_i)``). ``allocation=optimal`` is one alpha for all agents.
+Q and V as in OMIGA, ``z_i = (w_i/alpha_i)(Q_i - V_i)``).
 """
 
 from __future__ import annotations
@@ -104,9 +105,9 @@ class Config:
     allocation: Annotated[
         str,
         Choice(*STRATEGIES),
-        "how the budget is shared: accumulated, or the paper's influence; uniform and random are ablations, "
-        "optimal one price for all",
-    ] = "accumulated"
+        "how the budget is shared: optimal, by one price for all, or the paper's influence; uniform and random are "
+        "ablations",
+    ] = "optimal"
     d_eval: Annotated[
         float,
         Range(0.0, 1e3),
@@ -252,7 +253,7 @@ class Algorithm:
 
     @property
     def budgets(self) -> Tensor:
-        """Budgets d_i [R, N] in nats; under ``optimal``, which holds the sum alone, d_tot/N as a reference line."""
+        """Budgets d_i [R, N] in nats."""
         return self.allocation.budgets
 
     @property
