@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 BUDGETS = (0.03, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)  # nats
 LEAST_BUDGET = 1e-6  # nats; stands for 0: a team that stays what it was cloned to be
 # Least share of the held-out steps that must speak for a team. One that spends its d nats has about exp(-2 d), so
-# this allows 0.14: over the steps of continuous control more leads to where nobody has been.
-FLOOR = 0.75
+# this allows 0.08: over the steps of continuous control more leads to where nobody has been.
+FLOOR = 0.85
 FLOOR_WITH_VALUES = 0.1  # where fitted values decide as well
 _FOLDS = 2
 _NO_VALUES: Values = np.empty(0)

@@ -28,12 +28,12 @@ def row(d_tot: float, share: float, gain: float | None = None, deviation: float 
 
 
 def test_the_largest_budget_above_the_floor_is_chosen() -> None:
-    rows = [row(0.03, 0.95), row(0.1, 0.8), row(0.12, 0.76), row(0.3, 0.5)]
+    rows = [row(0.03, 0.95), row(0.1, 0.9), row(0.12, 0.86), row(0.3, 0.5)]
     assert decide(rows, with_values=False).d_tot == 0.12
 
 
 def test_a_budget_beyond_one_below_the_floor_is_never_chosen() -> None:
-    rows = [row(0.1, 0.9), row(0.3, 0.74), row(1.0, 0.8)]
+    rows = [row(0.1, 0.9), row(0.3, 0.84), row(1.0, 0.9)]
     assert decide(rows, with_values=False).d_tot == 0.1
 
 
@@ -64,7 +64,7 @@ def test_measurements_are_cached_and_the_choice_is_not(
     from tests.support.synthetic import continuous_spec, write_dataset
 
     dataset = read_dataset(write_dataset(tmp_path / "data.hdf5", continuous_spec(), [5] * 4))
-    measured = BudgetChoice(0.3, (row(0.1, 0.8), row(0.3, 0.5)), floor=0.3)
+    measured = BudgetChoice(0.3, (row(0.1, 0.9), row(0.3, 0.5)), floor=0.3)
     monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
     asked: list[object] = []
 
