@@ -21,6 +21,8 @@ import pytest
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.client.remote import RemotePolicy
 from omcda_deploy.errors import OmcdaError
+from omcda_deploy.protos.policy_pb2 import ActRequest
+from omcda_deploy.serve.config import Limits
 from omcda_deploy.serve.places import (
     ANSWERING,
     FIRST_MESSAGE,
@@ -37,6 +39,7 @@ from tests.serve.test_metrics import scrape, value
 from tests.support.hostile import ACT, CHECK, KINDS, HostileConnection, Kind
 from tests.support.server_process import ROOT, free_port, server_process
 
+LIVE = "/inference.GRPCInferenceService/ServerLive"
 LIMIT = 4
 RATE = 100.0  # of an honest control loop
 
@@ -240,6 +243,32 @@ def test_no_client_takes_the_places_of_control_loops(
         refused = {reason: value(samples, "omcda_refused_calls_total", reason=reason) for reason in REFUSALS}
         if kind in ("half-open", "never-reading"):
             assert refused["full"] > 0, "the places were never all taken: the test shows nothing"
+
+
+@pytest.mark.parametrize("path", [ACT, LIVE])
+def test_a_connection_has_all_the_calls_that_it_may_have(continuous_bundle: Bundle, path: str) -> None:
+    """A client that holds calls above the limit back, as HTTP/2 asks for, is never refused."""
+    step = ActRequest(model="agent_0", batch=1, observation=np.zeros(4, np.float32).tobytes())
+    request = step.SerializeToString() if path == ACT else b""
+
+    async def ask(endpoint: str) -> list[grpc.StatusCode]:
+        refused = []
+        async with grpc.aio.insecure_channel(endpoint) as channel:
+            untyped: Any = channel
+            call = untyped.unary_unary(path)
+
+            async def ask_on(calls: int) -> None:
+                for _ in range(calls):
+                    try:
+                        await call(request, timeout=20.0)
+                    except grpc.aio.AioRpcError as error:
+                        refused.append(error.code())
+
+            await asyncio.gather(*(ask_on(100) for _ in range(Limits().connection_calls)))
+        return refused
+
+    with server_process(continuous_bundle, "agent_0") as server:
+        assert asyncio.run(ask(server.endpoint)) == []
 
 
 def test_a_call_without_a_message_is_ended_and_counted(continuous_bundle: Bundle) -> None:
