@@ -284,6 +284,8 @@ def batch_of(vectors: NDArray[Any], width: int, what: str) -> Float:
     ``what`` names the vectors in the message.
     """
     try:
+        if np.iscomplexobj(vectors):
+            raise TypeError("complex numbers")  # numpy would drop their imaginary parts
         rows = np.ascontiguousarray(vectors, np.float32)
     except (TypeError, ValueError):
         raise ContractError(

@@ -7,16 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class VersionRequest(_message.Message):
-    __slots__ = ("version", "expected_current", "previous", "evidence")
+    __slots__ = ("version", "expected_current", "previous", "evidence", "change", "undoes")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_CURRENT_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
+    UNDOES_FIELD_NUMBER: _ClassVar[int]
     version: str
     expected_current: str
     previous: str
     evidence: str
-    def __init__(self, version: _Optional[str] = ..., expected_current: _Optional[str] = ..., previous: _Optional[str] = ..., evidence: _Optional[str] = ...) -> None: ...
+    change: str
+    undoes: str
+    def __init__(self, version: _Optional[str] = ..., expected_current: _Optional[str] = ..., previous: _Optional[str] = ..., evidence: _Optional[str] = ..., change: _Optional[str] = ..., undoes: _Optional[str] = ...) -> None: ...
 
 class RecordRequest(_message.Message):
     __slots__ = ("folder",)

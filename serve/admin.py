@@ -156,7 +156,12 @@ class AdminService:
     async def _switch(self, request: VersionRequest) -> None:
         previous = request.previous if request.HasField("previous") else None
         await self._releases.switch(
-            request.version, request.expected_current, previous, _one_line(request.evidence)
+            request.version,
+            request.expected_current,
+            previous,
+            _one_line(request.evidence),
+            change=request.change,
+            undoes=request.undoes,
         )
 
     def _reasons(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@
     [limits]
     concurrent_calls = 64      # concurrent unary calls (streams are limited separately)
     streams = 32               # open control streams, half of them for one connection
-    connection_calls = 32      # calls, streams and watchers of one connection; clients keep further ones back
+    connection_calls = 64      # calls, streams and watchers of one connection; clients keep further ones back
     message_bytes = 1048576
     rows = 4096                # rows of one request
 
@@ -63,7 +63,7 @@ class Limits:
 
     concurrent_calls: int = 64
     streams: int = 32
-    connection_calls: int = 32
+    connection_calls: int = 64
     message_bytes: int = 1 << 20
     rows: int = 4096
 

@@ -94,6 +94,7 @@ class Releases:
         self._repository = Repository(Path(source))
         self._names, self._config = models, config
         self.current, self.previous = self._repository.begin(pin)
+        self._change = ""  # name of the last switch
         self.evidence = self._repository.evidence(self.current)  # on which the current version was promoted
         self.replaced_evidence = ""  # on which the one was that the last switch replaced
         self.shadow = ""
@@ -180,15 +181,23 @@ class Releases:
             self._hold(loaded)
 
     async def switch(
-        self, version: str, expected: str = "", previous: str | None = None, evidence: str = ""
+        self,
+        version: str,
+        expected: str = "",
+        previous: str | None = None,
+        evidence: str = "",
+        *,
+        change: str = "",
+        undoes: str = "",
     ) -> None:
         """Make a version the current one.
 
         ``expected``: the version that it replaces, if that matters. ``previous``: the version that counts from then
-        on as the one before; the one that it replaces if None. ``evidence``: why, in one line.
+        on as the one before; the one that it replaces if None. ``evidence``: why, in one line. ``change``: a name
+        of this switch; ``undoes``: that of the switch before, if it is to be undone.
 
         Raises :class:`UnknownNameError` if it is not held (load it first), and :class:`StateError` if ``expected``
-        is not current.
+        is not current, or ``undoes`` was not the last switch.
         """
         _require_named(version)
         async with self._lock:
@@ -198,6 +207,8 @@ class Releases:
                     f"expected version {expected[:NAME_LIMIT]} to be current, version {self.current} is: somebody "
                     "else has switched meanwhile, look at the status and decide again"
                 )
+            if undoes not in ("", self._change):
+                raise StateError("the switch to undo was not the last one: nothing was changed")
             if version == self.current and previous is None:
                 return
             previous = self.current if previous is None else previous
@@ -207,6 +218,7 @@ class Releases:
                 self.shadow = ""
             self.models(self.current)  # its idle time begins now
             self.previous, self.current = previous, version
+            self._change = change
             self.replaced_evidence, self.evidence = self.evidence, evidence
 
     async def unload(self, version: str) -> None:

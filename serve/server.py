@@ -48,8 +48,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
-    # By default gRPC refuses calls within the limit that it told, too, while calls that ended are not cleared away.
-    ("grpc.http.overload_protection", 0),
+    # By default gRPC widens the windows of clients that send fast, and holds what they send while they never read.
+    ("grpc.http2.bdp_probe", 0),
 )
 
 

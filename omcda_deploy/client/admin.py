@@ -6,7 +6,8 @@ current. Clients name the version of their episode in every request, so none of 
 some servers have switched and others have not.
 
 In the second phase each server is told which version it is to replace, and refuses if that is not current any more.
-So of two operators who switch at once at most one succeeds, and the other one's half is undone.
+So of two operators who switch at once at most one succeeds. Each undoes its own half alone, which it knows by a
+name of the switch, as both may want the same version.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 import grpc
 from google.protobuf.message import Message
@@ -154,11 +156,15 @@ class TeamAdmin:
     ) -> Statuses:
         """Switch from the versions that are current in ``before``, or leave those and the previous ones."""
         self.load(version)
+        change = uuid4().hex
         answers, failures = self._ask(
             "Switch",
             {
                 endpoint: VersionRequest(
-                    version=version, expected_current=replacing or status.current, evidence=evidence
+                    version=version,
+                    expected_current=replacing or status.current,
+                    evidence=evidence,
+                    change=change,
                 )
                 for endpoint, status in before.items()
             },
@@ -170,11 +176,12 @@ class TeamAdmin:
                     expected_current=version,
                     previous=status.previous,
                     evidence=status.evidence,
+                    undoes=change,
                 )
                 for endpoint, status in before.items()
                 if status.current != version
             }
-            self._ask("Switch", undo, UNDO_LIMIT_S)  # refused by the servers that have not switched
+            self._ask("Switch", undo, UNDO_LIMIT_S)  # refused by the servers that have not made this switch
             raise _failure("Switch", version, failures)
         return answers
 

@@ -28,7 +28,7 @@ _SCHEMES, _UNCHECKED = ("dns", "ipv4", "ipv6"), ("unix", "unix-abstract", "vsock
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),  # which is the time for one attempt, too: links may be slow
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 

@@ -23,9 +23,12 @@ class EpisodeClock:
 
     def begin(self, episode_id: str | None = None) -> None:
         """Begin an episode, under a new name unless one is given. Raises :class:`ConfigError` for a long one."""
-        if episode_id is not None and not 1 <= len(episode_id) <= NAME_LIMIT:
+        if episode_id is not None and not (
+            isinstance(episode_id, str) and 1 <= len(episode_id) <= NAME_LIMIT
+        ):
+            got = len(episode_id) if isinstance(episode_id, str) else f"{episode_id!r}"
             raise ConfigError(
-                f"episode_id: expected 1 to {NAME_LIMIT} characters, got {len(episode_id)}: choose another name"
+                f"episode_id: expected 1 to {NAME_LIMIT} characters, got {got}: choose another name"
             )
         self.id = uuid4().hex[:16] if episode_id is None else episode_id
         self.step = 0

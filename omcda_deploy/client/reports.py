@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,14 +134,14 @@ class Reports:
     def _of_team(self, name: str, value: Any, kind: Any) -> NDArray[Any]:
         """Return the team's value of each row, [B]; equal values by agent, as PettingZoo's, count as one."""
         if isinstance(value, Mapping):
-            agents = [np.asarray(value.get(agent), kind) for agent in self._spec.names if agent in value]
+            agents = [_values(name, value[agent], kind) for agent in self._spec.names if agent in value]
             if len(agents) < len(self._spec.agents) or any(not np.array_equal(a, agents[0]) for a in agents):
                 raise ContractError(
                     f"{name}: expected one value for the team, or equal ones of {', '.join(self._spec.names)}, got "
                     f"{dict(value)}: join the agents' own first"
                 )
             value = agents[0]
-        array = np.asarray(value, kind)
+        array = _values(name, value, kind)
         if array.shape not in ((), (self._batch,)) or (array.ndim == 0 and self._batch != 1):
             raise ContractError(
                 f"{name}: expected shape [{self._batch}], as act() had, got {list(array.shape)}"
@@ -171,3 +172,16 @@ class Reports:
         if len(rows) != self._batch:
             raise ContractError(f"{name}: expected {self._batch} rows, as act() had, got {len(rows)}")
         return rows
+
+
+def _values(name: str, value: Any, kind: Any) -> NDArray[Any]:
+    """Return numbers, or truth values: those themselves, 0 and 1, as anything else is true or false by accident."""
+    truth = kind is np.bool_
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "biuf" or (truth and not np.isin(array, (0, 1)).all()):
+        expected = "truth values" if truth else "numbers"
+        raise ContractError(f"{name}: expected {expected}, got {reprlib.repr(value)}: convert them first")
+    return array.astype(kind)

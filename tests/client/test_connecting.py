@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,55 @@ def test_a_client_may_wait_until_its_servers_are_ready(continuous_bundle: Bundle
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_slow_link_is_no_missing_server(continuous_bundle: Bundle) -> None:
+    with (
+        server_process(continuous_bundle, "agent_0") as server,
+        slow_link(server.endpoint, 0.15) as link,
+        RemotePolicy(link, deadline_s=2.0) as policy,
+    ):
+        policy.act(np.ones((1, 4), np.float32))
+        assert policy.latency is not None
+        assert policy.latency > 0.3
+
+
+@contextmanager
+def slow_link(endpoint: str, delay_s: float) -> Iterator[str]:
+    """Yield the address of a proxy that passes bytes on after ``delay_s`` seconds, in each direction."""
+
+    async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while data := await source.read(1 << 16):
+                loop.call_later(delay_s, sink.write, data)
+        finally:
+            sink.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = endpoint.rpartition(":")
+        answers, requests = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pass_on(reader, requests), pass_on(answers, writer), return_exceptions=True)
+
+    async def close() -> None:
+        proxy.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # in which transports close
+
+    loop, port = asyncio.new_event_loop(), free_port()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    proxy = asyncio.run_coroutine_threadsafe(asyncio.start_server(connect, "127.0.0.1", port), loop).result()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def test_patience_ends() -> None:

@@ -65,6 +65,13 @@ def test_reports_of_one_row_of_a_batch_and_of_agents_are_one(team: RemoteTeam, t
         ((float("nan"), False, False), "reward: expected finite numbers"),
         (([1.0, 2.0], False, False), r"reward: expected shape \[1\]"),
         ((1.0, [False] * 3, False), "terminated: expected shape"),
+        (("x", False, False), "reward: expected numbers, got 'x'"),
+        ((1j, False, False), "reward: expected numbers"),
+        ((1.0, "False", False), "terminated: expected truth values, got 'False'"),
+        ((1.0, float("nan"), False), "terminated: expected truth values, got nan"),
+        ((1.0, False, None), "truncated: expected truth values, got None"),
+        ((1.0, False, 2), "truncated: expected truth values, got 2"),
+        ((1.0, [[True], []], False), "terminated: expected truth values"),
         (({"agent_0": 1.0, "agent_1": 1.0}, False, False), "reward: expected one value for the team"),
         (({"agent_0": 1.0, "agent_1": 1.0, "agent_2": 2.0}, False, False), "join the agents' own first"),
     ],
@@ -123,7 +130,8 @@ def test_names_of_episodes_are_checked(
     continuous_server: ServerProcess, connect: Callable[[str], RemoteTeam | RemotePolicy]
 ) -> None:
     with connect(continuous_server.endpoint) as client:
-        for name in ("", "x" * 101):
+        names: list[Any] = ["", "x" * 101, 5]
+        for name in names:
             with pytest.raises(ConfigError, match="episode_id: expected 1 to 100 characters"):
                 client.reset(episode_id=name)
 

@@ -124,7 +124,7 @@ def test_a_client_is_neither_pickled_nor_copied(make: Make, continuous_server: S
         act(client)
 
 
-@pytest.mark.parametrize("observation", ["near", ["a", "b"], [[1.0], [1.0, 2.0]], {"x": 1}])
+@pytest.mark.parametrize("observation", ["near", ["a", "b"], [[1.0], [1.0, 2.0]], {"x": 1}, [1j] * 4])
 def test_observations_that_are_no_numbers_are_refused(
     observation: object, continuous_server: ServerProcess
 ) -> None:

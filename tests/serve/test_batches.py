@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,7 +31,7 @@ from tests.client.test_client import assert_same, observations
 from tests.support.fuzz import resident_kb
 from tests.support.server_process import server_process
 
-ACT = "/omcda.v1.PolicyService/Act"
+ACT, STREAM = "/omcda.v1.PolicyService/Act", "/omcda.v1.PolicyService/ActStream"
 LARGE, SMALL = bytes(LARGE_BYTES + 1), bytes(10)
 
 
@@ -141,6 +142,29 @@ def clients(endpoint: str, count: int) -> Iterator[list[Callable[[bytes], Any]]]
         channels = [stack.enter_context(grpc.insecure_channel(endpoint, options)) for _ in range(count)]
         calls: list[Any] = [channel.unary_unary(ACT) for channel in channels]
         yield [partial(call.future, timeout=60) for call in calls]
+
+
+def test_streams_that_are_never_read_do_not_fill_the_memory(continuous_bundle: Bundle) -> None:
+    """Four connections send legal requests as fast as they may and read nothing."""
+    request = policy_pb2.ActRequest(
+        model="agent_0", batch=4000, observation=np.zeros((4000, 4), np.float32).tobytes()
+    ).SerializeToString()
+    with ExitStack() as stack:
+        server = stack.enter_context(server_process(continuous_bundle, "agent_0"))
+        idle = resident_kb(server.process.pid)
+        held = []
+        for _ in range(4):
+            options = (("grpc.use_local_subchannel_pool", 1),)
+            channel: Any = stack.enter_context(grpc.insecure_channel(server.endpoint, options))
+            held += [channel.stream_stream(STREAM)(repeat(request)) for _ in range(8)]
+        end = time.monotonic() + 3.0
+        most = 0
+        while time.monotonic() < end:
+            most = max(most, resident_kb(server.process.pid))
+            time.sleep(0.05)
+        for call in held:
+            call.cancel()
+    assert most - idle < 268 << 10  # docs/serving.md: 368 MB, of which 100 are the idle server's
 
 
 @pytest.mark.parametrize(

@@ -96,12 +96,13 @@ def test_a_second_phase_that_fails_leaves_all_as_it_was(
     assert before.keys() == admin.status().keys()
 
 
+@pytest.mark.parametrize("same", [False, True])  # whether both want the same version
 @pytest.mark.parametrize(
     "races",
     [20, pytest.param(100, marks=pytest.mark.slow)],  # slow: the number that is promised
 )
 def test_operators_who_switch_at_once_never_split_a_team(
-    team: tuple[Served, Path], admin: TeamAdmin, races: int
+    team: tuple[Served, Path], admin: TeamAdmin, races: int, same: bool
 ) -> None:
     outcomes = [0, 0, 0]  # races with no success, one, two
     refusals: list[str] = []
@@ -111,6 +112,7 @@ def test_operators_who_switch_at_once_never_split_a_team(
             before = versions(admin)
             ((current, _),) = before
             first, second = draw.sample([version for version in VERSIONS if version != current], 2)
+            second = first if same else second
             begin = threading.Barrier(2)
             succeeded: list[str] = []
 

@@ -1,10 +1,11 @@
-"""Clients that use a server's places without letting it work: raw HTTP/2, as stock gRPC would not do it.
+"""Clients that use a server's places without letting it work, in raw HTTP/2 where stock gRPC would not do it.
 
     python -m tests.support.hostile ENDPOINT KIND [SECONDS]
 
 * ``half-open``: calls whose message never comes,
 * ``watch``: health watchers,
 * ``rapid-reset``: calls that are reset at once, 5 times 20,000,
+* ``cancelling``: steps that stock gRPC sends and cancels at once, 200 at a time, without a pause,
 * ``never-reading``: calls and streams whose answers are not read.
 
 Each kind holds on for SECONDS (10), and opens again what the server closes.
@@ -17,7 +18,9 @@ import socket
 import struct
 import time
 from contextlib import closing, suppress
-from typing import Literal
+from typing import Any, Literal
+
+import grpc
 
 from omcda_deploy.protos import policy_pb2
 from omcda_deploy.serve.bench.http2 import (
@@ -34,8 +37,8 @@ from omcda_deploy.serve.bench.http2 import (
     text,
 )
 
-Kind = Literal["half-open", "watch", "rapid-reset", "never-reading"]
-KINDS: tuple[Kind, ...] = ("half-open", "watch", "rapid-reset", "never-reading")
+Kind = Literal["half-open", "watch", "rapid-reset", "cancelling", "never-reading"]
+KINDS: tuple[Kind, ...] = ("half-open", "watch", "rapid-reset", "cancelling", "never-reading")
 ACT, STREAM = "/omcda.v1.PolicyService/Act", "/omcda.v1.PolicyService/ActStream"
 WATCH, CHECK = "/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/Check"
 PATIENCE_S = 0.05
@@ -125,6 +128,14 @@ def attack(endpoint: str, kind: Kind, seconds: float, connections: int = 6, call
                 connection.send(flood)
                 connection.serve(seconds / 5)
         return
+    if kind == "cancelling":
+        with grpc.insecure_channel(endpoint) as channel:
+            untyped: Any = channel
+            act = untyped.unary_unary(ACT)
+            while time.monotonic() < end:
+                for call in [act.future(_step()) for _ in range(200)]:
+                    call.cancel()
+        return
     while time.monotonic() < end:
         held = []
         try:
@@ -142,14 +153,17 @@ def attack(endpoint: str, kind: Kind, seconds: float, connections: int = 6, call
 
 
 def _hold(connection: HostileConnection, kind: Kind, calls: int) -> None:
-    request = policy_pb2.ActRequest(model="agent_0", batch=1, observation=bytes(16)).SerializeToString()
     for index in range(calls):
         if kind == "half-open":
             connection.open((ACT, CHECK)[index % 2])
         elif kind == "watch":
             connection.open(WATCH, b"")
         else:
-            connection.open((ACT, STREAM)[index % 2], request)
+            connection.open((ACT, STREAM)[index % 2], _step())
+
+
+def _step() -> bytes:
+    return policy_pb2.ActRequest(model="agent_0", batch=1, observation=bytes(16)).SerializeToString()
 
 
 def main() -> None:
