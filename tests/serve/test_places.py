@@ -238,6 +238,8 @@ def test_no_client_takes_the_places_of_control_loops(
                 loop.join()
             assert attacker.poll() is None, "the attack ended too early: the test shows nothing"
         assert [loop.failures for loop in loops] == [[], []]
+        if kind == "cancelling":  # it keeps a core busy, which the server and the loops may have to share
+            share = 0.5
         assert min(loop.steps for loop in loops) >= share * RATE * seconds
         samples = scrape(port)
         refused = {reason: value(samples, "omcda_refused_calls_total", reason=reason) for reason in REFUSALS}
