@@ -75,6 +75,27 @@ def test_a_baked_batch_size_is_not_exported(tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mean_near_a_bound_is_held_to_its_actions_exactness() -> None:
+    """BCQ's mean is the atanh of an action: at 2.7 an error of 2e-4 is one of 4e-6 in the action."""
+    agent = AgentSpec("agent_0", 3, ActionSpec("continuous", 1))
+    rows = {"mean": 2.7, "log_std": -20.0, "behavior_mean": 0.0, "behavior_log_std": 0.0, "divergence": 10.0}
+    expected = {name: np.full((1, 1), value, np.float32) for name, value in rows.items()}
+    expected |= {"action": np.tanh(expected["mean"]), "behavior_action": np.zeros((1, 1), np.float32)}
+    expected["divergence"] = expected["divergence"][0]
+
+    def compare(kind: Any, error: float) -> None:
+        mean = expected["mean"] + np.float32(error)
+        comparison = OutputComparison("a", "b", TEAM_TOLERANCE, TEAM_TOLERANCE, kind)
+        actual = expected | {"mean": mean, "action": np.tanh(mean)}
+        comparison.check(agent, "zero noise", np.zeros((1, 1), np.float32), actual, expected)
+
+    compare("neg_log_behavior", 2e-4)
+    with pytest.raises(ExportError, match="action of agent_0"):
+        compare("neg_log_behavior", 2e-3)
+    with pytest.raises(ExportError, match="mean of agent_0"):
+        compare("kl", 2e-4)
+
+
 def test_a_steep_density_is_held_to_its_actions_exactness() -> None:
     """-log N(u; 0, 0.01) at u = 0.05 has the slope 500: 1e-5 in the mean allows 5e-3 there, and no more."""
     agent = AgentSpec("agent_0", 3, ActionSpec("continuous", 1))
