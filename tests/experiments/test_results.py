@@ -68,7 +68,8 @@ def test_a_page_shows_runs_and_failures(tmp_path: Path, monkeypatch: pytest.Monk
     text = (tmp_path / "toy.md").read_text()
     dataset = read_dataset(tmp_path / "results" / "toy-masked-behavior.hdf5")
     assert dataset.digest in text
-    assert f"return {dataset.episode_returns.mean():.3f} ±" in text
+    returns = dataset.episode_returns
+    assert f"| return | {returns.mean():.3f} ± {returns.std():.3f} (sd), " in text
     row, *by_temperature = [line for line in text.splitlines() if line.startswith("| bc, hidden 8")]
     assert "| 20 | 0, 1 | 1 |" in row
     assert [line.split("|")[2].split()[0] for line in by_temperature] == ["0", "0.25", "0.5", "0.75", "1"]
