@@ -273,13 +273,13 @@ class DatasetWriter:
             partial = files.enter_context(atomic(self.path))
             self._sink = files.enter_context(Sink(partial))
             self._file = files.enter_context(h5py.File(self._sink, "w"))
-            self._files = files.pop_all()
-        self._create("o", (count, spec.observation_size))
-        self._create("a", (count, 1) if self._discrete else (count, spec.action_size), self._action_type)
-        self._create("r", (1,))
-        self._create("d", (1,))
-        if self._discrete:
-            self._create("avail", (count, spec.action_size), "u1")
+            self._create("o", (count, spec.observation_size))
+            self._create("a", (count, 1) if self._discrete else (count, spec.action_size), self._action_type)
+            self._create("r", (1,))
+            self._create("d", (1,))
+            if self._discrete:
+                self._create("avail", (count, spec.action_size), "u1")
+            self._files = files.pop_all()  # last: what is interrupted before leaves nothing
         return self
 
     def __exit__(
