@@ -45,6 +45,11 @@ class Tolerance(NamedTuple):
     absolute: float
     relative: float
 
+    def allowed(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the allowed difference from each of ``values``."""
+        differences: NDArray[Any] = self.absolute + self.relative * np.abs(values)
+        return differences
+
     def __str__(self) -> str:
         return f"{self.absolute:g} + {self.relative:g} of the value"
 
@@ -248,8 +253,9 @@ class OutputComparison:
         bound that is steep, and says nothing more than the action does.
         """
         mean = expected["mean"].astype(np.float64)
-        own = self._parameter.absolute + self._parameter.relative * np.abs(mean)
-        slack: NDArray[Any] = np.maximum(self._action.absolute * np.cosh(mean) ** 2 - own, 0.0)
+        slack: NDArray[Any] = np.maximum(
+            self._action.absolute * np.cosh(mean) ** 2 - self._parameter.allowed(mean), 0.0
+        )
         return slack
 
     def _density_slack(self, noise: Float, expected: Arrays) -> NDArray[Any]:
@@ -260,9 +266,7 @@ class OutputComparison:
         mean, mean_b = expected["mean"].astype(np.float64), expected["behavior_mean"]
         u = mean + np.exp(expected["log_std"]) * noise
         slope = np.abs(u - mean_b) * np.exp(-2.0 * expected["behavior_log_std"]) + 2.0
-        allowed = (
-            self._parameter.absolute + self._parameter.relative * np.abs(mean) + self._mean_slack(expected)
-        )
+        allowed = self._parameter.allowed(mean) + self._mean_slack(expected)
         slack: NDArray[Any] = (slope * allowed).sum(axis=-1)
         return slack
 
@@ -290,7 +294,7 @@ class OutputComparison:
         slack: NDArray[Any] | float = 0.0,
     ) -> None:
         error, magnitude = np.abs(actual.astype(np.float64) - expected), np.abs(expected)
-        allowed = tolerance.absolute + tolerance.relative * magnitude + slack
+        allowed = tolerance.allowed(expected) + slack
         if len(outside := np.argwhere(~(error <= allowed))):  # a NaN is outside, too
             at = tuple(outside[0])
             self._fail(agent, case, name, int(at[0]), actual[at], expected[at], f"allowed: {tolerance}")
