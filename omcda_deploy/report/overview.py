@@ -203,17 +203,17 @@ def hindsight(overview: Overview, claim: Claim) -> list[Hindsight]:
     compared = []
     for entry in overview.entries:
         chosen = entry.summary(claim.method) if fits(entry.label, claim.on) else None
-        fixed = [] if chosen is None else [s for s in _scanned(entry, chosen) if not s.scan_word]
+        fixed = _fixed_values(entry, chosen)
         if chosen is not None and len(fixed) > 1:
             compared.append(Hindsight(entry.label, chosen, fixed))
     return compared
 
 
-def _scanned(entry: Entry, method: Summary) -> list[Summary]:
-    """Rows of a dataset that differ from ``method`` in the scanned setting alone."""
-    if method.scan is None or entry.comparison is None:
+def _fixed_values(entry: Entry, method: Summary | None) -> list[Summary]:
+    """Rows of a dataset that differ from ``method`` in the scanned setting alone, and chose it from no data."""
+    if method is None or method.scan is None or entry.comparison is None:
         return []
-    rows = [s for s in entry.comparison.summaries if s.scan == method.scan]
+    rows = [s for s in entry.comparison.summaries if s.scan == method.scan and not s.scan_word]
     return [s for s in rows if (s.scan_line, s.variant.steps) == (method.scan_line, method.variant.steps)]
 
 
@@ -279,7 +279,7 @@ def _sensitive(overview: Overview, claim: Claim) -> tuple[str, str]:
     differing, words = [], []
     for entry in overview.entries:
         method = entry.summary(claim.method) if fits(entry.label, claim.on) else None
-        line = [] if method is None else [s for s in _scanned(entry, method) if not s.scan_word]
+        line = _fixed_values(entry, method)
         if len(line) < 2:
             continue
         line.sort(key=lambda summary: summary.mean)
