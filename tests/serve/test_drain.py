@@ -55,17 +55,23 @@ class Client(threading.Thread):
 class StreamClient(Client):
     def _ask(self) -> None:
         request = policy_pb2.ActRequest(model="agent_0", batch=1, observation=bytes(16))
-        answered = threading.Semaphore(1)
+        answered, ended = threading.Semaphore(1), threading.Event()
 
         def requests() -> Any:
             for count in range(1_000_000):
                 answered.acquire()
+                if ended.is_set():
+                    return
                 if count == 4:
                     self._begun.release()
                 yield request.SerializeToString()
 
-        for _ in self._channel.stream_stream(STREAM)(requests()):
-            answered.release()
+        try:
+            for _ in self._channel.stream_stream(STREAM)(requests()):
+                answered.release()
+        finally:
+            ended.set()
+            answered.release()  # for the thread in which gRPC waits for the next request
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,8 @@ def test_a_busy_server_drains(continuous_bundle: Bundle, tmp_path: Path, rows: i
             server.process.terminate()
             assert server.process.wait(10) == 0, log.read_text()
             for client in clients:
-                client.join(10)
+                client.join(30)
+                assert not client.is_alive()
         assert log.read_text() == ""
         assert ends.keys() == {STOPPING}, "not answered, and not told why"
         assert ends[STOPPING] >= len(clients)
