@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from omcda_deploy.datasets import DIGEST_VERSION
+from omcda_deploy.datasets.fingerprints import TrainingEpisodes
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.files import atomic_folder, folder_of, refusal, require_writable
 from omcda_deploy.plugins import per_run_settings
@@ -86,10 +87,15 @@ def train_fleet(
         model, report = behavior_model(
             dataset, plan.behavior, device=request.device, progress=observer.cloning
         )
+        known = {
+            "model": model.state_dict(),
+            **_parity_rows(dataset),
+            "episodes": TrainingEpisodes.of(dataset).to_text(),
+        }
         for plan, out in zip(plans, folders, strict=True):
             plan, choice = _with_budget(dataset, plan, observer)
             try:
-                _create(dataset, model, _run_config(dataset, plan, dataset_path, report, choice), out)
+                _create(known, _run_config(dataset, plan, dataset_path, report, choice), out)
             except OSError as error:
                 raise ConfigError(f"{out} cannot be written {refusal(error)}") from error
         _train_on(dataset, {out: request.evaluate_every for request, out in runs}, observer)
@@ -105,11 +111,11 @@ def _locks(runs: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def _create(dataset: Dataset, model: nn.Module, config: RunConfig, out: Path) -> None:
-    """Write a run folder of step 0, which appears whole."""
+def _create(known: dict[str, Any], config: RunConfig, out: Path) -> None:
+    """Write a run folder of step 0, which appears whole. ``known``: the clone and what exports know of data."""
     with atomic_folder(out) as run:
         (run / POLICIES).mkdir()
-        save_state(run / BEHAVIOR, {"model": model.state_dict(), **_parity_rows(dataset)})
+        save_state(run / BEHAVIOR, known)
         write_config(run, config)
 
 

@@ -86,6 +86,7 @@ class Snapshot:
     action_masks: NDArray[np.uint8] | None  # [M, N, A]
     budgets: dict[str, float] | None
     alphas: dict[str, float] | None
+    episodes: str  # TrainingEpisodes.to_text() of the dataset; empty in runs that are older than this
 
 
 def versions() -> dict[str, str]:
@@ -194,4 +195,5 @@ def read_snapshot(run: Path, step: int | None = None) -> Snapshot:
         None if masks is None else masks.numpy(),
         state["budgets"],
         state["alphas"],
+        behavior_state.get("episodes", ""),
     )

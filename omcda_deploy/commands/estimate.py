@@ -67,6 +67,11 @@ def estimate(
     for name, comparison in found.bundles.items():
         if comparison.silence:
             print_text(f"{name}: the data cannot tell: {comparison.silence}")
+    for name, share in found.trained.items():
+        if share > 0:
+            print_note(
+                f"{percent(share)} of these episodes trained {name}, which flatters it: estimate on others"
+            )
     if not found.exact:
         print_note("the bounds do not know the clone's error: record with  serve --record  for exact ones")
 

@@ -3,7 +3,13 @@
 Needs numpy and onnxruntime: an operator's machine has no torch. Source: docs/derivation.md#estimates-before-acting.
 """
 
-from omcda_deploy.estimation.distributions import Categorical, Gaussian, TeamDistributions, training_of
+from omcda_deploy.estimation.distributions import (
+    Categorical,
+    Gaussian,
+    TeamDistributions,
+    trained_share,
+    training_of,
+)
 from omcda_deploy.estimation.returns import (
     LEAST_EFFECTIVE,
     LEAST_EPISODES,
@@ -27,5 +33,6 @@ __all__ = [
     "Gaussian",
     "TeamDistributions",
     "effective_sample_size",
+    "trained_share",
     "training_of",
 ]

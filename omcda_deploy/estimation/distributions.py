@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.datasets import Dataset, blocks
+from omcda_deploy.datasets.fingerprints import TrainingEpisodes
 from omcda_deploy.errors import BundleError, ConfigError, DatasetError
 from omcda_deploy.local import LocalPolicy
 from omcda_deploy.policy import checked_temperature
@@ -173,6 +174,22 @@ def training_of(bundle: Bundle) -> Mapping[str, Any]:
     """Return the provenance of a bundle's training; empty for a bundle that says nothing of it."""
     training: Mapping[str, Any] = bundle.manifest.get("training", {})
     return training
+
+
+def trained_share(bundle: Bundle, dataset: Dataset) -> float:
+    """Return the share of a dataset's episodes that trained a bundle, as far as it tells: 0 to 1.
+
+    Raises :class:`BundleError` for fingerprints of episodes that cannot be read.
+    """
+    training = training_of(bundle)
+    if training.get("dataset_digest") in dataset.digests.values():
+        return 1.0
+    if not (text := training.get("episodes")):
+        return 0.0
+    try:
+        return TrainingEpisodes.from_text(text).share_of(dataset)
+    except DatasetError as error:
+        raise BundleError(f"{bundle.path}: {error}: export the run again") from error
 
 
 def _answered(bundle: Bundle, dataset: Dataset, prefix: str) -> list[Gaussian | Categorical]:

@@ -10,7 +10,7 @@ from typing import Any
 from omcda_deploy.bundle import Bundle, read_bundle
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.estimation import Bounds, Comparison, Estimator, TeamDistributions
+from omcda_deploy.estimation import Bounds, Comparison, Estimator, TeamDistributions, trained_share
 from omcda_deploy.registry import read_dataset
 
 
@@ -25,6 +25,7 @@ class Estimates:
     temperature: float  # of the bundles' play
     bundles: Mapping[str, Comparison]  # by bundle, in the order in which they were given
     digests: Mapping[str, str]  # of the bundles
+    trained: Mapping[str, float]  # share of the episodes that trained the bundle, as far as it tells
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -35,7 +36,12 @@ class Estimates:
             "behavior": "exact" if self.exact else "cloned",
             "temperature": self.temperature,
             "bundles": {
-                name: {"digest": self.digests[name], "silence": found.silence, **found.to_json()}
+                name: {
+                    "digest": self.digests[name],
+                    "trained_share": self.trained[name],
+                    "silence": found.silence,
+                    **found.to_json(),
+                }
                 for name, found in self.bundles.items()
             },
         }
@@ -79,6 +85,7 @@ def estimate(
         temperature,
         {name: estimator.compare(team) for name, team in teams.items()},
         {str(bundle.path): bundle.digest for bundle in read},
+        {str(bundle.path): trained_share(bundle, data) for bundle in read},
     )
 
 

@@ -37,6 +37,7 @@ def export(run: str | Path, out: str | Path, step: int | None = None) -> Bundle:
             "steps": config.steps,
             "seed": config.seed,
             "dataset_digest": config.dataset_digest,
+            "episodes": snapshot.episodes,
             "time_limit_is_terminal": config.time_limit_is_terminal,
             "behavior": config.behavior,
             "versions": {"trained": config.versions, "exported": versions()},

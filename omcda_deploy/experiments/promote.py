@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from omcda_deploy.bundle import Bundle, read_bundle
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import BundleError, ConfigError, EndpointError, OmcdaError
-from omcda_deploy.estimation import Comparison, Estimator, TeamDistributions, training_of
+from omcda_deploy.estimation import Comparison, Estimator, TeamDistributions, trained_share
+from omcda_deploy.formatting import percent
 from omcda_deploy.registry import read_dataset
 
 if TYPE_CHECKING:
     from omcda_deploy.client.admin import Statuses, TeamAdmin
+
+
+KNOWN_SHARE = 0.05  # of the episodes that judge a version: so many may have trained it
 
 
 class RefusedError(OmcdaError):
@@ -68,10 +72,11 @@ def promote(
     data = dataset if isinstance(dataset, Dataset) else read_dataset(Path(dataset))
     bundles = {name: read_bundle(Path(releases) / name) for name in (current, version)}
     _require_served(statuses, current, bundles[current])
-    if training_of(bundles[version]).get("dataset_digest") in data.digests.values():
+    if (share := trained_share(bundles[version], data)) > KNOWN_SHARE:
         raise RefusedError(
-            f"version {version} does not replace version {current}: it was trained on these very episodes, which "
-            "therefore flatter it: estimate on others, such as the part that  omcda-deploy split  holds out"
+            f"version {version} does not replace version {current}: it was trained on {percent(share)} of these "
+            "episodes, which therefore flatter it: estimate on others, such as the part that  omcda-deploy split  "
+            "holds out"
         )
     candidate, present = (
         TeamDistributions.of_bundle(bundles[name], data, demand.temperature) for name in (version, current)

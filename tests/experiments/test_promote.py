@@ -20,6 +20,7 @@ from omcda_deploy.cli import app
 from omcda_deploy.client.admin import TeamAdmin
 from omcda_deploy.client.remote import RemoteTeam
 from omcda_deploy.datasets import Dataset
+from omcda_deploy.datasets.fingerprints import TrainingEpisodes, fingerprints
 from omcda_deploy.datasets.writer import write_dataset
 from omcda_deploy.envs import tabular
 from omcda_deploy.errors import BundleError, ConfigError, DatasetError, EndpointError
@@ -147,12 +148,32 @@ def test_wrong_inputs_are_refused(admin: TeamAdmin, releases: Path, dataset: Dat
         Demand(shadow_s=-1.0)
 
 
+def sample(prints: NDArray[np.uint64]) -> str:
+    return TrainingEpisodes(np.unique(prints), 2**64 - 1).to_text()
+
+
 def test_the_episodes_that_trained_a_version_do_not_speak_for_it(
     admin: TeamAdmin, releases: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = {"dataset_digest": dataset.digest}
-    monkeypatch.setattr("omcda_deploy.experiments.promote.training_of", lambda bundle: trained)
-    with pytest.raises(RefusedError, match="trained on these very episodes"):
+    """In whatever file they are: here a third of those that judge."""
+    trained: dict[str, Any] = {"dataset_digest": dataset.digest}
+    monkeypatch.setattr("omcda_deploy.estimation.distributions.training_of", lambda bundle: trained)
+    with pytest.raises(RefusedError, match=r"trained on 100.0 % of these episodes"):
+        promote(admin, "2", dataset, releases)
+    prints = fingerprints(
+        dataset
+    )  # some of this game's episodes are alike, which is why it takes no sample itself
+    trained = {"dataset_digest": "another", "episodes": sample(prints[::3])}
+    with pytest.raises(RefusedError, match=r"trained on 3[3-6].[0-9] % of these episodes"):
+        promote(admin, "2", dataset, releases)
+    (share,) = estimate(dataset, [releases / "2"]).trained.values()
+    assert 0.33 < share < 0.37
+    trained["episodes"] = sample(prints[::40])
+    evidence, _ = promote(admin, "2", dataset, releases)  # 2.5 % flatter nobody
+    assert evidence["version"] == "2"
+    admin.switch("1")
+    trained["episodes"] = "?"
+    with pytest.raises(BundleError, match="export the run again"):
         promote(admin, "2", dataset, releases)
 
 

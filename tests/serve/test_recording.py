@@ -226,8 +226,7 @@ def test_kill_9_loses_at_most_the_last_second(continuous_bundle: Bundle, tmp_pat
     ):
         policy.reset(episode_id="flight")
         answered: list[float] = []
-        end = time.monotonic() + 2.0
-        while time.monotonic() < end:
+        while len(answered) <= 100 or time.time_ns() - answered[50] < 1.5e9:
             policy.act(observation)
             answered.append(time.time_ns())
         server.process.kill()
