@@ -52,6 +52,34 @@ def clip_rewards(target: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return clipped, mean_per_run((clipped != target).float())
 
 
+class RecordedValue:
+    """The value U(s) of what acted, regressed on recorded returns-to-go: where reward values begin.
+
+    No action enters it: where several policies acted, returns-to-go themselves, as targets of Q, would credit
+    actions with what their policy did afterwards. Source: docs/derivation.md#values-that-begin-at-the-data [ours].
+    """
+
+    def __init__(self, config: Config, networks: NetworkFactory, device: str) -> None:
+        self._gamma = config.gamma
+        self.network = networks.team_value(config.mixer_hidden).to(device)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the regression's loss [R], in units of the largest return-to-go."""
+        error = self.network(batch.state) - batch.return_to_go / _largest(batch)
+        return {"recorded_value": mean_per_run(error.square())}
+
+    def target(self, batch: Batch) -> Tensor:
+        """Return r + gamma m U(s') [R, B], detached: what Q^r_tot is regressed on before the prices begin."""
+        with torch.no_grad():
+            following: Tensor = _largest(batch) * self.network(batch.next_state)
+            return batch.reward + self._gamma * batch.not_done * following
+
+
+def _largest(batch: Batch) -> Tensor:
+    """The largest size of the data's returns-to-go, [R, 1]."""
+    return batch.return_range.abs().amax(-1, keepdim=True).clamp_min(1e-6)
+
+
 class DecoupledCritic:
     """Separate values of reward and divergence (docs/derivation.md#losses)."""
 
@@ -66,6 +94,7 @@ class DecoupledCritic:
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_r_target, self.v_r_target, self.mixer_r_target = self.target[:3]
         self.q_c_target, self.v_c_target, self.mixer_c_target = self.target[3:]
+        self.recorded = RecordedValue(config, networks, device) if config.value_start == "data" else None
 
     def groups(self) -> list[Group]:
         """Return groups of parameters with their learning rates."""
@@ -81,9 +110,13 @@ class DecoupledCritic:
         """Return ``sum_k alpha_k w^{c,k}_i / alpha_i``, uncapped: [R, B, N(k), N(i)], [R, 1, N] -> [R, B, N(i)]."""
         return torch.matmul(alpha.unsqueeze(-2), w_c).squeeze(-2) / alpha
 
-    def terms(self, batch: Batch, alpha: Tensor, budgets: Tensor) -> CriticTerms:
-        """Evaluate all losses for the policies at prices ``alpha`` [R, 1, N], whose budgets are [R, N] nats."""
+    def terms(self, batch: Batch, alpha: Tensor, budgets: Tensor, *, begins: bool = False) -> CriticTerms:
+        """Evaluate all losses for the policies at prices ``alpha`` [R, 1, N], whose budgets are [R, N] nats.
+
+        ``begins``: reward values still follow the data's, if the settings say so.
+        """
         c = self._config
+        recorded = self.recorded if begins else None
         o, s, a = batch.observation, batch.state, batch.action
         o2, s2 = batch.next_observation, batch.next_state
         clipped = {}
@@ -96,7 +129,11 @@ class DecoupledCritic:
             w_r2, b_r2 = self.mixer_r_target(s2)
             w_c2, b_c2 = self.mixer_c_target(s2)
             discount = c.gamma * batch.not_done
-            y_r = batch.reward + discount * mix(w_r2, self.v_r_target(o2), b_r2)
+            y_r = (
+                recorded.target(batch)
+                if recorded
+                else batch.reward + discount * mix(w_r2, self.v_r_target(o2), b_r2)
+            )
             y_c = discount.unsqueeze(-1) * mix_divergence(w_c2, self.v_c_target(o2), b_c2)
             if c.clip_targets:
                 y_r, clipped["value/clipped"] = clip_rewards(y_r, batch)
@@ -116,6 +153,7 @@ class DecoupledCritic:
             "divergence_critic": mean_per_run((q_c_tot - y_c).square()),  # L_Qc
             "reward_value": mean_per_run(rho * (q_r - v_r).square()),  # L_Vr
             "divergence_value": mean_per_run(exp_linear(z, c.z_max) / kappa + v_c),  # L_Vc
+            **(recorded.losses(batch) if recorded else {}),  # L_U
         }
         with torch.no_grad():
             advantage, correction = w_r * above, kappa * (q_c - v_c)
@@ -152,21 +190,27 @@ class EntangledCritic:
         self.online = nn.ModuleList((self.q, self.v, self.mixer)).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.q_target, self.v_target, self.mixer_target = self.target
+        self.recorded = RecordedValue(config, networks, device) if config.value_start == "data" else None
 
     def groups(self) -> list[Group]:
         """Return groups of parameters with their learning rates."""
         lr = self._config.lr
         return [Group(parameters_of(self.q, self.mixer), lr), Group(parameters_of(self.v), lr)]
 
-    def terms(self, batch: Batch, alpha: Tensor, budgets: Tensor) -> CriticTerms:
-        """Evaluate all losses for the policies at prices ``alpha`` [R, 1, N]."""
+    def terms(self, batch: Batch, alpha: Tensor, budgets: Tensor, *, begins: bool = False) -> CriticTerms:
+        """Evaluate all losses for the policies at prices ``alpha`` [R, 1, N].
+
+        ``begins``: values still follow the data's, if the settings say so.
+        """
         c = self._config
+        recorded = self.recorded if begins else None
         clipped = {}
         with torch.no_grad():
             w, _ = self.mixer_target(batch.state)
             q_target = self.q_target(batch.observation, batch.action)
             w2, b2 = self.mixer_target(batch.next_state)
-            y = batch.reward + c.gamma * batch.not_done * mix(w2, self.v_target(batch.next_observation), b2)
+            following = mix(w2, self.v_target(batch.next_observation), b2)
+            y = recorded.target(batch) if recorded else batch.reward + c.gamma * batch.not_done * following
             if c.clip_targets:
                 y, clipped["value/clipped"] = clip_rewards(y, batch)
         v = self.v(batch.observation)
@@ -177,6 +221,7 @@ class EntangledCritic:
             "reward_critic": mean_per_run((q_tot - y).square()),  # L_Q of OMIGA
             # L_V of OMIGA, exp continued.
             "reward_value": mean_per_run(exp_linear(z, c.z_max) + w * v / alpha),
+            **(recorded.losses(batch) if recorded else {}),  # L_U
         }
         with torch.no_grad():
             metrics = {

@@ -115,6 +115,19 @@ class StateValue(nn.Module):
         return values.squeeze(-1)
 
 
+class TeamValue(nn.Module):
+    """One value of the centralised state: Linear(S, hidden) -> ReLU -> Linear(hidden, 1)."""
+
+    def __init__(self, state: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.trunk = Linear(state, hidden)
+        self.head = Linear(hidden, 1)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Map ``state`` [R, B, S] -> [R, B]."""
+        return two_layers(self.trunk, self.head, state).squeeze(-1)
+
+
 class LinearMixer(nn.Module):
     """The mixer ``Q_tot = sum_i w_i(s) q_i + b(s)`` with ``w_i = |.| >= 0``: Linear(S, 64) -> ReLU -> two heads."""
 
@@ -282,6 +295,10 @@ class NetworkFactory:
         """Make state values V_i."""
         spec = self.spec
         return self.make(lambda: StateValue(spec.observation_size, len(spec.agents), self.hidden))
+
+    def team_value(self, hidden: int) -> nn.Module:
+        """Make one value of the centralised state."""
+        return self.make(lambda: TeamValue(self.spec.state_size, hidden))
 
     def mixer(self, hidden: int, kind: str = "linear") -> nn.Module:
         """Make a mixer: ``linear``, ``vdn`` or ``qmix``."""

@@ -123,6 +123,17 @@ class KnownMixer(nn.Module):
         return weight.unsqueeze(-1).expand(*weight.shape, self._agents), torch.zeros_like(weight)
 
 
+class TeamTable(nn.Module):
+    """A value that is linear in the state, whose entries are one-hot per agent."""
+
+    def __init__(self, state: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(state, 1))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return torch.matmul(state, self.table).squeeze(-1)
+
+
 class TabularFactory(NetworkFactory):
     """Tables for a game; the divergence mixer is the identity."""
 
@@ -139,6 +150,9 @@ class TabularFactory(NetworkFactory):
 
     def v(self, zero: bool = False) -> VTable:
         return self.make(lambda: VTable(*self._shape[:2]))
+
+    def team_value(self, hidden: int) -> TeamTable:
+        return self.make(lambda: TeamTable(self.spec.state_size))
 
     def mixer(self, hidden: int, kind: str = "linear") -> KnownMixer:
         return KnownMixer(self._shape[0], list(self._scales))

@@ -254,14 +254,47 @@ def decoupled_losses(
     return sums, rho, capped / (size * agents), above / (size * agents)
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_the_losses_of_values_that_begin_at_the_data(decoupled: bool) -> None:
+    """Q is regressed on r + gamma m U(s'), U on returns-to-go, until the warm-up ends; then no more."""
+    algorithm = learner(decoupled=decoupled, value_start="data", warmup=0.5)
+    batch = random_batch(SPEC, size=16)
+    critic, recorded = algorithm.critic, algorithm.critic.recorded
+    assert recorded is not None
+    mixer, q = (
+        (critic.mixer_r, critic.q_r) if isinstance(critic, DecoupledCritic) else (critic.mixer, critic.q)
+    )
+    u, following = (
+        recorded.network(state)[0].detach().double().numpy() for state in (batch.state, batch.next_state)
+    )
+    weights, bias = (part[0].detach().double().numpy() for part in mixer(batch.state))
+    values = q(batch.observation, batch.action)[0].detach().double().numpy()
+    largest = 50.0  # of the batch's range
+    y = batch.reward[0].numpy() + 0.99 * batch.not_done[0].numpy() * largest * following
+    expected = {
+        "reward_critic": np.square((weights * values).sum(-1) + bias - y).mean(),
+        "recorded_value": np.square(u - batch.return_to_go[0].numpy() / largest).mean(),
+    }
+    metrics = algorithm.update(batch)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[f"loss/{name}"].item(), value, rtol=2e-5, err_msg=name)
+    for _ in range(STEPS // 2):
+        metrics = algorithm.update(batch)
+    assert "loss/recorded_value" not in metrics
+
+
 def test_each_loss_moves_only_what_it_is_for() -> None:
     """The sum of all losses is descended at once, which is right only while they share no parameter."""
-    algorithm = learner()
+    algorithm = learner(value_start="data")
     critic = algorithm.critic
     assert isinstance(critic, DecoupledCritic)
-    losses = critic.terms(random_batch(SPEC), algorithm.alpha.unsqueeze(1), algorithm.budgets).losses
+    assert critic.recorded is not None
+    losses = critic.terms(
+        random_batch(SPEC), algorithm.alpha.unsqueeze(1), algorithm.budgets, begins=True
+    ).losses
     names = ("q_r", "v_r", "mixer_r", "q_c", "v_c", "mixer_c")
-    moved = {
+    moved: dict[str, set[str]] = {
+        "recorded_value": set(),
         "reward_critic": {"q_r", "mixer_r"},
         "divergence_critic": {"q_c", "mixer_c"},
         "reward_value": {"v_r"},
@@ -274,6 +307,9 @@ def test_each_loss_moves_only_what_it_is_for() -> None:
             name for name in names if any(p.grad is not None for p in getattr(critic, name).parameters())
         }
         assert touched == expected, loss
+        begun = any(p.grad is not None for p in critic.recorded.network.parameters())
+        assert begun == (loss == "recorded_value")
+        critic.recorded.network.zero_grad(set_to_none=True)
     assert all(p.grad is None for p in critic.target.parameters())
 
 

@@ -232,7 +232,12 @@ def test_switches_are_true_or_false() -> None:
 @pytest.mark.parametrize(
     "settings",
     [{"allocation": name} for name in ("uniform", "random", "optimal")]
-    + [{"decoupled": False}, {"divergence_mixer": "identity"}, {"metric": "fisher"}],
+    + [
+        {"decoupled": False},
+        {"divergence_mixer": "identity"},
+        {"metric": "fisher"},
+        {"value_start": "data"},
+    ],
 )
 @pytest.mark.parametrize("team", ["continuous", "unequal", "discrete"])
 def test_every_variant_of_omcda_trains_and_resumes(

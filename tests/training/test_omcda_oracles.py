@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,36 @@ def check_chain(algorithm: Algorithm, game: ChainGame, alpha: NDArray[np.float64
     )
     pairs = [table.reshape(-1) for table in q_r]
     np.testing.assert_allclose(joint(pairs), joint([s.q_r.reshape(-1) for s in exact]), rtol=0.005)
+
+
+def recorded_batch(game: ChainGame, exact: Sequence[oracles.ChainSolution]) -> Batch:
+    """An exact batch with the expected return-to-go of every row under behaviour."""
+    batch = exact_batch(game)
+    states, actions = batch.observation.argmax(-1).numpy(), batch.action.numpy()
+    returns: Any = sum(s.q_r[states[..., i], actions[..., i]] for i, s in enumerate(exact))
+    batch.return_to_go = torch.from_numpy(np.asarray(returns, np.float32))
+    batch.return_range = torch.stack(batch.return_to_go.aminmax()).expand(*batch.reward.shape[:-1], 2)
+    return batch
+
+
+def test_7_values_that_begin_at_the_data_are_those_of_behaviour_first() -> None:
+    """While the prices wait, Q and V are behaviour's; from there on the solution is the same as from zero."""
+    game = chains()
+    discount = game.gamma * (1.0 - game.stop)
+    exact = [
+        oracles.evaluate_chain(c.behavior, c.rewards, c.transitions, c.behavior, discount)
+        for c in game.chains
+    ]
+    batch = recorded_batch(game, exact)
+    waiting = dataclasses.replace(CHAIN_CONFIG, value_start="data", warmup=1.0)
+    algorithm = fit(learner(game, waiting, np.full(2, 1e4)), batch, 2000, 300)  # at no divergence
+    q_r, v_r, _, _ = (table.numpy() for table in value_tables(algorithm))
+    joint = oracles.joint_reward
+    np.testing.assert_allclose(joint(list(v_r)), joint([s.v_r for s in exact]), rtol=0.005)
+    pairs = [table.reshape(-1) for table in q_r]
+    np.testing.assert_allclose(joint(pairs), joint([s.q_r.reshape(-1) for s in exact]), rtol=0.005)
+    begun = dataclasses.replace(waiting, warmup=3e-7)  # 300 steps
+    check_chain(fit(learner(game, begun, CHAIN_ALPHA), batch, 1100, 400), game, CHAIN_ALPHA)
 
 
 def test_7_influence_with_divergence_is_the_price_over_many_steps() -> None:

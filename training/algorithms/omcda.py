@@ -18,6 +18,9 @@ Losses on dataset actions (bars: target networks, sg: no gradient, m = 1 - termi
     L_Vc = E(z_i)/kappa_i + V^c_i,  gradient through V^c_i alone: at its minimum E_b[rho_i | o_i] = 1 (Prop. 3.4)
     L_pi = -sg(rho_i) log pi_i(a_i|o_i)
 
+With ``value_start=data``, the target of L_Qr is r + gamma m U(s') until the warm-up ends, and U is regressed on the
+data's returns-to-go meanwhile.
+
 E_b is the mean over the behaviour policy's actions in the data. E(z) continues exp linearly above z_max: a clamp
 there would have no gradient and let V run away; its derivative is rho, hence rho instead of exp z at the minimum
 of L_Vc.
@@ -92,6 +95,7 @@ COLUMNS = (
 )
 CURVES = INFLUENCE_CURVES
 PER_RUN = ("d_tot", "allocation", "alpha0", "share_temperature", "settled")
+_RECORDED_LR = 1e-3  # a regression, on targets that stand still
 SCAN = Scan("d_tot", "allocation", "Budget scan", "d_tot, nats (logarithmic)", "the budget, per allocation")
 
 
@@ -153,6 +157,11 @@ class Config:
         Choice("steps", "choices"),
         "agent-steps over which divergence is averaged: all, or those with a choice (discrete)",
     ] = "choices"
+    value_start: Annotated[
+        str,
+        Choice("zero", "data"),
+        "where reward values begin: at zero, or, while prices wait, at what the data's states earned",
+    ] = "zero"
     clip_targets: Annotated[bool, "clip targets to the data's returns-to-go"] = True
     lr: LearningRate = 5e-4
     lr_divergence: Annotated[LearningRate, "step size of Adam for Q^c, V^c and their mixer"] = 1e-4
@@ -212,15 +221,20 @@ class Algorithm:
         # Gradient noise alone moves a raw network by 0.02 nats per agent, which counts as deviation under a small
         # budget; so the dual, evaluation and export use the average.
         self.policy = repeat(behavior, len(configs)).to(device).requires_grad_(False)
+        groups = [Group(parameters_of(self.actor), config.lr), *self.critic.groups()]
+        modules = {
+            "actor": self.actor,
+            "policy": self.policy,
+            "critic": self.critic.online,
+            "critic_target": self.critic.target,
+        }
+        if (recorded := self.critic.recorded) is not None:
+            groups.append(Group(parameters_of(recorded.network), _RECORDED_LR))
+            modules["recorded_value"] = recorded.network
         self._optimizer = JointOptimizer(
-            [Group(parameters_of(self.actor), config.lr), *self.critic.groups()],
+            groups,
             config.grad_clip,
-            modules={
-                "actor": self.actor,
-                "policy": self.policy,
-                "critic": self.critic.online,
-                "critic_target": self.critic.target,
-            },
+            modules=modules,
             averages=[(self.policy, self.actor), (self.critic.target, self.critic.online)],
             tau=[config.tau_policy, config.tau],
         )
@@ -279,7 +293,8 @@ class Algorithm:
     def compute(self, batch: Batch, plan: Plan) -> dict[str, Tensor]:
         c = self.config
         alpha = self.dual.alpha.unsqueeze(1)  # [R, 1, N]
-        terms = self.critic.terms(batch, self._eval_alpha().unsqueeze(1), self._eval_share * self.budgets)
+        budgets = self._eval_share * self.budgets
+        terms = self.critic.terms(batch, self._eval_alpha().unsqueeze(1), budgets, begins=not plan.late)
         rho = self._weights(terms, alpha)
         log_prob = batch.log_prob(policy_of(self.actor, batch.observation, batch.mask))
         losses = {"policy": -mean_per_run(rho * log_prob), **terms.losses}  # L_pi and the critics'
