@@ -223,7 +223,9 @@ class BudgetScales:
     than ``pi_b exp z``. So scale_i grows while less than d_i is measured.
     """
 
-    def __init__(self, agents: int, *, single_price: Sequence[bool], tau_policy: float, device: str) -> None:
+    def __init__(
+        self, agents: int, *, single_price: Sequence[bool], tau_policy: float, device: torch.device | str
+    ) -> None:
         """``single_price``: one flag per run; ``tau_policy``: step of the average whose divergence is measured."""
         self._single = torch.tensor([[flag] for flag in single_price], device=device)
         self._log_scale = torch.zeros(len(single_price), agents, device=device)
@@ -267,3 +269,50 @@ class BudgetScales:
         for run, state in enumerate(states):
             self._log_scale[run], self._solutions[run] = state["log_scale"], state["solutions"]
             self._budgets[run] = state["budgets"]
+
+
+class PriceSolver:
+    """Prices of the policies that are trained, and of those that critics evaluate, from the last batches."""
+
+    def __init__(
+        self,
+        agents: int,
+        alpha0: Tensor,
+        eval_share: Tensor,
+        *,
+        single_price: Sequence[bool],
+        z_max: float,
+        tau_policy: float,
+    ) -> None:
+        """``alpha0`` [R, 1]; ``eval_share`` [R, 1]: of the budgets, what evaluated policies spend.
+
+        ``single_price``: one flag per run; ``tau_policy``: step of the average whose divergence is measured.
+        """
+        self.price = SolvedPrice(agents, alpha0, single_price=single_price, z_max=z_max)
+        self.eval_price = SolvedPrice(agents, alpha0, single_price=single_price, z_max=z_max)
+        self.exponents = Exponents(alpha0.device)
+        self._eval_share = eval_share
+        self._scales = BudgetScales(
+            agents, single_price=single_price, tau_policy=tau_policy, device=alpha0.device
+        )
+
+    def solve(self, budgets: Tensor, divergence: Tensor, active: Tensor) -> None:
+        """Set the prices of the ``active`` [R] runs, whose averaged policies spend ``divergence`` [R, N]."""
+        exponents = self.exponents.joined()
+        self._scales.correct(budgets, divergence, active)
+        self.price.solve(exponents, self._scales.values * budgets, active)
+        self.eval_price.solve(exponents, self._eval_share * budgets, active)
+
+    def state_dict(self, run: int) -> dict[str, Any]:
+        """The state of one run, but for the price of what is trained."""
+        return {
+            "eval_price": self.eval_price.state_dict(run),
+            "scales": self._scales.state_dict(run),
+            **self.exponents.state_dict(run),
+        }
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Load the states of all runs, in their order."""
+        self.eval_price.load_state_dicts([state["eval_price"] for state in states])
+        self._scales.load_state_dicts([state["scales"] for state in states])
+        self.exponents.load_state_dicts(states)

@@ -54,15 +54,7 @@ from omcda_deploy.training.influence import INFLUENCE_CURVES, influence, value_g
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, loss_metrics, parameters_of
-from omcda_deploy.training.prices import (
-    SOLVE_EVERY,
-    WINDOW,
-    BudgetScales,
-    Dual,
-    Exponents,
-    Settling,
-    SolvedPrice,
-)
+from omcda_deploy.training.prices import SOLVE_EVERY, WINDOW, Dual, PriceSolver, Settling, SolvedPrice
 from omcda_deploy.training.settings import (
     BatchSize,
     Choice,
@@ -247,19 +239,23 @@ class Algorithm:
             temperature=column(configs, "share_temperature", device),
             decay=config.influence_decay**config.reallocate_every,
         )
+        self._eval_share = (d_eval / d_tot).clamp_max(1.0)  # [R, 1]
         single_price = [strategy.single_price for strategy in self.allocation.strategies]
         price = column(configs, "alpha0", device)
         self.dual: Dual | SolvedPrice
+        self._solver: PriceSolver | None = None
         if config.price == "gradient":
             self.dual = Dual(agents, price, config.lr_alpha, single_price=single_price)
         else:
-            self.dual = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
-            self._eval_price = SolvedPrice(agents, price, single_price=single_price, z_max=config.z_max)
-            self._scales = BudgetScales(
-                agents, single_price=single_price, tau_policy=config.tau_policy, device=device
+            self._solver = PriceSolver(
+                agents,
+                price,
+                self._eval_share,
+                single_price=single_price,
+                z_max=config.z_max,
+                tau_policy=config.tau_policy,
             )
-            self._exponents = Exponents(d_tot.device)
-        self._eval_share = (d_eval / d_tot).clamp_max(1.0)  # [R, 1]
+            self.dual = self._solver.price
         self.settling = Settling(column(configs, "settled", device)[:, 0])
         self.noise = Noise(seeds, device)
         self._watch = False  # measure the influence on the total value at the next occasion
@@ -329,9 +325,9 @@ class Algorithm:
 
     def _eval_alpha(self) -> Tensor:
         """Prices [R, N] of the policies that the critics evaluate."""
-        if isinstance(self.dual, Dual):
+        if self._solver is None:
             return self.dual.alpha
-        return torch.where(self._eval_share < 1.0, self._eval_price.alpha, self.dual.alpha)
+        return torch.where(self._eval_share < 1.0, self._solver.eval_price.alpha, self.dual.alpha)
 
     def _weights(self, terms: CriticTerms, alpha: Tensor) -> Tensor:
         """Weights rho [R, B, N] of the policy's loss.
@@ -357,14 +353,12 @@ class Algorithm:
         """Move the prices of the ``active`` runs towards the budgets."""
         if isinstance(self.dual, Dual):
             return {"loss/dual": self.dual.descend(self.budgets, kl, active)}  # L_alpha
+        assert self._solver is not None
         if plan.collects:
             weight = torch.ones_like(terms.z) if choices is None else choices
-            self._exponents.add(terms.advantage, terms.correction, weight)
+            self._solver.exponents.add(terms.advantage, terms.correction, weight)
         if plan.solves:
-            exponents = self._exponents.joined()
-            self._scales.correct(self.budgets, kl, active)
-            self.dual.solve(exponents, self._scales.values * self.budgets, active)
-            self._eval_price.solve(exponents, self._eval_share * self.budgets, active)
+            self._solver.solve(self.budgets, kl, active)
         return {}
 
     def _measure_influence(
@@ -386,27 +380,16 @@ class Algorithm:
             **self._optimizer.state_dict(run),
             "allocation": self.allocation.state_dict(run),
             "dual": self.dual.state_dict(run),
-            **self._solved_state(run),
+            **({} if self._solver is None else self._solver.state_dict(run)),
             "step": self.step,
             **self.settling.state_dict(run),
-        }
-
-    def _solved_state(self, run: int) -> dict[str, Any]:
-        if isinstance(self.dual, Dual):
-            return {}
-        return {
-            "eval_price": self._eval_price.state_dict(run),
-            "scales": self._scales.state_dict(run),
-            **self._exponents.state_dict(run),
         }
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         self._optimizer.load_state_dicts(states)
         self.allocation.load_state_dicts([state["allocation"] for state in states])
         self.dual.load_state_dicts([state["dual"] for state in states])
-        if not isinstance(self.dual, Dual):
-            self._eval_price.load_state_dicts([state["eval_price"] for state in states])
-            self._scales.load_state_dicts([state["scales"] for state in states])
-            self._exponents.load_state_dicts(states)
+        if self._solver is not None:
+            self._solver.load_state_dicts(states)
         self.step = states[0]["step"]
         self.settling.load_state_dicts(states)
