@@ -90,6 +90,9 @@ def test_a_mean_near_a_bound_is_held_to_its_actions_exactness() -> None:
         comparison.check(agent, "zero noise", np.zeros((1, 1), np.float32), actual, expected)
 
     compare("neg_log_behavior", 2e-4)
+    action = np.tanh(2.7)
+    limit = np.arctanh(action + TEAM_TOLERANCE.allowed(action)) - 2.7
+    compare("neg_log_behavior", 0.995 * limit)  # whose action is within its tolerance
     with pytest.raises(ExportError, match="action of agent_0"):
         compare("neg_log_behavior", 2e-3)
     with pytest.raises(ExportError, match="mean of agent_0"):
