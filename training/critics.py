@@ -60,7 +60,6 @@ class RecordedValue:
     """
 
     def __init__(self, config: Config, networks: NetworkFactory, device: str) -> None:
-        self._gamma = config.gamma
         self.network = networks.team_value(config.mixer_hidden).to(device)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -68,11 +67,10 @@ class RecordedValue:
         error = self.network(batch.state) - batch.return_to_go / _largest(batch)
         return {"recorded_value": mean_per_run(error.square())}
 
-    def target(self, batch: Batch) -> Tensor:
-        """Return r + gamma m U(s') [R, B], detached: what Q^r_tot is regressed on before the prices begin."""
-        with torch.no_grad():
-            following: Tensor = _largest(batch) * self.network(batch.next_state)
-            return batch.reward + self._gamma * batch.not_done * following
+    def following(self, batch: Batch) -> Tensor:
+        """Return U(s') [R, B] in units of reward: what targets bootstrap from at first."""
+        values: Tensor = _largest(batch) * self.network(batch.next_state)
+        return values
 
 
 def _largest(batch: Batch) -> Tensor:
@@ -129,11 +127,8 @@ class DecoupledCritic:
             w_r2, b_r2 = self.mixer_r_target(s2)
             w_c2, b_c2 = self.mixer_c_target(s2)
             discount = c.gamma * batch.not_done
-            y_r = (
-                recorded.target(batch)
-                if recorded
-                else batch.reward + discount * mix(w_r2, self.v_r_target(o2), b_r2)
-            )
+            following = recorded.following(batch) if recorded else mix(w_r2, self.v_r_target(o2), b_r2)
+            y_r = batch.reward + discount * following
             y_c = discount.unsqueeze(-1) * mix_divergence(w_c2, self.v_c_target(o2), b_c2)
             if c.clip_targets:
                 y_r, clipped["value/clipped"] = clip_rewards(y_r, batch)
@@ -209,8 +204,9 @@ class EntangledCritic:
             w, _ = self.mixer_target(batch.state)
             q_target = self.q_target(batch.observation, batch.action)
             w2, b2 = self.mixer_target(batch.next_state)
-            following = mix(w2, self.v_target(batch.next_observation), b2)
-            y = recorded.target(batch) if recorded else batch.reward + c.gamma * batch.not_done * following
+            v2 = self.v_target(batch.next_observation)
+            following = recorded.following(batch) if recorded else mix(w2, v2, b2)
+            y = batch.reward + c.gamma * batch.not_done * following
             if c.clip_targets:
                 y, clipped["value/clipped"] = clip_rewards(y, batch)
         v = self.v(batch.observation)

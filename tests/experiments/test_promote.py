@@ -160,9 +160,8 @@ def test_the_episodes_that_trained_a_version_do_not_speak_for_it(
     monkeypatch.setattr("omcda_deploy.estimation.distributions.training_of", lambda bundle: trained)
     with pytest.raises(RefusedError, match=r"trained on 100.0 % of these episodes"):
         promote(admin, "2", dataset, releases)
-    prints = fingerprints(
-        dataset
-    )  # some of this game's episodes are alike, which is why it takes no sample itself
+    # Taken by hand: some of this game's episodes are alike, of which TrainingEpisodes.of keeps none.
+    prints = fingerprints(dataset)
     trained = {"dataset_digest": "another", "episodes": sample(prints[::3])}
     with pytest.raises(RefusedError, match=r"trained on 3[3-6].[0-9] % of these episodes"):
         promote(admin, "2", dataset, releases)

@@ -221,8 +221,7 @@ class ControlLoop(threading.Thread):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("seconds", "share"),
-    # On a machine that does other things, too, no rate is certain. Slow: past all time limits, on an idle machine.
-    [(1.0, 0.0), pytest.param(12.0, 0.8, marks=pytest.mark.slow)],
+    [(1.0, 0.5), pytest.param(12.0, 0.8, marks=pytest.mark.slow)],  # slow: past all time limits, alone
 )
 def test_no_client_takes_the_places_of_control_loops(
     continuous_bundle: Bundle, kind: Kind, seconds: float, share: float
@@ -239,9 +238,12 @@ def test_no_client_takes_the_places_of_control_loops(
                 loop.join()
             assert attacker.poll() is None, "the attack ended too early: the test shows nothing"
         assert [loop.failures for loop in loops] == [[], []]
-        if kind == "cancelling":  # it keeps a core busy, which the server and the loops may have to share
-            share = min(share, 0.5)
-        assert min(loop.steps for loop in loops) >= max(1.0, share * RATE * seconds)
+        least = share * RATE * seconds
+        if (
+            kind == "cancelling"
+        ):  # it keeps a core busy, so what is left to others is the machine's, in short runs
+            least = 1.0 if seconds == 1.0 else 0.5 * RATE * seconds
+        assert min(loop.steps for loop in loops) >= least
         samples = scrape(port)
         refused = {reason: value(samples, "omcda_refused_calls_total", reason=reason) for reason in REFUSALS}
         if kind in ("half-open", "never-reading"):

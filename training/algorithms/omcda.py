@@ -18,8 +18,8 @@ Losses on dataset actions (bars: target networks, sg: no gradient, m = 1 - termi
     L_Vc = E(z_i)/kappa_i + V^c_i,  gradient through V^c_i alone: at its minimum E_b[rho_i | o_i] = 1 (Prop. 3.4)
     L_pi = -sg(rho_i) log pi_i(a_i|o_i)
 
-With ``value_start=data``, the target of L_Qr is r + gamma m U(s') until the warm-up ends, and U is regressed on the
-data's returns-to-go meanwhile.
+With ``value_start=data``, the target of L_Qr is r + gamma m U(s') for the share ``warmup`` of the steps, and U is
+regressed on the data's returns-to-go meanwhile.
 
 E_b is the mean over the behaviour policy's actions in the data. E(z) continues exp linearly above z_max: a clamp
 there would have no gradient and let V run away; its derivative is rho, hence rho instead of exp z at the minimum
@@ -152,7 +152,7 @@ class Config:
     value_start: Annotated[
         str,
         Choice("zero", "data"),
-        "where reward values begin: at zero, or, while prices wait, at what the data's states earned",
+        "where reward values begin: at zero, or, for the share warmup of the steps, at the data's",
     ] = "zero"
     clip_targets: Annotated[bool, "clip targets to the data's returns-to-go"] = True
     lr: LearningRate = 5e-4
