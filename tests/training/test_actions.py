@@ -160,7 +160,7 @@ def test_influence_is_that_of_an_agents_own_entries(metric: str) -> None:
 
 
 def test_omcda_computes_its_losses_from_own_entries_alone() -> None:
-    algorithm, batch = learner("omcda")
+    algorithm, batch = learner("omcda", value_start="zero")
     critic, config = algorithm.critic, algorithm.config
     o, alpha = array(batch.observation), array(algorithm.alpha)
     w_r, w_c = (array(m(batch.state)[0]) for m in (critic.mixer_r_target, critic.mixer_c_target))

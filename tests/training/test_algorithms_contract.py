@@ -236,7 +236,7 @@ def test_switches_are_true_or_false() -> None:
         {"decoupled": False},
         {"divergence_mixer": "identity"},
         {"metric": "fisher"},
-        {"value_start": "data"},
+        {"value_start": "zero"},
     ],
 )
 @pytest.mark.parametrize("team", ["continuous", "unequal", "discrete"])

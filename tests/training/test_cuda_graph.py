@@ -43,7 +43,7 @@ QUICK: dict[str, dict[str, Any]] = {
 VARIANTS = [
     *((name, kind, QUICK.get(name, {})) for name, kind in CASES),
     ("omcda", "continuous", {**QUICK["omcda"], "decoupled": False, "metric": "fisher"}),
-    ("omcda", "discrete", {**QUICK["omcda"], "value_start": "data"}),
+    ("omcda", "discrete", {**QUICK["omcda"], "value_start": "zero"}),
     *(
         ("omcda", kind, {**QUICK["omcda"], "price": "solved", **settings})
         for kind, settings in (("continuous", {"clip_targets": True}), ("discrete", {"d_eval": 0.1}))

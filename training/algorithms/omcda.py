@@ -151,9 +151,9 @@ class Config:
     ] = "choices"
     value_start: Annotated[
         str,
-        Choice("zero", "data"),
-        "where reward values begin: at zero, or, for the share warmup of the steps, at the data's",
-    ] = "zero"
+        Choice("data", "zero"),
+        "where reward values begin: at the data's for the share warmup of the steps, or at zero",
+    ] = "data"
     clip_targets: Annotated[bool, "clip targets to the data's returns-to-go"] = True
     lr: LearningRate = 5e-4
     lr_divergence: Annotated[LearningRate, "step size of Adam for Q^c, V^c and their mixer"] = 1e-4
