@@ -1,14 +1,17 @@
 """Choice of the total divergence budget d_tot from the data alone.
 
-The episodes are split in two folds. On each, behaviour is cloned and OMCDA trained at every budget; the other fold
-then says how much of its data speaks for the trained teams: the effective sample size of their one-step joint
-ratios (:func:`omcda_deploy.estimation.effective_sample_size`), with behaviour cloned on the fold that the
-team was trained on. The choice is the largest budget up to which no smaller one falls below the floor. In discrete
-tasks, where fitted Q evaluation can be relied on, it may go further down and takes the budget whose estimate, less
-one deviation over bootstrap members, is largest.
+Two limits bound it:
 
-Too small a share means that the team acts in ways that nobody recorded; what its critic promises there is
-extrapolation. Source: docs/derivation.md#choice-of-the-budget.
+* In a step: the episodes are split in two folds. On each, behaviour is cloned and OMCDA trained at every budget;
+  the other fold then says how much of its data speaks for the trained teams: the effective sample size of their
+  one-step joint ratios (:func:`omcda_deploy.estimation.effective_sample_size`), with behaviour cloned on the fold
+  that the team was trained on. Too small a share means that the team acts in ways that nobody recorded; what its
+  critic promises there is extrapolation.
+* In an episode: the divergences of its steps add up to that of what is visited.
+
+The choice is the largest budget within both limits up to which no smaller one breaks them. In discrete tasks, where
+fitted Q evaluation can be relied on, the share may be smaller, and the budget is taken whose estimate, less one
+deviation over bootstrap members, is largest. Source: docs/derivation.md#choice-of-the-budget.
 """
 
 from __future__ import annotations
@@ -51,12 +54,11 @@ from omcda_deploy.training.networks import NetworkFactory
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
 
-BUDGETS = (0.03, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)  # nats
+BUDGETS = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0, 2.0)  # nats
 LEAST_BUDGET = 1e-6  # nats; stands for 0: a team that stays what it was cloned to be
-# Least share of the held-out steps that must speak for a team. One that spends its d nats has about exp(-2 d), so
-# this allows 0.08: over the steps of continuous control more leads to where nobody has been.
-FLOOR = 0.85
+FLOOR = 0.3  # least share of the held-out steps that must speak for a team
 FLOOR_WITH_VALUES = 0.1  # where fitted values decide as well
+MOST_PER_EPISODE = 40.0  # nats of a budget in the mean recorded episode
 _FOLDS = 2
 _NO_VALUES: Values = np.empty(0)
 
@@ -66,7 +68,8 @@ class BudgetRow:
     """Measurements of one budget; means over both folds."""
 
     d_tot: float
-    spent: float  # sum of KL(pi_i || pi_b^i) of the trained team, nats
+    per_episode: float  # d_tot times the steps of the mean recorded episode, nats
+    spent: float  # sum of KL(pi_i || pi_b^i) of the trained team, nats per step
     effective_share: float  # held out
     gain: float | None  # fitted value of the team less that of behaviour, at episode starts (discrete tasks)
     deviation: float | None  # of the gain, over bootstrap members
@@ -88,17 +91,14 @@ class BudgetChoice:
     @property
     def advice(self) -> str:
         """One sentence for the user."""
-        if self.d_tot == 0.0:
-            first = self.rows[0]
-            return (
-                f"Clone the behaviour policy: the data support no budget; at {first.d_tot:g} nats "
-                f"{100 * first.effective_share:.0f} % of the held-out steps speak for the trained team."
-            )
-        row = next(row for row in self.rows if row.d_tot == self.d_tot)
-        return (
-            f"Use d_tot {self.d_tot:g}: {100 * row.effective_share:.0f} % of the held-out steps speak for the "
-            "trained team."
+        row = next((row for row in self.rows if row.d_tot == self.d_tot), self.rows[0])
+        measured = (
+            f"{100 * row.effective_share:.0f} % of the held-out steps speak for the trained team, whose budget "
+            f"adds up to {row.per_episode:.3g} nats in an episode."
         )
+        if self.d_tot == 0.0:
+            return f"Clone the behaviour policy: the data support no budget; at {row.d_tot:g} nats {measured}"
+        return f"Use d_tot {self.d_tot:g}: {measured}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -165,8 +165,8 @@ def choose_budget(
         returns = returns_to_go(dataset, search.fitted.gamma, search.time_limit_is_terminal)
         largest = float(returns.max())
     rows = []
-    for index, budget in enumerate(search.budgets):
-        # A budget without the floor's support on either half has no values.
+    for index, (budget, nats) in enumerate(zip(search.budgets, _per_episode(dataset, search), strict=True)):
+        # A budget beyond its limits on both halves has no values.
         fitted = [half.fitted[index] for half in halves]
         gain = np.concatenate(
             [members - half.of_behavior[: len(members)] for members, half in zip(fitted, halves, strict=True)]
@@ -175,6 +175,7 @@ def choose_budget(
         rows.append(
             BudgetRow(
                 d_tot=float(budget),
+                per_episode=nats,
                 spent=float(np.mean([half.spent[index] for half in halves])),
                 effective_share=float(np.mean([half.shares[index] for half in halves])),
                 gain=float(gain.mean()) if known else None,
@@ -203,7 +204,7 @@ def decide(rows: Sequence[BudgetRow], with_values: bool) -> BudgetChoice:
     floor = FLOOR_WITH_VALUES if with_values else FLOOR
     supported = []
     for row in rows:
-        if row.effective_share < floor:
+        if row.effective_share < floor or row.per_episode > MOST_PER_EPISODE:
             break
         supported.append(row)
     if with_values:
@@ -217,6 +218,12 @@ def decide(rows: Sequence[BudgetRow], with_values: bool) -> BudgetChoice:
     else:
         chosen = supported[-1].d_tot if supported else 0.0
     return BudgetChoice(chosen, tuple(rows), floor)
+
+
+def _per_episode(dataset: Dataset, search: BudgetSearch) -> list[float]:
+    """Nats of each budget in the mean recorded episode."""
+    steps = float(np.mean(dataset.episode_length))
+    return [float(budget) * steps for budget in search.budgets]
 
 
 def _folds(dataset: Dataset, seed: int) -> list[NDArray[np.int64]]:
@@ -267,8 +274,8 @@ def _half(
         half,
         of_behavior=members(of_behavior),
         fitted=[
-            members(table) if share >= FLOOR_WITH_VALUES else _NO_VALUES
-            for table, share in zip(of_teams, half.shares, strict=True)
+            members(table) if share >= FLOOR_WITH_VALUES and nats <= MOST_PER_EPISODE else _NO_VALUES
+            for table, share, nats in zip(of_teams, half.shares, _per_episode(dataset, search), strict=True)
         ],
     )
 

@@ -45,9 +45,9 @@ class FittedConfig:
     """Settings of fitted Q evaluation."""
 
     steps: Annotated[int, Range(1, 10**7)] = 4000
-    members: Annotated[int, Range(2, 100)] = 10  # bootstrap resamples of the episodes
+    members: Annotated[int, Range(2, 100)] = 5  # bootstrap resamples of the episodes
     gamma: Unit = 0.99
-    batch_size: Count = 256
+    batch_size: Count = 128
     lr: LearningRate = 1e-3
     tau: Tau = 0.02  # step of target networks
     hidden: Width = 64

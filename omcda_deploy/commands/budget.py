@@ -74,13 +74,18 @@ def _table(choice: BudgetChoice) -> Table:
     """One row per budget."""
     valued = any(row.gain is not None for row in choice.rows)
     table = Table(box=None, pad_edge=False)
-    columns = ["d_tot", "spent", "held-out steps that count"]
+    columns = ["d_tot", "in an episode", "spent", "held-out steps that count"]
     if valued:
         columns += ["fitted gain ± its deviation", "beyond the data"]
     for column in columns:
         table.add_column(column, justify="right")
     for row in choice.rows:
-        cells = [f"{row.d_tot:g}", f"{row.spent:.3g}", f"{100 * row.effective_share:.0f} %"]
+        cells = [
+            f"{row.d_tot:g}",
+            f"{row.per_episode:.3g}",
+            f"{row.spent:.3g}",
+            f"{100 * row.effective_share:.0f} %",
+        ]
         if row.gain is not None:
             cells += [f"{row.gain:.3g} ± {row.deviation:.2g}", "yes" if row.beyond_data else "no"]
         table.add_row(*cells)

@@ -23,18 +23,35 @@ from omcda_deploy.training.budget import BudgetChoice, BudgetRow, BudgetSearch, 
 from omcda_deploy.training.estimation import FittedConfig
 
 
-def row(d_tot: float, share: float, gain: float | None = None, deviation: float = 0.1) -> BudgetRow:
-    return BudgetRow(d_tot, d_tot, share, gain, None if gain is None else deviation, beyond_data=False)
+def row(
+    d_tot: float, share: float, gain: float | None = None, deviation: float = 0.1, steps: float = 10.0
+) -> BudgetRow:
+    """Measurements of one budget in episodes of ``steps``."""
+    return BudgetRow(
+        d_tot, d_tot * steps, d_tot, share, gain, None if gain is None else deviation, beyond_data=False
+    )
 
 
 def test_the_largest_budget_above_the_floor_is_chosen() -> None:
-    rows = [row(0.03, 0.95), row(0.1, 0.9), row(0.12, 0.86), row(0.3, 0.5)]
-    assert decide(rows, with_values=False).d_tot == 0.12
+    rows = [row(0.03, 0.95), row(0.1, 0.8), row(0.3, 0.31), row(0.6, 0.29)]
+    assert decide(rows, with_values=False).d_tot == 0.3
 
 
 def test_a_budget_beyond_one_below_the_floor_is_never_chosen() -> None:
-    rows = [row(0.1, 0.9), row(0.3, 0.84), row(1.0, 0.9)]
+    rows = [row(0.1, 0.9), row(0.3, 0.29), row(1.0, 0.9)]
     assert decide(rows, with_values=False).d_tot == 0.1
+
+
+@pytest.mark.parametrize(("steps", "chosen"), [(1000.0, 0.03), (300.0, 0.1), (30.0, 0.6), (5000.0, 0.0)])
+@pytest.mark.parametrize("with_values", [False, True])
+def test_the_longer_an_episode_the_smaller_is_the_budget_of_a_step(
+    steps: float, chosen: float, with_values: bool
+) -> None:
+    budgets = ((0.03, 0.95), (0.1, 0.8), (0.3, 0.5), (0.6, 0.35))
+    rows = [row(d, share, gain=d, deviation=0.0, steps=steps) for d, share in budgets]
+    choice = decide(rows, with_values)
+    assert choice.d_tot == chosen
+    assert f"{(chosen or 0.03) * steps:.3g} nats in an episode" in choice.advice
 
 
 def test_where_no_budget_is_supported_the_answer_is_to_clone() -> None:
@@ -64,7 +81,7 @@ def test_measurements_are_cached_and_the_choice_is_not(
     from tests.support.synthetic import continuous_spec, write_dataset
 
     dataset = read_dataset(write_dataset(tmp_path / "data.hdf5", continuous_spec(), [5] * 4))
-    measured = BudgetChoice(0.3, (row(0.1, 0.9), row(0.3, 0.5)), floor=0.3)
+    measured = BudgetChoice(0.3, (row(0.1, 0.9), row(0.3, 0.2)), floor=0.1)
     monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
     asked: list[object] = []
 
