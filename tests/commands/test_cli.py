@@ -408,7 +408,7 @@ def test_train_export_and_resume_where_the_data_moved(
     out, err = capsys.readouterr()
     assert "trained run: export it with  omcda-deploy export run --out BUNDLE" in out
     recipe, cloned, trained, *_ = err.splitlines()
-    assert recipe == "recipe of mamujoco: d_tot=0.03"
+    assert recipe == "recipe of mamujoco: d_tot=0.03 tau=0.03"
     assert cloned.startswith("cloning the behaviour policy: step 5 of at most 5, held-out NLL ")
     assert trained.startswith("step 10 of 10: policy ")
     assert json.loads(Path("run/config.json").read_text())["behavior"]["hidden"] == 8
