@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.batches import Batch
-from omcda_deploy.training.fleet import Noise
+from omcda_deploy.training.fleet import Noise, stack
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.settings import build
 
@@ -76,7 +76,7 @@ class Algorithm(Protocol):
 def create_algorithm(
     name: str,
     spec: TeamSpec,
-    behavior: nn.Module,
+    behaviors: Sequence[nn.Module],
     *,
     settings: Sequence[Mapping[str, Any]],
     steps: int,
@@ -85,11 +85,10 @@ def create_algorithm(
 ) -> Algorithm:
     """Make an algorithm of R runs at step 0; a run's initial weights depend on its seed alone.
 
-    ``behavior`` is the cloned pi_b, of one run, for all. ``settings`` may differ in those that the module lists as
-    ``PER_RUN``.
+    ``behaviors`` are the runs' cloned pi_b. ``settings`` may differ in those that the module lists as ``PER_RUN``.
     """
     module = load_algorithm(name)
     configs = [build(module.Config, values) for values in settings]
     networks = NetworkFactory(spec, configs[0].hidden, seeds)
-    algorithm: Algorithm = module.Algorithm(configs, networks, behavior, steps=steps, device=device)
+    algorithm: Algorithm = module.Algorithm(configs, networks, stack(behaviors), steps=steps, device=device)
     return algorithm

@@ -80,8 +80,9 @@ class Batch:
 class DistributionTable:
     """A policy's distributions at every row of a dataset: where it is frozen, they are computed once for all."""
 
-    def __init__(self, whole: Distribution) -> None:
-        self._whole = whole
+    def __init__(self, whole: Distribution, rows: int = 0) -> None:
+        """``rows``: those of each of R policies, whose distributions follow one another; 0 for one policy."""
+        self._whole, self._rows = whole, rows
 
     @classmethod
     def of(cls, actor: nn.Module, observations: Tensor, masks: Tensor | None) -> DistributionTable:
@@ -120,6 +121,20 @@ class DistributionTable:
         padding = None if padding is None else padding.to(device)
         return cls(TanhGaussian(arrays["mean"], arrays["log_std"], padding))
 
+    @classmethod
+    def of_runs(cls, tables: Sequence[DistributionTable]) -> DistributionTable:
+        """The tables of R runs as one, whose row r of :meth:`at` is of run r; equal ones are kept once."""
+        if all(table is tables[0] for table in tables):
+            return tables[0]
+        wholes = [table._whole for table in tables]
+        if isinstance(wholes[0], TanhGaussian):
+            gaussians = [whole for whole in wholes if isinstance(whole, TanhGaussian)]
+            means = torch.cat([whole.mean for whole in gaussians])
+            log_stds = torch.cat([whole.log_std for whole in gaussians])
+            return cls(TanhGaussian(means, log_stds, wholes[0].padding), len(wholes[0].mean))
+        logits = [whole.log_probs for whole in wholes if isinstance(whole, Categorical)]
+        return cls(Categorical(torch.cat(logits)), len(logits[0]))
+
     def over(self, other: DistributionTable, rows: Tensor) -> DistributionTable:
         """These distributions at ``rows`` [M], and those of ``other`` everywhere else."""
         if isinstance(self._whole, TanhGaussian):
@@ -133,7 +148,10 @@ class DistributionTable:
         return DistributionTable(Categorical(log_probs))
 
     def at(self, rows: Tensor) -> Distribution:
-        """The distributions at ``rows`` [...]."""
+        """The distributions at ``rows`` [...]; [R, ...] of R policies."""
+        if self._rows:
+            first = torch.arange(len(rows), device=rows.device) * self._rows
+            rows = rows + first.view(-1, *[1] * (rows.dim() - 1))
         if isinstance(self._whole, TanhGaussian):
             mean, log_std = _take(self._whole.mean, rows), _take(self._whole.log_std, rows)
             return TanhGaussian(mean, log_std, self._whole.padding)
@@ -197,14 +215,14 @@ class TransitionSampler:
         time_limit_is_terminal: bool = False,
         device: str = "cpu",
         subset: NDArray[np.int64] | None = None,
-        behavior: nn.Module | None = None,
+        behaviors: Sequence[nn.Module] = (),
         gamma: float = 0.99,
         standardize_states: bool = False,
     ) -> None:
         """``subset``: positions in ``dataset.transitions`` to draw from; all when None.
 
-        ``behavior``: the frozen pi_b, for batches that hold its distributions; the dataset's own come first, in the
-        rows for which it has them. ``gamma`` discounts returns-to-go.
+        ``behaviors``: the runs' frozen pi_b, for batches that hold its distributions; the dataset's own come first,
+        in the rows for which it has them. ``gamma`` discounts returns-to-go.
         ``standardize_states``: batches hold states as :func:`standardized` by the dataset's mean and deviation.
         """
         rows = np.asarray(dataset.transitions, np.int64)
@@ -234,10 +252,14 @@ class TransitionSampler:
         starts = dataset.episode_start if len(dataset.episode_start) else rows[:1]
         self._starts = torch.from_numpy(np.asarray(starts, np.int64)).to(device)
         self._table = DistributionTable.recorded(dataset, padding_of(dataset.spec), device)
-        if behavior is not None:
-            cloned = DistributionTable.of(behavior, self._observations, self._masks)
+        if behaviors:
+            tables = {}
             every = torch.from_numpy(np.asarray(dataset.transitions, np.int64)).to(device)
-            self._table = cloned if self._table is None else self._table.over(cloned, every)
+            for behavior in behaviors:
+                if behavior not in tables:
+                    cloned = DistributionTable.of(behavior, self._observations, self._masks)
+                    tables[behavior] = cloned if self._table is None else self._table.over(cloned, every)
+            self._table = DistributionTable.of_runs([tables[behavior] for behavior in behaviors])
         returns = returns_to_go(dataset, gamma, time_limit_is_terminal).astype(np.float32)
         self._returns_to_go = torch.from_numpy(returns if subset is None else returns[subset]).to(device)
         self._return_range = torch.stack(self._returns_to_go.aminmax())

@@ -138,7 +138,7 @@ def _prepare(
     algorithm = create_algorithm(
         contender.algorithm,
         spec,
-        behavior,
+        [behavior] * contender.runs,
         settings=[settings] * contender.runs,
         steps=10**9,
         seeds=range(contender.runs),

@@ -292,7 +292,7 @@ def _trained(
     algorithm = create_algorithm(
         "omcda",
         dataset.spec,
-        behavior,
+        [behavior] * len(seeds),
         settings=[{**settings, "d_tot": budget} for budget in search.budgets],
         steps=search.steps,
         seeds=seeds,
@@ -305,7 +305,7 @@ def _trained(
         time_limit_is_terminal=search.time_limit_is_terminal,
         device=search.device,
         subset=fold,
-        behavior=behavior,
+        behaviors=[behavior] * len(seeds),
         gamma=settings["gamma"],
         standardize_states=settings["standardize_states"],
     )

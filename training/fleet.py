@@ -30,11 +30,6 @@ def stack(modules: Sequence[M]) -> M:
     return together
 
 
-def repeat(module: M, runs: int) -> M:
-    """``runs`` copies of one module, stacked."""
-    return stack([module] * runs)
-
-
 def run_state(module: nn.Module, run: int) -> dict[str, Tensor]:
     """The state dict of one run's own module; buffers are common to all runs."""
     stacked = {name for name, _ in module.named_parameters(remove_duplicate=False)}

@@ -84,18 +84,17 @@ def train_fleet(
         for out in folders:
             if out.exists():  # another process created it meanwhile
                 raise _exists(out)
-        model, report = behavior_model(
-            dataset, plan.behavior, device=request.device, progress=observer.cloning
-        )
-        known = {
-            "model": model.state_dict(),
-            **_parity_rows(dataset),
-            "episodes": TrainingEpisodes.of(dataset).to_text(),
+        known = {**_parity_rows(dataset), "episodes": TrainingEpisodes.of(dataset).to_text()}
+        clones = {
+            cloning: behavior_model(dataset, cloning, device=request.device, progress=observer.cloning)
+            for cloning in dict.fromkeys(plan.behavior for plan in plans)
         }
         for plan, out in zip(plans, folders, strict=True):
             plan, choice = _with_budget(dataset, plan, observer)
+            model, report = clones[plan.behavior]
             try:
-                _create(known, _run_config(dataset, plan, dataset_path, report, choice), out)
+                config = _run_config(dataset, plan, dataset_path, report, choice)
+                _create({"model": model.state_dict(), **known}, config, out)
             except OSError as error:
                 raise ConfigError(f"{out} cannot be written {refusal(error)}") from error
         _train_on(dataset, {out: request.evaluate_every for request, out in runs}, observer)
@@ -173,14 +172,15 @@ def _exists(out: Path) -> ConfigError:
 
 
 def fleet_key(config: RunConfig) -> str:
-    """Return what runs of one fleet have in common: everything but the seed and the settings per run."""
+    """Return what runs of one fleet have in common: everything but seeds, clones and the settings per run."""
     per_run = per_run_settings(load_algorithm(config.algorithm))
     shared = {name: value for name, value in config.settings.items() if name not in per_run}
     fields = {
         name: value
         for name, value in dataclasses.asdict(config).items()
-        if name not in ("seed", "settings", "versions", "dataset", "budget")
+        if name not in ("seed", "settings", "versions", "dataset", "budget", "behavior")
     }
+    fields["behavior"] = config.behavior["hidden"]
     return json.dumps([shared, fields], sort_keys=True)
 
 
@@ -269,8 +269,8 @@ def _train_on(dataset: Dataset, runs: Mapping[Path, int | None], observer: Train
 def _train_together(dataset: Dataset, members: Sequence[Member], observer: TrainObserver) -> None:
     """Train runs that stand at one step to their last."""
     config = members[0].config
-    behavior = _behavior(members[0].run, config)
-    algorithm = make_algorithm([member.config for member in members], behavior)
+    behaviors = _behaviors(members)
+    algorithm = make_algorithm([member.config for member in members], behaviors)
     if states := [member.state for member in members if member.state is not None]:
         algorithm.load_state_dicts(states)
     sampler = TransitionSampler(
@@ -279,7 +279,7 @@ def _train_together(dataset: Dataset, members: Sequence[Member], observer: Train
         [member.config.seed for member in members],
         time_limit_is_terminal=config.time_limit_is_terminal,
         device=config.device,
-        behavior=behavior,
+        behaviors=behaviors,
         gamma=config.settings.get("gamma", 0.99),
         standardize_states=config.settings.get("standardize_states", False),
     )
@@ -324,13 +324,13 @@ def _steps(
     return lambda watched: algorithm.update(sampler.sample(algorithm.step), watched)
 
 
-def make_algorithm(configs: Sequence[RunConfig], behavior: nn.Module) -> Algorithm:
+def make_algorithm(configs: Sequence[RunConfig], behaviors: Sequence[nn.Module]) -> Algorithm:
     """Make the algorithm of runs at step 0."""
     config = configs[0]
     return create_algorithm(
         config.algorithm,
         config.spec,
-        behavior,
+        behaviors,
         settings=[config.settings for config in configs],
         steps=config.steps,
         seeds=[config.seed for config in configs],
@@ -338,11 +338,21 @@ def make_algorithm(configs: Sequence[RunConfig], behavior: nn.Module) -> Algorit
     )
 
 
-def _behavior(run: Path, config: RunConfig) -> nn.Module:
-    """Read the frozen behaviour model of a run."""
-    model = NetworkFactory(config.spec, config.behavior["hidden"]).actor()
-    model.load_state_dict(load_state(run / BEHAVIOR)["model"])
-    return model.to(config.device)
+def _behaviors(members: Sequence[Member]) -> list[nn.Module]:
+    """Read the runs' frozen behaviour models, equal ones as one object."""
+    distinct: list[tuple[dict[str, Tensor], nn.Module]] = []
+    models = []
+    for member in members:
+        config, state = member.config, load_state(member.run / BEHAVIOR)["model"]
+        same = (model for known, model in distinct if all(torch.equal(known[k], state[k]) for k in state))
+        model = next(same, None)
+        if model is None:
+            model = NetworkFactory(config.spec, config.behavior["hidden"]).actor()
+            model.load_state_dict(state)
+            model.to(config.device)
+            distinct.append((state, model))
+        models.append(model)
+    return models
 
 
 def _parity_rows(dataset: Dataset) -> dict[str, Tensor | None]:

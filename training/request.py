@@ -46,7 +46,10 @@ class ResolvedRun:
         return BudgetSearch(
             dataclasses.asdict(self.config),
             min(self.request.steps, SEARCH_STEPS),
-            self.behavior,
+            # One measurement serves all seeds.
+            dataclasses.replace(
+                self.behavior, seed=self.behavior.seed if "seed" in self.request.behavior else 0
+            ),
             time_limit_is_terminal=self.request.time_limit_is_terminal,
             device=self.request.device,
             fitted=FittedConfig(
@@ -67,7 +70,9 @@ class TrainRequest:
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # the algorithm's, which override recipes; RECIPE
-    behavior: Mapping[str, Any] = field(default_factory=dict)  # BehaviorConfig's; hidden is the algorithm's
+    behavior: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # BehaviorConfig's; hidden is the algorithm's, and seed the run's
     device: str = "cpu"  # cpu, cuda or cuda:N
     threads: int = 1  # torch's
     time_limit_is_terminal: bool = False
@@ -151,7 +156,7 @@ class TrainRequest:
             if name not in self.settings
         }
         config = build(module.Config, {**from_recipe, **self._fixed})
-        behavior = build(BehaviorConfig, {"hidden": config.hidden, **self.behavior})
+        behavior = build(BehaviorConfig, {"hidden": config.hidden, "seed": self.seed, **self.behavior})
         if behavior.hidden != config.hidden:
             raise ConfigError(
                 f"expected behavior hidden {config.hidden} as the algorithm's, got {behavior.hidden}: leave it out"

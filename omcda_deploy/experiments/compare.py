@@ -229,7 +229,8 @@ def _changed(config: RunConfig) -> dict[str, Any]:
     }
     if config.budget is not None:  # chosen from the dataset, perhaps the recipe's own
         changed["d_tot"] = AUTO
-    cloning = BehaviorConfig(hidden=config.settings["hidden"])
+    # A clone has its run's seed, which is no setting; it was 0 for every run until 2026-11-30.
+    cloning = BehaviorConfig(hidden=config.settings["hidden"], seed=config.behavior.get("seed", 0))
     for field in fields(BehaviorConfig):
         value = config.behavior.get(field.name, getattr(cloning, field.name))
         if value != getattr(cloning, field.name):

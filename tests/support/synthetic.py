@@ -176,7 +176,7 @@ def make_fleet(
     torch.set_num_threads(1)
     every: list[Mapping[str, Any]] = [{"hidden": HIDDEN, **values} for values in settings]
     behavior = behavior_actor(spec, every[0]["hidden"])
-    return create_algorithm(name, spec, behavior, settings=every, steps=steps, seeds=seeds)
+    return create_algorithm(name, spec, [behavior] * len(every), settings=every, steps=steps, seeds=seeds)
 
 
 def write_dataset(

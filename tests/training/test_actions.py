@@ -355,7 +355,7 @@ def test_batches_hold_actions_as_policies_see_them(tmp_path: Path) -> None:
     assert np.abs(native[:, 1]).max() < 0.4
     native[:, 0, 1] = 77.0
     behavior = behavior_actor(SPEC)
-    sampler = TransitionSampler(dataclasses.replace(dataset, actions=native), 5, (0,), behavior=behavior)
+    sampler = TransitionSampler(dataclasses.replace(dataset, actions=native), 5, (0,), behaviors=[behavior])
     positions = torch.arange(10).unsqueeze(0)
     batch = sampler.gather(positions)
     rows = dataset.transitions

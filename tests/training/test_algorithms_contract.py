@@ -137,7 +137,7 @@ def test_training_leaves_the_behavior_model_alone(name: str, team: str) -> None:
     """Neither the model that a learner is given, nor its distributions in the batches."""
     spec, behavior = spec_of(team), behavior_actor(spec_of(team))
     before = {key: value.clone() for key, value in behavior.state_dict().items()}
-    algorithm = create_algorithm(name, spec, behavior, settings=[{"hidden": HIDDEN}], steps=1000, seeds=[0])
+    algorithm = create_algorithm(name, spec, [behavior], settings=[{"hidden": HIDDEN}], steps=1000, seeds=[0])
     batch, untouched = random_batch(spec), random_batch(spec)
     for _ in range(UPDATES):
         algorithm.update(batch)

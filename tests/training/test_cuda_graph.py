@@ -95,13 +95,15 @@ def prepared(
     algorithm = create_algorithm(
         name,
         dataset.spec,
-        behavior,
+        [behavior] * len(SEEDS),
         settings=[{"hidden": 8, "batch_size": BATCH, **settings}] * len(SEEDS),
         steps=STEPS,
         seeds=SEEDS,
         device=device,
     )
-    return algorithm, TransitionSampler(dataset, BATCH, SEEDS, device=device, behavior=behavior)
+    return algorithm, TransitionSampler(
+        dataset, BATCH, SEEDS, device=device, behaviors=[behavior] * len(SEEDS)
+    )
 
 
 # -- replay -----------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_batches_hold_the_distributions_that_acted(tmp_path: Path, kind: str) ->
     spec = SPECS[kind]()
     dataset = recorded(tmp_path / "d.hdf5", spec)
     clone = behavior_actor(spec)
-    batch = TransitionSampler(dataset, 4, [0], behavior=clone).gather(
+    batch = TransitionSampler(dataset, 4, [0], behaviors=[clone]).gather(
         torch.arange(len(dataset.transitions))[None]
     )
     rows = dataset.transitions
@@ -80,7 +80,7 @@ def test_batches_hold_the_distributions_that_acted(tmp_path: Path, kind: str) ->
         assert torch.equal(ours, array[rows])
         assert torch.equal(following[known], array[rows + 1][known])
         assert torch.equal(following[~known], getattr(cloned, name)[0][~known]), "nobody acted there"
-    plain = TransitionSampler(replace(dataset, behavior=None), 4, [0], behavior=clone).gather(
+    plain = TransitionSampler(replace(dataset, behavior=None), 4, [0], behaviors=[clone]).gather(
         torch.arange(6)[None]
     )
     assert torch.equal(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from omcda_deploy.training import mlp
 from omcda_deploy.training.distributions import TanhGaussian
-from omcda_deploy.training.fleet import Noise, load_run_states, mean_per_run, repeat, run_state, stack
+from omcda_deploy.training.fleet import Noise, load_run_states, mean_per_run, run_state, stack
 from omcda_deploy.training.mlp import AgentMLP, Linear
 from omcda_deploy.training.networks import NetworkFactory
 from tests.support.synthetic import continuous_spec, differing
@@ -163,9 +163,9 @@ def test_a_run_starts_from_its_own_seed_whatever_its_company() -> None:
             assert differing(run_state(together, run), alone.state_dict()) == set()
 
 
-def test_a_repeated_module_has_parameters_of_its_own() -> None:
+def test_a_stacked_module_has_parameters_of_its_own() -> None:
     one = nn.Linear(2, 2).requires_grad_(False)
-    many = repeat(one, 3)
+    many = stack([one] * 3)
     assert many.weight.shape == (3, 2, 2)
     assert not many.weight.requires_grad
     many.weight.add_(1.0)

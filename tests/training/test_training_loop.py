@@ -458,6 +458,22 @@ def test_the_behavior_model_is_cloned_once_per_dataset(
     assert len(list((tmp_path / "cache").rglob("*.pt"))) == 3
 
 
+def test_a_runs_clone_has_its_seed(dataset: Dataset, tmp_path: Path) -> None:
+    """Runs of several seeds would else share one clone, and their spread leave out what a clone varies."""
+    settings = {"hidden": 8, "batch_size": 16}
+    runs = [tmp_path / f"seed{seed}" for seed in (3, 5)]
+    requests = [TrainRequest("bc", 5, seed, settings, CLONING) for seed in (3, 5)]
+    loop.train_fleet(dataset, list(zip(requests, runs, strict=True)))
+    train(dataset, tmp_path / "alone", "bc", steps=5, seed=5)
+    train(dataset, tmp_path / "given", "bc", steps=5, seed=5, behavior={**CLONING, "seed": 3})
+    [third, fifth, alone, given] = (
+        load_state(run / "behavior.pt")["model"] for run in (*runs, tmp_path / "alone", tmp_path / "given")
+    )
+    assert differing(third, fifth)
+    assert differing(fifth, alone) == differing(third, given) == set()
+    assert [read_config(run).behavior["seed"] for run in runs] == [3, 5]
+
+
 def test_runs_that_start_together_clone_once(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -551,10 +567,10 @@ def test_batches_depend_on_seed_and_step_alone(dataset: Dataset) -> None:
 
 
 def test_a_fleets_batch_is_its_runs_batches_side_by_side(dataset: Dataset) -> None:
-    behavior, _ = behavior_model(dataset, BEHAVIOR)
     seeds = (7, 3, 3, 0)
-    fleet = TransitionSampler(dataset, 8, seeds, behavior=behavior)
-    alone = [TransitionSampler(dataset, 8, [seed], behavior=behavior) for seed in seeds]
+    clones = {seed: behavior_model(dataset, dataclasses.replace(BEHAVIOR, seed=seed))[0] for seed in seeds}
+    fleet = TransitionSampler(dataset, 8, seeds, behaviors=[clones[seed] for seed in seeds])
+    alone = [TransitionSampler(dataset, 8, [seed], behaviors=[clones[seed]]) for seed in seeds]
     for step in (0, 1, 300):
         expected = stacked(*(sampler.sample(step) for sampler in alone))
         assert differing(fields_of(fleet.sample(step)), fields_of(expected)) == set()
@@ -563,7 +579,7 @@ def test_a_fleets_batch_is_its_runs_batches_side_by_side(dataset: Dataset) -> No
 def test_batches_hold_the_behavior_policy_at_their_rows(dataset: Dataset) -> None:
     """A table of the whole dataset gives what the model gives for each batch."""
     behavior, _ = behavior_model(dataset, BEHAVIOR)
-    batch = TransitionSampler(dataset, 64, [5, 6], behavior=behavior).sample(0)
+    batch = TransitionSampler(dataset, 64, [5, 6], behaviors=[behavior] * 2).sample(0)
     with torch.no_grad():
         for ours, observation in (
             (batch.behavior, batch.observation),

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from omcda_deploy.training.actions import clear, entry_mean, padding_of
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.distributions import Categorical, Distribution
-from omcda_deploy.training.fleet import Noise, column, mean_per_run, repeat
+from omcda_deploy.training.fleet import Noise, column, mean_per_run
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.mlp import AgentMLP
 from omcda_deploy.training.networks import TIE, GreedyActor, NetworkFactory, total_value
@@ -359,12 +359,12 @@ class Algorithm:
         steps: int,
         device: str = "cpu",
     ) -> None:
-        """Build ``behavior``, the cloned pi_b, into discrete policies, whose actions it allows."""
+        """Build ``behavior``, the runs' cloned pi_b, into discrete policies, whose actions it allows."""
         config = self.config = configs[0]
         self.policy = make_policy(config, networks).to(device)
         self._losses: GenerativeLosses | RestrictedLosses
         if isinstance(self.policy, RestrictedActor):
-            self.policy.behavior = repeat(behavior, len(configs)).to(device).requires_grad_(False)
+            self.policy.behavior = copy.deepcopy(behavior).to(device).requires_grad_(False)
             self._losses = RestrictedLosses(configs, networks, self.policy)
         else:
             assert isinstance(self.policy, GenerativeActor)

@@ -36,6 +36,7 @@ Q and V as in OMIGA, ``z_i = (w_i/alpha_i)(Q_i - V_i)``).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -49,7 +50,7 @@ from omcda_deploy.training.allocation import STRATEGIES, Allocation
 from omcda_deploy.training.batches import Batch
 from omcda_deploy.training.critics import CriticTerms, DecoupledCritic, EntangledCritic
 from omcda_deploy.training.distributions import Distribution, divergence, policy_of
-from omcda_deploy.training.fleet import Noise, batch_mean, column, mean_per_run, repeat
+from omcda_deploy.training.fleet import Noise, batch_mean, column, mean_per_run
 from omcda_deploy.training.influence import INFLUENCE_CURVES, influence, value_gradients
 from omcda_deploy.training.metrics import KL
 from omcda_deploy.training.networks import NetworkFactory
@@ -203,16 +204,16 @@ class Algorithm:
         steps: int,
         device: str = "cpu",
     ) -> None:
-        """Start as ``behavior``, the cloned pi_b; warm-up is a share of ``steps``, the planned length."""
+        """Start as ``behavior``, the runs' cloned pi_b; warm-up is a share of ``steps``, the planned length."""
         config = self.config = configs[0]
         seeds, agents = networks.seeds or (), len(networks.spec.agents)
         self._steps = steps
         critic = DecoupledCritic if config.decoupled else EntangledCritic
         self.critic: DecoupledCritic | EntangledCritic = critic(config, networks, device)
-        self.actor = repeat(behavior, len(configs)).to(device).requires_grad_(True)
+        self.actor = copy.deepcopy(behavior).to(device).requires_grad_(True)
         # Gradient noise alone moves a raw network by 0.02 nats per agent, which counts as deviation under a small
         # budget; so the dual, evaluation and export use the average.
-        self.policy = repeat(behavior, len(configs)).to(device).requires_grad_(False)
+        self.policy = copy.deepcopy(behavior).to(device).requires_grad_(False)
         groups = [Group(parameters_of(self.actor), config.lr), *self.critic.groups()]
         modules = {
             "actor": self.actor,
