@@ -364,7 +364,6 @@ UNEQUAL: list[dict[str, Any]] = [
     {"steps": 40},
     {"log_every": 10},
     {"time_limit_is_terminal": True},
-    {"behavior": {**CLONING, "seed": 1}},
 ]
 
 
