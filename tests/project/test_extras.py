@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -236,6 +237,9 @@ def test_constraints_pin_what_dev_installs_as_it_is_installed() -> None:
     assert missing == {}, "pin these in constraints.txt"
     assert {name: Version(metadata.version(name)).public for name in pins} == pins
     assert set(pins) <= needed, "nothing asks for these pins"
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    asks = {name: SpecifierSet(metadata.metadata(name)["Requires-Python"] or "") for name in pins}
+    assert [name for name, pythons in asks.items() if oldest not in pythons] == [], "too new for this Python"
 
 
 def closure() -> set[str]:
