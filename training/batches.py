@@ -92,18 +92,7 @@ class DistributionTable:
                 policy_of(actor, observations[rows], None if masks is None else masks[rows])
                 for rows in (slice(first, first + _CHUNK) for first in range(0, len(observations), _CHUNK))
             ]
-        if masks is None:
-            gaussians = [part for part in parts if isinstance(part, TanhGaussian)]
-            return cls(
-                TanhGaussian(
-                    torch.cat([part.mean for part in gaussians]),
-                    torch.cat([part.log_std for part in gaussians]),
-                    gaussians[0].padding,
-                )
-            )
-        return cls(
-            Categorical(torch.cat([part.log_probs for part in parts if isinstance(part, Categorical)]))
-        )
+        return cls(_joined(parts))
 
     @classmethod
     def recorded(
@@ -123,17 +112,12 @@ class DistributionTable:
 
     @classmethod
     def of_runs(cls, tables: Sequence[DistributionTable]) -> DistributionTable:
-        """The tables of R runs as one, whose row r of :meth:`at` is of run r; equal ones are kept once."""
+        """The tables of R runs, of equally many rows, as one; where all are the same table, that table."""
+        first = tables[0]._whole
         if all(table is tables[0] for table in tables):
             return tables[0]
-        wholes = [table._whole for table in tables]
-        if isinstance(wholes[0], TanhGaussian):
-            gaussians = [whole for whole in wholes if isinstance(whole, TanhGaussian)]
-            means = torch.cat([whole.mean for whole in gaussians])
-            log_stds = torch.cat([whole.log_std for whole in gaussians])
-            return cls(TanhGaussian(means, log_stds, wholes[0].padding), len(wholes[0].mean))
-        logits = [whole.log_probs for whole in wholes if isinstance(whole, Categorical)]
-        return cls(Categorical(torch.cat(logits)), len(logits[0]))
+        rows = len(first.mean if isinstance(first, TanhGaussian) else first.log_probs)
+        return cls(_joined([table._whole for table in tables]), rows)
 
     def over(self, other: DistributionTable, rows: Tensor) -> DistributionTable:
         """These distributions at ``rows`` [M], and those of ``other`` everywhere else."""
@@ -148,7 +132,7 @@ class DistributionTable:
         return DistributionTable(Categorical(log_probs))
 
     def at(self, rows: Tensor) -> Distribution:
-        """The distributions at ``rows`` [...]; [R, ...] of R policies."""
+        """The distributions at ``rows`` [...]; of R policies, those of run r at ``rows[r]``."""
         if self._rows:
             first = torch.arange(len(rows), device=rows.device) * self._rows
             rows = rows + first.view(-1, *[1] * (rows.dim() - 1))
@@ -156,6 +140,18 @@ class DistributionTable:
             mean, log_std = _take(self._whole.mean, rows), _take(self._whole.log_std, rows)
             return TanhGaussian(mean, log_std, self._whole.padding)
         return Categorical(_take(self._whole.log_probs, rows))
+
+
+def _joined(parts: Sequence[Distribution]) -> Distribution:
+    """Distributions of one kind, one after another."""
+    gaussians = [part for part in parts if isinstance(part, TanhGaussian)]
+    if gaussians:
+        return TanhGaussian(
+            torch.cat([part.mean for part in gaussians]),
+            torch.cat([part.log_std for part in gaussians]),
+            gaussians[0].padding,
+        )
+    return Categorical(torch.cat([part.log_probs for part in parts if isinstance(part, Categorical)]))
 
 
 def episode_of(dataset: Dataset) -> NDArray[np.int64]:
@@ -253,12 +249,13 @@ class TransitionSampler:
         self._starts = torch.from_numpy(np.asarray(starts, np.int64)).to(device)
         self._table = DistributionTable.recorded(dataset, padding_of(dataset.spec), device)
         if behaviors:
-            tables = {}
-            every = torch.from_numpy(np.asarray(dataset.transitions, np.int64)).to(device)
-            for behavior in behaviors:
-                if behavior not in tables:
-                    cloned = DistributionTable.of(behavior, self._observations, self._masks)
-                    tables[behavior] = cloned if self._table is None else self._table.over(cloned, every)
+            tables = {
+                behavior: DistributionTable.of(behavior, self._observations, self._masks)
+                for behavior in dict.fromkeys(behaviors)
+            }
+            if self._table is not None:
+                every = torch.from_numpy(np.asarray(dataset.transitions, np.int64)).to(device)
+                tables = {behavior: self._table.over(table, every) for behavior, table in tables.items()}
             self._table = DistributionTable.of_runs([tables[behavior] for behavior in behaviors])
         returns = returns_to_go(dataset, gamma, time_limit_is_terminal).astype(np.float32)
         self._returns_to_go = torch.from_numpy(returns if subset is None else returns[subset]).to(device)

@@ -204,7 +204,7 @@ def decide(rows: Sequence[BudgetRow], with_values: bool) -> BudgetChoice:
     floor = FLOOR_WITH_VALUES if with_values else FLOOR
     supported = []
     for row in rows:
-        if row.effective_share < floor or row.per_episode > MOST_PER_EPISODE:
+        if not _supported(row.effective_share, row.per_episode, floor):
             break
         supported.append(row)
     if with_values:
@@ -218,6 +218,11 @@ def decide(rows: Sequence[BudgetRow], with_values: bool) -> BudgetChoice:
     else:
         chosen = supported[-1].d_tot if supported else 0.0
     return BudgetChoice(chosen, tuple(rows), floor)
+
+
+def _supported(share: float, per_episode: float, floor: float) -> bool:
+    """Say whether a budget is within the limits of a step and of an episode."""
+    return share >= floor and per_episode <= MOST_PER_EPISODE
 
 
 def _per_episode(dataset: Dataset, search: BudgetSearch) -> list[float]:
@@ -274,7 +279,7 @@ def _half(
         half,
         of_behavior=members(of_behavior),
         fitted=[
-            members(table) if share >= FLOOR_WITH_VALUES and nats <= MOST_PER_EPISODE else _NO_VALUES
+            members(table) if _supported(share, nats, FLOOR_WITH_VALUES) else _NO_VALUES
             for table, share, nats in zip(of_teams, half.shares, _per_episode(dataset, search), strict=True)
         ],
     )

@@ -180,7 +180,6 @@ def fleet_key(config: RunConfig) -> str:
         for name, value in dataclasses.asdict(config).items()
         if name not in ("seed", "settings", "versions", "dataset", "budget", "behavior")
     }
-    fields["behavior"] = config.behavior["hidden"]
     return json.dumps([shared, fields], sort_keys=True)
 
 
@@ -190,8 +189,8 @@ def require_one_fleet(configs: Sequence[RunConfig], runs: Sequence[Path]) -> Non
     for config, run in zip(configs, runs, strict=True):
         if fleet_key(config) != first:
             raise ConfigError(
-                f"{run} and {runs[0]} cannot be trained side by side: expected runs that differ in their seed and "
-                "the algorithm's PER_RUN settings alone; train them one after the other"
+                f"{run} and {runs[0]} cannot be trained side by side: expected runs that differ in their seed, "
+                "their clone and the algorithm's PER_RUN settings alone; train them one after the other"
             )
 
 
