@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -59,28 +60,29 @@ def server_process(
 
 
 def free_port() -> int:
-    """Return a port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that is free at this moment, another one each time."""
+    return free_ports(1)
 
 
 def free_ports(count: int) -> int:
-    """Return the first of ``count`` consecutive ports that are free at this moment.
+    """Return the first of ``count`` consecutive ports that are free at this moment, other ones each time.
 
-    Test runs that share a machine begin their search at different ports.
+    They lie below those that the system gives to outgoing connections, any of which could take one before a server
+    does. Test runs that share a machine begin their search at different ports.
     """
-    for offset in range(0, 10_000, count):
-        first = 20_000 + (37 * os.getpid() + offset) % 10_000
+    for _ in range(10_000 // count):
+        ports = [20_000 + next(_searched) % 10_000 for _ in range(count)]
+        if ports[-1] < ports[0]:  # began again from below
+            continue
         try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
+            require_ports_free(ports[0], count)
         except OSError:
             continue
-        return first
+        return ports[0]
     raise AssertionError("no free ports")
+
+
+_searched = itertools.count(37 * os.getpid())
 
 
 def require_ports_free(first: int, count: int) -> None:
@@ -88,5 +90,5 @@ def require_ports_free(first: int, count: int) -> None:
     for port in range(first, first + count):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("0.0.0.0", port))  # a server may listen on every address
             probe.listen()
