@@ -124,9 +124,14 @@ def write_text(path: str | Path, text: str) -> None:
 
     Raises :class:`ConfigError` where it cannot be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a whole file, as :func:`write_text` does."""
     try:
         with atomic(Path(path)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"cannot write {path} {refusal(error)}") from error
 

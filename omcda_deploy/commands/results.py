@@ -31,7 +31,9 @@ def results(
     ] = None,
     write_only: Annotated[
         bool,
-        typer.Option("--write-only", help="Record and train nothing; write of the runs that are finished."),
+        typer.Option(
+            "--write-only", help="Train nothing; write of finished runs, or of the records beside pages."
+        ),
     ] = False,
     pdf: Annotated[
         bool, typer.Option("--pdf", help="Write every figure as PDF, too (pip install 'omcda-deploy[pdf]').")

@@ -17,7 +17,7 @@ from omcda_deploy.registry import load_algorithm
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
-    from omcda_deploy.report.comparison import Comparison, LeftOut, Result, Variant
+    from omcda_deploy.report.comparison import Comparison, Curves, LeftOut, Result, Variant
     from omcda_deploy.report.scores import Score
     from omcda_deploy.training.run_folder import RunConfig
 
@@ -31,15 +31,13 @@ def compare_runs(
     *,
     observer: Observer | None = None,
     dataset: Dataset | None = None,
-    play: bool = True,
 ) -> Comparison:
     """Export and play the last policies of every run, and group the runs by variant.
 
     Where no run is of BC, the clone that the first run of a dataset began with stands beside its runs. A run that
     is unfinished or cannot be played is left out, and the comparison lists it. With ``dataset``, the one that they
-    all were trained on, each is judged by :class:`DataReturns`. Without ``play`` only runs that were played before
-    are compared. Raises :class:`ConfigError` where none is left, unless it is for want of a simulator or of
-    ``play``: then the list is the comparison.
+    all were trained on, each is judged by :class:`DataReturns`. Raises :class:`ConfigError` where none is left,
+    unless it is for want of a simulator: then the list is the comparison.
     """
     from omcda_deploy.report.comparison import Comparison, LeftOut, summarise
 
@@ -59,9 +57,6 @@ def compare_runs(
                 left_out.append(LeftOut(str(folder), label, reason))
                 continue
             score = recorded_score(folder, config, conditions)
-            if score is None and not play:
-                unplayable.append(LeftOut(str(folder), label, "not run: trained, and not played yet"))
-                continue
             if score is None:
                 label_of = f"run {index + 1} of {len(folders)}: {folder}"
                 with observer.progress(label_of, "episodes") as report:
@@ -79,8 +74,7 @@ def compare_runs(
             f"the first failed: {failures[0]}" if failures else f"{left_out[0].run} is {left_out[0].reason}"
         )
         raise ConfigError(f"none of {len(folders)} runs can be compared; {first}")
-    if play:
-        results += _clones(results, conditions, observer)
+    results += _clones(results, conditions, observer)
     summaries, repeated = summarise(results)
     return Comparison(summaries, [*unplayable, *left_out, *repeated], {"Evaluation": str(conditions)})
 
@@ -154,7 +148,6 @@ def _last_step(folder: Path) -> tuple[RunConfig, int]:
 
 def _clones(results: Sequence[Result], conditions: Conditions, observer: Observer) -> list[Result]:
     """Play the clone of every dataset on which no run is of BC."""
-    from omcda_deploy.report.comparison import CLONE, Result
     from omcda_deploy.training.run_folder import read_config
 
     by_dataset: dict[str, list[Result]] = {}
@@ -168,17 +161,20 @@ def _clones(results: Sequence[Result], conditions: Conditions, observer: Observe
         config = read_config(folder)
         with observer.progress(f"the clone of {folder}", "episodes") as report:
             score = score_clone(folder, config, conditions, report)
-        variant = replace(runs[0].variant, algorithm=CLONE, settings=(), steps=0)
-        clones.append(
-            Result(
-                variant, runs[0].run, config.seed, config.behavior, config.versions, score, None, None, 0.0
-            )
-        )
+        clones.append(clone_result(runs[0].run, config, score))
     return clones
 
 
+def clone_result(run: str, config: RunConfig, score: Score) -> Result:
+    """Make the result of the clone that a run began with."""
+    from omcda_deploy.report.comparison import CLONE, Result
+
+    variant = replace(_variant(config), algorithm=CLONE, settings=(), steps=0)
+    return Result(variant, run, config.seed, config.behavior, config.versions, score, None, None, 0.0)
+
+
 def _result(folder: Path, config: RunConfig, score: Score, returns: DataReturns | None) -> Result:
-    from omcda_deploy.report.comparison import Curves, Result
+    from omcda_deploy.report.comparison import Curves
     from omcda_deploy.training.run_folder import training_seconds
 
     metrics = folder / "metrics.jsonl"
@@ -186,21 +182,27 @@ def _result(folder: Path, config: RunConfig, score: Score, returns: DataReturns 
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{metrics} cannot be read ({error}): train the run again") from error
-    algorithm = load_algorithm(config.algorithm)
-    section = curves_of(algorithm)
+    section = curves_of(load_algorithm(config.algorithm))
     curves = None if section is None else Curves.of(section, config.spec.names, lines)
-    return Result(
-        _variant(config),
-        str(folder),
-        config.seed,
-        config.settings,
-        config.versions,
-        score,
-        curves,
-        scan_of(algorithm),
-        training_seconds(folder),
-        None if returns is None else returns.left_by(config, lines),
-    )
+    diverged = None if returns is None else returns.left_by(config, lines)
+    return result_of(str(folder), config, score, curves, training_seconds(folder), diverged=diverged)
+
+
+def result_of(
+    run: str,
+    config: RunConfig,
+    score: Score,
+    curves: Curves | None,
+    seconds: float,
+    *,
+    diverged: bool | None,
+) -> Result:
+    """Make the result of a run from its configuration, its score and what its training logged."""
+    from omcda_deploy.report.comparison import Result
+
+    scan = scan_of(load_algorithm(config.algorithm))
+    stated = (config.seed, config.settings, config.versions)
+    return Result(_variant(config), run, *stated, score, curves, scan, seconds, diverged)
 
 
 def _variant(config: RunConfig) -> Variant:

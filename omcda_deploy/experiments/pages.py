@@ -2,13 +2,15 @@
 
 Finished parts are not repeated and a killed run is resumed: call it again to go on. A page lists the runs that are
 not run, not finished or failed, and the overview the pages that could not be written; nothing stands for them.
+Beside a page lies its record (:mod:`omcda_deploy.experiments.records`), by which later overviews cover it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +19,9 @@ from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.compare import compare_runs
 from omcda_deploy.experiments.engines import Engine, run_locally
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.experiments.records import Record, read_record, write_record
 from omcda_deploy.experiments.results import Page, Results, Row, read_results
-from omcda_deploy.experiments.sweep import Job, check_jobs
+from omcda_deploy.experiments.sweep import Job, check_jobs, require_same_request
 from omcda_deploy.experiments.tier_index import MISSING
 from omcda_deploy.experiments.watching import watching
 from omcda_deploy.files import require_writable, write_json
@@ -26,6 +29,10 @@ from omcda_deploy.files import require_writable, write_json
 if TYPE_CHECKING:
     from omcda_deploy.report.comparison import Comparison, LeftOut
     from omcda_deploy.report.overview import Entry
+    from omcda_deploy.training.run_folder import RunConfig
+
+
+_RECORD = "[{0}]({0}), with the configuration and the episodes of every run"
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,15 @@ class _Work:
     @property
     def dataset(self) -> Path:
         return self.page.dataset(self.out)
+
+    @property
+    def record(self) -> Path:
+        """File with the runs behind the page, beside it."""
+        return self.page.file.with_suffix(".json.gz")
+
+    def name(self, job: Job) -> str:
+        """The run of a job as its record names it: where ``out`` is on the machine is nothing to readers."""
+        return str(job.run.relative_to(self.out))
 
     @property
     def failed(self) -> Path:
@@ -84,9 +100,9 @@ def write_results(
     """Make the page of a file of results, or the pages and the overview of a comparison; return those written.
 
     Datasets, runs and bundles lie in ``out``; ``engine`` trains ``jobs`` runs at once (0: one per core), everything
-    else happens in this process. ``only``: patterns of datasets TASK/TIER; the overview covers the others as they
-    are. Without ``train`` nothing is recorded or trained: pages are written of the runs that are finished. With
-    ``pdf`` every figure of these pages is written as PDF, too.
+    else happens in this process. ``only``: patterns of datasets TASK/TIER; the overview covers the others by their
+    records. Without ``train`` nothing is recorded or trained: pages are written of the runs that are finished, or
+    of their records where these hold more. With ``pdf`` every figure of these pages is written as PDF, too.
 
     Raises :class:`OmcdaError`, before anything is made, where the file or one of its runs cannot be, and after the
     other pages are written for those that could not.
@@ -108,9 +124,10 @@ def write_results(
             _check(work, train)
         elif results.overview is None:
             raise ConfigError(f"{work.page.label} cannot be had: {work.missing}")
-    if not train and not any(job.finished for work in works for job in work.jobs):
+    if not train and not any(work.record.exists() or any(job.finished for job in work.jobs) for work in now):
         raise ConfigError(
-            f"no run of {source} is finished in {out}: leave --write-only out, or name the --out of its runs"
+            f"no run of {source} is finished in {out}, and no page of it has a record: leave --write-only out, or "
+            "name the --out of its runs"
         )
     if results.overview is None:
         _make(now[0], jobs, observer, engine, train=train, command=command)
@@ -180,84 +197,112 @@ def _make(work: _Work, jobs: int, observer: Observer, engine: Engine, *, train: 
             failures = dict(engine(work.jobs, jobs, observer))
         if failures or work.failed.exists():
             write_json(work.failed, {str(job.run): reason for job, reason in failures.items()})
-    made = _compare(work, failures, observer, play=True)
-    if made.comparison is None and not train:
-        return made
-    if made.comparison is None:
-        first = f"; the first failed: {next(iter(failures.values()))}" if failures else ""
-        raise ConfigError(f"{work.page.label}: {made.reason}{first}")
+    finished = [job for job in work.jobs if job.finished and job not in failures]
+    record = None if train else read_record(work.record, work.page.conditions)
+    if record is None or len(_fitting(work, record)) <= len(finished):
+        if not finished:
+            begun = sum(job.run.exists() for job in work.jobs)
+            reason = f"none of {len(work.jobs)} runs is finished, {begun} begun"
+            if not train:
+                return _Made(None, reason, failures)
+            first = f"; the first failed: {next(iter(failures.values()))}" if failures else ""
+            raise ConfigError(f"{work.page.label}: {reason}{first}")
+        record = _play(work, finished, failures, observer)
+    made = _of_record(work, record)
+    assert made.comparison is not None  # a record has runs
     work.page.file.parent.mkdir(parents=True, exist_ok=True)
     write_markdown(made.comparison, work.page.file, work.page.title, command, work.page.note)
+    write_record(work.record, record, work.page.conditions)
     return made
 
 
-def _compare(work: _Work, failures: Mapping[Job, str], observer: Observer, *, play: bool) -> _Made:
-    """Compare a page's finished runs under the names of its rows, and list all others."""
+def _play(work: _Work, finished: Sequence[Job], failures: Mapping[Job, str], observer: Observer) -> Record:
+    """Play a page's finished runs, and record them."""
     from omcda_deploy.datasets.summary import card, summarize
     from omcda_deploy.registry import read_dataset
-    from omcda_deploy.report.comparison import CLONE
+    from omcda_deploy.training.run_folder import read_config
 
-    finished = [job for job in work.jobs if job.finished and job not in failures]
-    if not finished:
-        begun = sum(job.run.exists() for job in work.jobs)
-        return _Made(None, f"none of {len(work.jobs)} runs is finished, {begun} begun", failures)
+    names = {str(job.run): work.name(job) for job in work.jobs}
     dataset = read_dataset(work.dataset) if work.dataset.exists() else None
-    comparison = compare_runs(
-        [job.run for job in finished], work.page.conditions, observer=observer, dataset=dataset, play=play
+    runs = [job.run for job in finished]
+    comparison = compare_runs(runs, work.page.conditions, observer=observer, dataset=dataset)
+    results = [result for summary in comparison.summaries for result in summary.results]
+    return Record(
+        {names[str(run)]: read_config(run) for run in runs},
+        tuple(dataclasses.replace(result, run=names[result.run]) for result in results),
+        tuple(_below(work.out, left) for left in comparison.left_out),
+        {work.name(job): _without(work.out, reason) for job, reason in failures.items()},
+        () if dataset is None else tuple(card(summarize(dataset))),
     )
-    order = {str(job.run): (index, row.name) for index, row in enumerate(work.rows) for job in row.jobs}
-    clones = [s for s in comparison.summaries if s.variant.algorithm == CLONE]
-    summaries = sorted(
-        (s for s in comparison.summaries if s.variant.algorithm != CLONE),
-        key=lambda summary: order[summary.results[0].run][0],
+
+
+def _of_record(work: _Work, record: Record) -> _Made:
+    """Compare the runs of a record under the names of a page's rows, and list all others."""
+    from omcda_deploy.report.comparison import CLONE, Comparison, summarise
+
+    order = {work.name(job): (index, row.name) for index, row in enumerate(work.rows) for job in row.jobs}
+    jobs = {work.name(job): job for job in work.jobs}
+    configs = _fitting(work, record)
+    failures = {jobs[run]: reason for run, reason in record.failed.items() if run in jobs}
+    summaries, repeated = summarise(result for result in record.results if result.run in configs)
+    clones = [s for s in summaries if s.variant.algorithm == CLONE]
+    trained = sorted(
+        (s for s in summaries if s.variant.algorithm != CLONE), key=lambda s: order[s.results[0].run][0]
     )
-    comparison = dataclasses.replace(
-        comparison,
-        summaries=[*summaries, *clones],
-        names={s.variant: order[s.results[0].run][1] for s in summaries},
-        left_out=[_below(work.out, left) for left in (*_left_out(work, failures), *comparison.left_out)],
-        conditions={**_budgets(work), **comparison.conditions},
-        card=card(summarize(dataset)) if play and dataset is not None else (),
+    budgets = {
+        f"Budget of {order[run][1]}": config.budget["advice"]
+        for run, config in configs.items()
+        if config.budget is not None
+    }
+    comparison = Comparison(
+        [*trained, *clones],
+        [*_left_out(work, configs, failures), *record.left_out, *repeated],
+        {**budgets, "Evaluation": str(work.page.conditions), "Record": _RECORD.format(work.record.name)},
+        {s.variant: order[s.results[0].run][1] for s in trained},
+        record.card,
     )
     return _Made(comparison, failures=failures)
 
 
-def _left_out(work: _Work, failures: Mapping[Job, str]) -> list[LeftOut]:
+def _fitting(work: _Work, record: Record) -> dict[str, RunConfig]:
+    """Select the recorded runs that the file of results asks for now, in the way that it does."""
+    fitting = {}
+    for job in work.jobs:
+        config = record.configs.get(work.name(job))
+        with suppress(OmcdaError):
+            if config is not None:
+                require_same_request(job, config, job.request.resolved(config.spec))
+                fitting[work.name(job)] = config
+    return fitting
+
+
+def _left_out(work: _Work, recorded: Container[str], failures: Mapping[Job, str]) -> list[LeftOut]:
     from omcda_deploy.report.comparison import LeftOut
 
     left = []
     for row in work.rows:
         left += [
-            LeftOut(str(job.run), f"{row.name}, seed {job.seed}", f"failed: {failures[job]}")
+            LeftOut(work.name(job), f"{row.name}, seed {job.seed}", f"failed: {failures[job]}")
             for job in row.jobs
             if job in failures
         ]
-        unfinished = [job for job in row.jobs if not job.finished and job not in failures]
+        unfinished = [job for job in row.jobs if work.name(job) not in recorded and job not in failures]
         for begun, reason in ((False, "not run"), (True, "not run to its end")):
             jobs = [job for job in unfinished if job.run.exists() == begun]
             if jobs:
                 seeds = ", ".join(str(job.seed) for job in jobs)
-                left.append(LeftOut(str(jobs[0].run.parent), f"{row.name}, seeds {seeds}", reason))
+                folder = str(Path(work.name(jobs[0])).parent)
+                left.append(LeftOut(folder, f"{row.name}, seeds {seeds}", reason))
     return left
 
 
 def _below(out: Path, left: LeftOut) -> LeftOut:
+    return dataclasses.replace(left, run=_without(out, left.run), reason=_without(out, left.reason))
+
+
+def _without(out: Path, text: str) -> str:
     """Name files as they lie in ``out``: where that is on the machine is nothing to a page's readers."""
-    run, reason = (text.replace(f"{out}/", "") for text in (left.run, left.reason))
-    return dataclasses.replace(left, run=run, reason=reason)
-
-
-def _budgets(work: _Work) -> dict[str, str]:
-    """Say which budget was chosen from the data for rows that leave it to them."""
-    from omcda_deploy.training.run_folder import read_config
-
-    budgets = {}
-    for row in work.rows:
-        begun = [job for job in row.jobs if job.request.chooses_budget and job.finished]
-        choices = [choice for job in begun if (choice := read_config(job.run).budget) is not None]
-        if choices:
-            budgets[f"Budget of {row.name}"] = choices[0]["advice"]
-    return budgets
+    return text.replace(f"{out}/", "")
 
 
 def _write_overview(
@@ -274,16 +319,16 @@ def _write_overview(
 
 
 def _as_it_is(work: _Work) -> _Made:
-    """Compare the runs of a page that is not made now, as far as they were played."""
+    """Compare the runs of a page that is not made now, by its record."""
     if work.missing:
         return _Made(None, work.missing)
     try:
-        _check(work, train=False)
-        made = _compare(work, work.failures(), Observer(), play=False)
+        record = read_record(work.record, work.page.conditions)
     except OmcdaError as error:
         return _Made(None, str(error))
-    if made.comparison is not None and not made.comparison.summaries:
-        return _Made(None, "none of its finished runs is played yet")
+    made = _Made(None) if record is None else _of_record(work, record)
+    if made.comparison is None or not made.comparison.summaries:
+        return _Made(None, "none of its runs is recorded")
     return made
 
 
