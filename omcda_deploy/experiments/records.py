@@ -1,7 +1,7 @@
 """Records of pages: every run behind a page, with its configuration and the episodes that it was played.
 
-A page's record lies beside it, with the ending ``.json.gz``, and holds what tables and figures are made of. By it an
-overview covers the page, the page is written anew, and readers count for themselves, where no run is at hand.
+A page's record lies beside it, with the ending ``.json.gz``, and holds what tables and figures are made of. By it
+overviews cover the page, the page is written anew, and readers count for themselves, where no run is at hand.
 """
 
 from __future__ import annotations
