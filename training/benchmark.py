@@ -182,6 +182,7 @@ def random_batch(spec: TeamSpec, behavior: nn.Module, runs: int, batch_size: int
 
     mask = torch.ones(runs, batch_size, n, a, dtype=torch.uint8) if discrete else None
     observation, next_observation = normal(n, o), normal(n, o)
+    returns = normal()
     return Batch(
         observation=observation,
         action=actions(),
@@ -196,4 +197,6 @@ def random_batch(spec: TeamSpec, behavior: nn.Module, runs: int, batch_size: int
         next_mask=mask,
         behavior=policy_of(behavior, observation, mask),
         next_behavior=policy_of(behavior, next_observation, mask),
+        return_to_go=returns,
+        return_range=torch.stack(returns.aminmax(dim=1), dim=1),
     )
