@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -30,7 +30,7 @@ from omcda_deploy.references import require_trusted
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.batches import TransitionSampler
-from omcda_deploy.training.behavior_model import behavior_model
+from omcda_deploy.training.behavior_model import BehaviorConfig, behavior_model
 from omcda_deploy.training.budget import LEAST_BUDGET, BudgetChoice, cached_choice
 from omcda_deploy.training.checkpoint import load_state, save_state
 from omcda_deploy.training.member import Member
@@ -85,10 +85,7 @@ def train_fleet(
             if out.exists():  # another process created it meanwhile
                 raise _exists(out)
         known = {**_parity_rows(dataset), "episodes": TrainingEpisodes.of(dataset).to_text()}
-        clones = {
-            cloning: behavior_model(dataset, cloning, device=request.device, progress=observer.cloning)
-            for cloning in dict.fromkeys(plan.behavior for plan in plans)
-        }
+        clones = _clones(dataset, [plan.behavior for plan in plans], request.device, observer)
         for plan, out in zip(plans, folders, strict=True):
             plan, choice = _with_budget(dataset, plan, observer)
             model, report = clones[plan.behavior]
@@ -98,6 +95,24 @@ def train_fleet(
             except OSError as error:
                 raise ConfigError(f"{out} cannot be written {refusal(error)}") from error
         _train_on(dataset, {out: request.evaluate_every for request, out in runs}, observer)
+
+
+def _clones(
+    dataset: Dataset, clonings: Iterable[BehaviorConfig], device: str, observer: TrainObserver
+) -> dict[BehaviorConfig, tuple[nn.Module, dict[str, Any]]]:
+    """Clone the behaviour policy in each way that runs ask for; the observer sees one count of all their steps."""
+    distinct = list(dict.fromkeys(clonings))
+    total = sum(cloning.steps for cloning in distinct)
+    clones: dict[BehaviorConfig, tuple[nn.Module, dict[str, Any]]] = {}
+    before = 0
+
+    def progress(step: int, _: int, loss: float) -> None:
+        observer.cloning(before + step, total, loss)
+
+    for cloning in distinct:
+        clones[cloning] = behavior_model(dataset, cloning, device=device, progress=progress)
+        before += cloning.steps
+    return clones
 
 
 @contextmanager

@@ -20,6 +20,7 @@ class TrainObserver:
     def cloning(self, step: int, steps: int, loss: float) -> None:
         """Cloning of the behaviour policy reached ``step`` of at most ``steps``.
 
+        Where runs have a clone each, the steps of all count as one; a clone that is done early skips its last ones.
         ``loss`` is the held-out negative log-likelihood per agent and step, in nats.
         """
 

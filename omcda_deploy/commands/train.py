@@ -129,7 +129,7 @@ def train(
                 evaluate_every=evaluate_every,
                 observer=view,
             )
-    _print_next(run, several=seeds is not None)
+    _print_next(run)
 
 
 def _kept(out: Path | None, resumed: Path | None, evaluate_every: int | None, task: str | None) -> str:
@@ -147,9 +147,12 @@ def _kept(out: Path | None, resumed: Path | None, evaluate_every: int | None, ta
     return f"the state of step {min(map(saved_step, runs))} is kept, go on with  {go_on}"
 
 
-def _print_next(run: Path, several: bool) -> None:
-    """Say what to do with a trained run, or with one of several."""
-    which = f"one with  omcda-deploy export {run}/seed…" if several else f"it with  omcda-deploy export {run}"
+def _print_next(run: Path) -> None:
+    """Say what to do with a trained run, or with one of those in a folder."""
+    from omcda_deploy.training.run_folder import CONFIG
+
+    single = (run / CONFIG).is_file()
+    which = f"it with  omcda-deploy export {run}" if single else f"one with  omcda-deploy export {run}/seed…"
     print_text(f"trained {run}: export {which} --out BUNDLE")
 
 

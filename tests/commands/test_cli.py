@@ -422,6 +422,9 @@ def test_train_export_and_resume_where_the_data_moved(
     assert Path("runs/seed0/metrics.jsonl").read_text() == Path("run/metrics.jsonl").read_text()
     assert run(monkeypatch, "train", "moved.hdf5", "--resume", "runs", "--seeds", "3") == 0
     assert run(monkeypatch, "train", "moved.hdf5", "--resume", "runs", "--seeds", "4") == 2
+    capsys.readouterr()
+    assert run(monkeypatch, "train", "moved.hdf5", "--resume", "runs") == 0
+    assert "export one with  omcda-deploy export runs/seed" in capsys.readouterr().out
     bundle = read_bundle("bundle")
     assert bundle.manifest["training"]["algorithm"] == "omcda"
     assert bundle.manifest["training"]["step"] == 10

@@ -463,7 +463,14 @@ def test_a_runs_clone_has_its_seed(dataset: Dataset, tmp_path: Path) -> None:
     settings = {"hidden": 8, "batch_size": 16}
     runs = [tmp_path / f"seed{seed}" for seed in (3, 5)]
     requests = [TrainRequest("bc", 5, seed, settings, CLONING) for seed in (3, 5)]
-    loop.train_fleet(dataset, list(zip(requests, runs, strict=True)))
+    seen: list[tuple[int, int]] = []
+
+    class Counter(TrainObserver):
+        def cloning(self, step: int, steps: int, loss: float) -> None:
+            seen.append((step, steps))
+
+    loop.train_fleet(dataset, list(zip(requests, runs, strict=True)), observer=Counter())
+    assert seen == [(step, 40) for step in (10, 20, 30, 40)]  # both clones are one count
     train(dataset, tmp_path / "alone", "bc", steps=5, seed=5)
     train(dataset, tmp_path / "given", "bc", steps=5, seed=5, behavior={**CLONING, "seed": 3})
     [third, fifth, alone, given] = (
