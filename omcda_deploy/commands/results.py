@@ -29,11 +29,13 @@ def results(
         list[str] | None,
         typer.Option(metavar="TASK/TIER", help="Datasets of a comparison, such as 'smax/*'; repeatable."),
     ] = None,
+    add: Annotated[
+        bool,
+        typer.Option("--add", help="Train the runs alone that the records beside the pages do not hold."),
+    ] = False,
     write_only: Annotated[
         bool,
-        typer.Option(
-            "--write-only", help="Train nothing; write of finished runs, or of the records beside pages."
-        ),
+        typer.Option("--write-only", help="Train nothing; write of the records and of finished runs."),
     ] = False,
     pdf: Annotated[
         bool, typer.Option("--pdf", help="Write every figure as PDF, too (pip install 'omcda-deploy[pdf]').")
@@ -54,6 +56,8 @@ def results(
     files = _files(file, every)
     if every and only:
         raise ConfigError("expected --all or --only, got both: name the file whose datasets are meant")
+    if add and write_only:
+        raise ConfigError("expected --add or --write-only, got both: --write-only trains nothing")
     require_folder(out)
     run_jobs = make_engine(engine, engine_options(engine_option, address), out)
     for source in files:
@@ -64,7 +68,7 @@ def results(
             TerminalObserver(),
             run_jobs,
             only=only or (),
-            train=not write_only,
+            train="none" if write_only else "new" if add else "all",
             pdf=pdf,
         )
         print_text(f"wrote {', '.join(map(str, written))}")

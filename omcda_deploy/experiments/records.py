@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,27 @@ class Record:
     left_out: tuple[LeftOut, ...]  # runs that could not be played
     failed: Mapping[str, str]  # reason of its failure, by run
     card: tuple[tuple[str, str], ...]  # of the dataset
+
+    def select(self, runs: Container[str]) -> Record:
+        """Leave out all but some runs."""
+        return replace(
+            self,
+            configs={run: config for run, config in self.configs.items() if run in runs},
+            results=tuple(result for result in self.results if result.run in runs),
+            left_out=tuple(left for left in self.left_out if left.run in runs),
+            failed={run: reason for run, reason in self.failed.items() if run in runs},
+        )
+
+    def joined(self, later: Record) -> Record:
+        """Add the runs of a ``later`` record of the same dataset; for a run of both its word is taken."""
+        earlier = self.select(self.configs.keys() - later.configs.keys() - later.failed.keys())
+        return Record(
+            {**earlier.configs, **later.configs},
+            (*earlier.results, *later.results),
+            (*earlier.left_out, *later.left_out),
+            {**{run: why for run, why in self.failed.items() if run not in later.configs}, **later.failed},
+            later.card or earlier.card,
+        )
 
 
 def write_record(file: Path, record: Record, conditions: Conditions) -> None:

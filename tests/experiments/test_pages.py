@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +19,7 @@ from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments import pages
 from omcda_deploy.experiments import train as training
 from omcda_deploy.experiments.observer import Observer
+from omcda_deploy.experiments.page_runs import Work
 from omcda_deploy.experiments.pages import write_results
 from omcda_deploy.experiments.results import read_results
 from omcda_deploy.experiments.sweep import Job
@@ -193,7 +196,7 @@ def test_what_is_finished_is_written_without_training(file: Path, tmp_path: Path
         write_results(file, out, 1, engine=Here(), only=["toy/chain/*"])
     file.write_text(COMPARISON.replace("steps = 20\n", "steps = 30\n"))
     with pytest.raises(ConfigError, match="is a run of 20 steps, expected 30"):
-        write_results(file, out, 1, train=False, only=["toy/chain/*"])
+        write_results(file, out, 1, train="none", only=["toy/chain/*"])
 
 
 def lasting(folder: Path) -> dict[str, str]:
@@ -227,17 +230,49 @@ def test_an_overview_covers_pages_that_were_made_elsewhere(file: Path, tmp_path:
     for page in (*folder.iterdir(), overview):
         if page.suffix in (".md", ".svg"):
             page.unlink()
-    write_results(file, tmp_path / "out2", 1, train=False)
+    write_results(file, tmp_path / "out2", 1, train="none")
     assert lasting(folder) == before
     assert lasting(file.parent) == overall
     assert {name: name.read_bytes() for name in records} == records
     assert not (tmp_path / "out2").exists()
 
-    # One finished run in a new folder does not take the place of a page of eight.
+
+def test_a_page_grows_by_runs_that_its_record_does_not_hold(file: Path, tmp_path: Path) -> None:
+    page = file.with_suffix("") / "toy-chain-behavior.md"
+    file.write_text(COMPARISON.partition('[[runs]]\nalgorithms = ["cql"]')[0])  # without the row that fails
+    write_results(file, tmp_path / "whole", 1, engine=Here(), only=["toy/chain/*"])
+    whole = lasting(page.parent)
+    page.with_suffix(".json.gz").unlink()
+
     with pytest.raises(KeyboardInterrupt):
-        write_results(file, tmp_path / "out3", 1, engine=Here(dies="bc-hidden"), only=["toy/chain/*"])
-    write_results(file, tmp_path / "out3", 1, train=False)
-    assert lasting(folder) == before
+        write_results(file, tmp_path / "out0", 1, engine=Here(dies="/bc-hidden"), only=["toy/chain/*"])
+    write_results(file, tmp_path / "out0", 1, only=["toy/chain/*"], train="none")
+    assert "(bc, seeds 0, 1): not run" in page.read_text()
+    assert cells(page, "omcda")[2] == "0, 1"
+
+    engine = Here()
+    result = write_results(file, tmp_path / "out1", 1, engine=engine, only=["toy/chain/*"], train="new")
+    assert result == [page, file.with_name("README.md")]
+    trained = sorted({run.parent.name for run in engine.trained})
+    assert trained == ["bc-hidden=8-batch_size=8", "omcda-hidden=8-batch_size=8-allocation=uniform"]
+    assert lasting(page.parent) == whole
+
+    # Nothing is new now, so that no dataset is needed.
+    write_results(file, tmp_path / "out2", 1, engine=Here(), only=["toy/chain/*"], train="new")
+    assert lasting(page.parent) == whole
+    assert not (tmp_path / "out2" / "toy-chain-behavior.hdf5").exists()
+
+    # Runs on other data are no part of the page.
+    (tmp_path / "out3").mkdir()
+    other = tmp_path / "out3" / "toy-chain-behavior.hdf5"
+    shutil.copy(tmp_path / "out1" / other.name, other)
+    with h5py.File(other, "r+") as hdf5:
+        hdf5["r"][0] += 1.0
+        del hdf5["omcda"].attrs["digest"]
+    with pytest.raises(
+        OmcdaError, match=r"json.gz is of another dataset than .*out3/toy-chain.*: move one of"
+    ):
+        write_results(file, tmp_path / "out3", 1, engine=Here(), only=["toy/chain/*"], train="new")
 
 
 def test_a_record_counts_where_it_is_of_the_runs_that_are_asked_for(file: Path, tmp_path: Path) -> None:
@@ -276,7 +311,7 @@ def test_a_page_that_cannot_be_made_does_not_stop_the_others(
 ) -> None:
     record = pages._record
 
-    def fail_on_chain(work: pages._Work, observer: Observer) -> None:
+    def fail_on_chain(work: Work, observer: Observer) -> None:
         if work.page.task == "toy/chain":
             raise OmcdaError("no simulator")
         record(work, observer)
@@ -331,6 +366,7 @@ def test_a_wrong_comparison_is_refused(file: Path, change: tuple[str, str], mess
         (["FILE", "--all"], "got both"),
         (["--all"], "expected files docs/results/*.toml here, there are none"),
         (["FILE", "--only", "toy/chian/*"], "unknown dataset of"),
+        (["FILE", "--add", "--write-only"], "expected --add or --write-only, got both"),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(
