@@ -30,7 +30,7 @@ def compare(
     ] = 20,
     temperature: Temperatures = "0,0.25,0.5,0.75,1",
     seed: Annotated[
-        int, typer.Option(help="Seed of the evaluation; episode k's seed is a function of it and k.")
+        int, typer.Option(help="Seed of the evaluation; a run's episodes are of its sum with the run's.")
     ] = 0,
     num_envs: Annotated[
         int, typer.Option(help="Episodes played side by side, per temperature: the batch size of policies.")

@@ -6,6 +6,7 @@ it, so that scoring again takes no time; ``R-clone.json`` has the episodes of th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -39,9 +40,9 @@ SELECTION_SEED = 1_000_000  # added to the seed of the reported episodes
 class Conditions:
     """Conditions of play, the same for every run of a comparison.
 
-    ``episodes`` of ``seed`` are reported per policy and temperature, a quarter as many of another seed select the
-    temperature. Raises :class:`ConfigError` for numbers out of range, and for temperatures without 0 and 1, beside
-    which every other one is shown.
+    ``episodes`` are reported per policy and temperature, a quarter as many of another seed select the temperature.
+    A run plays those of ``seed`` plus its own (:meth:`of`). Raises :class:`ConfigError` for numbers out of range,
+    and for temperatures without 0 and 1, beside which every other one is shown.
     """
 
     episodes: int = 20
@@ -60,6 +61,14 @@ class Conditions:
                 f"temperatures: expected 0 and 1 among those of a comparison, got {listed}: add them"
             )
         object.__setattr__(self, "temperatures", temperatures)
+
+    def of(self, run_seed: int) -> Conditions:
+        """Return the conditions of a run.
+
+        Runs of one seed play the same episodes, whatever their method; runs of several seeds play others, so that
+        a row's value is no matter of a few starts, and its interval covers what starts change.
+        """
+        return dataclasses.replace(self, seed=self.seed + run_seed)
 
     @property
     def plans(self) -> list[Plan]:
@@ -95,8 +104,8 @@ class Conditions:
         listed = ", ".join(f"{temperature:g}" for temperature in self.temperatures)
         return (
             f"at most the last {SNAPSHOTS} policies of a run, each in {self.episodes} episodes of seed {self.seed} "
-            f"at every temperature of {listed}; the temperature of each row was selected by "
-            f"{self.selection_episodes} other episodes of seed {self.selection_seed}. "
+            f"plus the run's at every temperature of {listed}; the temperature of each row was selected by "
+            f"{self.selection_episodes} other episodes per policy, of seed {self.selection_seed} plus the run's. "
             f"{min(self.num_envs, self.episodes)} environments in step per temperature."
         )
 
@@ -111,7 +120,7 @@ def scored_steps(folder: Path, config: RunConfig) -> list[int]:
 def recorded_score(folder: Path, config: RunConfig, conditions: Conditions) -> Score | None:
     """Read ``<run>-evaluation.json``; None unless it is of the same policies, compared by their files' sha256."""
     run = folder.resolve()
-    return _same(_read(_evaluation(run)), conditions, _policies(run, config))
+    return _same(_read(_evaluation(run)), conditions.of(config.seed), _policies(run, config))
 
 
 def score_run(
@@ -127,6 +136,7 @@ def score_run(
     from omcda_deploy.play.evaluate import part_of
 
     require_trusted(config.spec.task)
+    conditions = conditions.of(config.seed)
     run = folder.resolve()
     policies = _policies(run, config)
     file = _evaluation(run)
@@ -171,6 +181,7 @@ def score_clone(
     from omcda_deploy.files import sha256, write_json
     from omcda_deploy.training.run_folder import BEHAVIOR
 
+    conditions = conditions.of(config.seed)
     run = folder.resolve()
     digest = sha256(run / BEHAVIOR)
     file = run.with_name(f"{run.name}-clone.json")

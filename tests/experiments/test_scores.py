@@ -101,6 +101,16 @@ def test_episodes_that_select_are_never_those_that_are_reported() -> None:
         assert str(plans[-1].seed) in str(conditions)
 
 
+def test_runs_of_one_seed_play_the_same_episodes_and_of_several_seeds_others() -> None:
+    def seeds(run_seed: int) -> set[int]:
+        plans = CONDITIONS.of(run_seed).plans
+        return {episode_seed(plan.seed, k) for plan in plans for k in range(plan.episodes)}
+
+    assert CONDITIONS.of(0) == CONDITIONS
+    assert seeds(10) == seeds(10)
+    assert not seeds(10) & seeds(11)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -200,7 +210,7 @@ def test_a_temperature_is_selected_without_the_episodes_that_are_reported(tmp_pa
     ]
     text = (tmp_path / "results.md").read_text()
     assert "| 1 (selected) | 40.000 ± 0.000 |".replace(".000", ".0") in text
-    assert "selected by 1 other episodes of seed 1000005" in text
+    assert "selected by 1 other episodes per policy, of seed 1000005 plus the run's" in text
 
 
 def test_the_spread_between_policies_is_a_column(tmp_path: Path) -> None:
