@@ -68,7 +68,7 @@ def write_results(
         require_writable(file)
     for work in now:
         if not work.missing:
-            _check(work, record=train != "none")
+            _check(work, collect=train != "none")
         elif results.overview is None:
             raise ConfigError(f"{work.page.label} cannot be had: {work.missing}")
     if train == "none" and not any(
@@ -116,14 +116,14 @@ def _missing(page: Page) -> str:
     return MISSING.get(page.task, {}).get(page.tier, "")
 
 
-def _check(work: Work, *, record: bool) -> None:
+def _check(work: Work, *, collect: bool) -> None:
     """Refuse what can be refused before hours are spent; create nothing."""
     from omcda_deploy.play.shipped import sources
     from omcda_deploy.registry import team_spec
 
     unrecorded = {}
     if not work.dataset.exists():
-        if record:
+        if collect:
             sources(work.page.task, work.page.tier)
         unrecorded = {work.dataset: team_spec(work.page.task)}
     else:
@@ -144,7 +144,7 @@ def _make(
     if train != "none":
         new = [job for job in work.jobs if record is None or work.name(job) not in record.configs]
         if new and not work.dataset.exists():
-            _record(work, observer)
+            _collect(work, observer)
             record = None if train == "all" else _recorded(work)  # is it of this dataset?
             check_jobs(new)
         with watching(new, observer):
@@ -247,7 +247,7 @@ def _entry(work: Work, made: Made, folder: Path) -> Entry:
     )
 
 
-def _record(work: Work, observer: Observer) -> None:
+def _collect(work: Work, observer: Observer) -> None:
     from omcda_deploy.play.collect import collect_mixture
     from omcda_deploy.play.shipped import sources
 

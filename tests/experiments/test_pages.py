@@ -309,14 +309,14 @@ def test_a_record_counts_where_it_is_of_the_runs_that_are_asked_for(file: Path, 
 def test_a_page_that_cannot_be_made_does_not_stop_the_others(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = pages._record
+    collect = pages._collect
 
     def fail_on_chain(work: Work, observer: Observer) -> None:
         if work.page.task == "toy/chain":
             raise OmcdaError("no simulator")
-        record(work, observer)
+        collect(work, observer)
 
-    monkeypatch.setattr(pages, "_record", fail_on_chain)
+    monkeypatch.setattr(pages, "_collect", fail_on_chain)
     file.write_text(COMPARISON.replace('["omcda", "bc"]', '["bc"]').split("[[claims]]")[0])
     with pytest.raises(
         OmcdaError, match=r"1 of 3 pages could not be written, as .*README.md says.* no simulator"
