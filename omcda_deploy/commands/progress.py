@@ -74,11 +74,17 @@ def progress_bar(description: str, unit: str) -> Iterator[Report]:
 
 def _lines(description: str, unit: str) -> Report:
     """Return a report that prints a line when one is due."""
-    begun = time.monotonic()
+    begun: list[
+        float
+    ] = []  # time and amount of the first report: what was there before took none of the time
 
     def report(done: float, total: float) -> None:
+        now = time.monotonic()
+        if not begun:
+            begun.extend((now, done))
         if PACE.due():
-            left = (time.monotonic() - begun) * (total - done) / done if done else None
+            since, before = begun
+            left = (now - since) * (total - done) / (done - before) if done > before else None
             estimate = "" if left is None else f", {timedelta(seconds=round(left))} left"
             print_note(f"{description}: {_amount(done, total, unit)} ({done / total:.0%}{estimate})")
 

@@ -35,8 +35,10 @@ def watching(jobs: Sequence[Job], observer: Observer) -> Iterator[None]:
 
 def _watch(jobs: Sequence[Job], report: Callable[[float, float], None], ended: threading.Event) -> None:
     total = sum(job.steps for job in jobs)
-    while not ended.wait(LOOK_S):
+    while True:  # at first before anything is trained, which tells what was there
         report(sum(steps_taken(job) for job in jobs), total)
+        if ended.wait(LOOK_S):
+            return
 
 
 def steps_taken(job: Job) -> int:

@@ -74,6 +74,22 @@ def test_a_line_says_how_far_it_is(clock: Clock, capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_work_that_was_done_before_says_nothing_of_the_time_left(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when most runs of a sweep are finished and the last ones go on."""
+    with progress.progress_bar("training", "steps") as report:
+        for done in (900, 900, 910):
+            report(done, 1000)
+            clock.now += 10
+        report(920, 1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 900 of 1,000 steps (90%)",
+        "training: 910 of 1,000 steps (91%, 0:03:00 left)",
+        "training: 920 of 1,000 steps (92%, 0:02:00 left)",
+    ]
+
+
 def test_a_terminal_shows_a_bar_that_counts_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(progress, "stderr", Console(file=screen, force_terminal=True, width=100))
