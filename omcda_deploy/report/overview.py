@@ -88,9 +88,9 @@ class Duel:
         """1: ahead, -1: behind, 0: not told apart."""
         return _verdict(list(self.pairs.values()))
 
-    def datasets(self, verdict: int) -> int:
-        """Number of single datasets with that verdict."""
-        return sum(_verdict([pair]) == verdict for pair in self.pairs.values())
+    def datasets(self, verdict: int) -> list[str]:
+        """List the single datasets with that verdict."""
+        return [label for label, pair in self.pairs.items() if _verdict([pair]) == verdict]
 
     def __str__(self) -> str:
         interval = (
@@ -237,7 +237,7 @@ def _better(overview: Overview, claim: Claim) -> tuple[str, str]:
         else:
             groups[verdicts[duel.verdict] if duel.enough else "too few runs beside"].append(f"{other} {duel}")
     evidence = [f"{group} {', '.join(names)}" for group, names in groups.items() if names]
-    single = sum(duel.datasets(1) for duel in duels.values())
+    single = sum(len(duel.datasets(1)) for duel in duels.values())
     pairs = sum(len(duel.pairs) for duel in duels.values())
     evidence.append(f"ahead in {single} of {count(pairs, 'comparison')} on single datasets")
     if groups["behind"]:

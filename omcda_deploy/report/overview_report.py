@@ -182,13 +182,17 @@ def _duels(overview: Overview) -> list[str]:
         rows = []
         for other in claim.than:
             duel = overview.duel(claim.method, other, claim.on)
+            behind = duel.datasets(-1)
             differences = [float(x.mean() - y.mean()) for x, y in duel.pairs.values()]
             rows.append(
                 [
                     other,
                     f"{len(duel.pairs)} of {overview.planned(other, claim.on)}",
                     str(duel) if duel.pairs else _NOT_RUN,
-                    *(str(duel.datasets(verdict)) if duel.pairs else UNKNOWN for verdict in (1, -1)),
+                    str(len(duel.datasets(1))) if duel.pairs else UNKNOWN,
+                    ": ".join([str(len(behind)), *filter(None, [", ".join(behind)])])
+                    if duel.pairs
+                    else UNKNOWN,
                     f"{sum(d > 0 for d in differences)} of {len(differences)}" if differences else UNKNOWN,
                 ]
             )

@@ -105,8 +105,9 @@ def test_datasets_are_compared_one_by_one_and_both_count_alike() -> None:
     """On one dataset a is always better, on the other always worse: no more likely to be better than not."""
     both = overview(entry({"a": GOOD, "b": BAD}), entry({"a": BAD, "b": GOOD}, "expert"))
     duel = both.duel("a", "b")
+    labels = ["mamujoco/hopper-3x1/medium", "mamujoco/hopper-3x1/expert"]
     assert duel.probability == 0.5
-    assert (duel.datasets(1), duel.datasets(-1), duel.verdict) == (1, 1, 0)
+    assert (duel.datasets(1), duel.datasets(-1), duel.verdict) == (labels[:1], labels[1:], 0)
     assert both.duel("a", "b", ["*/medium"]).verdict == 1
 
 
