@@ -74,16 +74,15 @@ def progress_bar(description: str, unit: str) -> Iterator[Report]:
 
 def _lines(description: str, unit: str) -> Report:
     """Return a report that prints a line when one is due."""
-    begun: list[
-        float
-    ] = []  # time and amount of the first report: what was there before took none of the time
+    begun: tuple[float, float] | None = (
+        None  # time and amount of the first report; what was there took no time
+    )
 
     def report(done: float, total: float) -> None:
+        nonlocal begun
         now = time.monotonic()
-        if not begun:
-            begun.extend((now, done))
+        since, before = begun = begun or (now, done)
         if PACE.due():
-            since, before = begun
             left = (now - since) * (total - done) / (done - before) if done > before else None
             estimate = "" if left is None else f", {timedelta(seconds=round(left))} left"
             print_note(f"{description}: {_amount(done, total, unit)} ({done / total:.0%}{estimate})")

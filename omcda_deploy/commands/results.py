@@ -31,11 +31,13 @@ def results(
     ] = None,
     add: Annotated[
         bool,
-        typer.Option("--add", help="Train the runs alone that the records beside the pages do not hold."),
+        typer.Option("--add", help="Train and play what the records beside pages do not hold, and add it."),
     ] = False,
     write_only: Annotated[
         bool,
-        typer.Option("--write-only", help="Train nothing; write of the records and of finished runs."),
+        typer.Option(
+            "--write-only", help="Train nothing; add finished runs to the records, and write of them."
+        ),
     ] = False,
     pdf: Annotated[
         bool, typer.Option("--pdf", help="Write every figure as PDF, too (pip install 'omcda-deploy[pdf]').")

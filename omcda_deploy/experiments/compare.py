@@ -26,20 +26,31 @@ MARGIN = 0.1  # of the range of the data's returns
 
 
 def compare_runs(
+    folders: Sequence[Path], conditions: Conditions, *, observer: Observer | None = None
+) -> Comparison:
+    """Export and play the last policies of every run, as :func:`play_runs` does, and group the runs by variant."""
+    from omcda_deploy.report.comparison import Comparison, summarise
+
+    results, left_out = play_runs(folders, conditions, observer=observer)
+    summaries, repeated = summarise(results)
+    return Comparison(summaries, [*left_out, *repeated], {"Evaluation": str(conditions)})
+
+
+def play_runs(
     folders: Sequence[Path],
     conditions: Conditions,
     *,
     observer: Observer | None = None,
     dataset: Dataset | None = None,
-) -> Comparison:
-    """Export and play the last policies of every run, and group the runs by variant.
+) -> tuple[list[Result], list[LeftOut]]:
+    """Export and play the last policies of every run; return the results, and the runs that are left out.
 
     Where no run is of BC, the clone that the first run of a dataset began with stands beside its runs. A run that
-    is unfinished or cannot be played is left out, and the comparison lists it. With ``dataset``, the one that they
-    all were trained on, each is judged by :class:`DataReturns`. Raises :class:`ConfigError` where none is left,
-    unless it is for want of a simulator: then the list is the comparison.
+    is unfinished or cannot be played is left out. With ``dataset``, the one that they all were trained on, each is
+    judged by :class:`DataReturns`. Raises :class:`ConfigError` where none is left, unless it is for want of a
+    simulator.
     """
-    from omcda_deploy.report.comparison import Comparison, LeftOut, summarise
+    from omcda_deploy.report.comparison import LeftOut
 
     observer = observer or Observer()
     results: list[Result] = []
@@ -74,9 +85,7 @@ def compare_runs(
             f"the first failed: {failures[0]}" if failures else f"{left_out[0].run} is {left_out[0].reason}"
         )
         raise ConfigError(f"none of {len(folders)} runs can be compared; {first}")
-    results += _clones(results, conditions, observer)
-    summaries, repeated = summarise(results)
-    return Comparison(summaries, [*unplayable, *left_out, *repeated], {"Evaluation": str(conditions)})
+    return [*results, *_clones(results, conditions, observer)], [*unplayable, *left_out]
 
 
 class DataReturns:

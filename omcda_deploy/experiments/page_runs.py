@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Container, Mapping
-from contextlib import suppress
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omcda_deploy.errors import ConfigError, OmcdaError
-from omcda_deploy.experiments.records import Record, read_record
+from omcda_deploy.errors import ConfigError
+from omcda_deploy.experiments.records import Played, Record, damaged, read_record
 from omcda_deploy.experiments.results import Page, Row
 from omcda_deploy.experiments.sweep import Job, require_same_request
 
@@ -62,28 +61,42 @@ class Work:
             job: reasons[key] for job in self.jobs if not job.finished and (key := str(job.run)) in reasons
         }
 
-    def recorded(self, digests: Mapping[int, str] | None = None) -> Record | None:
-        """Read the page's record, with the runs alone that the file of results asks for now, in the way it does.
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What its runs have in common: how their dataset is recorded, and the conditions of play."""
+        page, play = self.page, self.page.conditions
+        return {
+            "tier": page.tier,
+            "transitions": page.transitions,
+            "recording_seed": page.seed,
+            **play.to_json(),
+            "temperatures": list(play.temperatures),
+        }
 
-        None where there is no record. Raises :class:`ConfigError` for one that is damaged, of runs that were played
-        under other conditions, or of another dataset than that of ``digests``.
+    def recorded(self) -> Record:
+        """Read the page's record, with nothing in it where there is none.
+
+        Raises :class:`ConfigError` for one that is damaged, or of runs that were played under other conditions.
         """
-        record = read_record(self.record, self.page.conditions)
-        if record is None:
-            return None
-        fitting = {self.name(job) for job in self.jobs if self.name(job) in record.failed}
+        return read_record(self.record, self.terms) or Record(self.terms)
+
+    def asked_for(self, record: Record) -> dict[Job, Played]:
+        """Select the recorded runs that the file of results asks for now, in the way that it does.
+
+        Raises :class:`ConfigError` for a damaged record.
+        """
+        found = {}
         for job in self.jobs:
-            config = record.configs.get(self.name(job))
-            with suppress(OmcdaError):
-                if config is not None:
-                    require_same_request(job, config, job.request.resolved(config.spec))
-                    fitting.add(self.name(job))
-        chosen = record.select(fitting)
-        if digests is not None and not all(config.began_with(digests) for config in chosen.configs.values()):
-            raise ConfigError(
-                f"{self.record} is of another dataset than {self.dataset}: move one of them away, and run again"
-            )
-        return chosen
+            if (played := record.runs.get(self.name(job))) is None:
+                continue
+            try:
+                require_same_request(job, played.config, job.request.resolved(played.config.spec))
+            except ConfigError:  # a run of other settings
+                continue
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise damaged(self.record, error) from error
+            found[job] = played
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,34 +108,52 @@ class Made:
     failures: Mapping[Job, str] = dataclasses.field(default_factory=dict)
 
 
-def compare_record(work: Work, record: Record) -> Made:
-    """Compare recorded runs that fit a page under the names of its rows, and list all others."""
+def compare_record(work: Work, record: Record, left_out: Sequence[LeftOut] = ()) -> Made:
+    """Compare the recorded runs that a page asks for under the names of its rows, and list all others.
+
+    ``left_out``: runs that could not be played now. Raises :class:`ConfigError` for a damaged record.
+    """
     from omcda_deploy.report.comparison import CLONE, Comparison, summarise
 
+    runs = work.asked_for(record)
+    failures = {
+        job: end.reason
+        for job in work.jobs
+        if job not in runs and (end := record.failed.get(work.name(job))) and end.steps == job.steps
+    }
+    conditions = work.page.conditions
     order = {work.name(job): (index, row.name) for index, row in enumerate(work.rows) for job in row.jobs}
-    failures = {job: record.failed[name] for job in work.jobs if (name := work.name(job)) in record.failed}
-    summaries, repeated = summarise(record.results)
-    cloned = any(s.variant.algorithm == "bc" for s in summaries)  # then no model stands in for its row
-    clones = [s for s in summaries if s.variant.algorithm == CLONE and not cloned]
+    try:
+        results = [played.result(work.name(job), conditions) for job, played in runs.items()]
+        if results and not any(result.variant.algorithm == "bc" for result in results):
+            results += [played.clone(run, conditions) for run, played in record.clone.items()]
+        budgets = {
+            f"Budget of {order[work.name(job)][1]}": str(played.config.budget["advice"])
+            for job, played in runs.items()
+            if played.config.budget is not None
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(work.record, error) from error
+    summaries, repeated = summarise(results)
+    clones = [s for s in summaries if s.variant.algorithm == CLONE]
     trained = sorted(
         (s for s in summaries if s.variant.algorithm != CLONE), key=lambda s: order[s.results[0].run][0]
     )
-    budgets = {
-        f"Budget of {order[run][1]}": config.budget["advice"]
-        for run, config in record.configs.items()
-        if config.budget is not None
-    }
+    told = {left.run for left in left_out}
+    known = {*runs, *(job for job in work.jobs if work.name(job) in told)}
     comparison = Comparison(
         [*trained, *clones],
-        [*_left_out(work, record.configs, failures), *record.left_out, *repeated],
-        {**budgets, "Evaluation": str(work.page.conditions), "Record": _RECORD.format(work.record.name)},
+        [*_left_out(work, known, failures), *left_out, *repeated],
+        {**budgets, "Evaluation": str(conditions), "Record": _RECORD.format(work.record.name)},
         {s.variant: order[s.results[0].run][1] for s in trained},
         record.card,
     )
+    if not results and not left_out:
+        return Made(None, "none of its runs is recorded", failures)
     return Made(comparison, failures=failures)
 
 
-def _left_out(work: Work, recorded: Container[str], failures: Mapping[Job, str]) -> list[LeftOut]:
+def _left_out(work: Work, known: Container[Job], failures: Mapping[Job, str]) -> list[LeftOut]:
     from omcda_deploy.report.comparison import LeftOut
 
     left = []
@@ -132,7 +163,7 @@ def _left_out(work: Work, recorded: Container[str], failures: Mapping[Job, str])
             for job in row.jobs
             if job in failures
         ]
-        unfinished = [job for job in row.jobs if work.name(job) not in recorded and job not in failures]
+        unfinished = [job for job in row.jobs if job not in known and job not in failures]
         for begun, reason in ((False, "not run"), (True, "not run to its end")):
             jobs = [job for job in unfinished if job.run.exists() == begun]
             if jobs:

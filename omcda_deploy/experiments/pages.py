@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from omcda_deploy.errors import ConfigError, OmcdaError
-from omcda_deploy.experiments.compare import compare_runs
+from omcda_deploy.experiments.compare import play_runs
 from omcda_deploy.experiments.engines import Engine, run_locally
 from omcda_deploy.experiments.observer import Observer
 from omcda_deploy.experiments.page_runs import Made, Work, compare_record
-from omcda_deploy.experiments.records import Record, write_record
+from omcda_deploy.experiments.records import Failure, Played, Record, write_record
 from omcda_deploy.experiments.results import Page, Results, read_results
 from omcda_deploy.experiments.sweep import Job, check_jobs
 from omcda_deploy.experiments.tier_index import MISSING
@@ -47,9 +47,9 @@ def write_results(
 
     Datasets, runs and bundles lie in ``out``; ``engine`` trains ``jobs`` runs at once (0: one per core), everything
     else happens in this process. ``only``: patterns of datasets TASK/TIER; the overview covers the others by their
-    records. ``train``: all runs; the new ones, which the records of pages do not hold; or none, and no dataset is
-    recorded. But for all, a page is of its record's runs and those in ``out`` together. With ``pdf``, figures are
-    written as PDF, too.
+    records. ``train``: all runs, which make the record anew; the new ones, which the record does not hold; or none,
+    and no dataset is collected. The last two add the finished runs in ``out`` to the record. With ``pdf``, figures
+    are written as PDF, too.
 
     Raises :class:`OmcdaError`, before anything is made, where the file or one of its runs cannot be, and after the
     other pages are written for those that could not.
@@ -79,10 +79,11 @@ def write_results(
             "name the --out of its runs"
         )
     if results.overview is None:
-        _make(now[0], jobs, observer, engine, train=train, command=command)
-        return _with_pdf([results.pages[0].file], pdf)
+        if (page := _make(now[0], jobs, observer, engine, train=train, command=command)).comparison is None:
+            raise ConfigError(f"{now[0].page.file} is not written: {page.reason}")
+        return _with_pdf([now[0].page.file], pdf)
     # The overview is written after every page, so that it is there when the command is killed.
-    made = {work.page.label: _as_it_is(work) for work in works}
+    made: dict[str, Made] = {}
     errors: list[OmcdaError] = []
     written = []
     for work in now:
@@ -92,7 +93,9 @@ def write_results(
         except OmcdaError as error:
             errors.append(error)
             made[work.page.label] = Made(None, str(error), work.failures())
-        _write_overview(results, works, made, command)
+        # The others as they are by now: parts may be made at the same time.
+        others = {w.page.label: _as_it_is(w) for w in works if w.page.label not in made}
+        _write_overview(results, works, {**others, **made}, command)
     if errors:
         raise OmcdaError(
             f"{len(errors)} of {len(now)} pages could not be written, as {results.overview} says. The first: "
@@ -139,67 +142,82 @@ def _make(
 
     if work.missing:
         return Made(None, work.missing)
-    record = None if train == "all" else _recorded(work)
     failures = work.failures()
     if train != "none":
-        new = [job for job in work.jobs if record is None or work.name(job) not in record.configs]
-        if new and not work.dataset.exists():
-            _collect(work, observer)
-            record = None if train == "all" else _recorded(work)  # is it of this dataset?
+        known = Record(work.terms) if train == "all" else work.recorded()
+        held = work.asked_for(known)
+        if new := [job for job in work.jobs if job not in held]:
+            _have_dataset(work, known, observer)
             check_jobs(new)
-        with watching(new, observer):
-            failures = dict(engine(new, jobs, observer))
-        if failures or work.failed.exists():
-            work.failed.parent.mkdir(exist_ok=True)  # they may have failed before they had folders
-            write_json(work.failed, {str(job.run): reason for job, reason in failures.items()})
+            failures = _train(work, new, jobs, observer, engine)
     finished = [job for job in work.jobs if job.finished and job not in failures]
-    if finished:
-        played = _play(work, finished, failures, observer)
-        record = played if record is None else record.joined(played)
-    if record is None or not record.configs:
+    record, left_out = _play(work, finished, failures, observer)
+    if train != "all":
+        record = work.recorded().joined(record)  # read as late as this: parts may be made at the same time
+    made = compare_record(work, record, left_out)
+    if made.comparison is None:
         begun = sum(job.run.exists() for job in work.jobs)
+        first = f"; the first failed: {next(iter(failures.values()))}" if failures else ""
         reason = f"none of {len(work.jobs)} runs is finished, {begun} begun"
         if train == "none":
             return Made(None, reason, failures)
-        first = f"; the first failed: {next(iter(failures.values()))}" if failures else ""
         raise ConfigError(f"{work.page.label}: {reason}{first}")
-    made = compare_record(work, record)
-    assert made.comparison is not None  # a record has runs
     work.page.file.parent.mkdir(parents=True, exist_ok=True)
+    if record.runs:
+        write_record(work.record, record)
     write_markdown(made.comparison, work.page.file, work.page.title, command, work.page.note)
-    write_record(work.record, record, work.page.conditions)
     return made
 
 
-def _recorded(work: Work) -> Record | None:
-    """Read a page's record; raises :class:`ConfigError` where its dataset is another one."""
+def _have_dataset(work: Work, known: Record, observer: Observer) -> None:
+    """Collect the dataset where it is not there. Raises :class:`ConfigError` where the record is of another one."""
     from omcda_deploy.registry import read_dataset
 
-    return work.recorded(read_dataset(work.dataset).digests if work.dataset.exists() else None)
+    if not work.dataset.exists():
+        _collect(work, observer)
+    if known.digest and known.digest not in read_dataset(work.dataset).digests.values():
+        raise ConfigError(
+            f"{work.record} is of another dataset than {work.dataset}: copy its own there, or move the record away"
+        )
 
 
-def _play(work: Work, finished: Sequence[Job], failures: Mapping[Job, str], observer: Observer) -> Record:
-    """Play a page's finished runs, and record them."""
+def _train(work: Work, new: Sequence[Job], jobs: int, observer: Observer, engine: Engine) -> dict[Job, str]:
+    """Train runs; return why some failed."""
+    with watching(new, observer):
+        failures = dict(engine(new, jobs, observer))
+    if failures or work.failed.exists():
+        work.failed.parent.mkdir(exist_ok=True)  # they may have failed before they had folders
+        write_json(work.failed, {str(job.run): reason for job, reason in failures.items()})
+    return failures
+
+
+def _play(
+    work: Work, finished: Sequence[Job], failures: Mapping[Job, str], observer: Observer
+) -> tuple[Record, list[LeftOut]]:
+    """Play a page's finished runs; return their record, and the runs that could not be played."""
     from omcda_deploy.datasets.summary import card, summarize
     from omcda_deploy.registry import read_dataset
+    from omcda_deploy.report.comparison import CLONE
     from omcda_deploy.training.run_folder import read_config
 
+    failed = {work.name(job): Failure(job.steps, _without(work.out, why)) for job, why in failures.items()}
+    record = Record(work.terms, failed=failed)
+    if not finished:
+        return record, []
     names = {str(job.run): work.name(job) for job in work.jobs}
     dataset = read_dataset(work.dataset) if work.dataset.exists() else None
     runs = [job.run for job in finished]
-    comparison = compare_runs(runs, work.page.conditions, observer=observer, dataset=dataset)
-    results = [result for summary in comparison.summaries for result in summary.results]
-    return Record(
-        {names[str(run)]: read_config(run) for run in runs},
-        tuple(dataclasses.replace(result, run=names[result.run]) for result in results),
-        tuple(_below(work.out, left) for left in comparison.left_out),
-        {work.name(job): _without(work.out, reason) for job, reason in failures.items()},
-        () if dataset is None else tuple(card(summarize(dataset))),
-    )
-
-
-def _below(out: Path, left: LeftOut) -> LeftOut:
-    return dataclasses.replace(left, run=_without(out, left.run), reason=_without(out, left.reason))
+    results, left_out = play_runs(runs, work.page.conditions, observer=observer, dataset=dataset)
+    played: dict[bool, dict[str, Played]] = {True: {}, False: {}}  # by whether it is the clone
+    for result in results:
+        one = Played.of(read_config(Path(result.run)), result)
+        played[result.variant.algorithm == CLONE][names[result.run]] = one
+    left_out = [
+        dataclasses.replace(left, run=names[left.run], reason=_without(work.out, left.reason))
+        for left in left_out
+    ]
+    told = () if dataset is None else tuple(card(summarize(dataset)))
+    return dataclasses.replace(record, runs=played[False], clone=played[True], card=told), left_out
 
 
 def _without(out: Path, text: str) -> str:
@@ -223,12 +241,9 @@ def _as_it_is(work: Work) -> Made:
     if work.missing:
         return Made(None, work.missing)
     try:
-        record = work.recorded()
+        return compare_record(work, work.recorded())
     except OmcdaError as error:
         return Made(None, str(error))
-    if record is None or not record.configs:
-        return Made(None, "none of its runs is recorded")
-    return compare_record(work, record)
 
 
 def _entry(work: Work, made: Made, folder: Path) -> Entry:
@@ -236,11 +251,12 @@ def _entry(work: Work, made: Made, folder: Path) -> Entry:
 
     failed = {row.name: sum(job in made.failures for job in row.jobs) for row in work.rows}
     planned = {row.name: len(row.jobs) for row in work.rows}
+    found = made.comparison is not None and bool(made.comparison.summaries)
     return Entry(
         work.page.label,
         str(work.page.file.relative_to(folder)),
-        made.comparison,
-        made.reason,
+        made.comparison if found else None,
+        "" if found else made.reason or "none of its runs could be played",
         planned,
         failed,
         bool(work.missing),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
-from collections.abc import Container, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,65 +23,133 @@ from omcda_deploy.files import write_bytes
 
 if TYPE_CHECKING:
     from omcda_deploy.experiments.scores import Conditions
-    from omcda_deploy.report.comparison import Curves, LeftOut, Result
+    from omcda_deploy.report.comparison import Curves, Result
+    from omcda_deploy.report.scores import Score
     from omcda_deploy.training.run_folder import RunConfig
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Record:
-    """The runs behind a page. Runs go by their folders below the ``--out`` that they lay in."""
+class Played:
+    """A run that was played, or the clone that it began with: its configuration, and the rest as JSON holds it."""
 
-    configs: Mapping[str, RunConfig]  # of finished runs, by run
-    results: tuple[Result, ...]  # of those that were played, and of the clone where one was
-    left_out: tuple[LeftOut, ...]  # runs that could not be played
-    failed: Mapping[str, str]  # reason of its failure, by run
-    card: tuple[tuple[str, str], ...]  # of the dataset
+    config: RunConfig
+    values: Mapping[str, Any]
 
-    def select(self, runs: Container[str]) -> Record:
-        """Leave out all but some runs."""
-        return replace(
-            self,
-            configs={run: config for run, config in self.configs.items() if run in runs},
-            results=tuple(result for result in self.results if result.run in runs),
-            left_out=tuple(left for left in self.left_out if left.run in runs),
-            failed={run: reason for run, reason in self.failed.items() if run in runs},
+    @classmethod
+    def of(cls, config: RunConfig, result: Result) -> Played:
+        """Take what a result was made of."""
+        values = {
+            "score": result.score.to_json(),
+            "curves": None if result.curves is None else _curves(result.curves),
+            "seconds": result.seconds,
+            "diverged": result.diverged,
+        }
+        # Where its dataset lay is nothing to a record's readers.
+        return cls(replace(config, dataset=Path(config.dataset).name), values)
+
+    def result(self, run: str, conditions: Conditions) -> Result:
+        """Make the result again, by the run's name.
+
+        Raises ValueError, KeyError, TypeError or AttributeError for what :meth:`of` did not make, or not from
+        episodes of these conditions.
+        """
+        curves = self.values["curves"]
+        return result_of(
+            run,
+            self.config,
+            self._score(conditions),
+            None if curves is None else _read_curves(curves, self.config),
+            self.values["seconds"],
+            diverged=self.values["diverged"],
         )
+
+    def clone(self, run: str, conditions: Conditions) -> Result:
+        """Make the result of the clone again, as :meth:`result` does."""
+        return clone_result(run, self.config, self._score(conditions))
+
+    def _score(self, conditions: Conditions) -> Score:
+        from omcda_deploy.report.scores import Score
+
+        own = conditions.of(self.config.seed)
+        score = Score.read(self.values["score"], own.to_json())
+        if score.conditions != own.to_json() or score.temperatures != tuple(own.temperatures):
+            raise ValueError(f"played under {score.conditions}, expected {own.to_json()}")
+        return score
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of a run that failed, and the steps that it was to take."""
+
+    steps: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """The runs behind a page. They go by their folders below the ``--out`` that they lay in.
+
+    ``terms``: what all of them have in common beside their dataset: its tier and size, and the conditions of play.
+    """
+
+    terms: Mapping[str, Any]
+    runs: Mapping[str, Played] = field(default_factory=dict)
+    clone: Mapping[str, Played] = field(default_factory=dict)  # at most one, by the run that began with it
+    failed: Mapping[str, Failure] = field(default_factory=dict)
+    card: tuple[tuple[str, str], ...] = ()  # of the dataset
+
+    @property
+    def digest(self) -> str:
+        """Digest of the dataset, empty without runs."""
+        return next((run.config.dataset_digest for run in self.runs.values()), "")
 
     def joined(self, later: Record) -> Record:
-        """Add the runs of a ``later`` record of the same dataset; for a run of both its word is taken."""
-        earlier = self.select(self.configs.keys() - later.configs.keys() - later.failed.keys())
-        return Record(
-            {**earlier.configs, **later.configs},
-            (*earlier.results, *later.results),
-            (*earlier.left_out, *later.left_out),
-            {**{run: why for run, why in self.failed.items() if run not in later.configs}, **later.failed},
-            later.card or earlier.card,
-        )
+        """Add the runs of a ``later`` record. Of a run in both that one stays whose policies are newer.
+
+        Raises :class:`ConfigError` for one of another dataset.
+        """
+        if self.digest and later.digest and self.digest != later.digest:
+            raise ConfigError(
+                f"the record is of a dataset of digest {self.digest[:12]}…, the runs are of {later.digest[:12]}…: "
+                "move the record away, or train on its dataset"
+            )
+        newer = {
+            run: played
+            for run, played in later.runs.items()
+            if run not in self.runs or _policies(played) != _policies(self.runs[run])
+        }
+        runs = {**self.runs, **newer}
+        failed = {run: end for run, end in {**self.failed, **later.failed}.items() if run not in runs}
+        return Record(later.terms, runs, self.clone or later.clone, failed, self.card or later.card)
 
 
-def write_record(file: Path, record: Record, conditions: Conditions) -> None:
+def _policies(played: Played) -> list[str]:
+    return [snapshot["sha256"] for snapshot in played.values["score"]["snapshots"]]
+
+
+def write_record(file: Path, record: Record) -> None:
     """Write a page's record, whole. Raises :class:`ConfigError` where it cannot be written."""
     values = {
         "kind": "record of a results page",
         "version": VERSION,
-        "conditions": _conditions(conditions),
+        "terms": record.terms,
         "card": record.card,
-        "failed": record.failed,
-        "left_out": [asdict(left) for left in record.left_out],
-        "runs": {run: _config(config) for run, config in record.configs.items()},
-        "results": [_result(result) for result in record.results],
+        "failed": {run: asdict(end) for run, end in record.failed.items()},
+        **{
+            name: {run: {"config": asdict(p.config), **p.values} for run, p in played.items()}
+            for name, played in (("runs", record.runs), ("clone", record.clone))
+        },
     }
     text = json.dumps(values, allow_nan=False)
     write_bytes(file, gzip.compress(text.encode(), mtime=0))  # no time: equal records are equal files
 
 
-def read_record(file: Path, conditions: Conditions) -> Record | None:
+def read_record(file: Path, terms: Mapping[str, Any]) -> Record | None:
     """Read a page's record, or None where there is none.
 
-    Raises :class:`ConfigError` for a file that is damaged, of a version to come, or of runs that were played under
-    other ``conditions``.
+    Raises :class:`ConfigError` for a file that is damaged, of a version to come, or on other ``terms``.
     """
     try:
         values = json.loads(gzip.decompress(file.read_bytes()))
@@ -88,67 +157,47 @@ def read_record(file: Path, conditions: Conditions) -> Record | None:
             raise ConfigError(
                 f"{file} is a record of version {version}, expected {VERSION}: install a newer omcda-deploy"
             )
-        if values["conditions"] != _conditions(conditions):
+        if values["terms"] != terms:
+            changed = [name for name, value in terms.items() if values["terms"].get(name) != value]
             raise ConfigError(
-                f"{file} is of runs that were played under other conditions: run its page again"
+                f"{file} is of runs with other {', '.join(changed)}: move it away, or change the page's file back"
             )
-        return _read(values, conditions)
+        return Record(
+            terms,
+            {run: _read(played) for run, played in values["runs"].items()},
+            {run: _read(played) for run, played in values["clone"].items()},
+            {run: Failure(**end) for run, end in values["failed"].items()},
+            tuple((name, words) for name, words in values["card"]),
+        )
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{file} is damaged ({error!r}): run its page again") from error
+    except PermissionError as error:
+        raise ConfigError(f"{file} cannot be read: change its permissions") from error
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise damaged(file, error) from error
 
 
-def _read(values: Mapping[str, Any], conditions: Conditions) -> Record:
-    from omcda_deploy.report.comparison import LeftOut
+def damaged(file: Path, error: Exception) -> ConfigError:
+    """Make the error for a record whose content is none."""
+    return ConfigError(f"{file} is damaged ({error!r}): move it away, and run its page again")
+
+
+def _read(values: Mapping[str, Any]) -> Played:
     from omcda_deploy.training.run_folder import RunConfig
 
-    configs = {run: RunConfig(**config) for run, config in values["runs"].items()}
-    return Record(
-        configs,
-        tuple(_read_result(result, configs[result["run"]], conditions) for result in values["results"]),
-        tuple(LeftOut(**left) for left in values["left_out"]),
-        dict(values["failed"]),
-        tuple((name, words) for name, words in values["card"]),
-    )
-
-
-def _conditions(conditions: Conditions) -> dict[str, Any]:
-    return {**conditions.to_json(), "temperatures": list(conditions.temperatures)}
-
-
-def _config(config: RunConfig) -> dict[str, Any]:
-    # Where a dataset lay is nothing to a record's readers.
-    return asdict(replace(config, dataset=Path(config.dataset).name))
-
-
-def _result(result: Result) -> dict[str, Any]:
-    from omcda_deploy.report.comparison import CLONE
-
-    return {
-        "run": result.run,
-        "clone": result.variant.algorithm == CLONE,
-        "score": result.score.to_json(),
-        "curves": None if result.curves is None else _curves(result.curves),
-        "seconds": result.seconds,
-        "diverged": result.diverged,
-    }
-
-
-def _read_result(values: Mapping[str, Any], config: RunConfig, conditions: Conditions) -> Result:
-    from omcda_deploy.report.scores import Score
-
-    score = Score.read(values["score"], conditions.to_json())
-    if values["clone"]:
-        return clone_result(values["run"], config, score)
-    curves = None if values["curves"] is None else _read_curves(values["curves"], config)
-    return result_of(values["run"], config, score, curves, values["seconds"], diverged=values["diverged"])
+    own = dict(values)
+    return Played(RunConfig(**own.pop("config")), own)
 
 
 def _curves(curves: Curves) -> dict[str, Any]:
+    def numbers(values: Any) -> Any:  # JSON has no nan, as the share of a sum of 0 is
+        if isinstance(values, list):
+            return [numbers(value) for value in values]
+        return values if math.isfinite(values) else None
+
     return {
         "steps": curves.steps.tolist(),
-        "values": {name: value.tolist() for name, value in curves.values.items()},
+        "values": {name: numbers(value.tolist()) for name, value in curves.values.items()},
         "estimated": sorted(curves.estimated),
     }
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import h5py
 import pytest
 from typer.testing import CliRunner
 
@@ -197,113 +193,6 @@ def test_what_is_finished_is_written_without_training(file: Path, tmp_path: Path
     file.write_text(COMPARISON.replace("steps = 20\n", "steps = 30\n"))
     with pytest.raises(ConfigError, match="is a run of 20 steps, expected 30"):
         write_results(file, out, 1, train="none", only=["toy/chain/*"])
-
-
-def lasting(folder: Path) -> dict[str, str]:
-    """The contents of a folder's pages and figures, without the time of writing."""
-    return {
-        file.name: "".join(
-            line for line in file.read_text().splitlines(keepends=True) if not line.startswith("* Written: ")
-        )
-        for file in folder.iterdir()
-        if file.suffix in (".md", ".svg")
-    }
-
-
-def test_an_overview_covers_pages_that_were_made_elsewhere(file: Path, tmp_path: Path) -> None:
-    folder, overview = file.with_suffix(""), file.with_name("README.md")
-    for index, task in enumerate(("chain", "masked")):  # each with folders of its own, as on two machines
-        write_results(file, tmp_path / f"out{index}", 1, engine=Here(), only=[f"toy/{task}/*"])
-    assert cells(overview, "bc")[1] == "2 of 2"
-    before, overall = lasting(folder), lasting(file.parent)
-    records = {name: name.read_bytes() for name in folder.glob("*.json.gz")}
-    assert sorted(name.name for name in records) == [
-        "toy-chain-behavior.json.gz",
-        "toy-masked-behavior.json.gz",
-    ]
-    for content in records.values():
-        text = gzip.decompress(content).decode()
-        assert str(tmp_path) not in text
-        assert len(json.loads(text)["results"]) >= 6
-
-    # Without any run, all is written of the records, and is the same.
-    for page in (*folder.iterdir(), overview):
-        if page.suffix in (".md", ".svg"):
-            page.unlink()
-    write_results(file, tmp_path / "out2", 1, train="none")
-    assert lasting(folder) == before
-    assert lasting(file.parent) == overall
-    assert {name: name.read_bytes() for name in records} == records
-    assert not (tmp_path / "out2").exists()
-
-
-def test_a_page_grows_by_runs_that_its_record_does_not_hold(file: Path, tmp_path: Path) -> None:
-    page = file.with_suffix("") / "toy-chain-behavior.md"
-    file.write_text(COMPARISON.partition('[[runs]]\nalgorithms = ["cql"]')[0])  # without the row that fails
-    write_results(file, tmp_path / "whole", 1, engine=Here(), only=["toy/chain/*"])
-    whole = lasting(page.parent)
-    page.with_suffix(".json.gz").unlink()
-
-    with pytest.raises(KeyboardInterrupt):
-        write_results(file, tmp_path / "out0", 1, engine=Here(dies="/bc-hidden"), only=["toy/chain/*"])
-    write_results(file, tmp_path / "out0", 1, only=["toy/chain/*"], train="none")
-    assert "(bc, seeds 0, 1): not run" in page.read_text()
-    assert cells(page, "omcda")[2] == "0, 1"
-
-    engine = Here()
-    result = write_results(file, tmp_path / "out1", 1, engine=engine, only=["toy/chain/*"], train="new")
-    assert result == [page, file.with_name("README.md")]
-    trained = sorted({run.parent.name for run in engine.trained})
-    assert trained == ["bc-hidden=8-batch_size=8", "omcda-hidden=8-batch_size=8-allocation=uniform"]
-    assert lasting(page.parent) == whole
-
-    # Nothing is new now, so that no dataset is needed.
-    write_results(file, tmp_path / "out2", 1, engine=Here(), only=["toy/chain/*"], train="new")
-    assert lasting(page.parent) == whole
-    assert not (tmp_path / "out2" / "toy-chain-behavior.hdf5").exists()
-
-    # Runs on other data are no part of the page.
-    (tmp_path / "out3").mkdir()
-    other = tmp_path / "out3" / "toy-chain-behavior.hdf5"
-    shutil.copy(tmp_path / "out1" / other.name, other)
-    with h5py.File(other, "r+") as hdf5:
-        hdf5["r"][0] += 1.0
-        del hdf5["omcda"].attrs["digest"]
-    with pytest.raises(
-        OmcdaError, match=r"json.gz is of another dataset than .*out3/toy-chain.*: move one of"
-    ):
-        write_results(file, tmp_path / "out3", 1, engine=Here(), only=["toy/chain/*"], train="new")
-
-
-def test_a_record_counts_where_it_is_of_the_runs_that_are_asked_for(file: Path, tmp_path: Path) -> None:
-    overview, out = file.with_name("README.md"), tmp_path / "out"
-    record = file.with_suffix("") / "toy-chain-behavior.json.gz"
-
-    def said() -> str:
-        write_results(file, out, 1, engine=Here(), only=["toy/masked/*"])
-        lines = overview.read_text().splitlines()
-        return next((line for line in lines if line.startswith("* toy/chain/behavior: ")), "")
-
-    write_results(file, out, 1, engine=Here(), only=["toy/chain/*"])
-    assert said() == ""
-    assert cells(overview, "w/o-CDA")[1] == "2 of 2"
-    # A row that asks for something else now is not run; the others stand.
-    file.write_text(COMPARISON.replace('allocation = ["uniform"]', 'allocation = ["random"]'))
-    assert said() == ""
-    assert cells(overview, "w/o-CDA")[1] == "1 of 2"
-    assert cells(overview, "bc")[1] == "2 of 2"
-    file.write_text(COMPARISON.replace("temperatures = [0, 1]", "temperatures = [0, 0.5, 1]"))
-    assert "toy-chain-behavior.json.gz is of runs that were played under other conditions" in said()
-    file.write_text(COMPARISON)
-    content = record.read_bytes()
-    for damage in (content[:100], b"{}", gzip.compress(b"[1]"), gzip.compress(b'{"version": 1}')):
-        record.write_bytes(damage)
-        assert "toy-chain-behavior.json.gz is damaged" in said()
-    values = json.loads(gzip.decompress(content))
-    record.write_bytes(gzip.compress(json.dumps({**values, "version": 2}).encode()))
-    assert "is a record of version 2, expected 1: install a newer omcda-deploy" in said()
-    record.unlink()
-    assert said() == "* toy/chain/behavior: not run: none of its runs is recorded."
 
 
 def test_a_page_that_cannot_be_made_does_not_stop_the_others(

@@ -73,8 +73,8 @@ def test_a_page_shows_runs_and_failures(tmp_path: Path, monkeypatch: pytest.Monk
     row, *by_temperature = [line for line in text.splitlines() if line.startswith("| bc, hidden 8")]
     assert "| 20 | 0, 1 | 1 |" in row
     assert [line.split("|")[2].split()[0] for line in by_temperature] == ["0", "0.25", "0.5", "0.75", "1"]
-    assert "3 episodes of seed 0 at every temperature of 0, 0.25, 0.5, 0.75, 1;" in text
-    assert "selected by 1 other episodes of seed 1000000" in text
+    assert "3 episodes of seed 0 plus the run's at every temperature of 0, 0.25, 0.5, 0.75, 1;" in text
+    assert "selected by 1 other episodes per policy, of seed 1000000 plus the run's" in text
     assert "![Return over the temperature of play](toy-temperatures.svg)" in text
     figure = ElementTree.parse(tmp_path / "toy-temperatures.svg").getroot()
     assert "temperature of play" in figure.get("aria-label", "")

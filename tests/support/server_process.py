@@ -60,12 +60,12 @@ def server_process(
 
 
 def free_port() -> int:
-    """Return a port that is free at this moment, another one each time."""
+    """Return a port that is free at this moment, in this process another one each time."""
     return free_ports(1)
 
 
 def free_ports(count: int) -> int:
-    """Return the first of ``count`` consecutive ports that are free at this moment, other ones each time.
+    """Return the first of ``count`` consecutive ports that are free at this moment, each time other ones.
 
     They lie below those that the system gives to outgoing connections, any of which could take one before a server
     does. Test runs that share a machine begin their search at different ports.
