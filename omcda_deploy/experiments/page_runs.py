@@ -63,7 +63,7 @@ class Work:
 
     @property
     def terms(self) -> dict[str, Any]:
-        """What its runs have in common: how their dataset is recorded, and the conditions of play."""
+        """Terms that its runs have in common: how their dataset is collected, and the conditions of play."""
         page, play = self.page, self.page.conditions
         return {
             "tier": page.tier,
