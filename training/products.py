@@ -4,15 +4,20 @@ Shapes: R runs, M rows, I inputs, H outputs. Runs have the axis (R,) in front of
 
 torch leaves its products to MKL, which uses half of the vectors' width of processors that are not Intel's. So large
 products of one run are given to oneDNN, where torch has it; that adds a layer's bias and takes its ReLU on the way.
+
+On Intel's processors MKL sums in an order that depends on how many products are in a batch, so that a run would not
+have the same bits alone and in company. ``MKL_CBWR``, which MKL reads at its first product, forbids that.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # What torch.compile calls for a linear layer: (x, weight, bias, "none" or "relu", [], "").
 LINEAR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 _LEAST = 16  # rows, inputs and outputs: a call of oneDNN costs more than smaller products
