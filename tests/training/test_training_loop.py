@@ -458,8 +458,9 @@ def test_the_behavior_model_is_cloned_once_per_dataset(
     assert len(list((tmp_path / "cache").rglob("*.pt"))) == 3
 
 
-def test_a_runs_clone_has_its_seed(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_runs_clone_has_its_seed(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of several seeds would else share one clone, and their spread leave out what a clone varies."""
+    monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / "cache"))
     settings = {"hidden": 8, "batch_size": 16}
     runs = [tmp_path / f"seed{seed}" for seed in (3, 5)]
     requests = [TrainRequest("bc", 5, seed, settings, CLONING) for seed in (3, 5)]
