@@ -74,9 +74,8 @@ def progress_bar(description: str, unit: str) -> Iterator[Report]:
 
 def _lines(description: str, unit: str) -> Report:
     """Return a report that prints a line when one is due."""
-    begun: tuple[float, float] | None = (
-        None  # time and amount of the first report; what was there took no time
-    )
+    # Time and amount of the first report: what was there before took none of the time.
+    begun: tuple[float, float] | None = None
 
     def report(done: float, total: float) -> None:
         nonlocal begun

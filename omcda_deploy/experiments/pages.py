@@ -147,8 +147,7 @@ def _make(
         known = Record(work.terms) if train == "all" else work.recorded()
         held = work.asked_for(known)
         if new := [job for job in work.jobs if job not in held]:
-            _have_dataset(work, known, observer)
-            check_jobs(new)
+            _have_dataset(work, new, known, observer)
             failures = _train(work, new, jobs, observer, engine)
     finished = [job for job in work.jobs if job.finished and job not in failures]
     record, left_out = _play(work, finished, failures, observer)
@@ -169,12 +168,16 @@ def _make(
     return made
 
 
-def _have_dataset(work: Work, known: Record, observer: Observer) -> None:
-    """Collect the dataset where it is not there. Raises :class:`ConfigError` where the record is of another one."""
+def _have_dataset(work: Work, new: Sequence[Job], known: Record, observer: Observer) -> None:
+    """Collect the dataset where it is not there, and check the new jobs with it.
+
+    Raises :class:`ConfigError` where the record is of another one.
+    """
     from omcda_deploy.registry import read_dataset
 
     if not work.dataset.exists():
         _collect(work, observer)
+        check_jobs(new)
     if known.digest and known.digest not in read_dataset(work.dataset).digests.values():
         raise ConfigError(
             f"{work.record} is of another dataset than {work.dataset}: copy its own there, or move the record away"

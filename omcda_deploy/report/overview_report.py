@@ -182,7 +182,6 @@ def _duels(overview: Overview) -> list[str]:
         rows = []
         for other in claim.than:
             duel = overview.duel(claim.method, other, claim.on)
-            behind = duel.datasets(-1)
             differences = [float(x.mean() - y.mean()) for x, y in duel.pairs.values()]
             rows.append(
                 [
@@ -190,15 +189,18 @@ def _duels(overview: Overview) -> list[str]:
                     f"{len(duel.pairs)} of {overview.planned(other, claim.on)}",
                     str(duel) if duel.pairs else _NOT_RUN,
                     str(len(duel.datasets(1))) if duel.pairs else UNKNOWN,
-                    ": ".join([str(len(behind)), *filter(None, [", ".join(behind)])])
-                    if duel.pairs
-                    else UNKNOWN,
+                    _named(duel.datasets(-1)) if duel.pairs else UNKNOWN,
                     f"{sum(d > 0 for d in differences)} of {len(differences)}" if differences else UNKNOWN,
                 ]
             )
         header = [f"{claim.method} against", "datasets", "P", "ahead on", "behind on", "larger mean on"]
         lines += [f"## {claim.says}?", "", *markdown_table(header, rows)]
     return lines
+
+
+def _named(labels: list[str]) -> str:
+    """Count datasets, and name them."""
+    return f"{len(labels)}: {', '.join(labels)}" if labels else "0"
 
 
 def _choices(overview: Overview) -> list[str]:
