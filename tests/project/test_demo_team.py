@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from omcda_deploy.bundle import DEMO_TEAM, Bundle, read_bundle
-from omcda_deploy.commands.demo import FULL, SETTINGS, TASK, TIER
+from omcda_deploy.commands.demo import FULL
 from omcda_deploy.envs import mamujoco
 from omcda_deploy.experiments.results import read_results
 from omcda_deploy.serve import supervisor
@@ -53,14 +53,14 @@ def test_readme_and_picture_are_drawn_from_its_manifest(bundle: Bundle, generato
 def test_page_demo_and_team_have_the_same_settings(bundle: Bundle) -> None:
     [page] = read_results(PAGE.with_suffix(".toml")).pages
     training = bundle.manifest["training"]
-    assert (page.task, page.tier, page.transitions) == (TASK, TIER, FULL.transitions)
-    assert bundle.spec.task == TASK
+    assert (page.task, page.tier, page.transitions) == (FULL.task, FULL.tier, FULL.transitions)
+    assert bundle.spec.task == FULL.task
     assert {
         name: {key: value for key, [value] in grid.items()} for name, grid in page.runs[0]["grid"].items()
-    } == SETTINGS
+    } == FULL.settings
     assert page.runs[0]["steps"] == FULL.steps == training["step"] == training["steps"]
     assert (training["algorithm"], training["seed"]) == ("omcda", 0)
-    for name, value in SETTINGS["omcda"].items():
+    for name, value in FULL.settings["omcda"].items():
         assert training["settings"][name] == value
     assert training["dataset_digest"] in PAGE.read_text()
 
@@ -70,7 +70,7 @@ def test_its_returns_are_those_of_the_page(bundle: Bundle) -> None:
     measured = bundle.manifest["training"]["measured"]
     page = PAGE.read_text().replace("\u202f", "").replace("\u2212", "-").replace(" ", "")
     for name, runs in measured["runs"].items():
-        [row] = re.findall(rf"(?m)^\|{name}[^|]*\|8000.*$", page)
+        [row] = re.findall(rf"(?m)^\|{name}[^|]*\|20000.*$", page)
         for temperature in (0.0, 1.0):
             values = np.array(runs)[:, measured["temperatures"].index(temperature)]
             assert f"|{values.mean():.1f}±{values.std():.1f}|" in row
@@ -98,7 +98,7 @@ def test_evaluate_demo_needs_no_other_option(
     file = tmp_path / "out.json"
     run_command(["evaluate", "--demo", "--episodes", "1", "--json", str(file)], monkeypatch)
     played = json.loads(file.read_text())
-    assert played["task"] == TASK
+    assert played["task"] == FULL.task
     assert played["team"]["bundle_digest"] == bundle.digest
 
 
