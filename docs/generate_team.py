@@ -33,6 +33,7 @@ from omcda_deploy.report.svg import line, svg, text
 PAGE = Path(__file__).parent / "results" / "demo.toml"
 PICTURE = Path(__file__).with_name("team.svg")
 ALGORITHM, SEED, PORT = "omcda", 0, 8500
+WIDE = "stroke-width:8;stroke-linecap:round"  # of torso and limbs
 CARD = """
 ## Where it comes from
 
@@ -47,14 +48,12 @@ returned {data} on average:
 |---|---|---|---|
 {rows}
 """
-# Places of the joints in the drawing, by agent, and where each limb goes on from there.
+# A Hopper: its torso, and by agent the place of the joint and where the limb goes on from there.
+TORSO = ((78.0, 58.0), (84.0, 120.0))
 LIMBS = {
-    "agent_0": ((98.0, 92.0), (128.0, 136.0)),
-    "agent_1": ((128.0, 136.0), (88.0, 168.0)),
-    "agent_2": ((88.0, 168.0), (116.0, 196.0)),
-    "agent_3": ((262.0, 92.0), (240.0, 138.0)),
-    "agent_4": ((240.0, 138.0), (272.0, 168.0)),
-    "agent_5": ((272.0, 168.0), (296.0, 196.0)),
+    "agent_0": ((84.0, 120.0), (64.0, 176.0)),
+    "agent_1": ((64.0, 176.0), (88.0, 240.0)),
+    "agent_2": ((88.0, 240.0), (128.0, 240.0)),
 }
 
 
@@ -133,7 +132,7 @@ def picture(bundle: Bundle) -> str:
         svg(
             900.0,
             330.0,
-            "Six agents move one HalfCheetah, each served at a port of its own; returns of OMCDA and of behaviour "
+            "Three agents move one Hopper, each served at a port of its own; returns of OMCDA and of behaviour "
             "cloning over the temperature of play",
             [*team(bundle), f'<g transform="translate(400 10)">{plot}</g>'],
         )
@@ -141,24 +140,22 @@ def picture(bundle: Bundle) -> str:
 
 
 def team(bundle: Bundle) -> Iterator[str]:
-    """A cheetah of six joints, and under it who moves which, where it is served, and its share of the budget."""
-    (back, _), (front, _) = LIMBS["agent_0"], LIMBS["agent_3"]
-    torso = f"M{back[0]} {back[1]}H{front[0]}l34 -34"
-    yield f'<g class="s8"><path class="stroked" style="stroke-width:9" d="{torso}"/></g>'
+    """A hopper of three joints, and beside each who moves it, where it is served, and its share of the budget."""
+    (x1, y1), (x2, y2) = TORSO
+    yield f'<g class="s8"><path class="stroked" style="{WIDE}" d="M{x1} {y1}L{x2} {y2}"/></g>'
     entries = registry.entries(bundle.spec.task)
     total = sum(budget or 0.0 for budget in bundle.budgets.values())
     for index, (name, ((x1, y1), (x2, y2))) in enumerate(LIMBS.items()):
         yield (
-            f'<g class="s{index}"><path class="stroked" style="stroke-width:7;stroke-linecap:round" '
-            f'd="M{x1} {y1}L{x2} {y2}"/><circle class="filled" cx="{x1}" cy="{y1}" r="9"/></g>'
+            f'<g class="s{index}"><path class="stroked" style="{WIDE}" d="M{x1} {y1}L{x2} {y2}"/>'
+            f'<circle class="filled" cx="{x1}" cy="{y1}" r="9"/></g>'
             f'<text x="{x1}" y="{y1 + 4}" text-anchor="middle" style="fill:var(--page)">{index}</text>'
         )
-        left, y = 20.0 + 190.0 * (index // 3), 244.0 + 28.0 * (index % 3)
         joint = entries[name].action[0].of
-        yield f'<rect class="filled s{index}" x="{left}" y="{y - 11}" width="5" height="22" rx="2"/>'
-        yield text(left + 12, y - 1, f"{name} · {joint} · :{PORT + index}", kind="name")
-        yield text(left + 12, y + 13, f"{(bundle.budgets[name] or 0.0) / total:.0%} of {total:.2g} nats")
-    yield line(20.0, 208.0, 380.0, 208.0, "axis")
+        yield f'<rect class="filled s{index}" x="170" y="{y1 - 11}" width="5" height="22" rx="2"/>'
+        yield text(182.0, y1 - 1, f"{name} · {joint} · :{PORT + index}", kind="name")
+        yield text(182.0, y1 + 13, f"{(bundle.budgets[name] or 0.0) / total:.0%} of {total:.2g} nats")
+    yield line(20.0, 249.0, 380.0, 249.0, "axis")
     yield text(20.0, 26.0, "one policy server per joint, gRPC", kind="name")
 
 

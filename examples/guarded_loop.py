@@ -1,7 +1,7 @@
 """A control loop with a guard: each step says which actions were limited, refused or missed, and goes on.
 
 omcda-deploy serve --demo --config guard.toml &
-python guarded_loop.py 127.0.0.1:8500 127.0.0.1:8501 127.0.0.1:8502 127.0.0.1:8503 127.0.0.1:8504 127.0.0.1:8505
+python guarded_loop.py 127.0.0.1:8500 127.0.0.1:8501 127.0.0.1:8502
 """
 
 import sys
@@ -53,4 +53,4 @@ def main(endpoints, steps=200, deadline_s=0.05):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [f"127.0.0.1:{port}" for port in range(8500, 8506)])
+    main(sys.argv[1:] or [f"127.0.0.1:{port}" for port in range(8500, 8503)])

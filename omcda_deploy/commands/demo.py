@@ -1,8 +1,8 @@
 """``demo``: the whole pipeline on MuJoCo, with the commands a user would type.
 
-Collect a dataset from shipped behaviour policies, train BC and OMCDA on it, export both, serve each with one process
-per agent, and evaluate over gRPC at several temperatures of play. Task, data and settings are those of the team that
-comes with the package (docs/results/demo.md); with ``--quick`` they are of a task that needs fewer steps.
+Collect a dataset from shipped behaviour policies, train BC and OMCDA on it, export both, serve each with one
+process per agent, and evaluate over gRPC at several temperatures of play. Task, data and settings are those of the
+team that comes with the package (docs/results/demo.md); with ``--quick`` they are of a task that needs fewer steps.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ QUICK = Scale(
     settings={"bc": {"hidden": 64}, "omcda": {"hidden": 64, "d_tot": 0.03}},
 )
 WHAT_IS_SEEN = """\
-The first rows are the recorded episodes and the policies that recorded them, with and without their noise. BC imitates
-them. OMCDA may depart from them by {budget} nats per step, which its agents share by influence on the return. T scales
-the noise of the actions: 1 samples, as was recorded, 0 has none."""
+The first rows are the recorded episodes and the policies that recorded them, with and without their noise. BC
+imitates them. OMCDA may depart from them by {budget} nats per step, which its agents share by influence on the
+return. T scales the noise of the actions: 1 samples, as was recorded, 0 has none."""
 
 
 @when_stopped()
@@ -78,7 +78,8 @@ def demo(
         Path, typer.Option(help="Folder for all of the demo's files; an earlier demo's is replaced.")
     ] = Path("demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="The same commands on a task of fewer steps, in about a minute of CPU time.")
+        bool,
+        typer.Option("--quick", help="The same commands on another task, in about a minute of CPU time."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of recording, training and playing.")] = 0,
 ) -> None:
@@ -127,7 +128,9 @@ def _demo(out: Path, scale: Scale, seed: int) -> None:
     print_table(comparison_table(comparison, title))
     words = verdict(rows["OMCDA, served"], rows["BC, served"], names=("OMCDA", "BC"))
     seen = WHAT_IS_SEEN.format(budget=scale.settings["omcda"]["d_tot"])
-    print_text("\n".join((seen, *words, "This is one seed. docs/results/demo.md has three of the full demo.")))
+    print_text(
+        "\n".join((seen, *words, "This is one seed. docs/results/demo.md has three of the full demo."))
+    )
     report = out / "report.html"
     details = [(f"{name}, temperature {e.temperature:g}", e) for name, row in rows.items() for e in row]
     sections = [comparison_section(comparison), *(evaluation_section(e, heading) for heading, e in details)]
