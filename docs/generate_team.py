@@ -155,7 +155,7 @@ def team(bundle: Bundle) -> Iterator[str]:
         yield f'<rect class="filled s{index}" x="170" y="{y1 - 11}" width="5" height="22" rx="2"/>'
         yield text(182.0, y1 - 1, f"{name} · {joint} · :{PORT + index}", kind="name")
         yield text(182.0, y1 + 13, f"{(bundle.budgets[name] or 0.0) / total:.0%} of {total:.2g} nats")
-    yield line(20.0, 249.0, 380.0, 249.0, "axis")
+    yield line(20.0, 249.0, 150.0, 249.0, "axis")
     yield text(20.0, 26.0, "one policy server per joint, gRPC", kind="name")
 
 
