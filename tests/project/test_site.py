@@ -62,7 +62,7 @@ def test_the_pages_of_code_say_what_the_code_says(site: Path) -> None:
     assert "omcda_deploy.spec.TeamSpec.contract_hash" in team
     teams = re.sub(r"<[^>]+>", "", (site / "api" / "teams.html").read_text())
     assert "As TeamPolicy.act." in teams
-    assert "collect mamujoco/halfcheetah-6x1 --tier medium-replay" in re.sub(
+    assert "collect mamujoco/hopper-3x1 --tier medium-expert" in re.sub(
         r"<[^>]+>", "", (site / "quickstart.html").read_text()
     )
 
