@@ -33,6 +33,12 @@ def results(
         bool,
         typer.Option("--add", help="Train and play what the records beside pages do not hold, and add it."),
     ] = False,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="With --add: rows whose runs are trained, such as 'omcda*'; repeatable."
+        ),
+    ] = None,
     write_only: Annotated[
         bool,
         typer.Option(
@@ -60,6 +66,8 @@ def results(
         raise ConfigError("expected --all or --only, got both: name the file whose datasets are meant")
     if add and write_only:
         raise ConfigError("expected --add or --write-only, got both: --write-only trains nothing")
+    if row and not add:
+        raise ConfigError("expected --add with --row: without it a page is made anew, of these rows alone")
     require_folder(out)
     run_jobs = make_engine(engine, engine_options(engine_option, address), out)
     for source in files:
@@ -70,6 +78,7 @@ def results(
             TerminalObserver(),
             run_jobs,
             only=only or (),
+            rows=row or (),
             train="none" if write_only else "new" if add else "all",
             pdf=pdf,
         )

@@ -18,11 +18,12 @@ from omcda_deploy.experiments.engines import Engine, run_locally
 from omcda_deploy.experiments.observer import Observer
 from omcda_deploy.experiments.page_runs import Made, Work, compare_record
 from omcda_deploy.experiments.records import Failure, Played, Record, write_record
-from omcda_deploy.experiments.results import Page, Results, read_results
+from omcda_deploy.experiments.results import Page, Results, read_results, require_match
 from omcda_deploy.experiments.sweep import Job, check_jobs
 from omcda_deploy.experiments.tier_index import MISSING
 from omcda_deploy.experiments.watching import watching
 from omcda_deploy.files import require_writable, write_json
+from omcda_deploy.report.claims import fits
 
 if TYPE_CHECKING:
     from omcda_deploy.report.comparison import LeftOut
@@ -40,6 +41,7 @@ def write_results(
     engine: Engine = run_locally,
     *,
     only: Sequence[str] = (),
+    rows: Sequence[str] = (),
     train: Training = "all",
     pdf: bool = False,
 ) -> list[Path]:
@@ -48,8 +50,8 @@ def write_results(
     Datasets, runs and bundles lie in ``out``; ``engine`` trains ``jobs`` runs at once (0: one per core), everything
     else happens in this process. ``only``: patterns of datasets TASK/TIER; the overview covers the others by their
     records. ``train``: all runs, which make the record anew; the new ones, which the record does not hold; or none,
-    and no dataset is collected. The last two add the finished runs in ``out`` to the record. With ``pdf``, figures
-    are written as PDF, too.
+    and no dataset is collected. The last two add the finished runs in ``out`` to the record. ``rows``: patterns of
+    the rows whose new runs are trained. With ``pdf``, figures are written as PDF, too.
 
     Raises :class:`OmcdaError`, before anything is made, where the file or one of its runs cannot be, and after the
     other pages are written for those that could not.
@@ -64,6 +66,9 @@ def write_results(
     works = [Work(page, out, tuple(page.rows(out)), _missing(page)) for page in results.pages]
     chosen = results.chosen(only)
     now = [work for work in works if work.page in chosen]
+    named = list(dict.fromkeys(row.name for work in now for row in work.rows))
+    for pattern in rows:
+        require_match(f"row of {source}", pattern, named)
     for file in (*(work.page.file for work in now), *filter(None, [results.overview])):
         require_writable(file)
     for work in now:
@@ -79,7 +84,8 @@ def write_results(
             "name the --out of its runs"
         )
     if results.overview is None:
-        if (page := _make(now[0], jobs, observer, engine, train=train, command=command)).comparison is None:
+        page = _make(now[0], jobs, observer, engine, train=train, rows=rows, command=command)
+        if page.comparison is None:
             raise ConfigError(f"{now[0].page.file} is not written: {page.reason}")
         return _with_pdf([now[0].page.file], pdf)
     # The overview is written after every page, so that it is there when the command is killed.
@@ -88,7 +94,8 @@ def write_results(
     written = []
     for work in now:
         try:
-            made[work.page.label] = page = _make(work, jobs, observer, engine, train=train, command=command)
+            page = _make(work, jobs, observer, engine, train=train, rows=rows, command=command)
+            made[work.page.label] = page
             written += [work.page.file] if page.comparison is not None else []
         except OmcdaError as error:
             errors.append(error)
@@ -135,7 +142,14 @@ def _check(work: Work, *, collect: bool) -> None:
 
 
 def _make(
-    work: Work, jobs: int, observer: Observer, engine: Engine, *, train: Training, command: str
+    work: Work,
+    jobs: int,
+    observer: Observer,
+    engine: Engine,
+    *,
+    train: Training,
+    rows: Sequence[str],
+    command: str,
 ) -> Made:
     """Record, train, play and write a page."""
     from omcda_deploy.report.comparison_report import write_markdown
@@ -146,7 +160,8 @@ def _make(
     if train != "none":
         known = Record(work.terms) if train == "all" else work.recorded()
         held = work.asked_for(known)
-        if new := [job for job in work.jobs if job not in held]:
+        now = [job for row in work.rows if not rows or fits(row.name, rows) for job in row.jobs]
+        if new := [job for job in now if job not in held]:
             _have_dataset(work, new, known, observer)
             failures = _train(work, new, jobs, observer, engine)
     finished = [job for job in work.jobs if job.finished and job not in failures]

@@ -150,7 +150,7 @@ class Results:
         """
         labels = [page.label for page in self.pages]
         for pattern in patterns:
-            _require_match(f"dataset of {self.source}", pattern, labels)
+            require_match(f"dataset of {self.source}", pattern, labels)
         return [page for page in self.pages if not patterns or fits(page.label, patterns)]
 
 
@@ -195,7 +195,7 @@ def _comparison(path: Path, values: Mapping[str, Any]) -> Results:
                     raise ConfigError(f"{where}: {page.label} is listed twice: leave one of them out")
     for index, table in enumerate(values["runs"]):
         for pattern in table.get("only", ()):
-            _require_match(f"dataset of {path}: runs[{index}]: only", pattern, pages)
+            require_match(f"dataset of {path}: runs[{index}]: only", pattern, pages)
     methods = _methods(path, pages.values())
     method = values.get("method", methods[0])
     if method not in methods:
@@ -206,7 +206,7 @@ def _comparison(path: Path, values: Mapping[str, Any]) -> Results:
     )
     for index, claim in enumerate(claims):
         for pattern in claim.on:
-            _require_match(f"dataset of {path}: claims[{index}]: on", pattern, pages)
+            require_match(f"dataset of {path}: claims[{index}]: on", pattern, pages)
     overview = path.with_name(values.get("overview", f"{path.stem}.md"))
     return Results(
         path, values["title"], values.get("note", ""), tuple(pages.values()), overview, method, claims
@@ -288,6 +288,7 @@ def _require_present(where: str, values: Mapping[str, Any], names: Iterable[str]
             raise ConfigError(f"{where}: expected an entry {name}, there is none")
 
 
-def _require_match(kind: str, pattern: object, labels: Iterable[str]) -> None:
+def require_match(kind: str, pattern: object, labels: Iterable[str]) -> None:
+    """Raise :class:`UnknownNameError` for a pattern that fits none of ``labels``."""
     if not isinstance(pattern, str) or not any(fits(label, [pattern]) for label in labels):
         raise UnknownNameError(kind, str(pattern), labels)

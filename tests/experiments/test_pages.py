@@ -256,6 +256,8 @@ def test_a_wrong_comparison_is_refused(file: Path, change: tuple[str, str], mess
         (["--all"], "expected files docs/results/*.toml here, there are none"),
         (["FILE", "--only", "toy/chian/*"], "unknown dataset of"),
         (["FILE", "--add", "--write-only"], "expected --add or --write-only, got both"),
+        (["FILE", "--row", "bc"], "expected --add with --row"),
+        (["FILE", "--add", "--row", "bcc"], "unknown row of"),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(

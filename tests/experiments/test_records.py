@@ -109,6 +109,10 @@ def test_a_page_grows_by_runs_that_its_record_does_not_hold(
     assert cells(page, "omcda")[2] == "0, 1"
 
     engine = Here()
+    write_results(file, tmp_path / "out1", 1, engine=engine, only=CHAIN, train="new", rows=["b?"])
+    assert {run.parent.name for run in engine.trained} == {"bc-hidden=8-batch_size=8"}
+    assert cells(page, "bc")[2] == "0, 1"
+    assert "(w/o-CDA, seeds 0, 1): not run" in page.read_text()
     result = write_results(file, tmp_path / "out1", 1, engine=engine, only=CHAIN, train="new")
     assert result == [page, file.with_name("README.md")]
     trained = sorted({run.parent.name for run in engine.trained})
