@@ -157,11 +157,12 @@ def _make(
     if work.missing:
         return Made(None, work.missing)
     failures = work.failures()
+    new: list[Job] = []
     if train != "none":
         known = Record(work.terms) if train == "all" else work.recorded()
         held = work.asked_for(known)
-        now = [job for row in work.rows if not rows or fits(row.name, rows) for job in row.jobs]
-        if new := [job for job in now if job not in held]:
+        asked = [job for row in work.rows if not rows or fits(row.name, rows) for job in row.jobs]
+        if new := [job for job in asked if job not in held]:
             _have_dataset(work, new, known, observer)
             failures = _train(work, new, jobs, observer, engine)
     finished = [job for job in work.jobs if job.finished and job not in failures]
@@ -173,7 +174,7 @@ def _make(
         begun = sum(job.run.exists() for job in work.jobs)
         first = f"; the first failed: {next(iter(failures.values()))}" if failures else ""
         reason = f"none of {len(work.jobs)} runs is finished, {begun} begun"
-        if train == "none":
+        if not new:  # nothing was to be trained, and nothing is there
             return Made(None, reason, failures)
         raise ConfigError(f"{work.page.label}: {reason}{first}")
     work.page.file.parent.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,15 @@ def test_an_overview_covers_pages_that_were_made_elsewhere(file: Path, tmp_path:
     assert not (tmp_path / "out2").exists()
 
 
+def test_pages_without_the_row_that_is_asked_for_are_not_run(file: Path, page: Path, tmp_path: Path) -> None:
+    engine, overview = Here(), file.with_name("README.md")
+    written = write_results(file, tmp_path, 1, engine=engine, train="new", rows=["omcda, d_tot 1.2"])
+    assert written == [page.with_name("toy-masked-behavior.md"), overview]
+    assert {run.parent.name for run in engine.trained} == {"omcda-hidden=8-batch_size=8-d_tot=1.2"}
+    assert not (tmp_path / "toy-chain-behavior.hdf5").exists()
+    assert "toy/chain/behavior: not run: none of 6 runs is finished, 0 begun." in overview.read_text()
+
+
 def test_a_page_grows_by_runs_that_its_record_does_not_hold(
     file: Path, page: Path, record: Path, tmp_path: Path
 ) -> None:
