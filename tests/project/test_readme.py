@@ -100,6 +100,24 @@ def test_the_pipeline_and_the_python_block_run(
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
+def test_returns_in_the_text_are_those_of_the_comparison() -> None:
+    """Rows of the page have mean ± std behind the selected temperature."""
+    page = README.parent / "docs" / "results" / "comparison" / "mamujoco-hopper-3x1-medium-expert.md"
+    values = {}
+    for name in ("omcda, d_tot 0.1", "omiga", "comadice"):
+        [row] = re.findall(
+            rf"(?m)^\| {name} \| 20 000 \| 10, 11, 12, 13, 14 \| 5 \|.*$",
+            page.read_text().replace("\u202f", " "),
+        )
+        mean, std = row.split(" | ")[5].replace(" ", "").split("±")
+        values[name] = f"{float(mean):,.0f}", f"{float(std):,.0f}"
+    (ours, spread), (omiga, _), (comadice, _) = values.values()
+    text = " ".join(TEXT.split())
+    assert (
+        f"Five other seeds return {ours} ± {spread}, where OMIGA has {omiga} and ComaDICE {comadice}." in text
+    )
+
+
 @pytest.mark.parametrize("line", pipeline())
 def test_every_command_of_the_pipeline_is_valid(line: str) -> None:
     assert line.startswith("omcda-deploy ")
