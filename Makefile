@@ -18,8 +18,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-unit: $(READY)
-	$(BIN)/pytest
+unit: $(READY)  ## those of serving, which measure time, one after another
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/serve --ignore tests/client
+	$(BIN)/pytest tests/serve tests/client
 
 slow: $(READY)  ## tests that CI leaves out: other maps of SMAX are compiled, Ray and SLURM jobs are killed
 	$(BIN)/pytest -m slow
