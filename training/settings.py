@@ -8,7 +8,6 @@ A field states its range and its meaning in its type, ``lr: LearningRate = 5e-4`
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias, TypeVar, get_type_hints
@@ -168,10 +167,14 @@ def _limits(hint: Any) -> list[Range | Choice]:
     return [entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, Range | Choice)]
 
 
-@functools.cache  # annotations are evaluated from text, which takes longer than all checks of a job
+_TYPES: dict[type[Any], dict[str, Any]] = {}  # evaluated from text, which takes longer than a job's checks
+
+
 def _types(kind: type[Any]) -> dict[str, Any]:
-    hints = get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    if kind not in _TYPES:
+        hints = get_type_hints(kind, include_extras=True)
+        _TYPES[kind] = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return _TYPES[kind]
 
 
 def owner(kind: type[Any]) -> str:

@@ -36,7 +36,7 @@ from omcda_deploy.serve.places import (
 )
 from omcda_deploy.serve.status import ExhaustedError, StoppingError
 from tests.serve.test_metrics import scrape, value
-from tests.support.hostile import ACT, CHECK, KINDS, HostileConnection, Kind
+from tests.support.hostile import ACT, BEGUN, CHECK, KINDS, HostileConnection, Kind
 from tests.support.server_process import ROOT, free_port, server_process
 
 LIVE = "/inference.GRPCInferenceService/ServerLive"
@@ -228,9 +228,13 @@ def test_no_client_takes_the_places_of_control_loops(
 ) -> None:
     port = free_port()
     with server_process(continuous_bundle, "agent_0", options=("--metrics-port", str(port))) as server:
-        words = ("-m", "tests.support.hostile", server.endpoint, kind, str(seconds + 1.2))
-        with subprocess.Popen([sys.executable, *words], cwd=ROOT) as attacker:
-            time.sleep(0.8)
+        words = ("-m", "tests.support.hostile", server.endpoint, kind, str(seconds + 2.0))
+        with subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as attacker:
+            assert attacker.stdout is not None
+            assert attacker.stdout.readline().strip() == BEGUN
+            time.sleep(2 * SENDING.yields_s)  # newer calls need not give way
             loops = [ControlLoop(server.endpoint, stream, seconds) for stream in (False, True)]
             for loop in loops:
                 loop.start()

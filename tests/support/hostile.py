@@ -43,6 +43,7 @@ KINDS: tuple[Kind, ...] = ("half-open", "watch", "rapid-reset", "cancelling", "n
 ACT, STREAM = "/omcda.v1.PolicyService/Act", "/omcda.v1.PolicyService/ActStream"
 WATCH, CHECK = "/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/Check"
 PATIENCE_S = 0.05
+BEGUN = "the attack has begun"
 CANCEL = 8
 
 
@@ -120,8 +121,10 @@ class HostileConnection:
 
 
 def attack(endpoint: str, kind: Kind, seconds: float, connections: int = 6, calls: int = 40) -> None:
-    """Attack a server with several connections of ``calls`` calls each, for ``seconds``."""
+    """Attack a server with several connections of ``calls`` calls each, for ``seconds``; print when it begins."""
     end = time.monotonic() + seconds
+    if kind in ("rapid-reset", "cancelling"):
+        print(BEGUN, flush=True)
     if kind == "rapid-reset":
         flood = HostileConnection(endpoint).reset_flood(ACT, 20_000)
         for _ in range(5):
@@ -142,6 +145,7 @@ def attack(endpoint: str, kind: Kind, seconds: float, connections: int = 6, call
             for _ in range(connections):
                 held.append(HostileConnection(endpoint, window=0 if kind == "never-reading" else 65535))
                 _hold(held[-1], kind, calls)
+            print(BEGUN, flush=True)
             while time.monotonic() < end and all(connection.serve(PATIENCE_S) for connection in held):
                 for connection in held:
                     _hold(connection, kind, 1)
