@@ -1,4 +1,4 @@
-"""Claims about methods, as data, that :mod:`omcda_deploy.report.overview` judges by the numbers.
+"""Claims about methods, as data, that :mod:`omcda_deploy.report.judgement` judges by the numbers.
 
 A claim is a table of a file of results::
 
@@ -12,15 +12,15 @@ A claim is a table of a file of results::
 ====================  =============================================================================================
 rule                  holds where
 ====================  =============================================================================================
-``better``            the interval of the probability of improvement over each row of ``than`` is above 1/2
+``better``            the method is ahead of each row of ``than`` over all datasets, and behind none on any
 ``correlated``        the interval of the mean rank correlation over agents of the two curves that the algorithm
                       draws against each other (OMCDA: influence and weighted reward value) is above 0
 ``sensitive``         on every dataset, the best and the worst value of the setting that the algorithm scans differ
-``hindsight``         on every dataset, the value of the scanned setting that it chose from the data is not
-                      behind the fixed value with the largest mean
+``hindsight``         on every dataset, the value of the scanned setting that it chose from the data gives away
+                      at most a tenth of what the fixed value with the largest mean returns
 ``converges``         no run failed, and none's reward values left the range of the data's returns
 ``steady``            the median over datasets of the spread between a run's policies, relative to its mean, is not
-                      above that of each row of ``than``
+                      above that of each row of ``than``, and neither is any dataset's
 ====================  =============================================================================================
 """
 

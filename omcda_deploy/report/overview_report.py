@@ -13,7 +13,8 @@ from omcda_deploy.report.comparison import Summary
 from omcda_deploy.report.comparison_report import markdown_table, page_figures
 from omcda_deploy.report.figures import Bar, grouped_bars_figure
 from omcda_deploy.report.html import svg_document
-from omcda_deploy.report.overview import LEAST_RUNS, Entry, Overview, hindsight, relative_spread
+from omcda_deploy.report.judgement import TOLERANCE, hindsight, judge
+from omcda_deploy.report.overview import LEAST_RUNS, Entry, Overview, relative_spread
 from omcda_deploy.report.statistics import reference_of
 from omcda_deploy.report.temperatures import interval_words, mean_words
 
@@ -22,18 +23,25 @@ _NOTES = {
     "Values": "A run's value is its mean return over the episodes of its last policies, at the temperature T of "
     "play that other episodes chose for its method on its dataset. Mean ± population std over seeds.",
     "IQM": "interquartile mean of the normalised values of all runs of a method, its datasets together, with a "
-    "percentile bootstrap interval over runs, stratified by dataset. Compare methods with equally many datasets.",
+    "percentile bootstrap interval over runs, stratified by dataset. Rows are of different datasets: beside each "
+    "stands what the compared method has on the row's own.",
     "P": "probability of improvement, of a run over one of the row's on the same dataset, equal ones half: the "
     "mean over the datasets that both were run on, with a stratified bootstrap interval (both as in Agarwal et "
     "al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, NeurIPS 2021).",
     "Verdicts": "one method is ahead of another where the 95 % interval of P is above 1/2, behind where it is "
-    f"below, and each has {LEAST_RUNS} runs or more; else they are not told apart. From few seeds intervals come "
-    "out too narrow. A verdict covers the datasets that are run.",
+    "below (on a single dataset: where the exact Mann-Whitney test tells them apart at 5 %, as intervals from few "
+    f"seeds are too narrow), and each has {LEAST_RUNS} runs or more; else they are not told apart. A claim about "
+    "several rows is refuted by one of them at a level that is divided by their number. It holds in part where it "
+    "holds on average and is refuted on a dataset. A verdict covers the datasets that are run, and is one so far "
+    "while a run that it asks for is missing.",
+    "Regret": "part of the return of the best fixed value that the choice gives away. A choice is as good where "
+    f"the 95 % interval of its regret ends at {percent(TOLERANCE)} or below.",
     "Spread": "std between a run's last policies, mean over seeds, relative to the size of the mean return; the "
     "median over datasets.",
     "Out of range": "runs whose mean reward value, as training logged it, was outside the range of the data's "
     "discounted returns in the second half of their steps, of those that log one (BC and CFCQL do not). The range "
-    "contains 0 and is wider by a tenth at both ends.",
+    "contains 0 and is wider by a tenth at both ends. Values that are out of it are no estimates of returns: a "
+    "critic drifts, or a penalty shifts it, as CQL's and OMAR's do by design.",
     "Single agents": "a team's reward value is known, its agents' parts only up to constants that move between "
     "them.",
 }
@@ -92,7 +100,7 @@ def _claims(overview: Overview) -> list[str]:
         return []
     lines = []
     for claim in overview.claims:
-        word, evidence = overview.verdict(claim)
+        word, evidence = judge(overview, claim)
         lines.append(
             f"* **{word.capitalize()}** ({claim.by}): {claim.says}. {evidence[0].upper()}{evidence[1:]}."
         )
@@ -101,21 +109,27 @@ def _claims(overview: Overview) -> list[str]:
 
 def _together(overview: Overview) -> list[str]:
     """Aggregates of every method over all of its datasets."""
-    header = ["", "datasets", "runs", "IQM of scores", "95 % interval", f"P({overview.method} > row)"]
+    compared = overview.method
+    header = [
+        *("", "datasets", "runs", "IQM of scores", "95 % interval"),
+        *(f"{compared} there", f"P({compared} > row)"),
+    ]
     rows = []
     for method in overview.methods:
         summaries = overview.summaries(method)
         iqm, interval, _ = overview.iqm(method)
         left, known, failed = overview.flags(method)
-        duel = overview.duel(overview.method, method)
+        duel = overview.duel(compared, method)
+        there, _, _ = overview.iqm(compared, summaries)
         rows.append(
             [
                 method,
                 f"{len(summaries)} of {overview.planned(method)}",
-                str(sum(summary.values.size for summary in summaries.values())),
+                str(overview.runs(method)),
                 number(iqm, 1),
                 interval_words(interval, 1),
-                UNKNOWN if method == overview.method or not duel.pairs else str(duel),
+                UNKNOWN if method == compared else number(there, 1),
+                UNKNOWN if method == compared or not duel.pairs else str(duel),
                 percent(overview.spread(method)),
                 f"{left} of {known}" if known else UNKNOWN,
                 str(failed),

@@ -1,4 +1,4 @@
-"""Statistics over runs: interquartile mean, probability of improvement, their intervals, normalised score.
+"""Statistics over runs: interquartile mean, probability of improvement, intervals, an exact test, normalised score.
 
 The definitions are rliable's (Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical
 Precipice", NeurIPS 2021). The value of a run is its mean return over the evaluation episodes, so the spread is one
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 Values: TypeAlias = NDArray[np.float64]
 
 REPLICATIONS = 10_000
+MOST_ARRANGEMENTS = 200_000  # ten runs against ten
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,12 @@ def interquartile_mean(values: ArrayLike) -> Any:
 
     Equal to scipy's ``trim_mean(0.25)``, which rliable uses: ``floor(R/4)`` values are cut from each end, and no
     value counts in part. So up to three values all count, and of five the middle three. For runs of several tasks
-    join their values first: the quartiles are those of all of them together.
+    join their values first: the quartiles are those of all of them together. nan where one of the values is.
     """
-    values = np.sort(np.asarray(values, np.float64), axis=-1)
+    values = np.sort(np.asarray(values, np.float64), axis=-1)  # nan comes last
     runs = values.shape[-1]
     cut = runs // 4
-    return values[..., cut : runs - cut].mean(axis=-1)
+    return np.where(np.isnan(values[..., -1]), np.nan, values[..., cut : runs - cut].mean(axis=-1))[()]
 
 
 def bootstrap_interval(
@@ -88,7 +90,8 @@ def bootstrap_interval(
     """Percentile interval of the :func:`interquartile_mean` by the stratified bootstrap.
 
     ``tasks`` holds the values [R] of each task's runs. Each replication samples a task's runs with replacement, as
-    many as it has; the tasks are fixed. So the interval is for other runs of the same tasks.
+    many as it has; the tasks are fixed. So the interval is for other runs of the same tasks. Of a
+    single task with few runs all samples are taken, which leaves nothing to chance.
 
     Returns None unless every task has two runs or more: a single run says nothing about its spread. From few runs
     the interval comes out too narrow: at 95 % and for normal values it covers 74 % at three runs of one task, 91 %
@@ -97,8 +100,7 @@ def bootstrap_interval(
     groups = [np.asarray(values, np.float64) for values in tasks]
     if not groups or min(values.size for values in groups) < 2:
         return None
-    generator = np.random.default_rng(seed)
-    samples = [_resampled(values, generator, replications) for values in groups]
+    samples = _resampled(groups, seed, replications)
     return _percentiles(interquartile_mean(np.concatenate(samples, axis=1)), confidence)
 
 
@@ -126,9 +128,32 @@ def improvement_interval(
     pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in tasks]
     if not pairs or min(values.size for pair in pairs for values in pair) < 2:
         return None
-    generator = np.random.default_rng(seed)
-    wins = [_wins(*(_resampled(values, generator, replications) for values in pair)) for pair in pairs]
+    samples = iter(_resampled([values for pair in pairs for values in pair], seed, replications))
+    wins = [_wins(x, y) for x, y in zip(samples, samples, strict=True)]
     return _percentiles(np.mean(wins, axis=0), confidence)
+
+
+def difference_p_value(x: ArrayLike, y: ArrayLike) -> float:
+    """Two-sided p-value of the Mann-Whitney test that values [R] and [R'] are drawn alike.
+
+    Exact, also with equal values, where the values can be divided between the two in at most
+    :data:`MOST_ARRANGEMENTS` ways; else by the normal approximation, corrected for equal values and for continuity.
+    nan where one side is empty or a value is nan. Unlike the interval of the improvement it is right for few runs:
+    with five of both, the interval of 95 % leaves out 1/2 for one in ten pairs that are drawn alike.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    joined = np.concatenate([x, y])
+    if not x.size or not y.size or np.isnan(joined).any():
+        return math.nan
+    ranks = _ranks(joined)
+    middle = x.size * ranks.mean()
+    deviation = abs(float(ranks[: x.size].sum()) - middle)
+    if math.comb(joined.size, x.size) <= MOST_ARRANGEMENTS:
+        chosen = np.array(list(combinations(range(joined.size), x.size)))
+        sums = np.abs(ranks[chosen].sum(axis=1) - middle)
+        return float(np.mean(sums >= deviation - 1e-9))
+    variance = x.size * y.size / joined.size * float(ranks.var(ddof=1))
+    return math.erfc(max(deviation - 0.5, 0.0) / math.sqrt(2 * variance)) if variance else 1.0
 
 
 def mean_interval(
@@ -141,14 +166,35 @@ def mean_interval(
     arrays = [np.asarray(values, np.float64) for values in groups]
     if not arrays or min(values.size for values in arrays) < 2:
         return None
-    generator = np.random.default_rng(seed)
-    means = [_resampled(values, generator, replications).mean(axis=1) for values in arrays]
+    means = [sample.mean(axis=1) for sample in _resampled(arrays, seed, replications)]
     return _percentiles(np.mean(means, axis=0), confidence)
 
 
+def regret_interval(
+    chosen: ArrayLike,
+    best: ArrayLike,
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+    replications: int = REPLICATIONS,
+) -> Interval | None:
+    """Percentile interval of the part of the mean of ``best`` [R'] by which that of ``chosen`` [R] is smaller.
+
+    Both are resampled. Returns None unless both have two values or more and the mean of ``best`` is not 0.
+    """
+    arrays = [np.asarray(values, np.float64) for values in (chosen, best)]
+    if min(values.size for values in arrays) < 2 or not arrays[1].mean():
+        return None
+    had, could = (sample.mean(axis=1) for sample in _resampled(arrays, seed, replications))
+    return _percentiles((could - had) / abs(arrays[1].mean()), confidence)
+
+
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
-    """Spearman's correlation of two series [N] of two values or more; nan where one of them is constant."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (x, y)]
+    """Spearman's correlation of two series [N] of two values or more; nan where one is constant or has a nan."""
+    series = [np.asarray(values, np.float64) for values in (x, y)]
+    if any(np.isnan(values).any() for values in series):
+        return math.nan
+    ranks = [_ranks(values) for values in series]
     first, second = (values - values.mean() for values in ranks)
     scale = math.sqrt(float((first**2).sum() * (second**2).sum()))
     return float((first * second).sum()) / scale if scale else math.nan
@@ -168,9 +214,12 @@ def _wins(x: Values, y: Values) -> Values:
     return wins
 
 
-def _resampled(values: Values, generator: np.random.Generator, replications: int) -> Values:
-    """Samples of the runs [R] with replacement, [replications, R]."""
-    return values[generator.integers(values.size, size=(replications, values.size))]
+def _resampled(groups: Sequence[Values], seed: int, replications: int) -> list[Values]:
+    """Samples of each group's runs [R] with replacement, [replications, R]; all that a small single group has."""
+    if len(groups) == 1 and groups[0].size ** groups[0].size <= replications:
+        return [np.array(list(product(groups[0], repeat=groups[0].size)))]
+    generator = np.random.default_rng(seed)
+    return [values[generator.integers(values.size, size=(replications, values.size))] for values in groups]
 
 
 def _percentiles(samples: Values, confidence: float) -> Interval:

@@ -80,6 +80,7 @@ TOOLS = {
         "mypy",
         "packaging",
         "pytest",
+        "pytest-xdist",
         "pyyaml",
         "ruff",
         "setuptools",

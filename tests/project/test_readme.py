@@ -100,22 +100,56 @@ def test_the_pipeline_and_the_python_block_run(
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-def test_returns_in_the_text_are_those_of_the_comparison() -> None:
+def judged(claim: str) -> dict[str, tuple[str, int]]:
+    """Verdict of the overview on each row that a claim names, and its number of datasets: 0 where it is not run."""
+    page = README.parent / "docs" / "results" / "README.md"
+    [line] = [line for line in page.read_text().splitlines() if f"): {claim}" in line]
+    rows = {}
+    for group in line.partition(claim)[2].split("; "):
+        if words := re.search(
+            r"(?:^|\. )(ahead of|behind|not told apart from|not run:) (.*)", group, re.IGNORECASE
+        ):
+            for row in re.split(r", (?=\w)", words[2]):
+                name, number = row.split(" ")[0], re.search(r" on (\d+)$", row)
+                rows[name] = words[1].lower(), int(number[1]) if number else 0
+    return rows
+
+
+def test_what_the_text_says_of_the_comparison_is_what_its_pages_say() -> None:
     """Rows of the page have mean ± std behind the selected temperature."""
     page = README.parent / "docs" / "results" / "comparison" / "mamujoco-hopper-3x1-medium-expert.md"
-    values = {}
-    for name in ("omcda, d_tot 0.1", "omiga", "comadice"):
+    values = []
+    for name in ("omcda, d_tot 0.1", "omcda", "omiga", "comadice"):
         [row] = re.findall(
             rf"(?m)^\| {name} \| 20 000 \| 10, 11, 12, 13, 14 \| 5 \|.*$",
             page.read_text().replace("\u202f", " "),
         )
         mean, std = row.split(" | ")[5].replace(" ", "").split("±")
-        values[name] = f"{float(mean):,.0f}", f"{float(std):,.0f}"
-    (ours, spread), (omiga, _), (comadice, _) = values.values()
+        values += [f"{float(mean):,.0f}", f"{float(std):,.0f}"]
+    ours, spread, recipe, recipe_spread, omiga, _, comadice, _ = values
     text = " ".join(TEXT.split())
     assert (
-        f"Five other seeds return {ours} ± {spread}, where OMIGA has {omiga} and ComaDICE {comadice}." in text
+        f"Five other seeds return {ours} ± {spread} with this budget and {recipe} ± {recipe_spread} with the "
+        f"recipe's, where OMIGA has {omiga} and ComaDICE {comadice}." in text
     )
+
+    mujoco = judged("OMCDA earns more than every rival on MuJoCo")
+    smax = judged("OMCDA earns more than every rival on StarCraft")
+    words = {3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
+    assert {mujoco[name][0] for name in ("omiga", "comadice", "icq")} == {"ahead of"}
+    assert mujoco["omiga"] == mujoco["comadice"]
+    assert {mujoco[name] for name in ("cql", "omar", "cfcql", "bcq")} == {("not run:", 0)}
+    assert (
+        f"On MuJoCo OMCDA is ahead of OMIGA and ComaDICE over {words[mujoco['omiga'][1]]} datasets and of ICQ over "
+        f"{words[mujoco['icq'][1]]}; CQL, OMAR, CFCQL and BCQ are not run there." in text
+    )
+    assert (smax["comadice"][0], smax["omiga"][0]) == ("ahead of", "not told apart from")
+    assert f"On SMAX it is ahead of ComaDICE over {words[smax['comadice'][1]]} datasets" in text
+    [(verdict, datasets)] = judged("OMCDA earns more than the clone").values()
+    assert verdict == "ahead of"
+    assert f"ahead of the clone over all {words[datasets]} datasets" in text
+    ablations = judged("OMCDA earns more than its ablations")
+    assert {verdict for verdict, _ in ablations.values()} <= {"not told apart from", "not run:"}
 
 
 @pytest.mark.parametrize("line", pipeline())

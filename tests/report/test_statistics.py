@@ -13,12 +13,14 @@ from omcda_deploy.report.statistics import (
     REFERENCES,
     Interval,
     bootstrap_interval,
+    difference_p_value,
     improvement_interval,
     interquartile_mean,
     mean_interval,
     normalised_score,
     probability_of_improvement,
     rank_correlation,
+    regret_interval,
     std,
 )
 
@@ -64,9 +66,10 @@ def test_the_interval_is_the_percentiles_of_all_resamples() -> None:
         tail = 50 * (1 - confidence)
         interval = bootstrap_interval([values], confidence=confidence)
         assert interval is not None
-        assert [interval.low, interval.high] == pytest.approx(
-            np.percentile(means, [tail, 100 - tail]), abs=0.26
-        )
+        assert [interval.low, interval.high] == pytest.approx(np.percentile(means, [tail, 100 - tail]))
+        drawn = bootstrap_interval([values], confidence=confidence, replications=255)
+        assert drawn is not None
+        assert [drawn.low, drawn.high] == pytest.approx(np.percentile(means, [tail, 100 - tail]), abs=1.0)
 
 
 def test_runs_are_drawn_within_their_task() -> None:
@@ -128,6 +131,58 @@ def test_the_probability_of_improvement_is_mann_whitneys_u() -> None:
         assert probability_of_improvement([task]) == pytest.approx(value, abs=1e-12)
     reversed_tasks = [(y, x) for x, y in tasks]
     assert probability_of_improvement(reversed_tasks) == pytest.approx(1 - np.mean(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "method"), [((5, 5), "exact"), ((8, 9), "exact"), ((30, 40), "asymptotic")]
+)
+def test_the_p_value_is_mann_whitneys(sizes: tuple[int, int], method: str) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(sum(sizes))
+    for shift in (0.0, 0.5, 2.0):
+        x, y = generator.normal(size=sizes[0]) + shift, generator.normal(size=sizes[1])
+        if method == "asymptotic":
+            x, y = x.round(), y.round()  # with ties, which scipy's exact distribution does not know
+        expected = stats.mannwhitneyu(x, y, method=method).pvalue
+        assert difference_p_value(x, y) == pytest.approx(expected, abs=1e-12)
+        assert difference_p_value(y, x) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (3, 5), (1, 7)])
+def test_equal_values_share_their_ranks_in_every_arrangement(sizes: tuple[int, int]) -> None:
+    """The share of all ways to divide the values in which U is at least as far from its mean."""
+    generator = np.random.default_rng(sum(sizes))
+    x, y = generator.integers(0, 4, size=sizes[0]) + 1.0, generator.integers(0, 4, size=sizes[1]) * 1.0
+    joined = [*x, *y]
+
+    def distance(first: tuple[int, ...]) -> float:
+        rest = [value for index, value in enumerate(joined) if index not in first]
+        return abs(probability_of_improvement([([joined[index] for index in first], rest)]) - 0.5)
+
+    ways = [distance(first) for first in itertools.combinations(range(len(joined)), sizes[0])]
+    expected = np.mean([way >= ways[0] - 1e-9 for way in ways])
+    assert difference_p_value(x, y) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_p_value_of_nothing_is_none_and_of_equals_one() -> None:
+    assert math.isnan(difference_p_value([], [1.0]))
+    assert math.isnan(difference_p_value([1.0, math.nan], [1.0]))
+    assert difference_p_value([1.0] * 3, [1.0] * 4) == difference_p_value([1.0] * 30, [1.0] * 40) == 1.0
+    five, other = [1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0]
+    assert difference_p_value(five, other) == pytest.approx(2 / 252)
+
+
+def test_regret_is_resampled_over_both() -> None:
+    interval = regret_interval([8.0, 10.0], [10.0, 10.0], replications=50_000)
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx((0.0, 0.2))
+    assert regret_interval([8.0], [10.0, 10.0]) is None
+    assert regret_interval([8.0, 9.0], [1.0, -1.0]) is None
+
+
+def test_what_is_not_a_number_is_not_trimmed_away() -> None:
+    assert math.isnan(interquartile_mean([1.0, 2.0, 3.0, 4.0, math.nan]))
+    assert math.isnan(rank_correlation([math.nan, 1.0, 2.0], [1.0, 2.0, 3.0]))
 
 
 def test_the_interval_of_the_improvement_is_the_percentiles_of_all_resamples() -> None:
