@@ -224,7 +224,8 @@ def _resampled(groups: Sequence[Values], seed: int, replications: int) -> list[V
 
 def _percentiles(samples: Values, confidence: float) -> Interval:
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(samples, (tail, 100 - tail))
+    # Without interpolation: three runs have 27 samples, the least of which alone has more than 2.5 %.
+    low, high = np.percentile(samples, (tail, 100 - tail), method="inverted_cdf")
     return Interval(float(low), float(high))
 
 

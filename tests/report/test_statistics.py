@@ -72,6 +72,12 @@ def test_the_interval_is_the_percentiles_of_all_resamples() -> None:
         assert [drawn.low, drawn.high] == pytest.approx(np.percentile(means, [tail, 100 - tail]), abs=1.0)
 
 
+def test_an_end_that_is_likely_enough_belongs_to_the_interval() -> None:
+    """Of the 27 samples of three runs, one has the least run three times: 3.7 %."""
+    assert bootstrap_interval([[1.0, 2.0, 3.0]]) == Interval(1.0, 3.0)
+    assert bootstrap_interval([[1.0, 2.0, 3.0]], confidence=0.9) != Interval(1.0, 3.0)
+
+
 def test_runs_are_drawn_within_their_task() -> None:
     """Tasks of very different returns whose runs agree leave no doubt, which drawing tasks or joint runs would."""
     assert bootstrap_interval([[0.0, 0.0], [50.0, 50.0, 50.0], [1000.0, 1000.0]]) == Interval(230.0, 230.0)
