@@ -73,7 +73,7 @@ def test_the_interval_is_the_percentiles_of_all_resamples() -> None:
 
 
 def test_an_end_that_is_likely_enough_belongs_to_the_interval() -> None:
-    """Of the 27 samples of three runs, one has the least run three times: 3.7 %."""
+    """The least run comes three times in one of the 27 samples of three runs: 3.7 %."""
     assert bootstrap_interval([[1.0, 2.0, 3.0]]) == Interval(1.0, 3.0)
     assert bootstrap_interval([[1.0, 2.0, 3.0]], confidence=0.9) != Interval(1.0, 3.0)
 
