@@ -218,7 +218,7 @@ def _steady(overview: Overview, claim: Claim) -> Judgement:
         spreads = {label: pair for label, pair in both.items() if not any(map(math.isnan, pair))}
         if not spreads:
             words.append(OPEN)
-            evidence.append(f"no dataset with {other}")
+            evidence.append(f"no dataset has several policies of each run of both it and {other}")
             continue
         labels |= set(spreads)
         mine, theirs = (float(np.median(side)) for side in zip(*spreads.values(), strict=True))
