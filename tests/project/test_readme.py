@@ -138,10 +138,10 @@ def test_what_the_text_says_of_the_comparison_is_what_its_pages_say() -> None:
     words = {3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
     assert {mujoco[name][0] for name in ("omiga", "comadice", "icq")} == {"ahead of"}
     assert mujoco["omiga"] == mujoco["comadice"]
-    assert {mujoco[name] for name in ("cql", "omar", "cfcql", "bcq")} == {("not run:", 0)}
+    assert max(mujoco[name][1] for name in ("cql", "omar", "cfcql", "bcq")) <= 1
     assert (
         f"On MuJoCo OMCDA is ahead of OMIGA and ComaDICE over {words[mujoco['omiga'][1]]} datasets and of ICQ over "
-        f"{words[mujoco['icq'][1]]}; CQL, OMAR, CFCQL and BCQ are not run there." in text
+        f"{words[mujoco['icq'][1]]}; CQL, OMAR, CFCQL and BCQ are run there on one dataset at most." in text
     )
     assert (smax["comadice"][0], smax["omiga"][0]) == ("ahead of", "not told apart from")
     assert f"On SMAX it is ahead of ComaDICE over {words[smax['comadice'][1]]} datasets" in text
