@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from omcda_deploy.report.claims import Claim, fits
 from omcda_deploy.report.comparison import Result, Summary
 from omcda_deploy.report.overview import LEAST_RUNS, Duel, Entry, Overview, relative_spread, tell_apart
 from omcda_deploy.report.statistics import Interval, mean_interval, rank_correlation, regret_interval
+from omcda_deploy.report.temperatures import interval_words
 
 HOLDS, PARTLY, FAILS, OPEN, NOT_RUN = "holds", "holds in part", "does not hold", "cannot be told", "not run"
 TOLERANCE = 0.1  # part of the best fixed value's return that a choice from the data may give away
@@ -93,11 +93,7 @@ def _correlated(overview: Overview, claim: Claim) -> Judgement:
     word = HOLDS if interval.low > 0 else FAILS if interval.high < 0 else OPEN
     if sum(map(len, groups.values())) < LEAST_RUNS:
         word = OPEN
-    return Judgement(word, f"mean rank correlation {number(mean, 2)} ({_ends(interval)})", groups)
-
-
-def _ends(interval: Interval) -> str:
-    return f"{number(interval.low, 2)} to {number(interval.high, 2)}"
+    return Judgement(word, f"mean rank correlation {number(mean, 2)} ({interval_words(interval, 2)})", groups)
 
 
 def _correlation(result: Result) -> float | None:
@@ -121,7 +117,7 @@ def _sensitive(overview: Overview, claim: Claim) -> Judgement:
         line.sort(key=lambda summary: summary.mean)
         worst, best = line[0], line[-1]
         # The two were picked for being apart, so the level is divided by the number of pairs.
-        pairs = len(list(combinations(line, 2)))
+        pairs = math.comb(len(line), 2)
         differing[entry.label] = tell_apart([(best.values, worst.values)], pairs) == 1
         words.append(f"{entry.label} best at {best.scan_value:g}, worst at {worst.scan_value:g}")
     if not differing:

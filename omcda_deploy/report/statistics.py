@@ -90,8 +90,8 @@ def bootstrap_interval(
     """Percentile interval of the :func:`interquartile_mean` by the stratified bootstrap.
 
     ``tasks`` holds the values [R] of each task's runs. Each replication samples a task's runs with replacement, as
-    many as it has; the tasks are fixed. So the interval is for other runs of the same tasks. Of a
-    single task with few runs all samples are taken, which leaves nothing to chance.
+    many as it has; the tasks are fixed. So the interval is for other runs of the same tasks. Of a single task with
+    few runs all samples are taken, which leaves nothing to chance.
 
     Returns None unless every task has two runs or more: a single run says nothing about its spread. From few runs
     the interval comes out too narrow: at 95 % and for normal values it covers 74 % at three runs of one task, 91 %
