@@ -278,35 +278,54 @@ class PriceSolver:
         self,
         agents: int,
         alpha0: Tensor,
-        eval_share: Tensor,
+        d_tot: Tensor,
+        d_eval: Tensor,
         *,
         single_price: Sequence[bool],
         z_max: float,
         tau_policy: float,
     ) -> None:
-        """``alpha0`` [R, 1]; ``eval_share`` [R, 1]: of the budgets, what evaluated policies spend.
+        """``alpha0``, ``d_tot``, ``d_eval`` [R, 1]: nats at most, in total, of the policies that critics evaluate.
 
         ``single_price``: one flag per run; ``tau_policy``: step of the average whose divergence is measured.
         """
         self.price = SolvedPrice(agents, alpha0, single_price=single_price, z_max=z_max)
         self.eval_price = SolvedPrice(agents, alpha0, single_price=single_price, z_max=z_max)
         self.exponents = Exponents(alpha0.device)
-        self._eval_share = eval_share
+        self.capped = d_tot > d_eval  # [R, 1]: evaluated policies have a smaller budget than the trained ones
+        self._d_eval = d_eval
         self._scales = BudgetScales(
             agents, single_price=single_price, tau_policy=tau_policy, device=alpha0.device
         )
+
+    @property
+    def eval_alpha(self) -> Tensor:
+        """Prices [R, N] of the policies that critics evaluate."""
+        return torch.where(self.capped, self.eval_price.alpha, self.price.alpha)
+
+    def eval_budgets(self, budgets: Tensor) -> Tensor:
+        """Most nats [R, N] that evaluated policies spend under ``budgets``, whatever the scales."""
+        return self._cap(self._scales.values.clamp_min(1.0) * budgets)
 
     def solve(self, budgets: Tensor, divergence: Tensor, active: Tensor) -> None:
         """Set the prices of the ``active`` [R] runs, whose averaged policies spend ``divergence`` [R, N]."""
         exponents = self.exponents.joined()
         self._scales.correct(budgets, divergence, active)
-        self.price.solve(exponents, self._scales.values * budgets, active)
-        self.eval_price.solve(exponents, self._eval_share * budgets, active)
+        scaled = self._scales.values * budgets
+        self.price.solve(exponents, scaled, active)
+        self.eval_price.solve(exponents, self._cap(scaled), active)
+        above = scaled.sum(1, keepdim=True) > self._d_eval * (1.0 + 1e-5)  # not by rounding alone
+        self.capped.copy_(torch.where(active.unsqueeze(1), above, self.capped))
+
+    def _cap(self, budgets: Tensor) -> Tensor:
+        total = budgets.sum(1, keepdim=True).clamp_min(1e-30)
+        return budgets * (self._d_eval / total).clamp_max(1.0)
 
     def state_dict(self, run: int) -> dict[str, Any]:
         """The state of one run, but for the price of what is trained."""
         return {
             "eval_price": self.eval_price.state_dict(run),
+            "capped": bool(self.capped[run]),
             "scales": self._scales.state_dict(run),
             **self.exponents.state_dict(run),
         }
@@ -314,5 +333,7 @@ class PriceSolver:
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Load the states of all runs, in their order."""
         self.eval_price.load_state_dicts([state["eval_price"] for state in states])
+        for run, state in enumerate(states):
+            self.capped[run] = state["capped"]
         self._scales.load_state_dicts([state["scales"] for state in states])
         self.exponents.load_state_dicts(states)

@@ -13,7 +13,7 @@ from omcda_deploy.envs.tabular import ChainGame, Game, OneStepGame, chain_game, 
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.training.algorithms.omcda import Algorithm, Config
 from omcda_deploy.training.critics import DecoupledCritic
-from omcda_deploy.training.prices import BudgetScales, SolvedPrice, divergence_of
+from omcda_deploy.training.prices import WINDOW, BudgetScales, PriceSolver, SolvedPrice, divergence_of
 from tests.support import oracles
 from tests.support.synthetic import differing
 from tests.support.tabular import TabularFactory, behavior_table, exact_batch, policy_table, rational
@@ -103,6 +103,41 @@ def test_policies_that_cannot_follow_their_prices_spend_their_budgets(single: bo
     before = scales.state_dict(0)["log_scale"].clone()
     scales.correct(budgets, 0.5 * spent, ~on)
     assert torch.equal(scales.state_dict(0)["log_scale"], before)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_evaluated_policies_stay_within_their_budget_however_much_the_trained_are_allowed(
+    single: bool,
+) -> None:
+    """A network that spends a tenth of what is solved for: its price falls, that of evaluated policies does not."""
+    game, d_eval = one_step(), 0.12
+    solver = PriceSolver(
+        3,
+        torch.tensor([[1.0]]),
+        torch.tensor([[0.09]]),
+        torch.tensor([[d_eval]]),
+        single_price=[single],
+        z_max=50.0,
+        tau_policy=0.05,
+    )
+    budgets, on = torch.tensor([[0.02, 0.04, 0.03]]), torch.tensor([True])
+    spent, sums, capped = torch.zeros_like(budgets), [], []
+    for _ in range(WINDOW):
+        solver.exponents.add(*exponents(game))
+    for _ in range(40):
+        solver.solve(budgets, spent, on)
+        spent = 0.1 * divergence_of(exponents(game), solver.price.alpha, 50.0)
+        sums.append(float(divergence_of(exponents(game), solver.eval_alpha, 50.0).sum()))
+        capped.append(bool(solver.capped))
+        assert float(solver.eval_budgets(budgets).sum()) >= sums[-1] - 1e-3
+    assert capped == sorted(capped)
+    assert set(capped) == {False, True}
+    np.testing.assert_allclose(sums[0], 0.09, rtol=1e-3)
+    np.testing.assert_allclose(sums[-1], d_eval, rtol=1e-3)
+    assert max(sums) <= d_eval * 1.001
+    assert float(10 * spent.sum()) > 2 * d_eval
+    state = solver.state_dict(0)
+    assert state["capped"] is True
 
 
 def test_agents_without_a_choice_count_nothing() -> None:

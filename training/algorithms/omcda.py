@@ -108,7 +108,7 @@ class Config:
     d_eval: Annotated[
         float,
         Range(0.0, 1e3),
-        "total budget of the policies that the critics evaluate, where smaller than d_tot; 0: pi_b",
+        "most nats, in total, of the policies that the critics evaluate; 0: pi_b",
     ] = 0.3
     decoupled: Annotated[bool, "values of reward and divergence apart; false: the ablation w/o-dq"] = True
     divergence_mixer: Annotated[
@@ -240,7 +240,6 @@ class Algorithm:
             temperature=column(configs, "share_temperature", device),
             decay=config.influence_decay**config.reallocate_every,
         )
-        self._eval_share = (d_eval / d_tot).clamp_max(1.0)  # [R, 1]
         single_price = [strategy.single_price for strategy in self.allocation.strategies]
         price = column(configs, "alpha0", device)
         self.dual: Dual | SolvedPrice
@@ -251,7 +250,8 @@ class Algorithm:
             self._solver = PriceSolver(
                 agents,
                 price,
-                self._eval_share,
+                d_tot,
+                d_eval,
                 single_price=single_price,
                 z_max=config.z_max,
                 tau_policy=config.tau_policy,
@@ -290,8 +290,8 @@ class Algorithm:
     def compute(self, batch: Batch, plan: Plan) -> dict[str, Tensor]:
         c = self.config
         alpha = self.dual.alpha.unsqueeze(1)  # [R, 1, N]
-        budgets = self._eval_share * self.budgets
-        terms = self.critic.terms(batch, self._eval_alpha().unsqueeze(1), budgets, begins=not plan.late)
+        eval_alpha, eval_budgets = self._evaluated()
+        terms = self.critic.terms(batch, eval_alpha.unsqueeze(1), eval_budgets, begins=not plan.late)
         rho = self._weights(terms, alpha)
         log_prob = batch.log_prob(policy_of(self.actor, batch.observation, batch.mask))
         losses = {"policy": -mean_per_run(rho * log_prob), **terms.losses}  # L_pi and the critics'
@@ -324,23 +324,23 @@ class Algorithm:
             "dual_active": active.float(),
         }
 
-    def _eval_alpha(self) -> Tensor:
-        """Prices [R, N] of the policies that the critics evaluate."""
+    def _evaluated(self) -> tuple[Tensor, Tensor]:
+        """Prices and largest budgets, [R, N] each, of the policies that the critics evaluate."""
         if self._solver is None:
-            return self.dual.alpha
-        return torch.where(self._eval_share < 1.0, self._solver.eval_price.alpha, self.dual.alpha)
+            return self.dual.alpha, self.budgets
+        return self._solver.eval_alpha, self._solver.eval_budgets(self.budgets)
 
     def _weights(self, terms: CriticTerms, alpha: Tensor) -> Tensor:
         """Weights rho [R, B, N] of the policy's loss.
 
         Where the critics evaluate other policies, V^c does not normalise the actor's exponents; the batch does.
         """
-        if self.config.price == "gradient":
+        if self._solver is None:
             return terms.rho
         z = terms.advantage / alpha + terms.correction
         rho = torch.exp(z.clamp_max(self.config.z_max))
         normalised = rho / batch_mean(rho).unsqueeze(1)
-        return torch.where(self._eval_share.unsqueeze(1) < 1.0, normalised, terms.rho)
+        return torch.where(self._solver.capped.unsqueeze(1), normalised, terms.rho)
 
     def _choices(self, batch: Batch) -> Tensor | None:
         """1 where a divergence counts, else 0: [R, B, N]; None: it counts everywhere."""
