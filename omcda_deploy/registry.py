@@ -22,6 +22,7 @@ from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import WeakValueDictionary
 
 from omcda_deploy.errors import (
     ConfigError,
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from omcda_deploy.spec import TeamSpec
 
 log = logging.getLogger(__name__)
+
+_made: WeakValueDictionary[int, Any] = WeakValueDictionary()  # environments by id, as long as they live
 
 
 class _Group(NamedTuple):
@@ -97,12 +100,34 @@ def make_environment(task: str, **options: Any) -> Environment:
     """Create one environment of a task, or of ``module:callable``, which makes one of the user's own.
 
     Raises :class:`UnknownNameError`, MissingExtraError where its simulator is not installed, :class:`PluginError`
-    where ``module:callable`` makes no environment, and :class:`ConfigError` for an option that its simulator does
-    not have.
+    where ``module:callable`` makes no environment or gives one a second time, and :class:`ConfigError` for an
+    option that its simulator does not have.
     """
     make = _simulator(task).make
     require_options(task, make, options)
-    return make(task, **options)
+    environment = make(task, **options)
+    _require_new(task, environment)
+    return environment
+
+
+def _require_new(task: str, environment: Environment) -> None:
+    """Raise :class:`PluginError` for an environment that was made before: side by side, its episodes would mix."""
+    base = _beneath(environment)
+    before = _made.get(id(base))
+    if before is not None and (before is base or _beneath(before) is base):
+        raise PluginError(f"{task}: returned the same environment twice: make a new one in each call")
+    try:
+        _made[id(base)] = base
+    except TypeError:  # a class without weak references: what holds it stands for it
+        _made[id(base)] = environment
+
+
+def _beneath(environment: Any) -> Any:
+    """Return the environment beneath its wrappers, which is their ``unwrapped``, as in Gymnasium."""
+    for _ in range(2):  # our adapter, and what it adapts
+        base = getattr(environment, "unwrapped", None)
+        environment = base if hasattr(base, "step") else environment
+    return environment
 
 
 def require_options(task: str, make: Callable[..., Any], options: Mapping[str, Any]) -> None:

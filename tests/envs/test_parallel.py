@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from pettingzoo.test import parallel_api_test, parallel_seed_test
 from omcda_deploy import registry
 from omcda_deploy.envs.adapters.parallel import EPISODE_LIMIT, from_parallel
 from omcda_deploy.envs.adapters.pettingzoo import _classes, to_parallel
+from omcda_deploy.envs.vector import vectorize
 from omcda_deploy.errors import ConfigError, ContractError, MissingExtraError, PluginError, SimulatorError
 from omcda_deploy.registry import make_environment
 from omcda_deploy.spec import ActionSpec
@@ -356,3 +359,45 @@ def test_an_error_inside_the_environment_says_where() -> None:
         SimulatorError, match=r"raises: step\(\) 5 raised KeyError: 'torque' \(.*\.py, line \d+\)"
     ):
         environment.step(good)
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [("the_same", 0), ("the_same", 1), ("the_same_adapted", 0), ("the_same_slotted", 0), ("Wrapped", 0)],
+)
+def test_the_same_environment_twice_is_refused(name: str, workers: int) -> None:
+    """Side by side its episodes would mix; one that was closed after a look at its spec is no better."""
+    registry._made.clear()
+    task = f"{OWN}:{name}"
+    with pytest.raises(
+        PluginError, match=rf"^{task}: returned the same environment twice: make a new one in"
+    ):
+        vectorize(task, 2, workers=workers)
+    if workers == 0:
+        registry._made.clear()
+        environment = make_environment(task)
+        with pytest.raises(PluginError, match="returned the same environment twice"):
+            vectorize(task, 1)
+        environment.close()
+
+
+@pytest.mark.parametrize("name", ["Reach", "ParallelReach", "Slotted"])
+def test_new_environments_are_not_taken_for_old_ones_nor_kept(name: str) -> None:
+    registry._made.clear()
+    ids = set()
+    for _ in range(50):
+        ids.add(id(vars(make_environment(f"{OWN}:{name}"))["source"]))
+        gc.collect(0)
+    gc.collect()
+    assert len(ids) < 50  # the place of one that is gone is used again
+    assert len(registry._made) == 0
+    kept = [make_environment(f"{OWN}:{name}") for _ in range(3)]
+    assert len(registry._made) == len(kept)
+
+
+def test_simulators_that_are_installed_make_new_environments_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_environment(f"{OWN}:Reach")
+    module = SimpleNamespace(TASKS=("lab/reach",), make=lambda task: plain)
+    monkeypatch.setattr(registry, "_find", lambda task: module)
+    with pytest.raises(PluginError, match=r"^lab/reach: returned the same environment twice"):
+        vectorize("lab/reach", 2)

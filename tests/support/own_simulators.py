@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Space
 from numpy.typing import NDArray
 
+from omcda_deploy.envs.adapters.parallel import from_parallel
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 
 LENGTH = 12
@@ -166,6 +167,42 @@ def needs(port: int) -> Reach:
 
 def broken() -> Reach:
     raise ZeroDivisionError("no power")
+
+
+ONE = Reach()
+ADAPTED = from_parallel(ParallelReach())
+
+
+class Slotted:
+    """An environment that no weak reference can be made to."""
+
+    __slots__ = ("reset", "state", "step")
+    spec = SPEC
+
+    def __init__(self) -> None:
+        inner = Reach()
+        self.reset, self.step, self.state = inner.reset, inner.step, inner.state
+
+
+SLOTTED = Slotted()
+
+
+class Wrapped(ParallelReach):
+    """A new wrapper at each call, around one environment."""
+
+    unwrapped = ONE
+
+
+def the_same() -> Reach:
+    return ONE
+
+
+def the_same_adapted() -> Any:
+    return ADAPTED
+
+
+def the_same_slotted() -> Slotted:
+    return SLOTTED
 
 
 def with_render_mode(render_mode: str | None = None) -> Reach:

@@ -117,6 +117,11 @@ class OwnTeam:
         return OwnTeam(self.source, replace(self.spec, task=task), reward or self._reward, spaces)
 
     @property
+    def unwrapped(self) -> Any:
+        """What is adapted, the user's own object."""
+        return self.source
+
+    @property
     def possible_agents(self) -> list[str]:
         return list(self.spec.names)
 
