@@ -134,6 +134,20 @@ def test_what_is_sound_is_read_as_it_is() -> None:
     assert end.reward == raw[1]["base"]
 
 
+@pytest.mark.parametrize("value", [True, 1, 1.0, np.True_, np.int8(1), np.float32(1.0), np.array(1)])
+def test_what_an_info_says_of_an_episode_is_a_truth_value(value: Any) -> None:
+    border, reach = Border(SPEC), Reach()
+    border.reset(reach.reset(0), None)
+    observations, rewards, over, *_ = reach.step({a.name: np.zeros(a.action.size) for a in SPEC.agents})
+    infos = {"base": {"won": value, "fell": value != 1, "load": -0.5}}
+    told = border.step((observations, rewards, over, over, infos), None).info
+    assert told == {"won": True, "fell": False, "load": -0.5}
+    assert told["won"] is True
+    infos = {"base": {"discarded": value}}
+    lost = (observations, dict.fromkeys(rewards, 0.0), over, dict.fromkeys(over, True), infos)
+    assert border.step(lost, None).info["discarded"] is True
+
+
 def test_arrays_that_a_simulator_uses_again_are_copied() -> None:
     shared = np.zeros(11, np.float32)
 
@@ -217,6 +231,14 @@ def spoilt(values: NDArray[Any], row: int) -> NDArray[Any]:
             "observations",
             {"base": np.zeros((3, 3), np.float32)},
             r"arm is not among the observations \(base\)",
+        ),
+        ("info", {"won": np.array([1, -1, 0])}, r"won: expected bool \[3\], got int64 \[3\]"),
+        ("info", {"fell": spoilt(np.ones(3), 0)}, r"fell: expected bool \[3\], got float64 \[3\]"),
+        ("info", {"stalled": np.zeros(2, np.bool_)}, r"stalled: expected bool \[3\], got bool \[2\]"),
+        (
+            "info",
+            {"discarded": np.array([False, True, False])},
+            "environment 1, step 7: discarded: expected a truncation with reward 0",
         ),
     ],
 )

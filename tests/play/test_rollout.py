@@ -73,15 +73,16 @@ class LossyEnvironment:
         rows = np.stack([self._seeds % 1000, self._steps, np.arange(self.num_envs)], axis=1).astype(
             np.float32
         )
-        even = self._seeds % 2 == 0
+        discarded = ended & np.array([lost(int(seed)) for seed in self._seeds])
+        terminated = ended & ~discarded & (self._seeds % 2 == 0)
         return VectorStep(
             observations={"left": rows[:, :2], "right": rows[:, 1:2]},
             state=rows,
             action_masks=None,
-            reward=np.asarray(0.1 * self._steps, np.float64),
-            terminated=ended & even,
-            truncated=ended & ~even,
-            info={"discarded": ended & np.array([lost(int(seed)) for seed in self._seeds])},
+            reward=np.where(discarded, 0.0, 0.1 * self._steps),
+            terminated=terminated,
+            truncated=ended & ~terminated,
+            info={"discarded": discarded},
         )
 
     def render(self, index: int) -> NDArray[np.uint8]:
@@ -136,11 +137,13 @@ def test_rounds_are_played_until_enough_episodes_count(num_envs: int) -> None:
     assert sum(int(step.active.sum()) for step in steps) == sum(len(episode) for episode in episodes)
     for episode in episodes:
         length = length_of(episode.seed)
-        np.testing.assert_array_equal(episode.rewards, 0.1 * np.arange(1, length + 1))
+        paid = 0.1 * np.arange(1, length + 1)
+        paid[-1] *= not episode.discarded
+        np.testing.assert_array_equal(episode.rewards, paid)
         np.testing.assert_array_equal(episode.divergence[:, 0], np.arange(length))
         np.testing.assert_array_equal(episode.divergence[:, 1], np.full(length, 0.5))
         assert episode.saturated.tolist() == [0, length]
-        assert episode.terminated == (episode.seed % 2 == 0)
+        assert episode.terminated == (episode.seed % 2 == 0 and not episode.discarded)
         assert episode.outcomes == {}
 
 

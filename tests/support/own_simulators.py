@@ -346,6 +346,37 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {  # in step 5: what is done to the answ
         r"expected the tuple \(observations, rewards, terminations, truncations, infos\), got 4 values",
     ),
     "no answer": (lambda step, answer: None, "expected the tuple .*, got a NoneType"),
+    **{
+        f"{name} {value!r}": (
+            _replaced(INFOS, "base", {name: value}),
+            f"{name} in the info of base: expected True or False, got .*: report that, or give",
+        )
+        for name, value in (
+            ("won", -1),
+            ("fell", NAN),
+            ("stalled", 0.5),
+            ("won", None),
+            ("discarded", "yes"),
+            ("discarded", [True]),
+        )
+    },
+    "discarded under way": (
+        _replaced(INFOS, "base", {"discarded": True}),
+        "discarded in the info of base: expected a truncation with reward 0 .*, got none and reward -",
+    ),
+    "discarded with a reward": (
+        lambda step, answer: (*answer[:3], dict.fromkeys(answer[3], True), {"base": {"discarded": 1}}),
+        "discarded in the info of base: .*, got a truncation and reward -",
+    ),
+    "discarded at an end": (
+        lambda step, answer: (
+            answer[0],
+            dict.fromkeys(answer[1], 0.0),
+            *(dict.fromkeys(answer[2], True) for _ in range(2)),
+            {"base": {"discarded": True}},
+        ),
+        "discarded in the info of base: .*, got none and reward 0",
+    ),
     "infos none": (
         lambda step, answer: (*answer[:4], None),
         "infos: expected a dictionary by agent, got None",

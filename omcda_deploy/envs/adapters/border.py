@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.envs import Float
+from omcda_deploy.envs import DISCARDED, OUTCOMES, Float
 from omcda_deploy.errors import ConfigError, ContractError
 from omcda_deploy.spec import TeamSpec
 
@@ -142,9 +142,8 @@ class Border:
                 self._require_finite(joined[columns], "observation", name)
         self._require_finite(checked_state, "state")
         mask = self._masks(infos) if self.spec.action_kind == "discrete" else None
-        return Answer(
-            joined, checked_state, mask, reward, terminated, truncated, _scalars(infos.get(self._names[0]))
-        )
+        told = self._told(infos.get(self._names[0]), reward, truncated)
+        return Answer(joined, checked_state, mask, reward, terminated, truncated, told)
 
     def _parts(self, answer: Any, names: tuple[str, ...]) -> list[Mapping[str, Any]]:
         """Divide an answer into its dictionaries; infos alone may leave agents out, and hold others."""
@@ -230,6 +229,26 @@ class Border:
             )
         return flags[0]
 
+    def _told(self, info: Any, reward: float, truncated: bool) -> dict[str, Any]:
+        """Return the scalars of the first agent's info; those whose names have a meaning are True or False."""
+        told = _scalars(info)
+        for name in (*OUTCOMES, DISCARDED):
+            if isinstance(info, Mapping) and name in info:
+                number = np.asarray(info[name])
+                if number.shape != () or number.dtype.kind not in _NUMBERS or number not in (0, 1):
+                    raise self._error(
+                        f"{name} in the info of {self._names[0]}: expected True or False, got "
+                        f"{_describe(info[name])}: report that, or give what else it is another name"
+                    )
+                told[name] = bool(number)
+        if told.get(DISCARDED) and (reward or not truncated):
+            raise self._error(
+                f"{DISCARDED} in the info of {self._names[0]}: expected a truncation with reward 0 where it is "
+                f"True, got {'a truncation' if truncated else 'none'} and reward {reward}: end lost episodes so, "
+                "and leave it out of others"
+            )
+        return told
+
     def _masks(self, infos: Mapping[str, Any]) -> NDArray[np.uint8]:
         """Join the agents' masks; without any, all choices are available."""
         masks = np.ones(self.spec.action_slices[-1].stop, np.uint8)
@@ -299,6 +318,23 @@ def require_sound(spec: TeamSpec, num_envs: int, step: VectorStep, ages: NDArray
     require(step.reward, (num_envs,), "f", "reward")
     require(step.terminated, (num_envs,), "b", "terminated")
     require(step.truncated, (num_envs,), "b", "truncated")
+    for name in step.info.keys() & {*OUTCOMES, DISCARDED}:
+        values = np.asarray(step.info[name])
+        if (
+            values.shape != (num_envs,)
+            or values.dtype.kind not in _NUMBERS
+            or not ((values == 0) | (values == 1)).all()
+        ):
+            raise ContractError(f"{spec.task}: {name}: expected bool [{num_envs}], got {_describe(values)}")
+        if (
+            name == DISCARDED
+            and (wrong := values.astype(np.bool_) & ~(step.truncated & (step.reward == 0))).any()
+        ):
+            environment = int(np.argmax(wrong))
+            raise ContractError(
+                f"{spec.task}, environment {environment}, step {ages[environment]}: {name}: expected a truncation "
+                "with reward 0 where it is True, got another step"
+            )
 
 
 def _of(what: str, agent: str) -> str:
