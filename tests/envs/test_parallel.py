@@ -115,7 +115,7 @@ def test_the_spec_follows_from_spaces() -> None:
     assert (masked.state_size, masked.control_rate, masked.episode_limit) == (3, 1.0, EPISODE_LIMIT)
     odd: Any = ParallelReach()
     odd.metadata = {"render_fps": "fast"}
-    with pytest.raises(ConfigError, match=r"expected a control_rate above 0 .*, got 'fast' and 12"):
+    with pytest.raises(ConfigError, match="expected a control_rate above 0, got 'fast'"):
         from_parallel(odd)
     odd.metadata, odd.possible_agents = None, 3
     with pytest.raises(
@@ -125,9 +125,36 @@ def test_the_spec_follows_from_spaces() -> None:
     odd.possible_agents = [1, 2]
     with pytest.raises(PluginError, match="expected agents named by strings, got 1"):
         from_parallel(odd)
-    for setting in ({"control_rate": 0.0}, {"episode_limit": 0}, {"control_rate": float("inf")}):
-        with pytest.raises(ConfigError, match="expected a control_rate above 0"):
-            from_parallel(ParallelReach(), **setting)
+    rates: list[Any] = [0.0, float("inf"), float("nan"), True, np.array(20)]
+    for rate in rates:
+        with pytest.raises(ConfigError, match=r"^own/parallel: expected a control_rate above 0, got "):
+            from_parallel(ParallelReach(), control_rate=rate)
+
+
+@pytest.mark.parametrize("limit", [10, np.int64(10), np.uint8(10), np.array(10), 10.0, np.float32(10)])
+def test_a_limit_is_a_whole_number_of_any_type(limit: Any) -> None:
+    source: Any = ParallelReach()
+    source.max_cycles, source.max_steps = limit, 20
+    for spec in (from_parallel(source).spec, from_parallel(ParallelReach(), episode_limit=limit).spec):
+        assert spec.episode_limit == 10
+        assert type(spec.episode_limit) is int
+    source.max_cycles = None
+    assert from_parallel(source).spec.episode_limit == 20
+    source.metadata = {"render_fps": np.int64(20)}
+    assert from_parallel(source).spec.control_rate == 20.0
+    rate: Any = np.float32(0.5)
+    assert from_parallel(source, control_rate=rate).spec.control_rate == 0.5
+
+
+@pytest.mark.parametrize("limit", [0, -1, 10.5, np.inf, np.nan, "10", True, np.True_, [10], np.ones(2)])
+def test_a_limit_that_is_no_number_of_steps_is_refused(limit: Any) -> None:
+    source: Any = ParallelReach()
+    source.max_cycles = limit
+    expected = "expected a whole number of steps, at least 1, got .*: correct it, or give from_parallel an"
+    with pytest.raises(ConfigError, match=f"^own/parallel: max_cycles: {expected}"):
+        from_parallel(source)
+    with pytest.raises(ConfigError, match=f"^own/parallel: episode_limit: {expected}"):
+        from_parallel(ParallelReach(), episode_limit=limit)
 
 
 def test_actions_are_the_boxes_own_or_scaled_to_them_and_observations_pass_as_they_are() -> None:

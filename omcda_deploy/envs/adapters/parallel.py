@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -53,11 +55,13 @@ def from_parallel(
         state_space = getattr(source, "state_space", None)
         state_size = observed if state_space is None else flat_size(state_space, f"{task}: state space")
     rate = _control_rate(source) if control_rate is None else control_rate
-    limit = _episode_limit(source) if episode_limit is None else episode_limit
-    if not isinstance(rate, int | float) or not 0.0 < rate < np.inf or limit < 1:
-        raise ConfigError(
-            f"{task}: expected a control_rate above 0 and an episode_limit of at least 1, got {rate!r} and {limit}"
-        )
+    if not isinstance(rate, Real) or isinstance(rate, bool) or not 0.0 < float(rate) < np.inf:
+        raise ConfigError(f"{task}: expected a control_rate above 0, got {rate!r}")
+    limit = (
+        _episode_limit(source, task)
+        if episode_limit is None
+        else _steps(episode_limit, "episode_limit", task)
+    )
     spec = TeamSpec(
         task=task,
         agents=tuple(agent.spec for agent in spaces),
@@ -70,12 +74,28 @@ def from_parallel(
 
 def _control_rate(source: Any) -> Any:
     metadata = getattr(source, "metadata", None)
-    return (metadata.get("render_fps") if isinstance(metadata, Mapping) else None) or 1.0
+    rate = metadata.get("render_fps") if isinstance(metadata, Mapping) else None
+    return 1.0 if rate is None else rate
 
 
-def _episode_limit(source: Any) -> int:
-    limits = (getattr(source, name, None) for name in _LIMITS)
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), EPISODE_LIMIT)
+def _episode_limit(source: Any, task: str) -> int:
+    """Return the environment's own limit, the first of its attributes that there is."""
+    limits = ((name, getattr(source, name, None)) for name in _LIMITS)
+    return next((_steps(limit, name, task) for name, limit in limits if limit is not None), EPISODE_LIMIT)
+
+
+def _steps(limit: Any, name: str, task: str) -> int:
+    """Read a number of steps, an integer of any type or a whole float."""
+    try:
+        steps = int(limit) if isinstance(limit, float | np.floating) and limit == int(limit) else index(limit)
+    except (TypeError, ValueError, OverflowError):  # no number, nan, infinite
+        steps = 0
+    if isinstance(limit, bool | np.bool_) or steps < 1:
+        raise ConfigError(
+            f"{task}: {name}: expected a whole number of steps, at least 1, got {limit!r}: correct it, or give "
+            "from_parallel an episode_limit"
+        )
+    return steps
 
 
 def require_parallel(source: Any, label: str) -> None:
