@@ -91,7 +91,10 @@ class TeamPolicy(Protocol):
         noise: Mapping[str, Float] | None = None,
         action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
     ) -> dict[str, Decision]:
-        """Act for all agents; arguments per agent are those of :meth:`Policy.act`."""
+        """Act for all agents; arguments per agent are those of :meth:`Policy.act`.
+
+        Observations and masks belong to the caller, and may refuse to be written to: a team changes copies.
+        """
         ...
 
 

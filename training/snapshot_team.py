@@ -44,7 +44,7 @@ class SnapshotTeam:
         if action_masks is not None:
             mask = torch.zeros(shape, dtype=torch.uint8)
             for i, agent in enumerate(agents):
-                mask[:, i, : agent.action.size] = torch.from_numpy(action_masks[agent.name])
+                mask[:, i, : agent.action.size] = torch.tensor(action_masks[agent.name])
         if noise is not None:
             for i, agent in enumerate(agents):
                 chance[:, i, : agent.action.size] = torch.from_numpy(noise[agent.name])

@@ -69,15 +69,26 @@ class EpisodeBatch:
             raise ContractError("expected episodes to step, got none: start some first")
         return self._latest
 
+    def shown(
+        self, rows: slice = slice(None)
+    ) -> tuple[dict[str, Float], dict[str, NDArray[np.uint8]] | None]:
+        """Observations and masks of environments ``rows``, as a team gets to see them: they cannot be written to.
+
+        They are recorded after the team has answered.
+        """
+        latest = self.latest
+        masks = latest.action_masks
+        return _read_only(latest.observations, rows), None if masks is None else _read_only(masks, rows)
+
     def step(self, team: TeamPolicy, noise: Mapping[str, Float] | None = None) -> PlayedStep:
         """Ask ``team`` once for all environments, and :meth:`take` its answers.
 
         ``noise`` is float32 [E, A] per agent, None for actions without it. Raises what :meth:`take` raises, and
         :class:`ContractError` for an answer that cannot be played.
         """
-        previous = self.latest
+        observations, masks = self.shown()
         start = perf_counter()
-        decisions = team.act(previous.observations, noise=noise, action_masks=previous.action_masks)
+        decisions = team.act(observations, noise=noise, action_masks=masks)
         seconds = perf_counter() - start
         require_answer(self.spec, decisions, self.num_envs, self.age + 1)
         return self.take(decisions, seconds)
@@ -276,14 +287,12 @@ def _ask(
     team: TeamPolicy, batch: EpisodeBatch, courses: Sequence[_Course]
 ) -> tuple[dict[str, Decision], float]:
     """Ask ``team`` for each course's rows; return answers for all rows, zeros elsewhere, and its seconds."""
-    latest, names = batch.latest, batch.spec.names
+    names = batch.spec.names
     answers: list[tuple[slice, dict[str, Decision]]] = []
     seconds = 0.0
     for course in courses:
         rows = course.rows
-        observations = {name: values[rows] for name, values in latest.observations.items()}
-        masks = latest.action_masks
-        masks = None if masks is None else {name: values[rows] for name, values in masks.items()}
+        observations, masks = batch.shown(rows)
         noise = course.noise.draw_for(team, course.plan.num_envs)
         start = perf_counter()
         decisions = team.act(observations, noise=noise, action_masks=masks)
@@ -306,3 +315,11 @@ def _ask(
         )
         for name in names
     }, seconds
+
+
+def _read_only(arrays: Mapping[str, NDArray[Any]], rows: slice) -> dict[str, NDArray[Any]]:
+    """Return views of ``rows`` that refuse to be written to."""
+    views = {name: values[rows] for name, values in arrays.items()}
+    for view in views.values():
+        view.flags.writeable = False
+    return views

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from omcda_deploy.play import rollout as module
 from omcda_deploy.play.episodes import PlayedEpisode, PlayedStep
 from omcda_deploy.play.recording import EpisodeRecorder
 from omcda_deploy.play.rollout import EpisodeBatch, Plan, episode_seed, rollout, rollouts
+from omcda_deploy.play.scripted import RandomTeam
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.registry import team_spec
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
@@ -255,6 +256,36 @@ def test_the_recorder_keeps_masks_and_choices_of_a_game() -> None:
         assert np.take_along_axis(masks[:-1], episode.actions[..., None], axis=-1).all()
         assert episode.undiscounted_return == pytest.approx(played.episode_return, abs=1e-12)
     assert len({tuple(episode.actions[:, 0].tolist()) for _, episode in episodes}) > 1
+
+
+@pytest.mark.parametrize("game", [False, True])
+def test_a_team_cannot_change_what_is_recorded(game: bool) -> None:
+    """What it sees is refused to it for writing, whole or as the rows of a plan."""
+    seen: list[NDArray[Any]] = []
+
+    class Writing(StubTeam):
+        def act(self, observations: Mapping[str, Any], **rest: Any) -> dict[str, Decision]:
+            masks = rest["action_masks"] or {}
+            seen.extend([*observations.values(), *masks.values()])
+            for values in (*observations.values(), *masks.values()):
+                with pytest.raises(ValueError, match="read-only"):
+                    values[:] = 1
+            return act(observations, **rest)
+
+    with vectorize("toy/masked", 2) if game else LossyEnvironment(2) as environment:
+        team = Writing()
+        team.spec = environment.spec
+        act: Callable[..., dict[str, Decision]] = (
+            RandomTeam(environment.spec).act if game else super(Writing, team).act
+        )
+        noise = NoiseSource(environment.spec, 0)
+        batch = EpisodeBatch(environment)
+        batch.start({0: 1, 1: 2})
+        step = batch.step(team, noise.draw(2))
+        assert all(values.flags.writeable for values in step.previous.observations.values())
+        for _ in rollouts(team, environment, [Plan(1, 1, 0, 1.0), Plan(1, 1, 1, 1.0)]):
+            break
+    assert {len(values) for values in seen} == {1, 2}
 
 
 def test_an_unplayable_answer_is_refused_before_the_environment_is_stepped() -> None:
