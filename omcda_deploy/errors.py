@@ -93,3 +93,7 @@ class MissingExtraError(OmcdaError):
 
 class PluginError(OmcdaError):
     """A module that adds a simulator, dataset format or algorithm cannot be imported or lacks a required name."""
+
+
+class TerminatedError(SystemExit):
+    """SIGTERM came: no error of anyone's, and no :class:`SystemExit` of user code either."""

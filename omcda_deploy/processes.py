@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO
 
+from omcda_deploy.errors import TerminatedError
+
 CHECK_S = 0.2  # between two looks at the parent
 _PARENT = "OMCDA_PARENT"  # process id
 INTERRUPTED = 128 + signal.SIGINT  # exit statuses
@@ -106,10 +108,6 @@ def postponing_signals() -> Iterator[None]:
         yield
     finally:
         _postponing = before
-
-
-class TerminatedError(SystemExit):
-    """SIGTERM came."""
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omcda_deploy.errors import ConfigError, OmcdaError, PluginError
+from omcda_deploy.errors import ConfigError, OmcdaError, PluginError, TerminatedError
 
 _PACKAGE = str(Path(__file__).parent)
 _TRUSTED = "OMCDA_TRUSTED_REFERENCES"  # in the environment, so that processes started from here inherit it
@@ -95,12 +95,15 @@ def require_arguments(reference: str, called: Callable[..., Any], *arguments: An
 
 @contextmanager
 def user_code(what: str, raises: type[OmcdaError]) -> Iterator[None]:
-    """Turn any exception of user code into one of type ``raises``, whose message says where it came from."""
+    """Turn any exception of user code into one of type ``raises``, whose message says where it came from.
+
+    ``sys.exit()`` is one, too: it would end the command, as if all were done.
+    """
     try:
         yield
-    except OmcdaError:
+    except (OmcdaError, TerminatedError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise raises(f"{what} raised {describe_error(error)}") from error
 
 
@@ -135,6 +138,8 @@ def _import(reference: str, name: str) -> Any:
                 "folder that holds it, or install it"
             ) from error
         raise PluginError(f"{reference}: {name} needs {error.name}, which is not installed") from error
+    except TerminatedError:
+        raise
     except (Exception, SystemExit) as error:  # whatever a module raises that is not ours
         raise PluginError(f"{reference}: {name} cannot be imported: {describe_error(error)}") from error
 

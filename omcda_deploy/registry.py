@@ -29,6 +29,7 @@ from omcda_deploy.errors import (
     DatasetError,
     NoSimulatorError,
     PluginError,
+    TerminatedError,
     UnknownNameError,
 )
 from omcda_deploy.plugins import (
@@ -320,7 +321,9 @@ def _module(group: _Group, name: str) -> Any:
         label = f"{entry.value} (entry point {name!r} of {group.entry_points})"
         try:
             module = entry.load()
-        except Exception as error:  # whatever a module raises that is not ours
+        except TerminatedError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever a module raises that is not ours
             raise PluginError(
                 f"{label} cannot be imported: {type(error).__name__}: {error}. Repair or uninstall its package"
             ) from error

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from omcda_deploy.commands import print_note
-from omcda_deploy.processes import INTERRUPTED, TerminatedError, has_parent
+from omcda_deploy.errors import TerminatedError
+from omcda_deploy.processes import INTERRUPTED, has_parent
 
 
 def this_command() -> str:

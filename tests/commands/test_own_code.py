@@ -91,6 +91,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             f"{COLLECT} --policy {OWN}:failing",
             r"the policy raised KeyError: 'leg' \(.*own_simulators\.py, line",
         ),
+        (
+            f"{COLLECT} --policy {OWN}:leaving",
+            r"leaving: the policy raised SystemExit: 0 \(.*own_sim\S+, line",
+        ),
+        (
+            RANDOM.replace(":Reach", ":leaves"),
+            r"leaves: step\(\) 5 raised SystemExit \(.*own_simulators\.py, line",
+        ),
         (f"{RANDOM} --simulator-python x", "has no option python: expected spoil; leave it out"),
         ("collect toy/chain --tier random --out data.hdf5 --reward sum", "toy/chain has no option reward"),
         (f"evaluate --env {OWN}:Reach", r"expected --endpoints .* or --bundle"),

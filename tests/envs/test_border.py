@@ -15,7 +15,7 @@ from omcda_deploy.errors import ConfigError, ContractError, OmcdaError, Simulato
 from omcda_deploy.play.collect import collect
 from omcda_deploy.play.scripted import RandomTeam
 from omcda_deploy.registry import make_environment
-from tests.support.own_simulators import CHOICES, HOSTILE, LENGTH, MASKS, SPEC, Reach, toward
+from tests.support.own_simulators import CHOICES, HOSTILE, LENGTH, MASKS, SPEC, Reach, leaves, toward
 
 OWN = "tests.support.own_simulators"
 
@@ -52,6 +52,8 @@ def test_a_worker_tells_the_same(case: str, tmp_path: Path) -> None:
         SimulatorError, match=r"^\S+:raises: step\(\) 5 raised KeyError: 'torque' \(.*own_sim\S+, line"
     ):
         record(f"{OWN}:raises", tmp_path / "data.hdf5", workers=1)
+    with pytest.raises(SimulatorError, match=r"^\S+:leaves: step\(\) 5 raised SystemExit \("):
+        record(f"{OWN}:leaves", tmp_path / "data.hdf5", workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,6 +66,14 @@ def test_simulators_that_are_installed_are_checked_too(
     def make(task: str, **options: Any) -> Any:
         return Reach(lambda step, answer: HOSTILE["one dies"][0](step, answer) if step == 5 else answer)
 
+    monkeypatch.setattr(registry, "make_environment", lambda task: leaves())
+    with VectorEnvironment("toy/reach", 1) as vector:
+        vector.reset({0: 0})
+        actions = {a.name: np.zeros((1, a.action.size), np.float32) for a in SPEC.agents}
+        for _ in range(4):
+            vector.step(actions)
+        with pytest.raises(SimulatorError, match=r"^reach: step\(\) raised SystemExit \("):
+            vector.step(actions)
     monkeypatch.setattr(registry, "make_environment", make)
     with VectorEnvironment("toy/reach", 2) as vector:
         vector.reset({0: 0, 1: 1})

@@ -19,7 +19,15 @@ from omcda_deploy import registry
 from omcda_deploy.envs.adapters.parallel import EPISODE_LIMIT, from_parallel
 from omcda_deploy.envs.adapters.pettingzoo import _classes, to_parallel
 from omcda_deploy.envs.vector import vectorize
-from omcda_deploy.errors import ConfigError, ContractError, MissingExtraError, PluginError, SimulatorError
+from omcda_deploy.errors import (
+    ConfigError,
+    ContractError,
+    MissingExtraError,
+    PluginError,
+    SimulatorError,
+    TerminatedError,
+)
+from omcda_deploy.references import user_code
 from omcda_deploy.registry import make_environment
 from omcda_deploy.spec import ActionSpec
 from tests.support.own_simulators import (
@@ -428,3 +436,8 @@ def test_simulators_that_are_installed_make_new_environments_too(monkeypatch: py
     monkeypatch.setattr(registry, "_find", lambda task: module)
     with pytest.raises(PluginError, match=r"^lab/reach: returned the same environment twice"):
         vectorize("lab/reach", 2)
+
+
+def test_sigterm_in_user_code_is_no_error_of_it() -> None:
+    with pytest.raises(TerminatedError), user_code("mine", SimulatorError):
+        raise TerminatedError(143)

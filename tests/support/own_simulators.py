@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -426,6 +427,15 @@ def raises() -> Reach:
     return Reach(spoil)
 
 
+def leaves() -> Reach:
+    """Make an environment whose fifth step ends the program, as if all were well."""
+
+    def spoil(step: int, answer: Any) -> Any:
+        return sys.exit() if step == 5 else answer
+
+    return Reach(spoil)
+
+
 def unequal_rewards() -> Reach:
     """Make an environment that rewards its agents with 0, 1 and 2 in every step."""
 
@@ -465,6 +475,10 @@ silent = answers(None)
 
 def failing(observations: Any) -> Any:
     return observations["leg"]
+
+
+def leaving(observations: Any) -> Any:
+    sys.exit(0)
 
 
 def of_two(observations: Any, infos: Any) -> Any: ...

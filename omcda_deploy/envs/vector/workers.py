@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.envs.adapters.border import Answer, Border
-from omcda_deploy.errors import ConfigError, ContractError, PluginError, SimulatorError
+from omcda_deploy.errors import ConfigError, ContractError, PluginError, SimulatorError, TerminatedError
+from omcda_deploy.references import describe_error
 from omcda_deploy.spec import TeamSpec
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
@@ -67,7 +68,12 @@ class EnvironmentGroup:
 
     def run(self, command: str, seeds: Mapping[int, int] | None) -> ScalarInfo:
         """Run the command ``step``, or ``reset`` with ``seeds`` by environment."""
-        return self._step() if command == "step" else self._reset(seeds or {})
+        try:
+            return self._step() if command == "step" else self._reset(seeds or {})
+        except TerminatedError:
+            raise
+        except SystemExit as error:  # of a simulator: it would end the command, as if all were done
+            raise SimulatorError(f"{self._spec.task}: {command}() raised {describe_error(error)}") from error
 
     def render(self, index: int) -> NDArray[np.uint8]:
         """The present frame of one environment, uint8 [height, width, 3]."""
@@ -214,7 +220,7 @@ def _work(
             connection.send(
                 (None, group.render(payload) if command == "render" else group.run(command, payload))
             )
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         name = multiprocessing.current_process().name
         text = f"worker with {name} failed: {type(error).__name__}: {error}"
         with suppress(OSError):  # the parent, and with it the other end of the pipe, may be gone
