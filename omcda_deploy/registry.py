@@ -28,7 +28,9 @@ from omcda_deploy.errors import (
     ConfigError,
     DatasetError,
     NoSimulatorError,
+    OmcdaError,
     PluginError,
+    SimulatorError,
     TerminatedError,
     UnknownNameError,
 )
@@ -46,7 +48,7 @@ from omcda_deploy.plugins import (
     format_protocol,
     require_protocol,
 )
-from omcda_deploy.references import is_reference
+from omcda_deploy.references import is_reference, user_code
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -111,6 +113,15 @@ def make_environment(task: str, **options: Any) -> Environment:
     return environment
 
 
+def close_environment(task: str, environment: Environment) -> None:
+    """Close an environment; an error in that is a warning, since what was to be done with it is done."""
+    try:
+        with user_code(f"{task}: close()", SimulatorError):
+            environment.close()
+    except OmcdaError as error:
+        log.warning("%s; what it holds may not be free", error)
+
+
 def _require_new(task: str, environment: Environment) -> None:
     """Raise :class:`PluginError` for an environment that was made before: side by side, its episodes would mix."""
     base = _beneath(environment)
@@ -157,7 +168,7 @@ def team_spec(task: str, **options: Any) -> TeamSpec:
     try:
         return environment.spec
     finally:
-        environment.close()
+        close_environment(task, environment)
 
 
 def require_simulator(task: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from omcda_deploy import registry
 from omcda_deploy.envs.adapters.border import Border, require_sound
 from omcda_deploy.envs.vector import VectorEnvironment, VectorStep, vectorize
 from omcda_deploy.errors import ConfigError, ContractError, OmcdaError, SimulatorError
 from omcda_deploy.play.collect import collect
 from omcda_deploy.play.scripted import RandomTeam
 from omcda_deploy.registry import make_environment
-from tests.support.own_simulators import CHOICES, HOSTILE, LENGTH, MASKS, SPEC, Reach, leaves, toward
+from tests.support.own_simulators import (
+    CHOICES,
+    HOSTILE,
+    LENGTH,
+    MASKS,
+    SPEC,
+    Clinging,
+    Reach,
+    leaves,
+    toward,
+)
 
 OWN = "tests.support.own_simulators"
 
@@ -57,11 +69,51 @@ def test_a_worker_tells_the_same(case: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_close_costs_neither_the_result_nor_the_first_error(
+    workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``record`` makes one environment of its own and plays two; each look at a spec makes and closes one more."""
+    Clinging.closed.clear()
+    summary = record(f"{OWN}:Clinging", tmp_path / "data.hdf5", workers)
+    assert summary["transitions"] >= 20
+    assert (tmp_path / "data.hdf5").exists()
+    told = rf"{OWN}:Clinging: close\(\) raised OSError: the port is gone \(\S+, line \d+\); what it holds"
+    warnings = [*caplog.messages, *capfd.readouterr().err.splitlines()]
+    assert [line for line in warnings if not re.search(told, line)] == []
+    assert len(warnings) == 3  # the spec's and the two that were played
+    assert len(Clinging.closed) == (3 if workers == 0 else 1)
+
+    Clinging.closed.clear()
+    with pytest.raises(ContractError, match="step 5: arm is not among the observations"):
+        record(f"{OWN}:clinging_and_hostile", tmp_path / "other.hdf5", workers)
+    assert len(Clinging.closed) == (3 if workers == 0 else 1)
+    assert "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data.hdf5"]
+
+
+def test_environments_that_were_made_are_closed_where_a_later_one_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Reach] = []
+
+    def make(task: str) -> Reach:
+        if len(made) == 3:
+            raise SimulatorError("no fourth")
+        made.append(Clinging())
+        return made[-1]
+
+    Clinging.closed.clear()
+    monkeypatch.setattr(registry, "make_environment", make)
+    with pytest.raises(SimulatorError, match="no fourth"):
+        VectorEnvironment("toy/reach", 3)  # one more is made for the spec
+    assert Clinging.closed == made
+
+
 def test_simulators_that_are_installed_are_checked_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Through the vector environment, without the adapter of the user's own."""
-    from omcda_deploy import registry
 
     def make(task: str, **options: Any) -> Any:
         return Reach(lambda step, answer: HOSTILE["one dies"][0](step, answer) if step == 5 else answer)
@@ -72,7 +124,7 @@ def test_simulators_that_are_installed_are_checked_too(
         actions = {a.name: np.zeros((1, a.action.size), np.float32) for a in SPEC.agents}
         for _ in range(4):
             vector.step(actions)
-        with pytest.raises(SimulatorError, match=r"^reach: step\(\) raised SystemExit \("):
+        with pytest.raises(SimulatorError, match=r"^toy/reach: step\(\) raised SystemExit \("):
             vector.step(actions)
     monkeypatch.setattr(registry, "make_environment", make)
     with VectorEnvironment("toy/reach", 2) as vector:

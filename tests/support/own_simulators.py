@@ -436,6 +436,20 @@ def leaves() -> Reach:
     return Reach(spoil)
 
 
+class Clinging(Reach):
+    """An environment that raises when it is closed; ``closed`` has each that was."""
+
+    closed: list[Clinging] = []  # noqa: RUF012
+
+    def close(self) -> None:
+        self.closed.append(self)
+        raise OSError("the port is gone")
+
+
+def clinging_and_hostile() -> Clinging:
+    return Clinging(lambda step, answer: HOSTILE["one dies"][0](step, answer) if step == 5 else answer)
+
+
 def unequal_rewards() -> Reach:
     """Make an environment that rewards its agents with 0, 1 and 2 in every step."""
 

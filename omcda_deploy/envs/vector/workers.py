@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
+from omcda_deploy.envs import Environment
 from omcda_deploy.envs.adapters.border import Answer, Border
 from omcda_deploy.errors import ConfigError, ContractError, PluginError, SimulatorError, TerminatedError
 from omcda_deploy.references import describe_error
@@ -59,7 +60,14 @@ class EnvironmentGroup:
     """The environments ``rows``, in the process that steps them; writes only these rows of ``arrays``."""
 
     def __init__(self, task: str, options: Mapping[str, Any], rows: range, arrays: Arrays) -> None:
-        self._environments = {index: registry.make_environment(task, **options) for index in rows}
+        self._task = task
+        self._environments: dict[int, Environment] = {}
+        try:
+            for index in rows:
+                self._environments[index] = registry.make_environment(task, **options)
+        except BaseException:
+            self.close()
+            raise
         self._arrays = arrays
         self._spec = self._environments[rows[0]].spec
         self._names = self._spec.names
@@ -73,16 +81,16 @@ class EnvironmentGroup:
         except TerminatedError:
             raise
         except SystemExit as error:  # of a simulator: it would end the command, as if all were done
-            raise SimulatorError(f"{self._spec.task}: {command}() raised {describe_error(error)}") from error
+            raise SimulatorError(f"{self._task}: {command}() raised {describe_error(error)}") from error
 
     def render(self, index: int) -> NDArray[np.uint8]:
         """The present frame of one environment, uint8 [height, width, 3]."""
         return self._environments[index].render()
 
     def close(self) -> None:
-        """Close all environments of the group."""
+        """Close all environments of the group, also where one raises (:func:`registry.close_environment`)."""
         for environment in self._environments.values():
-            environment.close()
+            registry.close_environment(self._task, environment)
 
     def _reset(self, seeds: Mapping[int, int]) -> ScalarInfo:
         info: ScalarInfo = {}
