@@ -59,22 +59,27 @@ class Protocol(StrEnum):
     oip = "oip"
 
 
+# Options of a served team are None where they are not given, so that they can be refused where there is none.
 ProtocolOption = Annotated[
-    Protocol,
+    Protocol | None,
     typer.Option(
-        help="Of the endpoints: omcda for  omcda-deploy serve,  oip for other servers of the Open Inference "
-        "Protocol v2 that hold the bundle's models. Those that do not state the team's contract need --bundle."
+        help="Of the endpoints: omcda (default) for  omcda-deploy serve,  oip for other servers of the Open "
+        "Inference Protocol v2 that hold the bundle's models. Those that do not state the team's contract need "
+        "--bundle."
     ),
 ]
 
 OnMissOption = Annotated[
-    OnMiss,
+    OnMiss | None,
     typer.Option(
-        help="Action of an agent whose answer is late or whose server is gone: raise ends the run, hold repeats "
-        "its last action, behavior takes the behaviour policy of --bundle."
+        help="Action of an agent whose answer is late or whose server is gone: raise (default) ends the run, hold "
+        "repeats its last action, behavior takes the behaviour policy of --bundle."
     ),
 ]
-
+Deadline = Annotated[
+    float | None, typer.Option(help="Seconds a served agent may take to answer; 1 if omitted.")
+]
+Stream = Annotated[bool, typer.Option("--stream", help="One stream per agent, not one call per step.")]
 
 Workers = Annotated[
     int, typer.Option(help="Processes that step simulators that have no batched form; 0 for none.")
@@ -84,7 +89,8 @@ ServedVersion = Annotated[
     typer.Option(help="Version that answers, where the servers hold it; the one that is current if omitted."),
 ]
 Wait = Annotated[
-    float, typer.Option(help="Seconds in which the servers may get ready, and load the version.")
+    float | None,
+    typer.Option(help="Seconds in which the servers may get ready, and load the version; 0 if omitted."),
 ]
 
 ReportFolder = Annotated[
@@ -111,14 +117,12 @@ def evaluate(
     ] = 10,
     workers: Workers = 0,
     temperature: Temperatures = "0",
-    deadline: Annotated[float, typer.Option(help="Seconds a served agent may take to answer.")] = 1.0,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
-    ] = False,
-    on_miss: OnMissOption = OnMiss.raise_,
-    protocol: ProtocolOption = Protocol.omcda,
+    deadline: Deadline = None,
+    stream: Stream = False,
+    on_miss: OnMissOption = None,
+    protocol: ProtocolOption = None,
     version: ServedVersion = None,
-    wait: Wait = 0.0,
+    wait: Wait = None,
     simulator_python: SimulatorPython = None,
     simulator_factory: SimulatorFactory = None,
     reward: RewardRule = None,
@@ -192,14 +196,12 @@ def replay(
         bool, typer.Option("--paced", help="Send in real time at the rate, not flat out.")
     ] = False,
     temperature: Temperature = "0",
-    deadline: Annotated[float, typer.Option(help="Seconds a served agent may take to answer.")] = 1.0,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="One stream per agent, not one call per step.")
-    ] = False,
-    on_miss: OnMissOption = OnMiss.raise_,
-    protocol: ProtocolOption = Protocol.omcda,
+    deadline: Deadline = None,
+    stream: Stream = False,
+    on_miss: OnMissOption = None,
+    protocol: ProtocolOption = None,
     version: ServedVersion = None,
-    wait: Wait = 0.0,
+    wait: Wait = None,
     credentials: CredentialsFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the measurements as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
@@ -243,15 +245,15 @@ def replay(
 
 @dataclass(frozen=True)
 class _Service:
-    """Options of a served team."""
+    """Options of a served team, None where they were not given."""
 
     endpoints: str | None
-    deadline: float
+    deadline: float | None
     stream: bool
-    on_miss: OnMiss
-    protocol: Protocol
+    on_miss: OnMiss | None
+    protocol: Protocol | None
     version: str | None
-    wait: float
+    wait: float | None
     credentials: Path | None
     record: Path | None = None
 
@@ -264,16 +266,19 @@ class _Service:
         """Raise :class:`ConfigError` for an option that needs servers where there are none."""
         if self.endpoints is not None:
             return
-        if self.record is not None:
-            raise ConfigError("--record: expected --endpoints, whose servers record their answers, got none")
-        if self.protocol is not Protocol.omcda:
-            raise ConfigError(
-                f"--protocol {self.protocol.value}: expected --endpoints, which speak it, got none"
-            )
-        if self.version is not None:
-            raise ConfigError(
-                f"--version {self.version}: expected --endpoints, whose servers hold versions, got none"
-            )
+        for option, value, servers in (
+            ("--record", self.record, "whose servers record their answers"),
+            ("--protocol", self.protocol, "which speak it"),
+            ("--version", self.version, "whose servers hold versions"),
+            ("--on-miss", self.on_miss, "whose servers may miss an answer"),
+            ("--credentials", self.credentials, "which ask for them"),
+            ("--deadline", self.deadline, "which have to keep it"),
+            ("--stream", self.stream or None, "which are asked so"),
+            ("--wait", self.wait, "which are waited for"),
+        ):
+            if value is not None:
+                given = option if value is True else f"{option} {value}"
+                raise ConfigError(f"{given}: expected --endpoints, {servers}, got none: leave it out")
 
 
 def _require_one_team(bundle: Path | None, service: _Service) -> None:
@@ -327,14 +332,14 @@ def _team(bundle: Path | None, service: _Service) -> Iterator[TeamPolicy]:
             fallback = BehaviorTeam(bundle)
         with RemoteTeam(
             addresses(service.endpoints),
-            deadline_s=service.deadline,
+            deadline_s=1.0 if service.deadline is None else service.deadline,
             stream=service.stream,
             fallback=fallback,
             credentials=credentials_of(service.credentials),
             record=service.record,
-            protocol=service.protocol.value,
+            protocol="omcda" if service.protocol is None else service.protocol.value,
             version=service.version,
-            wait_s=service.wait,
+            wait_s=service.wait or 0.0,
             bundle=bundle if service.protocol is Protocol.oip else None,
         ) as team:
             yield team

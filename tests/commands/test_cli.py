@@ -291,6 +291,14 @@ CASES: list[Case] = [
     (f"evaluate {HOPPER} --endpoints {DOWN}", rf"{DOWN}: GetContract"),
     (f"replay data.hdf5 --endpoints {DOWN}", rf"{DOWN}: GetContract"),
     (f"evaluate {HOPPER} --endpoints ,", "expected at least one endpoint, got none"),
+    *(
+        (f"{line} --bundle bundle {option}", f"{option}: expected --endpoints, wh.*, got none: leave it out")
+        for line in (f"evaluate {HOPPER}", "replay data.hdf5")
+        for option in (
+            *("--on-miss raise", "--on-miss behavior", "--credentials c.toml", "--deadline 1.0", "--stream"),
+            *("--wait 0.0", "--protocol omcda", "--version 2"),
+        )
+    ),
     # contracts
     (
         f"evaluate {HOPPER} --bundle cheetah",
