@@ -48,7 +48,7 @@ from omcda_deploy.plugins import (
     format_protocol,
     require_protocol,
 )
-from omcda_deploy.references import is_reference, user_code
+from omcda_deploy.references import is_reference, load_callable, user_code
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -144,13 +144,25 @@ def _beneath(environment: Any) -> Any:
 
 def require_options(task: str, make: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raise :class:`ConfigError` for ``options`` that are no parameters of ``make`` with a default."""
-    parameters = inspect.signature(make).parameters.values()
-    names = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    names, open_ended = _options(make)
     if not open_ended and (unknown := sorted(options.keys() - set(names))):
         raise ConfigError(
             f"{task} has no option {', '.join(unknown)}: expected {' or '.join(names) or 'none'}; leave it out"
         )
+
+
+def takes_option(task: str, name: str) -> bool:
+    """Test if the task's simulator, or the callable that the task refers to, has an option ``name``."""
+    make = load_callable(task) if is_reference(task) else vector_factory(task) or _simulator(task).make
+    names, open_ended = _options(make)
+    return open_ended or name in names
+
+
+def _options(make: Callable[..., Any]) -> tuple[list[str], bool]:
+    """List the parameters with a default, and tell if any other name is taken too."""
+    parameters = inspect.signature(make).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+    return names, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def vector_factory(task: str) -> Callable[..., BatchedEnvironment] | None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy import registry
 from omcda_deploy.envs.vector import vectorize
+from omcda_deploy.errors import ConfigError
 from omcda_deploy.play.episodes import Episodes, PlayedEpisode, PlayedStep, episode_table
 from omcda_deploy.play.measurements import (
     CallLog,
@@ -41,6 +42,7 @@ from omcda_deploy.play.reporting import report_step
 from omcda_deploy.play.rollout import Plan, rollout, rollouts
 from omcda_deploy.play.video import filming, rendering, require_video
 from omcda_deploy.policy import TeamPolicy, checked_temperature, own_temperature
+from omcda_deploy.references import is_reference
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 DEFAULT_NUM_ENVS = 10
@@ -157,6 +159,8 @@ def evaluate(
         options["render_mode"] = "rgb_array"
 
     _require_playable(team, task)
+    if video is not None:
+        _require_rendering(task)
     with rendering(task) if video else nullcontext():
         simulator = vectorize(task, num_envs, workers=workers, **options)
     versions = {**installed_versions(), **registry.simulator_versions(task, **options)}
@@ -246,6 +250,13 @@ def _require_playable(team: TeamPolicy, task: str) -> None:
     """Raise :class:`NoSimulatorError` where the team's own task is played and has no simulator here."""
     if task == team.spec.task:  # else the name may be misspelt, which the registry tells
         registry.require_simulator(task)
+
+
+def _require_rendering(task: str) -> None:
+    """Raise :class:`ConfigError` where the simulator of ``task`` cannot be asked for frames."""
+    if not registry.takes_option(task, "render_mode"):
+        add = "add one, or " if is_reference(task) else ""
+        raise ConfigError(f"--video: {task} takes no argument render_mode: {add}leave the video out")
 
 
 def _evaluation(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from omcda_deploy import registry
 from omcda_deploy.client.remote import RemoteTeam
 from omcda_deploy.envs.vector import VectorStep, vectorize
-from omcda_deploy.errors import ConfigError, ContractError
+from omcda_deploy.errors import ConfigError, ContractError, OmcdaError
 from omcda_deploy.local import JointTeam, LocalTeam
 from omcda_deploy.play import evaluate as module
 from omcda_deploy.play.evaluate import Evaluation, evaluate, play_plans
@@ -150,6 +150,7 @@ def environments(monkeypatch: pytest.MonkeyPatch) -> list[CountingEnvironment]:
         SimpleNamespace(
             simulator_versions=lambda task, **options: {"counting": "7"},
             require_simulator=lambda task: None,
+            takes_option=lambda task, name: True,
         ),
     )
     return CountingEnvironment.instances
@@ -325,6 +326,25 @@ def test_where_nothing_can_be_rendered(
     assert environments[0].options == {"render_mode": "rgb_array"}
     with pytest.raises(ConfigError, match=r"expected an \.mp4 file"):
         evaluate(StubTeam(), "stub/counting", episodes=1, video=tmp_path / "run.gif")
+
+
+@pytest.mark.parametrize(
+    ("task", "advice"),
+    [
+        ("tests.support.own_simulators:Choose", "add one, or leave the video out"),
+        ("toy/chain", None),  # has the argument
+    ],
+)
+def test_a_simulator_that_takes_no_render_mode_is_named(
+    task: str, advice: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_gl(monkeypatch)
+    said = (
+        f"^--video: {task} takes no argument render_mode: {advice}$" if advice else "^the team .* do not fit"
+    )
+    with pytest.raises(OmcdaError, match=said):
+        evaluate(StubTeam(), task, episodes=1, video=tmp_path / "v.mp4")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_video_nothing_is_rendered(
