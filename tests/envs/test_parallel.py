@@ -9,15 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test, parallel_seed_test
 
 from omcda_deploy import registry
 from omcda_deploy.envs.adapters.parallel import EPISODE_LIMIT, from_parallel
 from omcda_deploy.envs.adapters.pettingzoo import _classes, to_parallel
+from omcda_deploy.envs.adapters.spaces import flatten
 from omcda_deploy.envs.vector import vectorize
 from omcda_deploy.errors import (
     ConfigError,
@@ -271,6 +273,53 @@ def test_an_observation_of_another_space_is_named(value: Any, message: str) -> N
         team.step(actions)
     with pytest.raises(ContractError, match=f"^mine, {message}"):
         team.step(actions)
+
+
+def nested(box: Any = np.float32) -> Any:
+    """A space of boxes and choices in dictionaries and tuples."""
+    return Dict(
+        pos=Box(-1.0, 1.0, (2, 2), box),
+        rest=Tuple([Discrete(3, start=1), Dict(grip=Box(0, 9, (1,), np.int32), on=MultiBinary(2))]),
+        gear=MultiDiscrete([2, 3]),
+    )
+
+
+def test_nested_spaces_flatten_as_gymnasium_flattens_them_whatever_the_type_of_numbers() -> None:
+    space = nested()
+    space.seed(3)
+    for _ in range(20):
+        value = space.sample()
+        flat = flatten(space, value, "observation of base")
+        np.testing.assert_array_equal(flat, gymnasium.spaces.flatten(space, value))
+        wide = {**value, "pos": value["pos"].astype(np.float64)}
+        grip = np.asarray(value["rest"][1]["grip"], np.int64)
+        wide["rest"] = (value["rest"][0], {**value["rest"][1], "grip": grip})
+        np.testing.assert_array_equal(flatten(space, wide, "observation of base"), flat)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pos": np.zeros(4)}, r"base, pos: expected shape \[2, 2\], got \[4\]"),
+        (
+            {"rest": (1, {"on": np.zeros(2, np.int8)})},
+            r"base, rest, 1: expected a dictionary of grip, on, got \['on'\]",
+        ),
+        ({"pos": [["a", "b"], ["c", "d"]]}, r"base, pos: expected numbers, got <U1 \[2, 2\]"),
+        ({"pos": [[0.0], [0.0, 1.0]]}, r"base, pos: expected shape \[2, 2\], got list"),
+        ({"rest": (1,)}, "base, rest: expected a tuple of 2 values, got 1 values"),
+        ({"rest": 1}, "base, rest: expected a tuple of 2 values, got a int"),
+        ({"gear": np.zeros(2)}, r"base, gear: expected a value of MultiDiscrete\(.*, float64 \[2\]"),
+        (
+            {"more": 1},
+            r"base: expected a dictionary of pos, rest, gear, got \['pos', 'rest', 'gear', 'more'\]",
+        ),
+    ],
+)
+def test_a_part_that_is_not_of_its_space_is_named(changes: Any, message: str) -> None:
+    value = {**nested().sample(), **changes}
+    with pytest.raises(ContractError, match=f"^observation of {message}"):
+        flatten(nested(), value, "observation of base")
 
 
 # -- module:callable ------------------------------------------------------------------------------------------

@@ -83,18 +83,39 @@ def flat_size(space: Any, what: str) -> int:
 
 
 def flatten(space: Any, value: Any, what: str) -> NDArray[Any]:
-    """Flatten a value of a space. Raises :class:`ContractError` for one that is not of the space."""
+    """Flatten a value of a space, part by part, as Gymnasium does.
+
+    Numbers of a Box pass as they are, of any type: Gymnasium would give them the Box's without a word. Raises
+    :class:`ContractError` for a value that is not of the space, with the part's name.
+    """
     spaces = _gymnasium()
-    if isinstance(space, spaces.Box):  # as it is: Gymnasium would give it the Box's type without a word
-        values = np.asarray(value)
-        if values.shape == space.shape:
-            return values.reshape(-1)
-        raise ContractError(
-            f"{what}: expected shape {list(space.shape)}, got "
-            f"{list(values.shape) if values.dtype != object else type(value).__name__}"
-        )
+    if isinstance(space, spaces.Box):
+        try:
+            values = np.asarray(value)
+        except ValueError:  # rows of unequal lengths
+            values = np.empty(0, object)
+        if values.shape != space.shape:
+            raise ContractError(
+                f"{what}: expected shape {list(space.shape)}, got "
+                f"{list(values.shape) if values.dtype != object else type(value).__name__}"
+            )
+        if values.dtype.kind not in "fiub":
+            raise ContractError(f"{what}: expected numbers, got {values.dtype} {list(values.shape)}")
+        return values.reshape(-1)
+    if isinstance(space, spaces.Dict):
+        if not isinstance(value, Mapping) or value.keys() != space.spaces.keys():
+            got = list(value) if isinstance(value, Mapping) else type(value).__name__
+            raise ContractError(f"{what}: expected a dictionary of {', '.join(space.spaces)}, got {got}")
+        return np.concatenate([flatten(part, value[name], f"{what}, {name}") for name, part in space.items()])
+    if isinstance(space, spaces.Tuple):
+        if not isinstance(value, tuple) or len(value) != len(space):
+            got = f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"
+            raise ContractError(f"{what}: expected a tuple of {len(space)} values, got {got}")
+        parts = zip(space, value, strict=True)
+        return np.concatenate([flatten(part, entry, f"{what}, {i}") for i, (part, entry) in enumerate(parts)])
     if not space.contains(value):
-        raise ContractError(f"{what}: expected a value of {space}, got {value!r}")
+        kind = f", {value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray | np.generic) else ""
+        raise ContractError(f"{what}: expected a value of {space}, got {value!r}{kind}")
     flat: NDArray[Any] = spaces.flatten(space, value)
     return flat
 
