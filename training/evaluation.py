@@ -23,17 +23,21 @@ EVALUATIONS = "evaluations.jsonl"
 
 
 class Evaluator:
-    """Evaluates snapshots beside training, every so many steps. The evaluations end when training is killed."""
+    """Evaluates snapshots beside training, every so many steps. The evaluations end when training is killed.
 
-    def __init__(self, run: Path, every: int) -> None:
+    ``reward`` joins the agents' own rewards in an environment of the user's own.
+    """
+
+    def __init__(self, run: Path, every: int, reward: str | None = None) -> None:
         self._run, self._every = run, every
+        self._options = [] if reward is None else ["--reward", reward]
         self._running: list[subprocess.Popen[bytes]] = []
 
     def start(self, step: int) -> None:
         """Start the evaluation of a new snapshot, if one is due, and return at once."""
         if step % self._every == 0:
             command = [sys.executable, "-m", "omcda_deploy.training.evaluation", str(self._run), str(step)]
-            self._running.append(start_child(command, niceness=10))
+            self._running.append(start_child([*command, *self._options], niceness=10))
 
     def wait(self) -> None:
         """Wait for all evaluations; log how many failed."""
@@ -54,6 +58,7 @@ def main() -> None:
     parser.add_argument("step", type=int)
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reward")
     arguments = parser.parse_args()
 
     import torch
@@ -64,7 +69,10 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         team = SnapshotTeam(arguments.run, arguments.step)
-        result = evaluate(team, team.spec.task, episodes=arguments.episodes, seed=arguments.seed)
+        options = {} if arguments.reward is None else {"reward": arguments.reward}
+        result = evaluate(
+            team, team.spec.task, episodes=arguments.episodes, seed=arguments.seed, options=options
+        )
     except OmcdaError as error:
         sys.exit(f"error: evaluation of step {arguments.step}: {error}")
     line = {

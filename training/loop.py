@@ -94,7 +94,8 @@ def train_fleet(
                 _create({"model": model.state_dict(), **known}, config, out)
             except OSError as error:
                 raise ConfigError(f"{out} cannot be written {refusal(error)}") from error
-        _train_on(dataset, {out: request.evaluate_every for request, out in runs}, observer)
+        watched = {out: (request.evaluate_every, request.reward) for request, out in runs}
+        _train_on(dataset, watched, observer)
 
 
 def _clones(
@@ -138,6 +139,7 @@ def resume_fleet(
     runs: Sequence[Path],
     *,
     evaluate_every: int | None = None,
+    reward: str | None = None,
     observer: TrainObserver | None = None,
 ) -> None:
     """Take runs from their newest checkpoints (or their beginnings) to their last step.
@@ -169,7 +171,7 @@ def resume_fleet(
     torch.set_num_threads(config.threads)
     observer.started(config.spec, config.algorithm, config.steps, {})
     with _locks(runs):
-        _train_on(dataset, dict.fromkeys(runs, evaluate_every), observer)
+        _train_on(dataset, dict.fromkeys(runs, (evaluate_every, reward)), observer)
 
 
 def require_new(out: Path) -> None:
@@ -251,12 +253,14 @@ def _run_config(
     )
 
 
-def _train_on(dataset: Dataset, runs: Mapping[Path, int | None], observer: TrainObserver) -> None:
+def _train_on(
+    dataset: Dataset, runs: Mapping[Path, tuple[int | None, str | None]], observer: TrainObserver
+) -> None:
     """Train runs from the newest checkpoints to the last step, those at one step side by side.
 
-    ``runs``: the steps between evaluations of each.
+    ``runs``: the steps between evaluations of each, and how agents' own rewards join in them.
     """
-    members = [Member(run, evaluate_every) for run, evaluate_every in runs.items()]
+    members = [Member(run, *evaluations) for run, evaluations in runs.items()]
     by_step: dict[int, list[Member]] = {}
     for member in members:
         by_step.setdefault(member.step, []).append(member)

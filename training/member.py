@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 class Member:
     """One run of a fleet. ``failure`` is set once its metrics are not finite; nothing more is written then."""
 
-    def __init__(self, run: Path, evaluate_every: int | None) -> None:
+    def __init__(self, run: Path, evaluate_every: int | None, reward: str | None) -> None:
         self.run, self.config = run, read_config(run)
         self.failure: DivergedError | None = None
         self.state = load_state(run / RESUME) if (run / RESUME).is_file() else None
         self.step: int = 0 if self.state is None else self.state["step"]
         self._seconds = training_seconds(run)
-        self._evaluator = Evaluator(run, evaluate_every) if evaluate_every else None
+        self._evaluator = Evaluator(run, evaluate_every, reward) if evaluate_every else None
         self._writer: MetricsWriter | None = None
 
     def open(self) -> None:

@@ -80,6 +80,7 @@ class TrainRequest:
     checkpoint_every: int = 1000
     snapshot_every: int | None = None  # None: at every evaluation, else SNAPSHOTS times a run
     evaluate_every: int | None = None  # None: never
+    reward: str | None = None  # how agents' own rewards join in evaluations
 
     @property
     def kept_every(self) -> int:

@@ -179,6 +179,17 @@ def task_of(task: str | None, environment: str | None) -> str:
     return task or environment or ""
 
 
+def rule_of(reward: Reward | None, needed: str, given: bool) -> str | None:
+    """Return the rule of ``--reward``, None without. Raises :class:`ConfigError` where ``needed`` is not given."""
+    if reward is None:
+        return None
+    if not given:
+        raise ConfigError(
+            f"--reward {reward}: expected {needed}, whose episodes have rewards, got none: leave it out"
+        )
+    return reward.value
+
+
 def simulator_options(
     python: str | None, factory: str | None, reward: Reward | None = None
 ) -> dict[str, str]:

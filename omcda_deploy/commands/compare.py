@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omcda_deploy.commands import Temperatures, claimed_folder, print_table, print_text, temperatures_of
+from omcda_deploy.commands import (
+    RewardRule,
+    Temperatures,
+    claimed_folder,
+    print_table,
+    print_text,
+    rule_of,
+    temperatures_of,
+)
 from omcda_deploy.commands.progress import TerminalObserver
 from omcda_deploy.commands.stopping import this_command, when_stopped
 from omcda_deploy.references import trust
@@ -44,13 +52,15 @@ def compare(
             metavar="MODULE:CALLABLE", help="Environment of your own that runs were recorded in; repeatable."
         ),
     ] = None,
+    reward: RewardRule = None,
 ) -> None:
     """Export and play the last policies of every run, and write tables and figures over seeds."""
     from omcda_deploy.experiments.compare import compare_runs, find_runs
     from omcda_deploy.experiments.scores import Conditions
     from omcda_deploy.report.comparison_report import write_comparison
 
-    conditions = Conditions(episodes, seed, num_envs, temperatures_of(temperature), workers)
+    rule = rule_of(reward, "--env", bool(env))
+    conditions = Conditions(episodes, seed, num_envs, temperatures_of(temperature), workers, rule)
     for reference in env or ():
         trust(reference)
     with claimed_folder(out):

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from omcda_deploy.commands import AsJson, DatasetTask, named_values, print_json, print_table, print_text
+from omcda_deploy.commands import (
+    AsJson,
+    DatasetTask,
+    RewardRule,
+    named_values,
+    print_json,
+    print_table,
+    print_text,
+    rule_of,
+)
 from omcda_deploy.commands.completion import algorithm_names
 from omcda_deploy.commands.stopping import command, nothing, this_command, when_stopped
 from omcda_deploy.errors import ConfigError
@@ -94,19 +103,22 @@ def train(
     evaluate_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations, run beside training in their own process.")
     ] = None,
+    reward: RewardRule = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder instead.")] = None,
 ) -> None:
     """Train an algorithm on a dataset into a run folder, or resume a run after it was stopped or killed."""
     from omcda_deploy.commands.training_view import TrainingView
     from omcda_deploy.experiments import train as training
 
-    with when_stopped(lambda: _kept(out, resume, evaluate_every, task)), TrainingView() as view:
+    rule = rule_of(reward, "--evaluate-every", evaluate_every is not None)
+    evaluations: dict[str, Any] = {"evaluate_every": evaluate_every, "reward": rule}
+    with when_stopped(lambda: _kept(out, resume, task, **evaluations)), TrainingView() as view:
         if resume is not None:
-            own = task is not None and is_reference(task)
-            _require_only(context, "resume", "dataset", "evaluate_every", "seeds", *(["task"] if own else []))
+            own = ["task"] if task is not None and is_reference(task) else []
+            _require_only(context, "resume", "dataset", "seeds", *evaluations, *own)
             trust(task or "")
             chosen = None if seeds is None else _numbers(seeds)
-            run = training.resume(resume, dataset, seeds=chosen, evaluate_every=evaluate_every, observer=view)
+            run = training.resume(resume, dataset, seeds=chosen, observer=view, **evaluations)
         elif dataset is None or out is None:
             raise ConfigError("expected a dataset and --out for a new run, or --resume RUN to continue one")
         elif seeds is not None and seed:
@@ -126,13 +138,15 @@ def train(
                 time_limit_is_terminal=time_limit_is_terminal,
                 checkpoint_every=checkpoint_every,
                 snapshot_every=snapshot_every,
-                evaluate_every=evaluate_every,
                 observer=view,
+                **evaluations,
             )
     _print_next(run)
 
 
-def _kept(out: Path | None, resumed: Path | None, evaluate_every: int | None, task: str | None) -> str:
+def _kept(
+    out: Path | None, resumed: Path | None, task: str | None, evaluate_every: int | None, reward: str | None
+) -> str:
     """Say what is kept of a new or resumed run, or of the runs in a folder."""
     from omcda_deploy.training.run_folder import CONFIG, saved_step
 
@@ -143,7 +157,8 @@ def _kept(out: Path | None, resumed: Path | None, evaluate_every: int | None, ta
         return nothing()
     beside = () if evaluate_every is None else ("--evaluate-every", evaluate_every)
     own = ("--env", task) if beside and task and is_reference(task) else ()
-    go_on = this_command() if resumed else command("train", "--resume", folder, *beside, *own)
+    rule = () if reward is None else ("--reward", reward)
+    go_on = this_command() if resumed else command("train", "--resume", folder, *beside, *own, *rule)
     return f"the state of step {min(map(saved_step, runs))} is kept, go on with  {go_on}"
 
 

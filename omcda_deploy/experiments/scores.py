@@ -21,7 +21,7 @@ from omcda_deploy.errors import ConfigError
 from omcda_deploy.play.measurements import installed_versions, machine, now, require_at_least
 from omcda_deploy.play.rollout import Plan
 from omcda_deploy.policy import TeamPolicy, checked_temperatures
-from omcda_deploy.references import require_trusted
+from omcda_deploy.references import is_reference, require_trusted
 from omcda_deploy.registry import simulator_versions
 from omcda_deploy.report.scores import Score, SnapshotScore
 
@@ -50,6 +50,7 @@ class Conditions:
     num_envs: int = 20  # episodes side by side, per temperature
     temperatures: Sequence[float] = TEMPERATURES
     workers: int = 0
+    reward: str | None = None  # how agents' rewards join in environments of the user's own
 
     def __post_init__(self) -> None:
         for name, least in (("episodes", 1), ("seed", 0), ("num_envs", 1), ("workers", 0)):
@@ -90,14 +91,15 @@ class Conditions:
         """Their seed."""
         return self.seed + SELECTION_SEED
 
-    def to_json(self) -> dict[str, int]:
-        """The numbers on which returns depend, but for the temperatures."""
+    def to_json(self) -> dict[str, Any]:
+        """What returns depend on, but for the temperatures."""
         return {
             "episodes": self.episodes,
             "selection_episodes": self.selection_episodes,
             "seed": self.seed,
             "selection_seed": self.selection_seed,
             "num_envs": min(self.num_envs, self.episodes),
+            **({} if self.reward is None else {"reward": self.reward}),
         }
 
     def __str__(self) -> str:
@@ -107,6 +109,7 @@ class Conditions:
             f"plus the run's at every temperature of {listed}; the temperature of each row was selected by "
             f"{self.selection_episodes} other episodes per policy, of seed {self.selection_seed} plus the run's. "
             f"{min(self.num_envs, self.episodes)} environments in step per temperature."
+            + (f" The team's reward: {self.reward}." if self.reward else "")
         )
 
 
@@ -202,6 +205,7 @@ def _same(values: dict[str, Any], conditions: Conditions, policies: dict[int, st
         return None
     same = (
         score.conditions == conditions.to_json()
+        and values.get("reward") == conditions.reward
         and score.temperatures == tuple(conditions.temperatures)
         and {snapshot.step: snapshot.sha256 for snapshot in score.snapshots} == policies
     )
@@ -218,8 +222,9 @@ def _played(
 ) -> SnapshotScore:
     from omcda_deploy.play.evaluate import play_plans
 
+    options = {"reward": conditions.reward} if conditions.reward and is_reference(task) else {}
     tables: list[Episodes] = play_plans(
-        team, task, conditions.plans, workers=conditions.workers, progress=progress
+        team, task, conditions.plans, workers=conditions.workers, progress=progress, options=options
     )
     half = len(conditions.temperatures)
     return SnapshotScore(step, digest, tuple(tables[:half]), tuple(tables[half:]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.references import trust
+from omcda_deploy.references import is_reference, require_trusted, trust
 from omcda_deploy.registry import read_dataset, require_simulator
 from omcda_deploy.spec import TeamSpec
 
@@ -36,6 +36,7 @@ def train(
     checkpoint_every: int = 1000,
     snapshot_every: int | None = None,
     evaluate_every: int | None = None,
+    reward: str | None = None,
     observer: TrainObserver | None = None,
 ) -> Path:
     """Train ``algorithm`` on ``dataset`` for ``steps`` gradient steps; return the run folder ``out``.
@@ -47,7 +48,8 @@ def train(
     settings of cloning, such as ``{"steps": 2000}``. ``device`` is cpu, cuda or cuda:N. With
     ``time_limit_is_terminal`` time limits count as ends, as in published code. Metrics are logged, states saved,
     policies kept and kept policies evaluated every so many steps; by default policies are kept as often as they
-    are evaluated, else twenty times (rounded to steps that are logged), and never evaluated.
+    are evaluated, else twenty times (rounded to steps that are logged), and never evaluated. ``reward``, sum or
+    mean, joins agents' own rewards in evaluations in an environment of your own.
 
     Raises :class:`UnknownNameError` and :class:`ConfigError`, before the dataset is read, for names and numbers and
     where ``out`` exists; :class:`DatasetError` for the dataset; :class:`ContractError` where the algorithm does not
@@ -70,6 +72,7 @@ def train(
         checkpoint_every=checkpoint_every,
         snapshot_every=snapshot_every,
         evaluate_every=evaluate_every,
+        reward=reward,
     )
     if isinstance(task, str):
         trust(task)
@@ -99,8 +102,8 @@ def train_runs(
         loop.require_new(run)
     path = "" if isinstance(dataset, Dataset) else str(dataset)
     data = _dataset(dataset, task)
-    if any(request.evaluate_every is not None for request, _ in runs):
-        require_simulator(data.spec.task)
+    for reward in {request.reward for request, _ in runs if request.evaluate_every is not None}:
+        _try_out(data.spec, reward)
     loop.train_fleet(data, runs, dataset_path=path, observer=observer)
 
 
@@ -110,16 +113,19 @@ def resume(
     *,
     seeds: Sequence[int] | None = None,
     evaluate_every: int | None = None,
+    reward: str | None = None,
     observer: TrainObserver | None = None,
 ) -> Path:
     """Take a run that was stopped or killed, or a folder of runs per seed, to the last step; return the folder.
 
     ``seeds`` choose runs ``run/seed<seed>`` of such a folder, all by default. ``dataset`` is needed only where the
-    file has moved or the run began with a :class:`Dataset`. Raises :class:`ConfigError` for a folder that is no
-    run, and for another dataset; and NoSimulatorError where a task that nothing here plays is to be evaluated.
+    file has moved or the run began with a :class:`Dataset`; ``reward`` is as for :func:`train`. Raises
+    :class:`ConfigError` for a folder that is no run, and for another dataset; and NoSimulatorError where a task
+    that nothing here plays is to be evaluated.
     """
     run = Path(run)
-    resume_runs(_runs_in(run, seeds), dataset, evaluate_every=evaluate_every, observer=observer)
+    runs = _runs_in(run, seeds)
+    resume_runs(runs, dataset, evaluate_every=evaluate_every, reward=reward, observer=observer)
     return run
 
 
@@ -128,6 +134,7 @@ def resume_runs(
     dataset: Dataset | str | Path | None = None,
     *,
     evaluate_every: int | None = None,
+    reward: str | None = None,
     observer: TrainObserver | None = None,
 ) -> None:
     """Take runs that were stopped or killed to the last step, side by side; they need not have begun so.
@@ -141,10 +148,20 @@ def resume_runs(
         if not source:
             raise ConfigError(f"{runs[0]} did not begin with a dataset file: expected its dataset, got none")
         if evaluate_every is not None:
-            require_simulator(config.spec.task)
+            _try_out(config.spec, reward)
         return _dataset(source, config.spec)
 
-    loop.resume_fleet(read, runs, evaluate_every=evaluate_every, observer=observer)
+    loop.resume_fleet(read, runs, evaluate_every=evaluate_every, reward=reward, observer=observer)
+
+
+def _try_out(spec: TeamSpec, reward: str | None) -> None:
+    """Refuse a task that cannot be evaluated, before cloning; environments of the user's own are played a step."""
+    from omcda_deploy.play.evaluate import try_out
+
+    require_simulator(spec.task)
+    require_trusted(spec.task)
+    if is_reference(spec.task) or reward is not None:
+        try_out(spec.task, spec, {} if reward is None else {"reward": reward})
 
 
 def run_of(out: Path, seed: int) -> Path:

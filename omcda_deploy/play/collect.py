@@ -116,6 +116,7 @@ def collect_mixture(
             "behavior": behavior,
             "seed": seed,
             "temperature": temperature,
+            **({"reward": str(options["reward"])} if options and "reward" in options else {}),
             **{
                 f"version_{name}": number
                 for name, number in registry.simulator_versions(task, **(options or {})).items()

@@ -39,9 +39,10 @@ from omcda_deploy.play.measurements import (
     require_at_least,
 )
 from omcda_deploy.play.reporting import report_step
-from omcda_deploy.play.rollout import Plan, rollout, rollouts
+from omcda_deploy.play.rollout import EpisodeBatch, Plan, rollout, rollouts
+from omcda_deploy.play.scripted import RandomTeam
 from omcda_deploy.play.video import filming, rendering, require_video
-from omcda_deploy.policy import TeamPolicy, checked_temperature, own_temperature
+from omcda_deploy.policy import NoiseSource, TeamPolicy, checked_temperature, own_temperature
 from omcda_deploy.references import is_reference
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
@@ -77,6 +78,7 @@ class Evaluation(Episodes):
     versions: dict[str, str]
     machine: str
     date: str
+    reward: str | None = None  # how the agents' own rewards join, where that was chosen
     discarded: int = 0  # episodes that the simulator lost; none of them is among the E
     fallback_steps: dict[str, int] = field(default_factory=dict)
     not_awaited: dict[str, int] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class Evaluation(Episodes):
             "team": self.team.to_json(),
             "seed": self.seed,
             "temperature": self.temperature,
+            **({} if self.reward is None else {"reward": self.reward}),
             "episodes": self.returns.size,
             "discarded": self.discarded,
             "num_envs": self.num_envs,
@@ -157,7 +160,6 @@ def evaluate(
         require_video(video)
         os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported: it reads this once
         options["render_mode"] = "rgb_array"
-
     _require_playable(team, task)
     if video is not None:
         _require_rendering(task)
@@ -196,6 +198,7 @@ def evaluate(
         num_envs=num_envs,
         seconds=seconds,
         versions=versions,
+        reward=options.get("reward"),
     )
 
 
@@ -206,13 +209,14 @@ def play_plans(
     *,
     workers: int = 0,
     progress: Progress | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Episodes]:
     """Play ``plans`` of ``task`` with a team that remembers nothing between calls; return a table for each.
 
     They are played at once where the simulator steps many environments in one call, and otherwise one after
     another: there, environments side by side save nothing, and each may be a game of its own. The numbers of a plan
-    are those of :func:`evaluate` at its temperature, to the last bit. ``workers``, ``progress`` and the errors are
-    those of :func:`evaluate`.
+    are those of :func:`evaluate` at its temperature, to the last bit. ``workers``, ``progress``, ``options`` and
+    the errors are those of :func:`evaluate`.
     """
     _require_playable(team, task)
     indices = range(len(plans))
@@ -224,7 +228,7 @@ def play_plans(
     played: list[list[PlayedEpisode]] = [[] for _ in plans]
     finished, total = 0, sum(plan.episodes for plan in plans)
     for num_envs, groups in stages.items():
-        with vectorize(task, num_envs, workers=workers) as environment:
+        with vectorize(task, num_envs, workers=workers, **(options or {})) as environment:
             require_same_contract(team.spec, environment.spec, "the team", "the simulator")
             for group in groups:
                 share = part_of(progress, finished, total)
@@ -232,6 +236,19 @@ def play_plans(
                     played[group[index]].append(episode)
                 finished += sum(plans[i].episodes for i in group)
     return [episode_table(episodes) for episodes in played]
+
+
+def try_out(task: str, spec: TeamSpec, options: Mapping[str, Any]) -> None:
+    """Take one step of one environment, so that what is wrong with it is said before hours are spent.
+
+    Raises what :func:`evaluate` raises for an environment that cannot be made or played, or is no place for a team
+    of ``spec``.
+    """
+    with vectorize(task, 1, **options) as environment:
+        require_same_contract(spec, environment.spec, "the dataset", "the simulator")
+        batch = EpisodeBatch(environment)
+        batch.start({0: 0})
+        batch.step(RandomTeam(environment.spec), NoiseSource(environment.spec, 0).draw(1))
 
 
 def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -271,6 +288,7 @@ def _evaluation(
     num_envs: int,
     seconds: float,
     versions: dict[str, str],
+    reward: str | None,
 ) -> Evaluation:
     """Sum up ``episodes``; those that the simulator lost count nowhere."""
     counted = [episode for episode in episodes if not episode.discarded]
@@ -298,6 +316,7 @@ def _evaluation(
         versions=versions,
         machine=machine(),
         date=now(),
+        reward=reward,
         discarded=len(episodes) - len(counted),
         fallback_steps=calls.fallback_steps,
         not_awaited=calls.not_awaited,

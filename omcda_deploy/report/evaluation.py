@@ -58,6 +58,7 @@ def evaluation_section(evaluation: Evaluation, heading: str = "Evaluation") -> S
             {
                 "Task": evaluation.task,
                 "Temperature": temperature_words(evaluation.temperature),
+                **({} if evaluation.reward is None else {"Team's reward": evaluation.reward}),
                 "Seed": str(evaluation.seed),
                 "Environments in step": str(evaluation.num_envs),
                 "Wall clock": f"{number(evaluation.seconds, 1)} s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -147,6 +148,36 @@ def test_rewards_join_as_asked(run: Run) -> None:
     returns = [read_dataset(Path(name)).episode_returns.tolist() for name in ("a.hdf5", "b.hdf5")]
     assert returns == [[36.0, 36.0], [12.0, 12.0]]
     assert "Invalid value for '--reward'" in run(f"{line} --out c.hdf5 --reward most")[2]
+
+
+def test_the_rule_of_rewards_is_written_down_and_holds_wherever_a_team_is_played(run: Run) -> None:
+    env = f"--env {OWN}:unequal_rewards"
+    collect = f"collect {env} --tier random --transitions 20 --num-envs 1 --workers 0"
+    assert run(f"{collect} --out data.hdf5 --reward sum")[0] == 0
+    assert read_dataset(Path("data.hdf5")).metadata["reward"] == "sum"
+    small = "--algo bc --steps 100 --behavior-steps 10 --set hidden=8 --set batch_size=8 --evaluate-every 100"
+    train = f"train data.hdf5 {small} {env} --out runs/bc"
+    status, _, err = run(train)
+    assert (status, Path("runs").exists()) == (2, False)  # before anything is cloned
+    assert "Choose how they join, with --reward sum or mean" in err
+    assert run(f"{train} --reward sum")[0] == 0
+    assert json.loads(Path("runs/bc/evaluations.jsonl").read_text())["mean"] == 36.0
+
+    compare = "compare runs --episodes 1 --temperature 0,1 --out comparison"
+    assert "with --reward sum or mean" in run(f"{compare} {env}")[2]
+    assert run(f"{compare} {env} --reward mean")[0] == 0
+    assert json.loads(Path("runs/bc-evaluation.json").read_text())["reward"] == "mean"
+    assert "The team's reward: mean." in Path("comparison/results.md").read_text()
+    assert (
+        "none of 1 runs" in run(f"{compare} {env}")[2]
+    )  # what was played by a rule is not reused without it
+
+    evaluate = f"evaluate {env} --bundle runs/bc-bundle --episodes 1 --json e.json --report e.html"
+    assert run(f"{evaluate} --reward sum")[0] == 0
+    assert json.loads(Path("e.json").read_text())["reward"] == "sum"
+    assert "Team&#x27;s reward" in Path("e.html").read_text()
+    assert "--reward sum: expected --env" in run(f"{compare} --reward sum")[2]
+    assert "--reward sum: expected --evaluate-every" in run("train --resume runs/bc --reward sum")[2]
 
 
 def test_code_that_a_file_names_is_run_only_where_it_is_asked_for(
