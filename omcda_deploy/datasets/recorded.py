@@ -180,9 +180,11 @@ def _by_agent(spec: TeamSpec, parts: Sequence[_Part], name: str) -> Iterator[tup
         if len(part.agents) == 1:
             yield part.agents[0], values
             continue
+        if name == "action" and spec.action_kind == "discrete":  # one choice per agent
+            yield from ((index, values[:, index]) for index in part.agents)
+            continue
         slices = spec.observation_slices if name == "observation" else spec.action_slices
-        for index in part.agents:
-            yield index, values[:, index] if values.shape[1] == len(part.agents) else values[:, slices[index]]
+        yield from ((index, values[:, slices[index]]) for index in part.agents)
 
 
 def _padded(

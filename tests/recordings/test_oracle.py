@@ -115,7 +115,11 @@ def assert_equal_episodes(dataset: Dataset, expected: Sequence[Episode]) -> None
 
 @pytest.mark.parametrize(
     ("task", "temperature", "stream", "joint"),
-    [(CONTINUOUS, 1.0, True, False), (DISCRETE, 0.5, False, True)],
+    [
+        (CONTINUOUS, 1.0, True, False),
+        (CONTINUOUS, 1.0, False, True),  # hopper's agents have one action number each, as choices would be
+        (DISCRETE, 0.5, False, True),
+    ],
 )
 def test_a_joined_evaluation_is_the_one_that_was_collected(
     tmp_path: Path, task: str, temperature: float, stream: bool, joint: bool
