@@ -93,8 +93,9 @@ def merge(
     ] = None,
 ) -> None:
     """Join datasets of one task, recorded on several machines for instance; the files must fit together."""
+    from omcda_deploy.datasets.merging import concatenate
     from omcda_deploy.datasets.summary import summarize
-    from omcda_deploy.datasets.writer import concatenate, require_new_file
+    from omcda_deploy.datasets.writer import require_new_file
     from omcda_deploy.registry import read_dataset
 
     require_new_file(out)

@@ -1,14 +1,14 @@
 """Writing datasets as OMIGA's HDF5, in the layout of :mod:`omcda_deploy.datasets.formats.omiga_hdf5`.
 
-:func:`write_dataset` writes episodes that are at hand, :class:`DatasetWriter` one after another as they are played,
-and :func:`concatenate` joins files. A file appears under its name when it is complete, never before.
+:func:`write_dataset` writes episodes that are at hand, :class:`DatasetWriter` one after another as they are played.
+A file appears under its name when it is complete, never before.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,11 +31,11 @@ from omcda_deploy.datasets import (
 )
 from omcda_deploy.datasets.behavior import PREFIX, require_rows, row_shapes, type_of
 from omcda_deploy.datasets.episodes import admitted, require_shapes
-from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES, read, read_header
+from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES
 from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, RESERVED_ATTRIBUTES, Sink, import_h5py
-from omcda_deploy.errors import ContractError, DatasetError
+from omcda_deploy.errors import DatasetError
 from omcda_deploy.files import atomic, folder_of, probe, refusal
-from omcda_deploy.spec import TeamSpec, require_same_contract
+from omcda_deploy.spec import TeamSpec
 
 StateLayout: TypeAlias = Literal["observations", "shared", "agents"]
 
@@ -79,49 +79,6 @@ def require_new_file(path: str | Path, option: str = "--out") -> None:
     require_suffix(path)
     if Path(path).exists():
         raise DatasetError(f"{path} exists already: choose another {option}, or remove it first")
-
-
-def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | None = None) -> str:
-    """Write the closed episodes of several files of one task into one; returns its digest.
-
-    Reads each input once, and holds one at a time in memory. ``behavior`` labels the result (default: the inputs'
-    labels, each once, joined by +); episodes keep the labels of the policies that acted, or else the name of their
-    file. Metadata are kept where all inputs agree. Raises :class:`DatasetError`, also where the inputs do not fit
-    or two of them hold the same episodes.
-    """
-    if not paths:
-        raise DatasetError("expected at least one dataset to concatenate, got none")
-    files = [Path(path) for path in paths]
-    if Path(out).resolve() in [path.resolve() for path in files]:
-        raise DatasetError(f"{out} is one of the inputs: expected another file for the result")
-    headers = []
-    for path in files:
-        headers.append(read_header(path))
-        try:
-            require_same_contract(headers[0].spec, headers[-1].spec, str(files[0]), str(path))
-        except ContractError as error:
-            raise DatasetError(str(error)) from error
-    shared_metadata = {
-        name: value
-        for name, value in headers[0].metadata.items()
-        if all(name in header.metadata and header.metadata[name] == value for header in headers)
-    }
-    labels = [
-        str(header.metadata.get("behavior", path.stem)) for header, path in zip(headers, files, strict=True)
-    ]
-    exact = all(header.exact_behavior for header in headers)
-    metadata = {**shared_metadata, "behavior": behavior or "+".join(dict.fromkeys(labels))}
-    contents: dict[str, Path] = {}
-    with DatasetWriter(out, headers[0].spec, metadata) as writer:
-        for path, label in zip(files, labels, strict=True):
-            dataset = read(path)
-            if (other := contents.setdefault(dataset.digest, path)) is not path:
-                raise DatasetError(
-                    f"{other} and {path} hold the same episodes: record each with a --seed of its own"
-                )
-            writer.copy(dataset, range(len(dataset.episode_length)), label, with_behavior=exact)
-            del dataset  # before the next one is read
-    return writer.digest
 
 
 class DatasetWriter:

@@ -19,8 +19,8 @@ from omcda_deploy.cli import app
 from omcda_deploy.datasets import Episode, Recording
 from omcda_deploy.datasets.convert import convert, return_to_go, source_digest
 from omcda_deploy.datasets.formats import pymarl_hdf5
+from omcda_deploy.datasets.merging import concatenate
 from omcda_deploy.datasets.smac_teams import team_spec
-from omcda_deploy.datasets.writer import concatenate
 from omcda_deploy.errors import ContractError, DatasetError, OmcdaError, UnknownNameError
 from omcda_deploy.spec import require_same_contract
 from tests.support.smac_episodes import SmacEpisode, pymarl_batch, random_episode, save_madt, save_pymarl

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from omcda_deploy.cli import app
 from omcda_deploy.datasets import Episode
-from omcda_deploy.datasets.writer import concatenate, write_dataset
+from omcda_deploy.datasets.merging import concatenate
+from omcda_deploy.datasets.writer import write_dataset
 from omcda_deploy.errors import ConfigError, DatasetError
 from omcda_deploy.experiments.sweep import check_jobs, jobs_of, sweep_of
 from omcda_deploy.experiments.train import resume, train

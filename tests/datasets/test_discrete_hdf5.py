@@ -18,8 +18,9 @@ from omcda_deploy import registry
 from omcda_deploy.cli import app
 from omcda_deploy.datasets import BLOCK, Dataset, Episode, blocks, require_available
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
+from omcda_deploy.datasets.merging import concatenate
 from omcda_deploy.datasets.summary import render_table, summarize
-from omcda_deploy.datasets.writer import DatasetWriter, concatenate, write_dataset
+from omcda_deploy.datasets.writer import DatasetWriter, write_dataset
 from omcda_deploy.envs import tabular, toy
 from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.play.collect import collect

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from omcda_deploy import registry
 from omcda_deploy.datasets import BLOCK, Episode
 from omcda_deploy.datasets.formats.omiga_hdf5 import read
+from omcda_deploy.datasets.merging import concatenate
 from omcda_deploy.datasets.summary import render_table, summarize
-from omcda_deploy.datasets.writer import DatasetWriter, concatenate, write_dataset
+from omcda_deploy.datasets.writer import DatasetWriter, write_dataset
 from omcda_deploy.errors import DatasetError, UnknownNameError
 from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec
 from tests.support.digests import digest_of

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omcda_deploy.datasets import Dataset, Episode, writer
+from omcda_deploy.datasets import Dataset, Episode, merging
 from omcda_deploy.datasets.formats import omiga_hdf5
-from omcda_deploy.datasets.writer import DatasetWriter, concatenate, write_dataset
+from omcda_deploy.datasets.merging import concatenate
+from omcda_deploy.datasets.writer import DatasetWriter, write_dataset
 from omcda_deploy.errors import DatasetError
 from omcda_deploy.registry import read_dataset
 from tests.support.episodes import SPECS, random_episode, require_equal
@@ -210,7 +211,7 @@ def test_each_joined_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
         seen.append(path)
         return omiga_hdf5.read(path)
 
-    monkeypatch.setattr(writer, "read", reading)
+    monkeypatch.setattr(merging, "read", reading)
     paths = [tmp_path / f"{name}.hdf5" for name in ("one", "two")]
     for path, reward in zip(paths, (0.0, 1.0), strict=True):
         episode = replace(CONTINUOUS, rewards=np.full_like(CONTINUOUS.rewards, reward))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from omcda_deploy.datasets import Dataset, Episode
-from omcda_deploy.datasets.writer import concatenate
+from omcda_deploy.datasets.merging import concatenate
 from omcda_deploy.datasets.writer import write_dataset as write
 from omcda_deploy.errors import DatasetError
 from omcda_deploy.registry import read_dataset
