@@ -11,7 +11,7 @@ episode, N agents, O observation size, A action size (continuous) or number of a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -271,4 +271,23 @@ def require_masks(masks: NDArray[Any], spec: TeamSpec, where: str, first_row: in
             f"{where}: array avail: expected 0 or 1 for the {spec.agents[agent].action.size} choices of "
             f"{spec.names[agent]} and 0 behind them, got {masks[row, agent, choice]} for choice {choice} in row "
             f"{first_row + row}"
+        )
+
+
+def require_own(
+    values: NDArray[Any], sizes: Sequence[int], spec: TeamSpec, where: str, array: str, first_row: int = 0
+) -> None:
+    """Raise :class:`DatasetError` for ``values`` [R, N, …] other than 0 behind the ``sizes`` numbers of an agent.
+
+    Training would see them, and the policy that is served would not.
+    """
+    if min(sizes) == values.shape[-1]:  # all agents are as large as the largest
+        return
+    behind = np.arange(values.shape[-1]) >= np.reshape(sizes, (-1, 1))
+    if (wrong := (values != 0) & behind).any():
+        row, agent, column = np.argwhere(wrong)[0].tolist()
+        raise DatasetError(
+            f"{where}: {array}: expected 0 behind the {sizes[agent]} numbers of {spec.names[agent]}, got "
+            f"{values[row, agent, column]:g} in row {first_row + row}, column {column}: clear it, or give the "
+            "agent more numbers in its team"
         )

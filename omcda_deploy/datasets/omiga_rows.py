@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.datasets import ContentDigest, Float, blocks, require_finite, require_masks
+from omcda_deploy.datasets import ContentDigest, Float, blocks, require_finite, require_masks, require_own
 from omcda_deploy.datasets.omiga_header import Shape
 from omcda_deploy.errors import DatasetError
 from omcda_deploy.spec import TeamSpec
@@ -24,8 +24,10 @@ class Rows(NamedTuple):
     final: NDArray[np.bool_]  # [R] rows in which nobody acts
 
 
-def read_rows(file: Any, shape: Shape, digest: ContentDigest, path: Path) -> Rows:
-    """Read `o`, `a`, `r` and `d` block by block, check that they are finite, and add them to ``digest``.
+def read_rows(file: Any, shape: Shape, spec: TeamSpec, digest: ContentDigest, path: Path) -> Rows:
+    """Read `o`, `a`, `r` and `d` block by block, check them, and add them to ``digest``.
+
+    They are finite, with zeros behind the numbers of agents that observe or do less than others.
 
     NaN is allowed where nobody acts, in the last row of an episode and of the file, and where its observation was
     not recorded; see :func:`_settle`.
@@ -35,12 +37,17 @@ def read_rows(file: Any, shape: Shape, digest: ContentDigest, path: Path) -> Row
     actions = np.empty((count, *shape.action), np.int64 if shape.discrete else np.float32)
     rewards, final_flags = np.empty((count, 1), np.float32), np.empty((count, 1), np.float32)
     final = np.zeros(count, np.bool_)
+    sizes = {"o": [agent.observation_size for agent in spec.agents]}
+    if not shape.discrete:
+        sizes["a"] = [agent.action.size for agent in spec.agents]
     for name, target in (("d", final_flags), ("o", observations), ("a", actions), ("r", rewards)):
         for block in blocks(count):
             _fill(target, file[name], block)
             before = target[max(block.start - 1, 0)] if name == "o" else None
             _settle(target[block], final[block], before)
             require_finite(target[block], block.start, name, str(path))
+            if name in sizes:
+                require_own(target[block], sizes[name], spec, str(path), name, block.start)
             digest.update(name, target[block])
         if name == "d":
             final = final_flags[:, 0] == 1

@@ -28,6 +28,7 @@ from omcda_deploy.datasets import (
     require_available,
     require_finite,
     require_masks,
+    require_own,
 )
 from omcda_deploy.datasets.behavior import PREFIX, require_rows, row_shapes, type_of
 from omcda_deploy.datasets.episodes import admitted, require_shapes
@@ -58,8 +59,8 @@ def write_dataset(
 
     Returns a summary: path, task, behavior, episodes, transitions, the mean and standard deviation of the
     undiscounted returns, and the digest. Raises :class:`DatasetError` for arrays of other shapes or types, an
-    episode beyond the spec's time limit, NaN or infinity, choices that were not available, other metadata, and a
-    ``path`` that does not end in ``.hdf5`` or ``.h5``, by which the file is read again.
+    episode beyond the spec's time limit, NaN or infinity, numbers behind those of a short agent, choices that were
+    not available, other metadata, and a ``path`` that does not end in ``.hdf5`` or ``.h5``, by which it is read.
     """
     require_suffix(path)
     with DatasetWriter(path, spec, {**(metadata or {}), "behavior": behavior}) as writer:
@@ -131,8 +132,8 @@ class DatasetWriter:
         """Add one whole episode, recorded by the policy ``behavior``.
 
         The arrays are copied. Raises :class:`DatasetError` for arrays of other shapes or types than
-        :class:`Episode` states, NaN or infinity, choices that were not available, and a state that is laid out
-        unlike the first episode's.
+        :class:`Episode` states, NaN or infinity, numbers behind those of a short agent, choices that were not
+        available, and a state that is laid out unlike the first episode's.
         """
         # An episode with a label of its own is named by it, and its rows are counted in it.
         where, first_row = (episode.label, 0) if episode.label else (str(self.path), self._rows)
@@ -147,10 +148,14 @@ class DatasetWriter:
         names = ("observations", "actions", "rewards", "states") if episode.label else "oars"
         for name, rows in zip(names, (observations, actions, rewards, states), strict=True):
             require_finite(rows, first_row, name, where)
+        agents = self.spec.agents
+        require_own(observations, [a.observation_size for a in agents], self.spec, where, names[0], first_row)
         if masks is not None:
             require_masks(masks, self.spec, where, first_row)
             require_available(actions, masks, np.arange(steps), where, first_row)
             actions = actions[..., None]
+        else:
+            require_own(actions, [a.action.size for a in agents], self.spec, where, names[1], first_row)
         self._agree_on_state(observations, states)
         parts: dict[str, NDArray[Any]] = {
             "o": observations,

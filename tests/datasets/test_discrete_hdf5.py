@@ -45,8 +45,10 @@ def episode(length: int, seed: int) -> Episode:
     actions = np.stack([rng.integers(0, agent.action.size, length) for agent in SPEC.agents], axis=1)
     np.put_along_axis(masks[:-1], actions[..., None], 1, axis=-1)
     masks[-1] = 0  # after the end nothing need be available
+    observations = rng.normal(size=(length + 1, 2, 3)).astype(np.float32)
+    observations[:, 0, 2] = 0
     return Episode(
-        rng.normal(size=(length + 1, 2, 3)).astype(np.float32),
+        observations,
         rng.normal(size=(length + 1, 5)).astype(np.float32),
         actions,
         rng.normal(size=length).astype(np.float32),

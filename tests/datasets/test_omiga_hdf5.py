@@ -67,6 +67,7 @@ def save(path: Path, arrays: Mapping[str, Any]) -> Path:
 def episodes(lengths: Sequence[int], spec: TeamSpec, seed: int = 0) -> list[Episode]:
     generator = np.random.default_rng(seed)
     shape = (len(spec.agents), spec.observation_size)
+    own = np.arange(shape[1]) < [[agent.observation_size] for agent in spec.agents]
     return [
         Episode(
             observations,
@@ -76,7 +77,7 @@ def episodes(lengths: Sequence[int], spec: TeamSpec, seed: int = 0) -> list[Epis
             timeout=False,
         )
         for length in lengths
-        for observations in [generator.normal(size=(length + 1, *shape)).astype(np.float32)]
+        for observations in [(own * generator.normal(size=(length + 1, *shape))).astype(np.float32)]
     ]
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -17,6 +18,8 @@ from omcda_deploy.datasets.writer import DatasetWriter, write_dataset
 from omcda_deploy.errors import DatasetError
 from omcda_deploy.registry import read_dataset
 from tests.support.episodes import SPECS, random_episode, require_equal
+from tests.support.synthetic import unequal_spec
+from tests.support.synthetic import write_dataset as synthetic_dataset
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -120,6 +123,10 @@ CONTINUOUS, DISCRETE = (random_episode(SPECS[kind], 4) for kind in ("continuous"
             "actions: expected integers, got float32",
         ),
         (replace(DISCRETE, actions=DISCRETE.actions + 4), "row 5: expected one of the actions .* got"),
+        (
+            replace(DISCRETE, observations=np.ones((5, 2, 5)), label="trial 9"),
+            "trial 9: observations: expected 0 behind the 4 numbers of agent_0, got 1 in row 0, column 4: clear",
+        ),
     ],
 )
 def test_an_episode_that_does_not_fit_leaves_nothing_behind(
@@ -131,6 +138,23 @@ def test_an_episode_that_does_not_fit_leaves_nothing_behind(
         write_dataset(tmp_path / "d.hdf5", spec, [random_episode(spec, 4), episode])
     assert [path.name for path in tmp_path.iterdir()] == ["d.hdf5"]
     assert (tmp_path / "d.hdf5").read_text() == "an older file"
+
+
+@pytest.mark.parametrize("array", ["o", "a"])
+def test_numbers_that_no_served_policy_would_see_are_refused(tmp_path: Path, array: str) -> None:
+    """The base observes 3 numbers of 4 and does 1 of 2: training would see the others."""
+    spec = unequal_spec()
+    path = synthetic_dataset(tmp_path / "d.hdf5", spec, [3, 2])
+    episode = read_dataset(path).episode(1)
+    changed = {name: np.array(getattr(episode, name)) for name in ("observations", "actions")}
+    changed["observations" if array == "o" else "actions"][1, 0, -1] = 0.5
+    message = r"expected 0 behind the [31] numbers of base, got 0\.5 in row 1, column [31]: clear it"
+    with pytest.raises(DatasetError, match=message):
+        write_dataset(tmp_path / "no.hdf5", spec, [replace(episode, **changed)])
+    with h5py.File(path, "r+") as file:
+        file[array][5, 0, -1] = 0.5
+    with pytest.raises(DatasetError, match=rf"d\.hdf5: {array}: .* base, got 0\.5 in row 5, column"):
+        read_dataset(path)
 
 
 @pytest.mark.parametrize("metadata", [{"rig": None}, {"rig": [1, 2]}, {"digest": "x"}, {"spec": "x"}])

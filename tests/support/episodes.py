@@ -23,8 +23,11 @@ def random_episode(spec: TeamSpec, steps: int, seed: int = 0, *, timeout: bool =
         masks = np.zeros((steps + 1, agents, spec.action_size), np.uint8)
         for index, agent in enumerate(spec.agents):
             masks[:, index, : agent.action.size] = 1
+    observations = generator.normal(size=(steps + 1, agents, spec.observation_size)).astype(np.float32)
+    for index, agent in enumerate(spec.agents):
+        observations[:, index, agent.observation_size :] = 0
     return Episode(
-        generator.normal(size=(steps + 1, agents, spec.observation_size)).astype(np.float32),
+        observations,
         generator.normal(size=(steps + 1, spec.state_size)).astype(np.float32),
         actions,
         generator.normal(size=steps).astype(np.float32),

@@ -196,6 +196,8 @@ def write_dataset(
     with DatasetWriter(path, spec, {"behavior": "random", "seed": seed}) as writer:
         for length, timeout in zip(lengths, timeouts, strict=True):
             observations = generator.normal(size=(length + 1, n, spec.observation_size)).astype(np.float32)
+            for index, agent in enumerate(spec.agents):
+                observations[:, index, agent.observation_size :] = 0
             states = (
                 observations.reshape(length + 1, -1)
                 if spec.state_size == n * spec.observation_size
@@ -203,6 +205,8 @@ def write_dataset(
             )
             rewards = (reward_scale * generator.normal(size=length)).astype(np.float32)
             actions = generator.uniform(-0.9, 0.9, (length, n, spec.action_size)).astype(np.float32)
+            for index, agent in enumerate(spec.agents):
+                actions[:, index, agent.action.size :] = 0
             writer.append(Episode(observations, states, actions, rewards, timeout=timeout))
     return path
 

@@ -82,8 +82,8 @@ def read(path: str | Path, task: TeamSpec | str | None = None) -> Dataset:
 
     ``task`` is the task that the data must fit, or its spec. Without it the file's own spec counts; a file without
     a spec is recognised by its name or shapes. Raises :class:`DatasetError` for a missing or damaged file, wrong
-    shapes, NaN or infinity, a recorded choice that was not available, data that changed since they were written, or
-    a task that the data do not fit.
+    shapes, NaN or infinity, numbers behind those of a short agent, a recorded choice that was not available, data
+    that changed since they were written, or a task that the data do not fit.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -91,7 +91,7 @@ def read(path: str | Path, task: TeamSpec | str | None = None) -> Dataset:
         group = _group(file, path)
         spec = spec_of(group, task, path, shape)
         content = ContentDigest()
-        rows = read_rows(file, shape, content, path)
+        rows = read_rows(file, shape, spec, content, path)
         states = read_states(file, rows, spec, group, path)
         if not np.shares_memory(states, rows.observations):
             content.update("s", states)
