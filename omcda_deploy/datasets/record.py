@@ -193,7 +193,7 @@ class RecordDataset:
 
     def _read_state(self) -> NDArray[Any] | None:
         try:
-            return np.asarray(self.environment.state()).reshape(-1)
+            return np.array(self.environment.state()).reshape(-1)  # a copy: it may be one buffer, filled anew
         except (AttributeError, NotImplementedError):  # PettingZoo's own method raises the latter
             return None
 

@@ -336,6 +336,40 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
         RecordDataset(Pair(), tmp_path / "e.hdf5", **TASK, metadata={"digest": "x"}).reset()
 
 
+def test_buffers_that_an_environment_fills_anew_are_copied(tmp_path: Path) -> None:
+    class Reusing(Pair):
+        def __init__(self) -> None:
+            super().__init__(limit=3, discrete=True)
+            self._buffers = {"left": np.zeros(2), "right": np.zeros(3), "state": np.zeros(4)}
+            self._masks = {name: np.ones(3, np.int8) for name in self.possible_agents}
+
+        def _observe(self) -> dict[str, Any]:
+            for values in self._buffers.values():
+                values[:] = self._steps
+            for mask in self._masks.values():
+                mask[:] = np.arange(3) <= self._steps
+            return {
+                name: {"observation": self._buffers[name], "action_mask": self._masks[name]}
+                for name in self._masks
+            }
+
+        def state(self) -> Any:
+            return self._buffers["state"]
+
+    actions = {name: np.zeros((), np.int64) for name in Pair.possible_agents}
+    with RecordDataset(Reusing(), tmp_path / "d.hdf5", **TASK) as recorded:
+        recorded.reset()
+        while recorded.agents:
+            recorded.step(actions)
+            for action in actions.values():
+                action += 1
+    dataset = read_dataset(tmp_path / "d.hdf5")
+    assert dataset.states[:, 0].tolist() == dataset.observations[:, 1, 2].tolist() == [0, 1, 2, 3]
+    assert dataset.actions[:3, 0].tolist() == [0, 1, 2]
+    assert dataset.action_masks is not None
+    assert dataset.action_masks[:, 0].sum(axis=1).tolist() == [1, 2, 3, 3]
+
+
 def test_choices_and_states_are_recorded(tmp_path: Path) -> None:
     class Stateful(Pair):
         def state(self) -> Any:
