@@ -242,6 +242,20 @@ def require_finite(block: NDArray[Any], first_row: int, array: str, where: str) 
         )
 
 
+def reward_mode(metadata: Mapping[str, Scalar]) -> str:
+    """Return what stands for rewards in a dataset of these metadata: ``reward``, or ``return_to_go``."""
+    return str(metadata.get("reward_mode", "reward"))
+
+
+def require_rewards(dataset: Dataset, where: str) -> None:
+    """Raise :class:`DatasetError` for a dataset that has returns-to-go in place of rewards."""
+    if (mode := reward_mode(dataset.metadata)) != "reward":
+        raise DatasetError(
+            f"{where}: expected the rewards of steps, got a dataset of reward mode {mode}: import its source with  "
+            "--reward-mode reward"
+        )
+
+
 def require_available(
     actions: NDArray[Any], masks: NDArray[Any], rows: NDArray[np.int64], where: str, first_row: int = 0
 ) -> None:

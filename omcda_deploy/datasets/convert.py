@@ -90,9 +90,9 @@ def convert(
     }
 
 
-def return_to_go(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+def return_to_go(rewards: NDArray[Any]) -> NDArray[np.float64]:
     """Undiscounted sums [T] of each of the rewards [T] and all that follow it."""
-    return np.cumsum(rewards[::-1])[::-1]
+    return np.cumsum(rewards[::-1], dtype=np.float64)[::-1]  # as the sums that are recorded
 
 
 def source_digest(source: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from omcda_deploy.claims import claimed
-from omcda_deploy.datasets import Dataset, Episode
+from omcda_deploy.datasets import Dataset, Episode, require_rewards
 from omcda_deploy.datasets.formats.minari_folder import SPEC
 from omcda_deploy.datasets.minari_package import import_minari
 from omcda_deploy.errors import DatasetError
@@ -25,9 +25,10 @@ def write_minari(dataset: Dataset, folder: str | Path) -> dict[str, Any]:
     (``$MINARI_DATASETS_PATH``, else ``~/.minari/datasets``) the parts in between are its namespace, and
     ``minari.load_dataset`` finds it. The folder appears when it is complete. Returns its id, path and numbers of
     episodes and steps. Raises :class:`DatasetError` for a folder that exists, cannot be written or has another
-    name, and MissingExtraError without the package.
+    name, and for returns-to-go in place of rewards; MissingExtraError without the package.
     """
     folder = Path(folder)
+    require_rewards(dataset, str(folder))  # a reader would take anything for rewards
     minari = import_minari()
     identity = _identity(folder)
     match = minari.identity.fullmatch(identity)

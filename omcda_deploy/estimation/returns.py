@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from omcda_deploy.datasets import Dataset
+from omcda_deploy.datasets import Dataset, require_rewards
 from omcda_deploy.errors import ConfigError, DatasetError
 from omcda_deploy.estimation.distributions import TeamDistributions, Values
 
@@ -142,24 +142,30 @@ class _Terms(NamedTuple):
         return float(np.exp(np.minimum(self.log_weight, _largest_log_weight(len(self.log_weight)))).mean())
 
 
+def require_estimable(dataset: Dataset) -> None:
+    """Raise :class:`DatasetError` for fewer than :data:`LEAST_EPISODES` episodes, and without their rewards."""
+    require_rewards(dataset, "returns cannot be estimated")
+    if (count := len(dataset.episode_length)) < LEAST_EPISODES:
+        raise DatasetError(
+            f"expected at least {LEAST_EPISODES} closed episodes to estimate from, got {count}: record more"
+        )
+
+
 class Estimator:
     """Compares teams on one dataset, whose closed episodes ``behavior`` played."""
 
     def __init__(self, dataset: Dataset, behavior: TeamDistributions, confidence: float = 0.95) -> None:
         """``confidence``: with which each bound holds alone.
 
-        Raises :class:`ConfigError` for a confidence outside [0.5, 1), and :class:`DatasetError` for fewer than
-        :data:`LEAST_EPISODES` episodes.
+        Raises :class:`ConfigError` for a confidence outside [0.5, 1), and :class:`DatasetError` as
+        :func:`require_estimable`.
         """
         if not 0.5 <= confidence < 1.0:
             raise ConfigError(f"confidence: expected a number from 0.5 to below 1, got {confidence}")
-        if (count := len(dataset.episode_length)) < LEAST_EPISODES:
-            raise DatasetError(
-                f"expected at least {LEAST_EPISODES} closed episodes to estimate from, got {count}: record more"
-            )
+        require_estimable(dataset)
         self.behavior, self.confidence = behavior, confidence
         self._dataset = dataset
-        lengths = dataset.episode_length
+        count, lengths = len(dataset.episode_length), dataset.episode_length
         self._episode = np.repeat(np.arange(count), lengths)  # [M]
         self._step = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)  # [M]
         self._rows = np.repeat(dataset.episode_start, lengths) + self._step  # [M]

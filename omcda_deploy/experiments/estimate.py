@@ -10,7 +10,14 @@ from typing import Any
 from omcda_deploy.bundle import Bundle, read_bundle
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.estimation import Bounds, Comparison, Estimator, TeamDistributions, trained_share
+from omcda_deploy.estimation import (
+    Bounds,
+    Comparison,
+    Estimator,
+    TeamDistributions,
+    require_estimable,
+    trained_share,
+)
 from omcda_deploy.registry import read_dataset
 
 
@@ -63,12 +70,13 @@ def estimate(
     ``behavior``, or one that is fitted to these episodes, which needs torch. Bundles that began as one clone are
     best compared by it: what is wrong with it is wrong with them as well, and cancels.
 
-    Raises :class:`DatasetError` for fewer than 30 episodes, :class:`ContractError` for bundles of another team,
-    :class:`ConfigError` for a deterministic or unknown temperature, for a confidence that is out of range and for a
-    ``behavior`` beside what is on record, and
+    Raises :class:`DatasetError` for fewer than 30 episodes and for returns-to-go in place of rewards,
+    :class:`ContractError` for bundles of another team, :class:`ConfigError` for a deterministic or unknown
+    temperature, for a confidence that is out of range and for a ``behavior`` beside what is on record, and
     :class:`BundleError` for damaged bundles and for policies without a density.
     """
     data = dataset if isinstance(dataset, Dataset) else read_dataset(Path(dataset), task)
+    require_estimable(data)  # before anything is cloned
     read = [bundle if isinstance(bundle, Bundle) else read_bundle(bundle) for bundle in bundles]
     teams = {str(bundle.path): TeamDistributions.of_bundle(bundle, data, temperature) for bundle in read}
     exact = data.behavior is not None

@@ -20,6 +20,7 @@ from omcda_deploy.datasets import Episode, Recording
 from omcda_deploy.datasets.convert import convert, return_to_go, source_digest
 from omcda_deploy.datasets.formats import pymarl_hdf5
 from omcda_deploy.datasets.merging import concatenate
+from omcda_deploy.datasets.minari_export import write_minari
 from omcda_deploy.datasets.smac_teams import team_spec
 from omcda_deploy.errors import ContractError, DatasetError, OmcdaError, UnknownNameError
 from omcda_deploy.spec import require_same_contract
@@ -71,6 +72,8 @@ def test_reading_a_foreign_file_names_the_command_that_converts_it(
 
 def test_return_to_go_replaces_rewards_and_not_returns(stock: Path) -> None:
     assert return_to_go(np.array([1.0, 2.0, -4.0])).tolist() == [-1.0, -2.0, -4.0]
+    tenths = np.full(1000, 0.1, np.float16)  # a sum of such numbers soon grows no more
+    assert return_to_go(tenths)[0] == tenths.sum(dtype=np.float64)
     for mode in ("reward", "return_to_go"):
         command("convert", stock, "--out", stock.with_name(f"{mode}.hdf5"), "--reward-mode", mode)
     plain, rtg = (
@@ -84,6 +87,10 @@ def test_return_to_go_replaces_rewards_and_not_returns(stock: Path) -> None:
     assert rtg.episode_returns.tolist() == plain.episode_returns.tolist()
     assert rtg.metadata["reward_mode"] == "return_to_go"
     assert rtg.digest != plain.digest
+    with pytest.raises(
+        DatasetError, match="expected the rewards of steps, got a dataset of reward mode return_to"
+    ):
+        write_minari(rtg, stock.with_name("sums-v0"))
 
 
 def test_the_two_variants_of_smac_do_not_mix(stock: Path, mappo: Path) -> None:

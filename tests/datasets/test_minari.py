@@ -40,9 +40,6 @@ ELEVEN = TeamSpec(  # more than ten agents, which an alphabet orders otherwise
 @pytest.mark.parametrize("spec", [*SPECS.values(), ELEVEN], ids=lambda spec: spec.task)
 def test_what_was_written_comes_back_with_one_digest(tmp_path: Path, spec: TeamSpec) -> None:
     episodes = [random_episode(spec, steps, steps, timeout=steps == 2) for steps in (3, 2, 5)]
-    for episode in episodes:
-        for i, agent in enumerate(spec.agents):
-            episode.observations[:, i, agent.observation_size :] = 0
     if spec.action_kind == "discrete":
         masks = np.array(episodes[0].action_masks)
         masks[-1, 0, 0] = 0

@@ -257,6 +257,15 @@ def test_too_few_episodes_are_refused() -> None:
         estimator(recorded("toy/one-step", 29, 0))
 
 
+def test_returns_to_go_are_no_rewards() -> None:
+    dataset = recorded("toy/one-step", 40, 0)
+    sums = dataclasses.replace(dataset, metadata={**dataset.metadata, "reward_mode": "return_to_go"})
+    with pytest.raises(
+        DatasetError, match=r"expected the rewards of steps, got .* mode return_to_go: import"
+    ):
+        estimator(sums)
+
+
 def test_comparisons_are_plain_json() -> None:
     found = estimator(recorded("toy/one-step", 40, 0))
     values = found.compare(found.behavior).to_json()
