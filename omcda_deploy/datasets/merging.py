@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from omcda_deploy.datasets import reward_mode
 from omcda_deploy.datasets.formats.omiga_hdf5 import read, read_header
 from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.errors import ContractError, DatasetError
@@ -16,8 +17,8 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
 
     Reads each input once, and holds one at a time in memory. ``behavior`` labels the result (default: the inputs'
     labels, each once, joined by +); episodes keep the labels of the policies that acted, or else the name of their
-    file. Metadata are kept where all inputs agree. Raises :class:`DatasetError`, also where the inputs do not fit
-    or two of them hold the same episodes.
+    file. Metadata are kept where all inputs agree. Raises :class:`DatasetError`, also where the inputs do not fit,
+    one has returns-to-go in place of rewards and another has not, or two of them hold the same episodes.
     """
     if not paths:
         raise DatasetError("expected at least one dataset to concatenate, got none")
@@ -31,6 +32,12 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
             require_same_contract(headers[0].spec, headers[-1].spec, str(files[0]), str(path))
         except ContractError as error:
             raise DatasetError(str(error)) from error
+        ours, theirs = (reward_mode(header.metadata) for header in (headers[0], headers[-1]))
+        if ours != theirs:  # the sums of one would be taken for rewards
+            raise DatasetError(
+                f"{files[0]} and {path} do not fit together: reward mode {ours} against {theirs}: import both with "
+                "one  --reward-mode"
+            )
     shared_metadata = {
         name: value
         for name, value in headers[0].metadata.items()

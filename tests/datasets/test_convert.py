@@ -91,6 +91,11 @@ def test_return_to_go_replaces_rewards_and_not_returns(stock: Path) -> None:
         DatasetError, match="expected the rewards of steps, got a dataset of reward mode return_to"
     ):
         write_minari(rtg, stock.with_name("sums-v0"))
+    files = [stock.with_name(f"{name}.hdf5") for name in ("reward", "return_to_go")]
+    with pytest.raises(
+        DatasetError, match="fit together: reward mode reward against return_to_go: import both"
+    ):
+        concatenate(files, stock.with_name("both.hdf5"))
 
 
 def test_the_two_variants_of_smac_do_not_mix(stock: Path, mappo: Path) -> None:
