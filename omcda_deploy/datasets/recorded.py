@@ -46,7 +46,8 @@ def join(
 ) -> dict[str, Any]:
     """Write the complete episodes of recordings as a dataset, in the order in which they began.
 
-    ``rewards``: a CSV file in place of clients' reports (:mod:`omcda_deploy.datasets.recorded_tables`).
+    ``rewards``: a CSV file in place of the rewards and ends that clients reported
+    (:mod:`omcda_deploy.datasets.recorded_tables`).
     ``temperature``: of the noise, where clients did not say. The dataset has the exact distributions that acted
     (:mod:`omcda_deploy.datasets.behavior`), if all of its steps have one: not at temperature 0, and not of a policy
     without a density.

@@ -25,6 +25,12 @@ from omcda_deploy.recordings.reader import SegmentContents, find_segments, read_
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 CSV_COLUMNS = ("episode", "step", "reward", "terminated", "truncated")
+_UNSEEN = (
+    "next_observation",
+    "next_action_mask",
+    "state",
+    "next_state",
+)  # what only clients may have reported
 
 
 class Key(NamedTuple):
@@ -99,7 +105,7 @@ class Recordings:
 
 
 def read_recordings(folders: Sequence[Path], rewards: Path | None) -> Recordings:
-    """Read the segments of all folders, and rewards from a file in place of those that clients reported.
+    """Read the segments of all folders, and rewards and ends from a file in place of those that clients reported.
 
     Raises :class:`DatasetError` for folders that are no recordings, or not of one team.
     """
@@ -131,8 +137,10 @@ def read_recordings(folders: Sequence[Path], rewards: Path | None) -> Recordings
             raise DatasetError(str(error)) from error
     spec = specs[0][0]
     steps = {model: Steps(spec, model, segments) for model, segments in by_model.items()}
-    reports = Reports(_joined(reported) if rewards is None else read_rewards(rewards))
-    return Recordings(spec, steps, reports, torn, sum(lost.values()))
+    columns = _joined(reported)
+    if rewards is not None:
+        columns = _with_reported(read_rewards(rewards), columns)
+    return Recordings(spec, steps, Reports(columns), torn, sum(lost.values()))
 
 
 def read_rewards(path: Path) -> dict[str, Any]:
@@ -162,9 +170,29 @@ def read_rewards(path: Path) -> dict[str, Any]:
         "truncated": np.array(truncated, np.uint8),
         "fallback": np.zeros(len(lines), np.uint8),
     }
-    for name in ("next_observation", "next_action_mask", "state", "next_state"):
+    for name in _UNSEEN:
         columns[name] = [np.zeros(0, np.float32)] * len(lines)
     return columns
+
+
+def _with_reported(rewards: dict[str, Any], reported: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of ``rewards`` with what clients ``reported`` of its steps besides rewards and ends."""
+    places: dict[tuple[Any, ...], int] = {}
+    for place, key in enumerate(_keys(reported)):
+        if not reported["fallback"][
+            places.setdefault(key, place)
+        ]:  # of two reports that of a fallback counts
+            places[key] = place
+    found = [(row, places[key]) for row, key in enumerate(_keys(rewards)) if key in places]
+    for name in ("fallback", *_UNSEEN):
+        for row, place in found:
+            rewards[name][row] = reported[name][place]
+    return rewards
+
+
+def _keys(columns: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
+    """Name the step of each row: its episode, row and number."""
+    return zip(*(columns[name].tolist() for name in ("episode_id", "row", "episode_step")), strict=True)
 
 
 def _line(

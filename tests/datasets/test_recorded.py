@@ -282,6 +282,23 @@ def test_rewards_come_from_a_file(loop: Loop, tmp_path: Path) -> None:
     assert not (tmp_path / "never.hdf5").exists()
 
 
+def test_rewards_of_a_file_leave_the_rest_of_the_reports(loop: Loop, tmp_path: Path) -> None:
+    sizes = {agent.name: agent.observation_size for agent in loop.spec.agents}
+    final = {name: np.full(size, 9.0, np.float32) for name, size in sizes.items()}
+    for name, fallback in (("good", False), ("a fallback acted", True)):
+        loop.begin(name)
+        loop.step(fallback=fallback)
+        loop.step(next_observations=final)
+    rewards = tmp_path / "rewards.csv"
+    lines = [f"{name},{step},2,{step - 1},0" for name in ("good", "a fallback acted") for step in (1, 2)]
+    rewards.write_text("\n".join(["episode,step,reward,terminated,truncated", *lines]))
+    summary, dataset = joined(loop, rewards=rewards)
+    assert summary["left_out"] == {"a fallback acted for an agent whose answer was missed": 1}
+    assert summary["final_observations"] == "1 reported, 0 repeated"
+    assert dataset.observations[-1].tolist() == [[9.0] * 4 + [0.0], [9.0] * 5]
+    assert (dataset.rewards[:2].tolist(), dataset.terminal.tolist()) == ([2.0, 2.0], [False, True])
+
+
 def test_what_is_no_recording_is_refused(loop: Loop, bundles: dict[str, Bundle], tmp_path: Path) -> None:
     loop.play("e")
     loop.close()
