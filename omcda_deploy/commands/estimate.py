@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Confidence = Annotated[
     float, typer.Option(help="With which each bound holds alone, from 0.5 to below 1.", metavar="SHARE")
 ]
+# Where episodes repeat each other, or the bundle is without the names of those that trained it.
+NOT_KNOWN = "whether these episodes trained {}, which would flatter it, is not known: estimate on others"
 
 
 @when_stopped()
@@ -68,7 +70,9 @@ def estimate(
         if comparison.silence:
             print_text(f"{name}: the data cannot tell: {comparison.silence}")
     for name, share in found.trained.items():
-        if share > 0:
+        if share is None:
+            print_note(NOT_KNOWN.format(name))
+        elif share > 0:
             print_note(
                 f"{percent(share)} of these episodes trained {name}, which flatters it: estimate on others"
             )

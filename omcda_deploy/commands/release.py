@@ -20,11 +20,12 @@ from omcda_deploy.commands import (
     addresses,
     credentials_of,
     print_json,
+    print_note,
     print_table,
     print_text,
     temperature_of,
 )
-from omcda_deploy.commands.estimate import Confidence
+from omcda_deploy.commands.estimate import NOT_KNOWN, Confidence
 from omcda_deploy.commands.stopping import when_stopped
 from omcda_deploy.formatting import UNKNOWN, percent, significant
 
@@ -93,6 +94,8 @@ def promote(
     demand = Demand(at_least, confidence, temperature_of(temperature), shadow_first)
     with _team(admin, credentials) as team:
         evidence, statuses = promote(team, version, dataset, releases, demand)
+    if evidence["trained_share"] is None:
+        print_note(NOT_KNOWN.format(f"version {version}"))
     _print_versions(statuses)
     print_text(f"version {version} answers: {_reason(evidence)}")
 

@@ -176,16 +176,18 @@ def training_of(bundle: Bundle) -> Mapping[str, Any]:
     return training
 
 
-def trained_share(bundle: Bundle, dataset: Dataset) -> float:
-    """Return the share of a dataset's episodes that trained a bundle, as far as it tells: 0 to 1.
+def trained_share(bundle: Bundle, dataset: Dataset) -> float | None:
+    """Return the share of a dataset's episodes that trained a bundle, 0 to 1; None where the bundle does not tell.
 
     Raises :class:`BundleError` for fingerprints of episodes that cannot be read.
     """
     training = training_of(bundle)
     if training.get("dataset_digest") in dataset.digests.values():
         return 1.0
+    if training and not training.get("dataset_digest"):
+        return 0.0  # by playing, as policies that record data are
     if not (text := training.get("episodes")):
-        return 0.0
+        return None
     try:
         return TrainingEpisodes.from_text(text).share_of(dataset)
     except DatasetError as error:

@@ -32,7 +32,9 @@ class Estimates:
     temperature: float  # of the bundles' play
     bundles: Mapping[str, Comparison]  # by bundle, in the order in which they were given
     digests: Mapping[str, str]  # of the bundles
-    trained: Mapping[str, float]  # share of the episodes that trained the bundle, as far as it tells
+    trained: Mapping[
+        str, float | None
+    ]  # share of the episodes that trained the bundle; None: it does not tell
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""

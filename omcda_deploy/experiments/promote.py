@@ -72,7 +72,8 @@ def promote(
     data = dataset if isinstance(dataset, Dataset) else read_dataset(Path(dataset))
     bundles = {name: read_bundle(Path(releases) / name) for name in (current, version)}
     _require_served(statuses, current, bundles[current])
-    if (share := trained_share(bundles[version], data)) > KNOWN_SHARE:
+    share = trained_share(bundles[version], data)
+    if share is not None and share > KNOWN_SHARE:
         raise RefusedError(
             f"version {version} does not replace version {current}: it was trained on {percent(share)} of these "
             "episodes, which therefore flatter it: estimate on others, such as the part that  omcda-deploy split  "
@@ -94,6 +95,7 @@ def promote(
         "over_bundle": bundles[current].digest,
         "at_least": demand.at_least,
         "temperature": demand.temperature,
+        "trained_share": share,
         **found.to_json(),
     }
     if demand.shadow_s:
