@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from omcda_deploy.datasets import reward_mode
+from omcda_deploy.datasets import Dataset, reward_mode
+from omcda_deploy.datasets.fingerprints import fingerprints, repeats_itself
 from omcda_deploy.datasets.formats.omiga_hdf5 import read, read_header
 from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.errors import ContractError, DatasetError
 from omcda_deploy.spec import require_same_contract
+
+OVERLAP = 0.05  # share of a file's episodes from which equal ones in another file are no chance
+
+logger = logging.getLogger(__name__)
 
 
 def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | None = None) -> str:
@@ -18,7 +24,8 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
     Reads each input once, and holds one at a time in memory. ``behavior`` labels the result (default: the inputs'
     labels, each once, joined by +); episodes keep the labels of the policies that acted, or else the name of their
     file. Metadata are kept where all inputs agree. Raises :class:`DatasetError`, also where the inputs do not fit,
-    one has returns-to-go in place of rewards and another has not, or two of them hold the same episodes.
+    one has returns-to-go in place of rewards and another has not, or two of them hold the same episodes, whatever
+    these are said to earn.
     """
     if not paths:
         raise DatasetError("expected at least one dataset to concatenate, got none")
@@ -49,6 +56,7 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
     exact = all(header.exact_behavior for header in headers)
     metadata = {**shared_metadata, "behavior": behavior or "+".join(dict.fromkeys(labels))}
     contents: dict[str, Path] = {}
+    known: dict[int, Path] = {}
     with DatasetWriter(out, headers[0].spec, metadata) as writer:
         for path, label in zip(files, labels, strict=True):
             dataset = read(path)
@@ -56,6 +64,27 @@ def concatenate(paths: Sequence[str | Path], out: str | Path, behavior: str | No
                 raise DatasetError(
                     f"{other} and {path} hold the same episodes: record each with a --seed of its own"
                 )
+            _require_others(dataset, path, known)
             writer.copy(dataset, range(len(dataset.episode_length)), label, with_behavior=exact)
             del dataset  # before the next one is read
     return writer.digest
+
+
+def _require_others(dataset: Dataset, path: Path, known: dict[int, Path]) -> None:
+    """Raise :class:`DatasetError` where a file repeats those whose episodes are ``known``; then add its own.
+
+    A game of a few steps, whose episodes are equal by chance, tells nothing.
+    """
+    prints = fingerprints(dataset)
+    if repeats_itself(prints):
+        return
+    names = prints.tolist()
+    repeated = [name for name in names if name in known]
+    if repeated:
+        found = f"{len(repeated)} of the {len(names)} episodes of {path} are in {known[repeated[0]]} too"
+        if len(repeated) > OVERLAP * len(names):
+            raise DatasetError(
+                f"{found}: merge the files that they come from, or take them out with  omcda-deploy subset"
+            )
+        logger.warning("%s, and are written twice", found)
+    known.update(dict.fromkeys(names, path))

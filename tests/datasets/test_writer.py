@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -217,8 +218,8 @@ def test_joined_files_keep_the_metadata_that_all_of_them_state_alike(tmp_path: P
         "one": {"rig": "A", "trial": 1, "site": "x"},
         "two": {"rig": "A", "trial": 2},
     }
-    for (name, metadata), reward in zip(metadata_of.items(), (0.0, 1.0), strict=True):
-        episode = replace(CONTINUOUS, rewards=np.full_like(CONTINUOUS.rewards, reward))
+    for seed, (name, metadata) in enumerate(metadata_of.items()):
+        episode = random_episode(spec, 4, seed)
         write_dataset(tmp_path / f"{name}.hdf5", spec, [episode], metadata=metadata, behavior=name)
     concatenate([tmp_path / "one.hdf5", tmp_path / "two.hdf5"], tmp_path / "both.hdf5")
     assert read_dataset(tmp_path / "both.hdf5").metadata == {
@@ -237,9 +238,8 @@ def test_each_joined_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(merging, "read", reading)
     paths = [tmp_path / f"{name}.hdf5" for name in ("one", "two")]
-    for path, reward in zip(paths, (0.0, 1.0), strict=True):
-        episode = replace(CONTINUOUS, rewards=np.full_like(CONTINUOUS.rewards, reward))
-        write_dataset(path, SPECS["continuous"], [episode])
+    for seed, path in enumerate(paths):
+        write_dataset(path, SPECS["continuous"], [random_episode(SPECS["continuous"], 4, seed)])
     concatenate(paths, tmp_path / "both.hdf5")
     assert seen == paths
 
@@ -247,8 +247,8 @@ def test_each_joined_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_files_of_the_same_episodes_are_not_joined(tmp_path: Path) -> None:
     """Under whatever names and labels."""
     paths = [tmp_path / f"{name}.hdf5" for name in ("one", "two", "three")]
-    for path, reward in zip(paths, (0.0, 1.0, 0.0), strict=True):
-        episode = replace(CONTINUOUS, rewards=np.full_like(CONTINUOUS.rewards, reward))
+    for path, seed in zip(paths, (0, 1, 0), strict=True):
+        episode = random_episode(SPECS["continuous"], 4, seed)
         write_dataset(path, SPECS["continuous"], [episode], behavior=path.stem)
     with pytest.raises(
         DatasetError, match=rf"^{paths[0]} and {paths[2]} hold the same episodes: record each with"
@@ -257,3 +257,36 @@ def test_files_of_the_same_episodes_are_not_joined(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="hold the same episodes"):
         concatenate([paths[1], paths[1]], tmp_path / "both.hdf5")
     assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+@pytest.mark.parametrize(("shared", "refused"), [(1, False), (2, True)])
+def test_files_that_overlap_are_not_joined(
+    tmp_path: Path, shared: int, refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever their episodes are said to earn; a single one of many may be chance."""
+    spec = SPECS["continuous"]
+    one, two = (
+        [random_episode(spec, 2, seed) for seed in range(first, first + 21)] for first in (0, 21 - shared)
+    )
+    write_dataset(tmp_path / "one.hdf5", spec, one)
+    write_dataset(tmp_path / "two.hdf5", spec, [replace(e, rewards=e.rewards + 1) for e in two])
+    files, found = (
+        [tmp_path / "one.hdf5", tmp_path / "two.hdf5"],
+        f"{shared} of the 21 episodes of .*two.hdf5 are in",
+    )
+    if refused:
+        with pytest.raises(
+            DatasetError, match=f"^{found} .*one.hdf5 too: merge the files that they come from"
+        ):
+            concatenate(files, tmp_path / "both.hdf5")
+        assert not (tmp_path / "both.hdf5").exists()
+    else:
+        concatenate(files, tmp_path / "both.hdf5")
+        assert re.match(found, caplog.messages[0])
+
+
+def test_games_that_repeat_themselves_are_joined(tmp_path: Path) -> None:
+    spec = SPECS["discrete"]
+    for name, seeds in (("one", [0, 1, 0]), ("two", [0, 1, 1])):
+        write_dataset(tmp_path / f"{name}.hdf5", spec, [random_episode(spec, 2, seed) for seed in seeds])
+    concatenate([tmp_path / "one.hdf5", tmp_path / "two.hdf5"], tmp_path / "both.hdf5")
