@@ -92,10 +92,16 @@ class Normalizer:
 
     ``none`` is the identity. ``per-vector-standardize`` is ``(x - mean(x)) / std(x)`` over the entries of each
     vector, OMIGA's recipe (docs/simulators.md#observations). It is idempotent, so the exported graph applies it to
-    raw and to normalised observations alike.
+    raw and to normalised observations alike. Raises :class:`ConfigError` for any other kind.
     """
 
     kind: Literal["none", "per-vector-standardize"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "per-vector-standardize"):
+            raise ConfigError(
+                f"Normalizer.kind: expected 'none' or 'per-vector-standardize', got {self.kind!r}"
+            )
 
     @property
     def digest(self) -> str:
@@ -285,7 +291,7 @@ class TeamSpec:
                 normalizer=Normalizer(data["normalizer"]["kind"]),
                 episode_limit=_whole(data["episode_limit"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last for infinity
             raise ContractError(f"not a team spec: {type(error).__name__} {error}") from error
 
 

@@ -28,6 +28,8 @@ _OPTIONAL = {
     "episode_limit": EPISODE_LIMIT,
 }  # fields that a file may leave out
 _OPTIONAL_OF_AGENT = {"action_low": -1.0, "action_high": 1.0}
+# A team as it is written, whose fields a file may have.
+_WRITTEN = TeamSpec("any", (AgentSpec("any", 1, ActionSpec("continuous", 1)),), 1, 1.0).to_json()
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ def read_team(path: Path) -> TeamSpec:
         raise ConfigError(f"{path} is not JSON: {error}: expected a team (docs/datasets.md)") from error
     try:
         agents = [{**_OPTIONAL_OF_AGENT, **agent} for agent in data["agents"]]
+        _require_known(data, _WRITTEN, "field of a team")
+        _require_known(data.get("normalizer"), _WRITTEN["normalizer"], "field of a normalizer")
+        for agent in agents:
+            _require_known(agent, _WRITTEN["agents"][0], f"field of agent {agent.get('name')}")
         return TeamSpec.from_json({**_OPTIONAL, **data, "agents": agents})
     except (KeyError, TypeError, ContractError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -74,6 +80,12 @@ def read_team(path: Path) -> TeamSpec:
         ) from error
     except OmcdaError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _require_known(values: Any, written: Mapping[str, Any], what: str) -> None:
+    """Raise UnknownNameError for an entry of ``values`` that is not among ``written``: nobody would read it."""
+    if isinstance(values, Mapping) and (unknown := sorted(values.keys() - written.keys())):
+        raise UnknownNameError(what, unknown[0], written)
 
 
 def claimed_team(claim: Claim | None) -> TeamSpec | None:

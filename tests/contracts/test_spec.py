@@ -68,6 +68,11 @@ def test_bounds_without_a_range_are_refused(low: float, high: float) -> None:
         TeamSpec.from_json({**SPEC.to_json(), "state_size": 2.5})
 
 
+def test_normalisers_that_do_nothing_known_are_refused() -> None:
+    with pytest.raises(ConfigError, match="expected 'none' or 'per-vector-standardize', got 'identity'"):
+        TeamSpec.from_json({**SPEC.to_json(), "normalizer": {"kind": "identity"}})
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "../a", ".a", "a b", "team", "agent\n", "größe"])
 def test_names_that_no_folder_or_model_can_have_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="expected names of letters, digits"):

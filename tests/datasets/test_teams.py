@@ -60,6 +60,18 @@ def of_agent(**changed: Any) -> dict[str, Any]:
         ),
         ({**SHORT, "agents": [AGENT, AGENT]}, "names must be distinct"),
         ({**SHORT, "normalizer": "none"}, "expected a team"),
+        (
+            {**SHORT, "normalizer": {"kind": "identity"}},
+            "expected 'none' or 'per-vector-standardize', got 'id",
+        ),
+        ({**SHORT, "normalizer": {"kind": "none", "mean": 1}}, "unknown field of a normalizer 'mean'"),
+        ({**SHORT, "episode_limits": 5}, "field of a team 'episode_limits': did you mean 'episode_limit'"),
+        (of_agent(low=-2), "unknown field of agent left 'low': did you mean 'action_low'"),
+        ({**SHORT, "episode_limit": float("inf")}, "expected a team .* infinity"),
+        (
+            json.dumps(SHORT).replace('"observation_size": 5', '"observation_size": 1e400'),
+            "a team .* infinity",
+        ),
     ],
 )
 def test_what_is_no_team_is_named(tmp_path: Path, content: Any, message: str) -> None:
