@@ -21,8 +21,8 @@ from omcda_deploy.spec import TeamSpec
 def admitted(episode: Episode, spec: TeamSpec, label: str) -> Episode:
     """Return an episode of the team ``spec`` without padding; messages begin with the episode's or this label.
 
-    Raises :class:`DatasetError` for arrays of other shapes or types than :class:`Episode` states, and for an
-    episode without a step or longer than the spec's limit.
+    Raises :class:`DatasetError` for arrays of other shapes or types than :class:`Episode` states, for an episode
+    without a step or longer than the spec's limit, and for actions beyond the agents' bounds.
     """
     label = episode.label or label
     if any(np.ndim(values) == 0 for values in (episode.observations, episode.actions, episode.rewards)):
@@ -37,6 +37,8 @@ def admitted(episode: Episode, spec: TeamSpec, label: str) -> Episode:
             f"{label}: expected 1 to {spec.episode_limit} steps, the episode limit of {spec.task}, got "
             f"{len(episode)}: name the task that was recorded, or cut the episode out"
         )
+    if spec.action_kind == "continuous":
+        _require_within(episode.actions, spec, label)
     return episode
 
 
@@ -107,6 +109,24 @@ def all_available(spec: TeamSpec, rows: int) -> NDArray[np.uint8]:
 def repeat_last(rows: NDArray[Any]) -> NDArray[Any]:
     """Repeat the last of ``rows``, in place of a final one that was not recorded."""
     return np.concatenate([rows, rows[-1:]])
+
+
+def _require_within(actions: NDArray[Any], spec: TeamSpec, label: str) -> None:
+    """Raise :class:`DatasetError` naming the number of ``actions`` [T, N, A] that is farthest beyond its bounds.
+
+    Published files hold such numbers and are read and selected from as they are; what is written anew may not.
+    """
+    for index, agent in enumerate(spec.agents):
+        own = actions[:, index, : agent.action.size]
+        if not np.isfinite(own).all() or agent.action.admits(own):  # the writer refuses what is not finite
+            continue
+        beyond = np.maximum(agent.action.low - own, own - agent.action.high)
+        row, column = np.unravel_index(np.argmax(beyond), own.shape)
+        raise DatasetError(
+            f"{label}: actions: expected {agent.action} of {agent.name}, got {own[row, column]:g} in row {row}, "
+            f"column {column}: give the actions' own bounds, as action_low and action_high with --team or in the "
+            "spec, or clip what went beyond them"
+        )
 
 
 def _advice(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

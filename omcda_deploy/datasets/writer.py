@@ -59,8 +59,9 @@ def write_dataset(
 
     Returns a summary: path, task, behavior, episodes, transitions, the mean and standard deviation of the
     undiscounted returns, and the digest. Raises :class:`DatasetError` for arrays of other shapes or types, an
-    episode beyond the spec's time limit, NaN or infinity, numbers behind those of a short agent, choices that were
-    not available, other metadata, and a ``path`` that does not end in ``.hdf5`` or ``.h5``, by which it is read.
+    episode beyond the spec's time limit, NaN or infinity, numbers behind those of a short agent, actions beyond
+    their bounds, choices that were not available, other metadata, and a ``path`` that does not end in ``.hdf5`` or
+    ``.h5``, by which it is read.
     """
     require_suffix(path)
     with DatasetWriter(path, spec, {**(metadata or {}), "behavior": behavior}) as writer:

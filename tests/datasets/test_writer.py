@@ -125,6 +125,10 @@ CONTINUOUS, DISCRETE = (random_episode(SPECS[kind], 4) for kind in ("continuous"
         ),
         (replace(DISCRETE, actions=DISCRETE.actions + 4), "row 5: expected one of the actions .* got"),
         (
+            replace(CONTINUOUS, actions=np.where(np.arange(2) == 1, [[[0], [-7], [2]]] * 4, 0.0)),
+            "episode 1: actions: expected numbers from -1 to 1 of agent_1, got -7 in row 0, column 1: give",
+        ),
+        (
             replace(DISCRETE, observations=np.ones((5, 2, 5)), label="trial 9"),
             "trial 9: observations: expected 0 behind the 4 numbers of agent_0, got 1 in row 0, column 4: clear",
         ),
