@@ -21,7 +21,7 @@ from omcda_deploy.spec import TeamSpec
 def admitted(episode: Episode, spec: TeamSpec, label: str) -> Episode:
     """Return an episode of the team ``spec`` without padding; messages begin with the episode's or this label.
 
-    Raises :class:`DatasetError` for arrays of other shapes or types than :class:`Episode` states, for an episode
+    Raises :class:`DatasetError` for arrays and single values other than :class:`Episode` states, for an episode
     without a step or longer than the spec's limit, and for actions beyond the agents' bounds.
     """
     label = episode.label or label
@@ -29,7 +29,7 @@ def admitted(episode: Episode, spec: TeamSpec, label: str) -> Episode:
         raise DatasetError(
             f"{label}: expected arrays with a row per step, got a single number: give whole episodes"
         )
-    episode = _unpadded(episode)
+    episode = _unpadded(_with_checked_numbers(episode, label))
     if len(episode):
         require_shapes(episode, spec, label)
     if not 1 <= len(episode) <= spec.episode_limit:
@@ -127,6 +127,29 @@ def _require_within(actions: NDArray[Any], spec: TeamSpec, label: str) -> None:
             f"column {column}: give the actions' own bounds, as action_low and action_high with --team or in the "
             "spec, or clip what went beyond them"
         )
+
+
+def _with_checked_numbers(episode: Episode, label: str) -> Episode:
+    """Return the episode with its ``timeout`` as a bool. Raises :class:`DatasetError` for other single values."""
+    for name, value, kinds, fits, expected in (
+        ("timeout", episode.timeout, "biuf", lambda number: number in (0, 1), "True or False"),
+        (
+            "seed",
+            episode.seed,
+            "iu",
+            lambda number: -(2**63) <= number < 2**63,
+            "a whole number of 64 bits, or None",
+        ),
+        ("episode_return", episode.episode_return, "iuf", np.isfinite, "a finite number, or None"),
+    ):
+        if value is None and name != "timeout":
+            continue
+        number = np.asarray(value)
+        if number.ndim or number.dtype.kind not in kinds or not fits(number.item()):
+            raise DatasetError(
+                f"{label}: {name}: expected {expected}, got {str(value)[:60]}: give one for the whole episode"
+            )
+    return replace(episode, timeout=bool(episode.timeout))
 
 
 def _advice(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

@@ -146,7 +146,7 @@ def read_recordings(folders: Sequence[Path], rewards: Path | None) -> Recordings
 def read_rewards(path: Path) -> dict[str, Any]:
     """Read a CSV file of rewards as the columns of reports. Raises :class:`DatasetError`, naming the line."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a mark
             reader = csv.DictReader(file)
             missing = [name for name in CSV_COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
@@ -158,6 +158,10 @@ def read_rewards(path: Path) -> dict[str, Any]:
         raise DatasetError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError:
         raise DatasetError(f"{path}: expected a CSV file, got bytes that are no text") from None
+    except csv.Error as error:
+        raise DatasetError(
+            f"{path}: behind line {reader.line_num}: expected a CSV file, got something else ({error})"
+        ) from None
     columns = _empty_reports()
     episodes, rows, steps, rewards, terminated, truncated = zip(*lines, strict=True) if lines else ((),) * 6
     columns |= {
@@ -201,12 +205,13 @@ def _line(
     flags = {"0": False, "1": True, "false": False, "true": True}
     try:
         reward = float(values["reward"] or "")
-        if not np.isfinite(reward):
+        row, step = int(values.get("row") or 0), int(values["step"] or "")
+        if not np.isfinite(reward) or not 0 <= row < 2**63 or not 0 <= step < 2**63:
             raise ValueError
         return (
             values["episode"] or "",
-            int(values.get("row") or 0),
-            int(values["step"] or ""),
+            row,
+            step,
             reward,
             flags[(values["terminated"] or "").strip().lower()],
             flags[(values["truncated"] or "").strip().lower()],

@@ -252,8 +252,8 @@ def test_rewards_come_from_a_file(loop: Loop, tmp_path: Path) -> None:
     for _ in range(3):
         loop.step(reported=False)
     rewards = tmp_path / "rewards.csv"
-    rewards.write_text(
-        "step,episode,reward,terminated,truncated,note\n"
+    rewards.write_text(  # as Excel writes "CSV UTF-8"
+        "\ufeffstep,episode,reward,terminated,truncated,note\n"
         "1,logged elsewhere,0.5,0,0,a\n2,logged elsewhere,1e1,0,0,b\n3,logged elsewhere,-1,0,1,c\n"
     )
     summary, dataset = joined(loop, rewards=rewards)
@@ -268,6 +268,11 @@ def test_rewards_come_from_a_file(loop: Loop, tmp_path: Path) -> None:
         ("episode,step,reward,terminated,truncated\ne,1,1,0\n", "line 2: expected an episode"),
         ("episode,step,reward,terminated,truncated\ne,1.5,1,0,0\n", "line 2: expected an episode"),
         ("episode,step,reward,terminated,truncated\ne,1,1,maybe,0\n", "line 2: expected an episode"),
+        (f"episode,step,reward,terminated,truncated\ne,1{'0' * 20},1,0,0\n", "line 2: expected an episode"),
+        (
+            f"episode,step,reward,terminated,truncated\ne{'e' * 200000},1,1,0,0\n",
+            "behind line 1: expected a CSV file",
+        ),
         ("episode,step,reward,terminated,truncated\n", "expected a complete episode"),
         ("episode,step,reward,terminated,truncated\nother,1,1,1,0\n", "no answer of agent_0 was recorded"),
     ):

@@ -129,7 +129,7 @@ CONTINUOUS, DISCRETE = (random_episode(SPECS[kind], 4) for kind in ("continuous"
             "episode 1: actions: expected numbers from -1 to 1 of agent_1, got -7 in row 0, column 1: give",
         ),
         (
-            replace(DISCRETE, observations=np.ones((5, 2, 5)), label="trial 9"),
+            replace(DISCRETE, observations=np.ones((5, 2, 5), np.float32), label="trial 9"),
             "trial 9: observations: expected 0 behind the 4 numbers of agent_0, got 1 in row 0, column 4: clear",
         ),
     ],
@@ -151,15 +151,47 @@ def test_numbers_that_no_served_policy_would_see_are_refused(tmp_path: Path, arr
     spec = unequal_spec()
     path = synthetic_dataset(tmp_path / "d.hdf5", spec, [3, 2])
     episode = read_dataset(path).episode(1)
-    changed = {name: np.array(getattr(episode, name)) for name in ("observations", "actions")}
-    changed["observations" if array == "o" else "actions"][1, 0, -1] = 0.5
+    changed = replace(episode, observations=episode.observations.copy(), actions=episode.actions.copy())
+    (changed.observations if array == "o" else changed.actions)[1, 0, -1] = 0.5
     message = r"expected 0 behind the [31] numbers of base, got 0\.5 in row 1, column [31]: clear it"
     with pytest.raises(DatasetError, match=message):
-        write_dataset(tmp_path / "no.hdf5", spec, [replace(episode, **changed)])
+        write_dataset(tmp_path / "no.hdf5", spec, [changed])
     with h5py.File(path, "r+") as file:
         file[array][5, 0, -1] = 0.5
     with pytest.raises(DatasetError, match=rf"d\.hdf5: {array}: .* base, got 0\.5 in row 5, column"):
         read_dataset(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        *(
+            ({"timeout": value}, "timeout: expected True or False, got ")
+            for value in (None, np.nan, "False", np.array([0, 1]), 2)
+        ),
+        *(
+            ({"seed": value}, "seed: expected a whole number of 64 bits, or None, got ")
+            for value in (2**70, 0.5, "1")
+        ),
+        *(
+            ({"episode_return": value}, "episode_return: expected a finite number, or None, got ")
+            for value in (np.nan, "1", [1.0])
+        ),
+    ],
+)
+def test_single_values_that_say_nothing_are_refused(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=rf"d\.hdf5: episode 0: {message}"):
+        write_dataset(tmp_path / "d.hdf5", SPECS["continuous"], [replace(CONTINUOUS, **values)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("timeout", [1, np.True_, np.float64(1), np.array(1)])
+def test_a_time_limit_may_be_said_by_a_number(tmp_path: Path, timeout: Any) -> None:
+    write_dataset(tmp_path / "d.hdf5", SPECS["continuous"], [replace(CONTINUOUS, timeout=timeout, seed=3)])
+    episode = read_dataset(tmp_path / "d.hdf5").episode(0)
+    assert (episode.timeout, episode.seed) == (True, 3)
 
 
 @pytest.mark.parametrize("metadata", [{"rig": None}, {"rig": [1, 2]}, {"digest": "x"}, {"spec": "x"}])

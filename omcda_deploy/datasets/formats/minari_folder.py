@@ -94,7 +94,7 @@ def _naming(path: Path) -> Iterator[None]:
         TypeError,
         AttributeError,
         AssertionError,
-        NotImplementedError,
+        RuntimeError,  # NotImplementedError is one
     ) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise DatasetError(
