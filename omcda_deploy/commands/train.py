@@ -167,8 +167,8 @@ def _print_next(run: Path) -> None:
     from omcda_deploy.training.run_folder import CONFIG
 
     single = (run / CONFIG).is_file()
-    which = f"it with  omcda-deploy export {run}" if single else f"one with  omcda-deploy export {run}/seed…"
-    print_text(f"trained {run}: export {which} --out BUNDLE")
+    which, one = ("it", run) if single else ("one", min(run.glob("seed*"), default=run))
+    print_text(f"trained {run}: export {which} with  {command('export', one, '--out', 'BUNDLE')}")
 
 
 def _numbers(seeds: str) -> list[int]:

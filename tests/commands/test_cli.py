@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from rich.console import Console
 from omcda_deploy import cli
 from omcda_deploy.bundle import MODEL_FILE, read_bundle
 from omcda_deploy.commands import training_view
+from omcda_deploy.commands.train import _print_next
 from omcda_deploy.plugins import Column, columns_of
 from omcda_deploy.registry import load_algorithm, team_spec
 from tests.support.bundles import write_test_bundle
@@ -403,6 +405,16 @@ def test_a_process_of_its_own_ends_the_same_way(place: Path) -> None:
     )
     assert (process.returncode, process.stdout) == (2, "")
     assert_matches(process.stderr, r"\Aerror: .* was changed after export: [^\n]*\n\Z")
+
+
+def test_the_export_of_a_run_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (3, 0):
+        (tmp_path / "my runs" / f"seed{seed}").mkdir(parents=True)
+    (tmp_path / "my runs" / "seed3" / "config.json").touch()
+    for folder, exported in (("my runs/seed3", "my runs/seed3"), ("my runs", "my runs/seed0")):
+        _print_next(tmp_path / folder)
+        pasted = capsys.readouterr().out.partition("  ")[2]
+        assert shlex.split(pasted) == ["omcda-deploy", "export", str(tmp_path / exported), "--out", "BUNDLE"]
 
 
 def test_train_export_and_resume_where_the_data_moved(
