@@ -32,7 +32,7 @@ def import_dataset(
         Path,
         typer.Argument(
             help="Folder of .npz episodes, Minari dataset, PyMARL file or folder of part_N.h5, folder of MADT's "
-            "episodes, or vault."
+            "episodes, vault, or HDF5 in our layout without a team."
         ),
     ],
     out: Out,

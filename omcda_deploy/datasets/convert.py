@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy import registry
-from omcda_deploy.datasets import Claim, Recording, Scalar
+from omcda_deploy.datasets import Claim, Recording, Scalar, unnamed
 from omcda_deploy.datasets.episodes import admitted
 from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES, holds_dataset
 from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.errors import ConfigError, DatasetError, UnknownNameError
 from omcda_deploy.files import sha256
+from omcda_deploy.plugins import ForeignFormat
 from omcda_deploy.spec import TeamSpec
 
 RewardMode = Literal["reward", "return_to_go"]
@@ -39,6 +41,7 @@ def convert(
 ) -> dict[str, Any]:
     """Write the episodes of ``source`` as HDF5 to ``out``, one at a time; returns a summary of the file.
 
+    ``source`` is of a foreign format, or in our layout without a team (:mod:`omcda_deploy.datasets.unnamed`).
     ``format`` is recognised by the source's contents if omitted. The team of published SMAC data is recognised
     too; that of other data is a known ``task``'s, a whole ``team``, or that of a new ``task`` of this
     ``control_rate`` (Hz) and ``episode_limit`` (steps), whose sizes the source tells.
@@ -55,20 +58,14 @@ def convert(
         raise UnknownNameError("format", format, formats)
     if not source.exists():
         raise DatasetError(f"{source}: no such file or folder: expected a dataset to import")
-    if (name := format or registry.foreign_format_of(source)) is None:
-        if source.is_file() and not source.stat().st_size:
-            raise DatasetError(f"{source} is empty: download it again")
-        if source.suffix in SUFFIXES and holds_dataset(source):
-            raise DatasetError(f"{source} needs no import: train, replay and inspect read it as it is")
-        if source.suffix in SUFFIXES and source.is_file():
-            raise DatasetError(
-                f"{source}: expected HDF5 with the arrays of a known format, got others or a truncated file: look "
-                "at it with h5ls, or download it again"
-            )
-        sources = "; ".join(f"{name}: {module.SOURCE}" for name, module in formats.items())
-        raise DatasetError(
-            f"{source}: expected a source of one of these formats ({sources}), got something else"
-        )
+    claim = Claim(task, team, control_rate, episode_limit)
+    opening: Callable[[Path, Claim], AbstractContextManager[Recording]]
+    if (name := format or registry.foreign_format_of(source)) is not None:
+        opening = formats[name].open_recording
+    elif source.suffix in SUFFIXES and holds_dataset(source) and unnamed.needs_words(source, claim):
+        name, opening = unnamed.NAME, unnamed.open_recording
+    else:
+        raise _not_imported(source, formats)
     metadata: dict[str, Scalar] = {
         "behavior": source.absolute().stem,
         "source": source.absolute().name,
@@ -76,8 +73,7 @@ def convert(
         "source_sha256": source_digest(source),
         "reward_mode": reward_mode,
     }
-    claim = Claim(task, team, control_rate, episode_limit)
-    with formats[name].open_recording(source, claim) as recording:
+    with opening(source, claim) as recording:
         spec: TeamSpec = recording.spec
         with DatasetWriter(out, spec, metadata) as writer:
             _write(recording, writer, reward_mode, progress)
@@ -88,6 +84,23 @@ def convert(
         "reward_mode": reward_mode,
         **writer.summary(),
     }
+
+
+def _not_imported(source: Path, formats: Mapping[str, ForeignFormat]) -> DatasetError:
+    """Say why a source is none that can be imported."""
+    if source.is_file() and not source.stat().st_size:
+        return DatasetError(f"{source} is empty: download it again")
+    if source.suffix in SUFFIXES and holds_dataset(source):
+        return DatasetError(f"{source} needs no import: train, replay and inspect read it as it is")
+    if source.suffix in SUFFIXES and source.is_file():
+        return DatasetError(
+            f"{source}: expected HDF5 with the arrays of a known format, got others or a truncated file: look "
+            "at it with h5ls, or download it again"
+        )
+    sources = "; ".join(f"{name}: {module.SOURCE}" for name, module in formats.items())
+    return DatasetError(
+        f"{source}: expected a source of one of these formats ({sources}), got something else"
+    )
 
 
 def return_to_go(rewards: NDArray[Any]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ _BY_SHAPE = {
     (2, 113, 4, False): "mamujoco/ant-2x4",
     (6, 23, 1, False): "mamujoco/halfcheetah-6x1",
 }
+_IMPORT = ". Data of a team of your own: first  omcda-deploy import FILE --team TEAM --out NEW"
+
+logger = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
@@ -94,10 +98,14 @@ def spec_of(group: Any, task: TeamSpec | str | None, path: Path, shape: Shape) -
     elif stored is not None and task in (None, stored.task):
         spec = stored
     else:
-        name = _published_task(path, shape) if task is None else task
+        name = _guessed_task(path, shape) if task is None else task
         if stored is not None and name not in registry.tasks():
             raise UnknownNameError("task", name, [*registry.tasks(), stored.task])
-        spec = registry.team_spec(name)
+        try:
+            spec = registry.team_spec(name)
+        except UnknownNameError as error:
+            error.args = (f"{error}{_IMPORT}",)
+            raise
     if stored is not None:
         try:
             require_same_contract(stored, spec, str(path), "the task asked for")
@@ -115,14 +123,26 @@ def spec_of(group: Any, task: TeamSpec | str | None, path: Path, shape: Shape) -
     return spec
 
 
-def _published_task(path: Path, shape: Shape) -> str:
-    """The task of a file without a group, by its name or its sizes."""
+def published_task(path: Path, shape: Shape) -> str | None:
+    """Return the task of a file without a team, by its name or its sizes; None for one that is none of OMIGA's."""
     by_name = (_BY_NAME[start] for start in _BY_NAME if path.name.startswith(start))
-    task = next(by_name, None) or _BY_SHAPE.get(shape)
+    return next(by_name, None) or _BY_SHAPE.get(shape)
+
+
+def _guessed_task(path: Path, shape: Shape) -> str:
+    """Return the published task, with a warning where sizes alone tell. Raises :class:`DatasetError` for none."""
+    task = published_task(path, shape)
     if task is None:
         raise DatasetError(
             f"{path} does not say of which task it is, and {shape.agents} agents with observations of "
-            f"{shape.observation_size} and {_actions(shape)} fit none of OMIGA's: name the task"
+            f"{shape.observation_size} and {_actions(shape)} fit none of OMIGA's: name the task{_IMPORT}"
+        )
+    if not path.name.startswith(tuple(_BY_NAME)):
+        logger.warning(
+            "%s does not say of which task it is, and is taken for %s by its sizes alone: name the task%s",
+            path,
+            task,
+            _IMPORT,
         )
     return task
 

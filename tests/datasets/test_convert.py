@@ -23,7 +23,7 @@ from omcda_deploy.datasets.merging import concatenate
 from omcda_deploy.datasets.minari_export import write_minari
 from omcda_deploy.datasets.smac_teams import team_spec
 from omcda_deploy.errors import ContractError, DatasetError, OmcdaError, UnknownNameError
-from omcda_deploy.spec import require_same_contract
+from omcda_deploy.spec import ActionSpec, AgentSpec, TeamSpec, require_same_contract
 from tests.support.smac_episodes import SmacEpisode, pymarl_batch, random_episode, save_madt, save_pymarl
 
 EPISODES = [random_episode(steps, steps, mappo=False) for steps in (3, 4)]
@@ -250,3 +250,45 @@ def test_the_source_digest_is_of_names_and_contents(tmp_path: Path) -> None:
     assert source_digest(tmp_path / "b" / "inner" / "x") == (
         "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
     )
+
+
+def own_layout(path: Path) -> Path:
+    """A file of another program: five episodes of 4 steps and an unfinished one, of two agents."""
+    generator = np.random.default_rng(0)
+    observations, final = generator.normal(size=(27, 2, 3)).astype(np.float32), np.arange(27) % 5 == 4
+    with h5py.File(path, "w") as file:
+        file["o"], file["s"], file["r"] = observations, observations, np.ones((27, 1))
+        file["a"], file["d"] = generator.uniform(-2, 2, (27, 2, 1)), final[:, None].astype(np.float32)
+    return path
+
+
+def test_a_file_in_our_layout_is_imported_with_its_team(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, team, out = own_layout(tmp_path / "own.hdf5"), tmp_path / "team.json", tmp_path / "d.hdf5"
+    action = ActionSpec("continuous", 1, -2.0, 2.0)
+    spec = TeamSpec(
+        "cell/own", (AgentSpec("l", 3, action), AgentSpec("r", 3, action)), 6, 5.0, episode_limit=4
+    )
+    team.write_text(json.dumps(spec.to_json()))
+    with pytest.raises(
+        DatasetError, match=r"does not say of which team it is: name a known task .* --team FILE"
+    ):
+        command("import", source, "--out", out)
+    for task, message in ((None, "name the task"), ("cell/own", "unknown task 'cell/own'")):
+        with pytest.raises(
+            OmcdaError, match=rf"{message}.*first  omcda-deploy import FILE --team TEAM --out"
+        ):
+            registry.read_dataset(source, task)
+    command("import", source, "--team", team, "--out", out)
+    dataset = registry.read_dataset(out)
+    assert dataset.spec == spec
+    assert dataset.episode_length.tolist() == [4] * 5
+    assert dataset.timeout.sum() == 5, "as long as the team's limit"
+    assert "the last 1 rows are no whole episode" in caplog.messages[0]
+    with h5py.File(source) as file:
+        np.testing.assert_array_equal(dataset.observations, file["o"][:25])
+    with pytest.raises(DatasetError, match="actions: expected numbers from -1 to 1 of agent_"):
+        command("import", source, "--task", "cell/own", "--control-rate", "5", "--out", tmp_path / "no.hdf5")
+    with pytest.raises(DatasetError, match="needs no import"):
+        command("import", out, "--team", team, "--out", tmp_path / "no.hdf5")

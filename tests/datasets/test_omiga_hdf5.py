@@ -140,7 +140,7 @@ def test_what_we_wrote_comes_back(tmp_path: Path, hopper: TeamSpec) -> None:
     np.testing.assert_array_equal(again.episode_returns, dataset.episode_returns)
 
 
-def test_published_files_need_no_metadata(tmp_path: Path) -> None:
+def test_published_files_need_no_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arrays = published([1000, 12, 999])
     path = save(tmp_path / "Hopper-v2-3x1-expert.hdf5", {**arrays, "r": arrays["r"][:, 0]})
     dataset = read(path)
@@ -157,7 +157,9 @@ def test_published_files_need_no_metadata(tmp_path: Path) -> None:
     theirs = omiga_loader(save(tmp_path / "x.hdf5", arrays))
     np.testing.assert_array_equal(dataset.observations[dataset.transitions], theirs["o"].astype(np.float32))
     np.testing.assert_array_equal(dataset.done(True), 1 - theirs["mask"][:, 0])
+    assert not caplog.messages
     assert read(tmp_path / "x.hdf5").spec.task == HOPPER  # by shape
+    assert "x.hdf5 does not say of which task it is, and is taken for mamujoco/hopper-3x1" in caplog.text
     assert read(tmp_path / "x.hdf5").digest == dataset.digest  # neither the name nor r's shape matters
 
 
