@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 
-from omcda_deploy import EndpointError, RemoteTeam, make_environment
+from omcda_deploy import ContractError, EndpointError, RemoteTeam, make_environment
 
 
 def run(team, environment, steps, period):
@@ -25,7 +25,10 @@ def run(team, environment, steps, period):
             decisions = team.act(observations)
             actions = {name: decision.action for name, decision in decisions.items()}
             kinds.update(map(kind, decisions.values()))
-        except EndpointError:  # a server refused: an observation unlike the data, for instance
+        except (
+            ContractError,
+            EndpointError,
+        ):  # refused: an observation with NaN or unlike the data, for instance
             actions = standstill  # whatever is safe on your robots
             kinds["refused"] += len(actions)
         observations, rewards, terminated, truncated, _ = environment.step(actions)

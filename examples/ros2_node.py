@@ -7,7 +7,7 @@
 
 import time
 
-from omcda_deploy import EndpointError, RemotePolicy
+from omcda_deploy import ContractError, EndpointError, RemotePolicy
 
 try:
     import rclpy
@@ -34,7 +34,10 @@ class AgentLoop:
             return self.stop, "no observation in the last two periods"
         try:
             decision = self.policy.act(self.observation)
-        except EndpointError as error:
+        except (
+            ContractError,
+            EndpointError,
+        ) as error:  # a message of another length or with NaN, for instance
             return self.stop, str(error)
         return decision.action.tolist(), None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -13,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.bundle import TEAM, Bundle, input_names, output_names, parameter_names, read_bundle
-from omcda_deploy.errors import BundleError, ContractError, MissingExtraError
+from omcda_deploy.errors import BundleError, MissingExtraError
+from omcda_deploy.inputs import Mask, agent_rows, joined_rows, team_rows, with_noise, with_zero_noise
 from omcda_deploy.policy import Decision, Float, NoiseSource
 from omcda_deploy.spec import AgentSpec, TeamSpec
 
@@ -100,7 +100,7 @@ class BoundRow:
 class LocalPolicy:
     """One agent of a bundle, in this process; ``temperature`` and ``seed`` are those of :class:`LocalTeam`.
 
-    :meth:`act` raises :class:`ContractError` for inputs of other shapes and observations that are not finite.
+    :meth:`act` raises :class:`ContractError` for inputs that a served policy refuses (:mod:`omcda_deploy.inputs`).
     """
 
     def __init__(self, bundle: Bundle, agent: str, *, temperature: float = 0.0, seed: int = 0) -> None:
@@ -109,29 +109,17 @@ class LocalPolicy:
         self.spec: AgentSpec = bundle.spec.agent(agent)
         self._model = _load(bundle, agent)
         self._parameters = parameter_names(bundle.spec)
-        self._discrete = self.spec.action.kind == "discrete"
 
     def reset(self) -> None:
         pass
 
     def act(
-        self,
-        observation: Float,
-        *,
-        noise: Float | None = None,
-        action_mask: NDArray[np.uint8] | None = None,
+        self, observation: Float, *, noise: Float | None = None, action_mask: Mask | None = None
     ) -> Decision:
-        rows = _finite(observation, self.spec)
-        shape = (len(rows), self.spec.action.size)
         name = self.spec.name
-        noises = self._noise.for_call(None if noise is None else {name: noise}, {name: observation})
-        feeds: dict[str, NDArray[Any]] = {
-            "observation": rows,
-            "noise": _or_default(noises[name] if noises else None, shape, np.float32, 0),
-        }
-        if self._discrete:
-            feeds["action_mask"] = _or_default(action_mask, shape, np.uint8, 1)
-        decision = decision_of(self._model.run(feeds), self._parameters)
+        rows = agent_rows(self.spec, observation, noise, action_mask)
+        with_noise({name: rows}, self._noise, None if noise is None else {name: noise})
+        decision = decision_of(self._model.run(with_zero_noise(self.spec, rows)), self._parameters)
         return decision if np.ndim(observation) == 2 else first_row(decision)
 
 
@@ -152,28 +140,26 @@ class LocalTeam:
         self.budgets = bundle.budgets
         self._noise = NoiseSource(bundle.spec, seed, temperature)
         self.temperature = self._noise.temperature
-        self._policies = {name: LocalPolicy(bundle, name) for name in bundle.spec.names}
+        self._models = {name: _load(bundle, name) for name in bundle.spec.names}
+        self._parameters = parameter_names(bundle.spec)
 
     def reset(self) -> None:
-        for policy in self._policies.values():
-            policy.reset()
+        pass
 
     def act(
         self,
         observations: Mapping[str, Float],
         *,
         noise: Mapping[str, Float] | None = None,
-        action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
+        action_masks: Mapping[str, Mask] | None = None,
     ) -> dict[str, Decision]:
-        noise = self._noise.for_call(noise, observations)
-        return {
-            name: policy.act(
-                observation_of(observations, name),
-                noise=noise[name] if noise else None,
-                action_mask=action_masks[name] if action_masks else None,
-            )
-            for name, policy in self._policies.items()
+        rows = team_rows(self.spec, observations, noise, action_masks)
+        with_noise(rows, self._noise, noise)
+        decisions = {
+            a.name: decision_of(self._models[a.name].run(with_zero_noise(a, rows[a.name])), self._parameters)
+            for a in self.spec.agents
         }
+        return in_kind(decisions, observations)
 
 
 class JointTeam:
@@ -201,35 +187,12 @@ class JointTeam:
         observations: Mapping[str, Float],
         *,
         noise: Mapping[str, Float] | None = None,
-        action_masks: Mapping[str, NDArray[np.uint8]] | None = None,
+        action_masks: Mapping[str, Mask] | None = None,
     ) -> dict[str, Decision]:
-        noise = self._noise.for_call(noise, observations)
-        agents = self.spec.agents
-        single = np.ndim(observation_of(observations, agents[0].name)) == 1
-        rows = [_finite(observation_of(observations, a.name), a) for a in agents]
-        batch = len(rows[0])
-        feeds: dict[str, NDArray[Any]] = {
-            "observation": np.concatenate(rows, axis=1),
-            "noise": np.concatenate(
-                [
-                    _or_default(noise[a.name] if noise else None, (batch, a.action.size), np.float32, 0)
-                    for a in agents
-                ],
-                axis=1,
-            ),
-        }
-        if self.spec.action_kind == "discrete":
-            feeds["action_mask"] = np.concatenate(
-                [
-                    _or_default(
-                        action_masks[a.name] if action_masks else None, (batch, a.action.size), np.uint8, 1
-                    )
-                    for a in agents
-                ],
-                axis=1,
-            )
-        decisions = split_decisions(self.spec, self._model.run(feeds))
-        return {name: first_row(d) for name, d in decisions.items()} if single else decisions
+        rows = team_rows(self.spec, observations, noise, action_masks)
+        with_noise(rows, self._noise, noise)
+        feeds = joined_rows(self.spec, {a.name: with_zero_noise(a, rows[a.name]) for a in self.spec.agents})
+        return in_kind(split_decisions(self.spec, self._model.run(feeds)), observations)
 
 
 def split_decisions(spec: TeamSpec, outputs: Mapping[str, NDArray[Any]]) -> dict[str, Decision]:
@@ -259,6 +222,14 @@ def decision_of(outputs: Mapping[str, NDArray[Any]], parameters: tuple[str, ...]
     )
 
 
+def in_kind(decisions: Mapping[str, Decision], observations: Mapping[str, Float]) -> dict[str, Decision]:
+    """Turn the answers to batches into the answers to ``observations``, of which some are single vectors."""
+    return {
+        name: decision if np.ndim(observations[name]) == 2 else first_row(decision)
+        for name, decision in decisions.items()
+    }
+
+
 def first_row(decision: Decision) -> Decision:
     """Turn the answer to a batch of one row into the answer to a single vector."""
     return Decision(
@@ -267,61 +238,6 @@ def first_row(decision: Decision) -> Decision:
         {name: values[0] for name, values in decision.parameters.items()},
         None if decision.policy_weight is None else decision.policy_weight[0],
     )
-
-
-def observation_of(observations: Mapping[str, Float], name: str) -> Float:
-    """Take one agent's observation. Raises :class:`ContractError` where it is missing."""
-    try:
-        return observations[name]
-    except (KeyError, IndexError, TypeError):
-        got = sorted(observations) if isinstance(observations, Mapping) else type(observations).__name__
-        raise ContractError(f"no observation for {name}: expected one per agent, got {got}") from None
-
-
-def batch_of(vectors: NDArray[Any], width: int, what: str) -> Float:
-    """Return [B, width] or [width] as contiguous float32 [B, width]; raise :class:`ContractError` for other shapes.
-
-    ``what`` names the vectors in the message.
-    """
-    try:
-        if np.iscomplexobj(vectors):
-            raise TypeError("complex numbers")  # numpy would drop their imaginary parts
-        rows = np.ascontiguousarray(vectors, np.float32)
-    except (TypeError, ValueError):
-        raise ContractError(
-            f"{what}: expected numbers of shape [B, {width}] or [{width}], got {type(vectors).__name__} "
-            f"{reprlib.repr(vectors)}"
-        ) from None
-    if rows.ndim == 1:
-        rows = rows[None]
-    if rows.ndim != 2 or rows.shape[1] != width:
-        raise ContractError(
-            f"{what}: expected shape [B, {width}] or [{width}], got {list(np.shape(vectors))}"
-        )
-    return rows
-
-
-def _finite(observation: NDArray[Any], agent: AgentSpec) -> Float:
-    """Return the observation as :func:`batch_of` does; refuse infinite numbers and NaN, as a server does."""
-    rows = batch_of(observation, agent.observation_size, f"observation of {agent.name}")
-    if not np.isfinite(rows).all():
-        row, column = np.argwhere(~np.isfinite(rows))[0].tolist()
-        raise ContractError(
-            f"observation of {agent.name}: expected finite numbers, got {rows[row, column]} in row {row}, column "
-            f"{column}: look at what the simulator shows"
-        )
-    return rows
-
-
-def _or_default(
-    values: NDArray[Any] | None, shape: tuple[int, int], dtype: Any, default: int
-) -> NDArray[Any]:
-    if values is None:
-        return np.full(shape, default, dtype)
-    rows = np.ascontiguousarray(values, dtype).reshape(-1, shape[1])
-    if rows.shape != shape:
-        raise ContractError(f"expected noise or mask of shape {list(shape)}, got {list(np.shape(values))}")
-    return rows
 
 
 def _load(bundle: Bundle, model: str) -> OnnxModel:

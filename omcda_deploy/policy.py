@@ -70,7 +70,8 @@ class Policy(Protocol):
 
         ``noise`` [B, A] or [A] is used as it is; zeros mean the deterministic action, and so does None unless the
         policy has a temperature of its own. ``action_mask`` [B, A] or [A] is 1 where a discrete action is
-        available, None where all are. Raises :class:`ContractError` for other shapes.
+        available, None where all are. Raises :class:`ContractError` for other shapes, numbers that are not finite,
+        and masks that hold anything but 0 and 1 or allow nothing (:mod:`omcda_deploy.inputs`).
         """
         ...
 

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.errors import UnknownNameError
 from omcda_deploy.guard import Guard, GuardSetting
+from omcda_deploy.inputs import all_finite
 from omcda_deploy.local import OnnxModel
 from omcda_deploy.protos.tensors import DTYPES, answer_tensors, input_tensors
 from omcda_deploy.serve.batches import LARGE_BYTES
 from omcda_deploy.serve.meter import ModelMeter, Sample
 from omcda_deploy.serve.status import RangeError, RequestError
-from omcda_deploy.serve.step import OrdinaryStep, all_finite
+from omcda_deploy.serve.step import OrdinaryStep
 from omcda_deploy.serve.wire import WireTensors, decode
 
 NAME_LIMIT = 100  # characters of a caller's name that are compared and repeated

@@ -13,19 +13,17 @@ from __future__ import annotations
 import math
 import time
 from struct import Struct
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from omcda_deploy.guard import Guard
+from omcda_deploy.inputs import all_finite
 from omcda_deploy.local import BoundRow
 from omcda_deploy.serve.guarded_row import GuardedRow
 from omcda_deploy.serve.meter import ModelMeter, Sample
 from omcda_deploy.serve.wire import WireTensors
 
 _MASK_VALUES = b"\0\1"
-_PLAIN_SUM_LIMIT = 256  # numbers; a plain sum of more costs more than one numpy call
 
 
 class OrdinaryStep:
@@ -96,13 +94,3 @@ class OrdinaryStep:
         seconds = time.perf_counter() - began
         self._meter.add(Sample(1, observation, divergences, weights, began, seconds))
         return outputs
-
-
-def all_finite(values: NDArray[Any]) -> bool:
-    """Return whether all values are finite.
-
-    For many values a finite sum of squares proves it at half the price of looking at each.
-    """
-    if values.size <= _PLAIN_SUM_LIMIT:
-        return math.isfinite(sum(values.ravel().tolist()))
-    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())

@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.client.circuit import NotAwaitedError
 from omcda_deploy.errors import ConfigError, ContractError, MissedAnswerError
 from omcda_deploy.guard import behavior_action
+from omcda_deploy.inputs import Mask, team_rows, with_noise
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.policy import Decision, Float, NoiseSource, Policy, TeamPolicy
 from omcda_deploy.spec import AgentSpec, TeamSpec, require_same_contract
 
-Mask: TypeAlias = NDArray[np.uint8]
 FallbackChoice: TypeAlias = Literal["raise", "hold"] | Mapping[str, Policy] | TeamPolicy
 
 
@@ -115,13 +114,12 @@ class BehaviorTeam:
         noise: Mapping[str, Float] | None = None,
         action_masks: Mapping[str, Mask] | None = None,
     ) -> dict[str, Decision]:
-        noise = self._noise.for_call(noise, observations)
+        rows = team_rows(self.spec, observations, noise, action_masks)
+        noise = with_noise(rows, self._noise, noise)
         return {
             name: replace(
                 decision,
-                action=behavior_action(
-                    self.spec.agent(name), decision.parameters, noise[name] if noise else None
-                ),
+                action=behavior_action(self.spec.agent(name), decision.parameters, rows[name].get("noise")),
                 policy_weight=np.zeros_like(decision.divergence),
             )
             for name, decision in self._team.act(observations, noise=noise, action_masks=action_masks).items()

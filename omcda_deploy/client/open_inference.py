@@ -17,10 +17,10 @@ import numpy as np
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.client.channel import Credentials
 from omcda_deploy.client.connection import CONNECT_LIMIT_S, Contract, ServerConnection, error_of, status_of
-from omcda_deploy.client.inputs import Rows
 from omcda_deploy.client.served import Outputs, ServedModels
 from omcda_deploy.client.transport import Arrivals, Calls
 from omcda_deploy.errors import ConfigError, EndpointError, MissedAnswerError, OmcdaError
+from omcda_deploy.inputs import Rows
 from omcda_deploy.protos import oip
 from omcda_deploy.protos.model_config import (
     BUDGETS_PARAMETER,

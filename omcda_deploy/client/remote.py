@@ -24,8 +24,7 @@ from omcda_deploy.client.channel import Credentials
 from omcda_deploy.client.circuit import NotAwaitedError
 from omcda_deploy.client.connection import ServerConnection
 from omcda_deploy.client.episode import EpisodeClock
-from omcda_deploy.client.fallback import FallbackChoice, Mask, fallback_of, marked
-from omcda_deploy.client.inputs import Rows, agent_rows, joined_rows, require_agents, require_one_batch
+from omcda_deploy.client.fallback import FallbackChoice, fallback_of, marked
 from omcda_deploy.client.open_inference import OpenModels
 from omcda_deploy.client.placement import (
     Protocol,
@@ -39,7 +38,8 @@ from omcda_deploy.client.reports import Reports
 from omcda_deploy.client.served import Outputs, ServedModels
 from omcda_deploy.client.usage import UsedByOne
 from omcda_deploy.errors import ConfigError, MissedAnswerError
-from omcda_deploy.local import decision_of, first_row, observation_of, split_decisions
+from omcda_deploy.inputs import Mask, Rows, agent_rows, joined_rows, team_rows, with_noise
+from omcda_deploy.local import decision_of, first_row, in_kind, split_decisions
 from omcda_deploy.policy import Decision, Float, NoiseSource, Policy, checked_temperature
 from omcda_deploy.spec import AgentSpec, TeamSpec
 
@@ -129,10 +129,10 @@ class RemotePolicy(UsedByOne):
 
     def _act(self, observation: Float, noise: Float | None, action_mask: Mask | None) -> Decision:
         name = self.spec.name
-        noises = self._noise.for_call(None if noise is None else {name: noise}, {name: observation})
+        rows = agent_rows(self.spec, observation, noise, action_mask)
+        noises = with_noise({name: rows}, self._noise, None if noise is None else {name: noise})
         self._episode.advance(noises)
         try:
-            rows = agent_rows(self.spec, observation, noises[name] if noises else None, action_mask)
             outputs = self._model.ask({name: rows})[name]
         except MissedAnswerError as error:
             self.missed += 1
@@ -143,7 +143,7 @@ class RemotePolicy(UsedByOne):
             decisions = self._fallback.answer({name: error}, {name: observation}, noises, masks)
             return marked(decisions, {name: error})[name]
         decision = decision_of(outputs, self._parameters)
-        if np.ndim(observation) == 1:
+        if np.ndim(observation) != 2:
             decision = first_row(decision)
         if self._fallback is not None:
             self._fallback.note({name: decision})
@@ -311,8 +311,7 @@ class RemoteTeam(UsedByOne):
         After an error no request is pending.
         """
         with self._usage:
-            require_agents(self.spec, observations=observations, noise=noise, action_masks=action_masks)
-            return self._act(observations, self._noise.for_call(noise, observations), action_masks)
+            return self._act(observations, noise, action_masks)
 
     def _act(
         self,
@@ -320,16 +319,8 @@ class RemoteTeam(UsedByOne):
         noise: Mapping[str, Float] | None,
         action_masks: Mapping[str, Mask] | None,
     ) -> dict[str, Decision]:
-        rows = {
-            agent.name: agent_rows(
-                agent,
-                observation_of(observations, agent.name),
-                noise[agent.name] if noise else None,
-                action_masks[agent.name] if action_masks else None,
-            )
-            for agent in self.spec.agents
-        }
-        require_one_batch(rows)
+        rows = team_rows(self.spec, observations, noise, action_masks)
+        noise = with_noise(rows, self._noise, noise)
         self._episode.advance(noise)
         outputs, missed = self._ask(rows)
         if self._reports is not None:
@@ -339,10 +330,7 @@ class RemoteTeam(UsedByOne):
             if TEAM in outputs
             else {name: decision_of(answer, self._parameters) for name, answer in outputs.items()}
         )
-        decisions = {
-            name: decision if np.ndim(observations[name]) == 2 else first_row(decision)
-            for name, decision in decisions.items()
-        }
+        decisions = in_kind(decisions, observations)
         if self._fallback is not None:
             if missed:
                 answers = self._fallback.answer(missed, observations, noise, action_masks)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.client.episode import EpisodeClock
 from omcda_deploy.errors import ConfigError, ContractError
-from omcda_deploy.local import batch_of, observation_of
+from omcda_deploy.inputs import batch_of, of_agent
 from omcda_deploy.recordings import FORMAT, REPORTS
 from omcda_deploy.recordings.columns import REPORT_COLUMNS, Values
 from omcda_deploy.recordings.recorder import Recorder
@@ -155,7 +155,7 @@ class Reports:
         masks = name == "next_action_masks"
         parts = [
             batch_of(
-                observation_of(by_agent, agent.name),
+                of_agent(by_agent, agent.name, name),
                 agent.action.size if masks else agent.observation_size,
                 f"{name} of {agent.name}",
             )

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from omcda_deploy.client.circuit import Circuit, NotAwaitedError
 from omcda_deploy.client.connection import ServerConnection, error_of, status_of
 from omcda_deploy.client.episode import EpisodeClock
-from omcda_deploy.client.inputs import Rows
 from omcda_deploy.client.transport import Arrivals, Calls, Stream
 from omcda_deploy.errors import ConfigError, EndpointError, MissedAnswerError
+from omcda_deploy.inputs import Rows
 from omcda_deploy.protos.packing import tag, varint
 from omcda_deploy.protos.policy_pb2 import ActRequest, ActResponse
 from omcda_deploy.protos.tensors import answer_tensors, input_tensors

@@ -202,10 +202,12 @@ def _answered(bundle: Bundle, dataset: Dataset, prefix: str) -> list[Gaussian | 
         policy = LocalPolicy(bundle, agent.name)
         parts: list[list[NDArray[Any]]] = []
         for rows in blocks(len(dataset.observations)):
-            masks = dataset.action_masks
+            mask = None
+            if dataset.action_masks is not None:
+                mask = dataset.action_masks[rows, index, : agent.action.size].copy()
+                mask[~mask.any(axis=1), 0] = 1  # behind an episode's end no choice may be left; graphs take 0
             decision = policy.act(
-                dataset.observations[rows, index, : agent.observation_size],
-                action_mask=None if masks is None else masks[rows, index, : agent.action.size],
+                dataset.observations[rows, index, : agent.observation_size], action_mask=mask
             )
             parts.append([decision.parameters[prefix + name] for name in names])
         agents.append(_distribution([np.concatenate(part) for part in zip(*parts, strict=True)]))

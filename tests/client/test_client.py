@@ -242,7 +242,7 @@ def test_what_the_server_refuses_says_why_and_the_next_step_works(
     continuous_bundle: Bundle, continuous_server: ServerProcess, stream: bool
 ) -> None:
     seen = observations(continuous_bundle.spec, 2)
-    bad = seen | {"agent_1": np.full((2, 5), np.nan, np.float32)}
+    bad = seen | {"agent_1": np.full((2, 5), 3e38, np.float32)}
     with RemoteTeam([continuous_server.endpoint], stream=stream, deadline_s=5) as team:
         with pytest.raises(EndpointError, match=f"{continuous_server.endpoint}.*agent_1.*finite"):
             team.act(bad)

@@ -395,7 +395,7 @@ def test_what_a_server_refuses_is_no_miss(
 ) -> None:
     """A fallback would hide a wrong request for ever."""
     batch = observations(continuous_bundle.spec, 2)
-    bad = batch | {"agent_1": np.full((2, 5), np.nan, np.float32)}
+    bad = batch | {"agent_1": np.full((2, 5), 3e38, np.float32)}
     with RemoteTeam([continuous_server.endpoint], stream=stream, deadline_s=5, fallback="hold") as team:
         team.act(batch)
         with pytest.raises(EndpointError, match=r"agent_1.*finite") as raised:

@@ -89,7 +89,7 @@ def test_wrong_reports_are_refused_and_can_be_made_again(
 @pytest.mark.parametrize(
     ("unseen", "message"),
     [
-        ({"next_observations": {}}, "no observation for agent_0"),
+        ({"next_observations": {}}, "no next_observations for agent_0"),
         ({"state": np.zeros(4)}, r"state: expected shape \[B, 5\]"),
         ({"next_state": np.zeros((2, 5))}, "next_state: expected 1 rows"),
         ({"active": [True, False]}, "active: expected shape"),

@@ -92,6 +92,19 @@ def test_a_temperature_is_that_of_the_noise(dataset: Dataset, tmp_path: Path) ->
         np.testing.assert_allclose(distribution.features()[0], shares, atol=0.015)
 
 
+def test_no_choice_behind_an_end_is_the_first_choice(dataset: Dataset, tmp_path: Path) -> None:
+    """As graphs take it, though a policy that is to act refuses such a mask."""
+    bundle = write_test_bundle(tmp_path / "bundle", dataset.spec, seed=4)
+    masks = np.array(dataset.action_masks)
+    final = dataset.episode_start + dataset.episode_length
+    masks[final] = 0
+    answered = TeamDistributions.of_bundle(bundle, dataclasses.replace(dataset, action_masks=masks))
+    masks[final, :, 0] = 1
+    same = TeamDistributions.of_bundle(bundle, dataclasses.replace(dataset, action_masks=masks))
+    for one, other in zip(answered.agents, same.agents, strict=True):
+        np.testing.assert_array_equal(one.features(), other.features())
+
+
 def test_a_recording_is_its_own_distribution(dataset: Dataset) -> None:
     acted = TeamDistributions.of_recording(dataset)
     rows = dataset.transitions

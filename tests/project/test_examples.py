@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omcda_deploy import LocalPolicy, MissedAnswerError, read_bundle, registry
+from omcda_deploy import LocalPolicy, LocalTeam, MissedAnswerError, read_bundle, registry
 from omcda_deploy.bundle import DEMO_TEAM
 from omcda_deploy.envs import mamujoco
 from omcda_deploy.registry import read_dataset
@@ -108,6 +108,37 @@ def test_the_ros_node_acts_on_the_newest_observation_or_stops() -> None:
     policy.error = ValueError("a defect is not hidden")
     with pytest.raises(ValueError, match="defect"):
         node.command(5.4)
+
+
+def test_observations_that_no_policy_takes_stop_the_ros_node() -> None:
+    """Topics bring what they bring."""
+    bundle = read_bundle(DEMO_TEAM)
+    agent = bundle.spec.agents[0]
+    node = example("ros2_node.py")["AgentLoop"](LocalPolicy(bundle, agent.name), 0.1, [0.0])
+    for values, message in (
+        ([1.0], "expected shape"),
+        ([float("nan")] * agent.observation_size, "expected finite"),
+    ):
+        node.observe(values, 5.0)
+        command, reason = node.command(5.0)
+        assert command == [0.0]
+        assert message in reason
+
+
+def test_the_guarded_loop_stands_still_where_a_sensor_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = example("guarded_loop.py")
+    environment = registry.make_environment(read_bundle(DEMO_TEAM).spec.task)
+    step = environment.step
+
+    def blind(actions: Any) -> Any:
+        observations, *others = step(actions)
+        return {name: np.full_like(values, np.nan) for name, values in observations.items()}, *others
+
+    monkeypatch.setattr(environment, "step", blind)
+    team = LocalTeam(DEMO_TEAM)
+    _, kinds = loop["run"](team, environment, 3, 0.0)
+    agents = len(team.spec.names)
+    assert kinds == {"policy": agents, "refused": 2 * agents}
 
 
 def test_without_ros_the_node_says_so() -> None:
