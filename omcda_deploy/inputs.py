@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omcda_deploy.errors import ContractError
-from omcda_deploy.policy import Float, NoiseSource
+from omcda_deploy.policy import Float, NoiseSource, ScaledNoise
 from omcda_deploy.spec import AgentSpec, TeamSpec
 
 Mask: TypeAlias = NDArray[np.uint8]
@@ -91,6 +91,8 @@ def team_rows(
     batches = {name: len(inputs["observation"]) for name, inputs in rows.items()}
     if len(set(batches.values())) > 1:
         raise ContractError(f"expected as many observations of every agent, got {batches}")
+    if noise is not None:  # of all agents or of none: an agent's None is as zeros
+        rows = {agent.name: with_zero_noise(agent, rows[agent.name]) for agent in spec.agents}
     return rows
 
 
@@ -108,12 +110,41 @@ def with_noise(
     return drawn
 
 
+class TeamInputs(NamedTuple):
+    """Arguments of :meth:`omcda_deploy.policy.TeamPolicy.act`."""
+
+    observations: Mapping[str, Float]
+    noise: Mapping[str, Float] | None
+    action_masks: Mapping[str, Mask] | None
+
+
+def checked_inputs(
+    rows: Mapping[str, Rows], observations: Mapping[str, Float], noise: Mapping[str, Float] | None
+) -> TeamInputs:
+    """Return checked ``rows`` as another policy takes them, in kind: vectors where ``observations`` are vectors.
+
+    ``noise``: the call's, whose temperature is kept.
+    """
+
+    def of_all(kind: str) -> dict[str, NDArray[Any]]:
+        return {
+            name: inputs[kind] if np.ndim(observations[name]) == 2 else inputs[kind][0]
+            for name, inputs in rows.items()
+            if kind in inputs
+        }
+
+    drawn: Mapping[str, Float] | None = of_all("noise") or None
+    if drawn and isinstance(noise, ScaledNoise):
+        drawn = ScaledNoise(drawn, noise.temperature)
+    return TeamInputs(of_all("observation"), drawn, of_all("action_mask") or None)
+
+
 def joined_rows(spec: TeamSpec, rows: Mapping[str, Rows]) -> Rows:
-    """Return the joint graph's inputs: the agents' side by side, zeros for the noise of those without any."""
-    agents = [rows[name] for name in spec.names]
-    if any("noise" in inputs for inputs in agents):
-        agents = [with_zero_noise(agent, rows[agent.name]) for agent in spec.agents]
-    return {name: np.concatenate([inputs[name] for inputs in agents], axis=1) for name in agents[0]}
+    """Return the joint graph's inputs: the agents' side by side."""
+    return {
+        name: np.concatenate([rows[agent][name] for agent in spec.names], axis=1)
+        for name in rows[spec.names[0]]
+    }
 
 
 def with_zero_noise(agent: AgentSpec, rows: Rows) -> Rows:

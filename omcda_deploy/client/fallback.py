@@ -50,7 +50,10 @@ class Fallback(Protocol):
         noise: Mapping[str, Float] | None,
         action_masks: Mapping[str, Mask] | None,
     ) -> dict[str, Decision]:
-        """Decide for the agents in ``missed``. Raises :class:`MissedAnswerError` where there is nothing to hold."""
+        """Decide for the agents in ``missed``, of inputs that were checked (:mod:`omcda_deploy.inputs`).
+
+        Raises :class:`MissedAnswerError` where there is nothing to hold.
+        """
         ...
 
 

@@ -38,7 +38,7 @@ from omcda_deploy.client.reports import Reports
 from omcda_deploy.client.served import Outputs, ServedModels
 from omcda_deploy.client.usage import UsedByOne
 from omcda_deploy.errors import ConfigError, MissedAnswerError
-from omcda_deploy.inputs import Mask, Rows, agent_rows, joined_rows, team_rows, with_noise
+from omcda_deploy.inputs import Mask, Rows, agent_rows, checked_inputs, joined_rows, team_rows, with_noise
 from omcda_deploy.local import decision_of, first_row, in_kind, split_decisions
 from omcda_deploy.policy import Decision, Float, NoiseSource, Policy, checked_temperature
 from omcda_deploy.spec import AgentSpec, TeamSpec
@@ -139,8 +139,8 @@ class RemotePolicy(UsedByOne):
             self.not_awaited += isinstance(error, NotAwaitedError)
             if self._fallback is None:
                 raise
-            masks = None if action_mask is None else {name: action_mask}
-            decisions = self._fallback.answer({name: error}, {name: observation}, noises, masks)
+            inputs = checked_inputs({name: rows}, {name: observation}, noises)
+            decisions = self._fallback.answer({name: error}, *inputs)
             return marked(decisions, {name: error})[name]
         decision = decision_of(outputs, self._parameters)
         if np.ndim(observation) != 2:
@@ -333,7 +333,7 @@ class RemoteTeam(UsedByOne):
         decisions = in_kind(decisions, observations)
         if self._fallback is not None:
             if missed:
-                answers = self._fallback.answer(missed, observations, noise, action_masks)
+                answers = self._fallback.answer(missed, *checked_inputs(rows, observations, noise))
                 decisions |= marked(answers, missed)
                 decisions = {name: decisions[name] for name in self.spec.names}
             self._fallback.note(decisions)

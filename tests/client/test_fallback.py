@@ -228,6 +228,37 @@ def test_a_held_action_that_is_forbidden_by_now_gives_way(discrete_bundle: Bundl
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
+@pytest.mark.parametrize("by", ["hold", "LocalTeam", "LocalPolicy", "BehaviorTeam"])
+def test_a_fallback_takes_what_a_server_takes(kind: str, by: str, request: pytest.FixtureRequest) -> None:
+    """Lists, masks of one row beside vectors, and noise of some agents alone."""
+    bundle: Bundle = request.getfixturevalue(f"{kind}_bundle")
+    names, first = bundle.spec.names, bundle.spec.agents[0].action.size
+    fallback: Any = {
+        "hold": "hold",
+        "LocalTeam": LocalTeam(bundle),
+        "LocalPolicy": {name: LocalPolicy(bundle, name) for name in names},
+        "BehaviorTeam": BehaviorTeam(bundle),
+    }[by]
+    vectors = {name: values.tolist() for name, values in observations(bundle.spec, None).items()}
+    inputs: dict[str, Any] = {"noise": {**dict.fromkeys(names), "agent_0": [[0.5] * first]}}
+    if kind == "discrete":
+        inputs["action_masks"] = {**dict.fromkeys(names), "agent_0": [[1] + [0] * (first - 1)]}
+    with (
+        slow_server(bundle, *names) as (endpoint, _, server),
+        RemoteTeam([endpoint], fallback=fallback, deadline_s=5) as team,
+    ):
+        shapes = [decision.action.shape for decision in team.act(vectors, **inputs).values()]
+        server.stop(None).wait()
+        decisions = team.act(vectors, **inputs)
+        assert all(is_fallback(decision) for decision in decisions.values())
+        assert [np.shape(decision.action) for decision in decisions.values()] == shapes
+        if kind == "discrete":
+            assert decisions["agent_0"].action == 0
+        with pytest.raises(ContractError, match="observation of agent_0: expected finite"):
+            team.act(vectors | {"agent_0": [float("nan")] * len(vectors["agent_0"])})
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_policies_stand_in_with_the_same_noise_and_masks(
     kind: str, stream: bool, tmp_path: Path, request: pytest.FixtureRequest
@@ -247,6 +278,21 @@ def test_policies_stand_in_with_the_same_noise_and_masks(
                 assert decision.action.tobytes() == expected[name].action.tobytes()
             assert team.missed == dict.fromkeys(bundle.spec.names, 1)
             assert team.fallback == ("LocalTeam" if isinstance(fallback, LocalTeam) else "LocalPolicy")
+
+
+def test_a_policys_fallback_takes_what_a_server_takes(discrete_bundle: Bundle) -> None:
+    size = discrete_bundle.spec.agents[0].action.size
+    seen: Any = observations(discrete_bundle.spec, None)["agent_0"].tolist()
+    mask: Any = [[False] * (size - 1) + [True]]
+    with (
+        slow_server(discrete_bundle, "agent_0") as (endpoint, _, server),
+        RemotePolicy(endpoint, fallback="hold", deadline_s=5, temperature=1.0) as policy,
+    ):
+        policy.act(seen, action_mask=[[True] + [False] * (size - 1)])  # type: ignore[arg-type]
+        server.stop(None).wait()
+        decision = policy.act(seen, action_mask=mask)
+        assert is_fallback(decision)
+        assert decision.action == size - 1
 
 
 def test_a_missed_joint_graph_is_missed_by_every_agent(continuous_bundle: Bundle) -> None:
