@@ -25,7 +25,7 @@ Rows: TypeAlias = dict[str, NDArray[Any]]  # a model's inputs by name, one row p
 
 _FLOAT32 = np.dtype(np.float32)
 _MASK_VALUES = b"\0\1"
-_PLAIN_SUM_LIMIT = 256  # numbers; a plain sum of more costs more than one numpy call
+_PLAIN_SUM_LIMIT = 32  # numbers; a plain sum of more costs more than one numpy call
 
 
 def agent_rows(agent: AgentSpec, observation: Float, noise: Float | None, action_mask: Mask | None) -> Rows:
@@ -141,10 +141,8 @@ def checked_inputs(
 
 def joined_rows(spec: TeamSpec, rows: Mapping[str, Rows]) -> Rows:
     """Return the joint graph's inputs: the agents' side by side."""
-    return {
-        name: np.concatenate([rows[agent][name] for agent in spec.names], axis=1)
-        for name in rows[spec.names[0]]
-    }
+    agents = [rows[name] for name in spec.names]
+    return {name: np.concatenate([inputs[name] for inputs in agents], axis=1) for name in agents[0]}
 
 
 def with_zero_noise(agent: AgentSpec, rows: Rows) -> Rows:
@@ -214,12 +212,12 @@ def mask_rows(mask: Any, width: int, what: str) -> Mask:
     return np.ascontiguousarray(rows, np.uint8)
 
 
-def all_finite(values: NDArray[Any]) -> bool:
-    """Return whether all values are finite.
+def all_finite(values: NDArray[Any], plain: int = _PLAIN_SUM_LIMIT) -> bool:
+    """Return whether all values are finite; up to ``plain`` of them are summed without numpy.
 
     For many values a finite sum of squares proves it at half the price of looking at each.
     """
-    if values.size <= _PLAIN_SUM_LIMIT:
+    if values.size <= plain:
         return math.isfinite(sum(values.ravel().tolist()))
     return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
@@ -227,7 +225,8 @@ def all_finite(values: NDArray[Any]) -> bool:
 def _require_available(mask: Mask, what: str) -> None:
     if len(mask) == 1 and 1 in mask.tobytes():  # a quick look at the ordinary control step
         return
-    if not (available := mask.any(axis=1)).all():
+    available = mask.any(axis=1)
+    if 0 in available.tobytes():
         raise ContractError(
             f"{what}: expected at least one available action, got none in row {int(available.argmin())}: look at "
             "what the simulator allows"

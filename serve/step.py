@@ -24,6 +24,7 @@ from omcda_deploy.serve.meter import ModelMeter, Sample
 from omcda_deploy.serve.wire import WireTensors
 
 _MASK_VALUES = b"\0\1"
+_PLAIN_SUM_LIMIT = 256  # numbers; a plain sum of more costs more than one numpy call
 
 
 class OrdinaryStep:
@@ -63,7 +64,9 @@ class OrdinaryStep:
                     return None
             except ValueError:  # another number of bytes
                 return None
-            if not all_finite(self._observation) or (noise and not all_finite(self._noise)):
+            if not all_finite(self._observation, _PLAIN_SUM_LIMIT) or (
+                noise and not all_finite(self._noise, _PLAIN_SUM_LIMIT)
+            ):
                 return None
             if mask and (
                 mask.translate(None, _MASK_VALUES) or any(1 not in mask[agent] for agent in self._choices)
