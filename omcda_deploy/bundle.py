@@ -117,6 +117,8 @@ class Bundle:
 
 def read_bundle(path: str | Path) -> Bundle:
     """Read a bundle and verify its files. Raises :class:`BundleError` when one is missing, changed or damaged."""
+    if not isinstance(path, (str, Path)):
+        raise BundleError(f"expected a bundle's folder, got {path!r}: make one with  omcda-deploy export")
     path = Path(path)
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():

@@ -120,13 +120,17 @@ class NoiseSource:
     a sample of the Gaussian with std times T, or of ``softmax(logits / T)``. Sources of one seed and different
     temperatures draw the same numbers before that factor.
 
-    Raises :class:`ConfigError` for a temperature that is not a number from 0 to :data:`MAX_TEMPERATURE`.
+    Raises :class:`ConfigError` for a temperature that is not a number from 0 to :data:`MAX_TEMPERATURE`, and for a
+    seed that is none.
     """
 
     def __init__(self, spec: TeamSpec, seed: int, temperature: float = 1.0) -> None:
         self.temperature = checked_temperature(temperature)
         self._spec = spec
-        self._generator = np.random.default_rng(seed)
+        try:
+            self._generator = np.random.default_rng(seed)
+        except (TypeError, ValueError):
+            raise ConfigError(f"seed: expected a whole number from 0 on, got {seed!r}") from None
 
     def draw(self, batch: int) -> ScaledNoise:
         """Draw the noise [B, A_i] of every agent for one call of ``batch`` rows."""

@@ -13,12 +13,14 @@ Names of files are relative to the folder of the credentials file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
+import numpy as np
 
 from omcda_deploy.errors import ConfigError, EndpointError, UnknownNameError
 from omcda_deploy.files import read_toml
@@ -120,10 +122,10 @@ def require_endpoint(endpoint: str) -> None:
 
     Raises :class:`EndpointError`. Sockets of Unix (``unix:…``) and other schemes of gRPC are not looked at.
     """
-    scheme, colon, rest = endpoint.partition(":")
+    scheme, colon, rest = str(endpoint).partition(":")
     if scheme in _UNCHECKED:
         return
-    address = rest.rpartition("/")[2] if colon and scheme in _SCHEMES else endpoint
+    address = rest.rpartition("/")[2] if colon and scheme in _SCHEMES else str(endpoint)
     host, _, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     bracketed = host == f"[{bare}]"
@@ -134,12 +136,25 @@ def require_endpoint(endpoint: str) -> None:
         )
 
 
+def require_seconds(setting: str, value: float, *, from_zero: bool = False) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a finite number above 0, or 0 as well if ``from_zero``."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
+    if not number or value < 0.0 or (value == 0.0 and not from_zero):
+        least = "from 0 on" if from_zero else "above 0"
+        raise ConfigError(f"{setting}: expected a number of seconds {least}, got {value!r}")
+
+
 def open_channel(endpoint: str, credentials: Credentials | None = None) -> grpc.Channel:
     """Open a channel that reconnects within a second and uses no HTTP proxy; plaintext without an authority.
 
-    Raises :class:`EndpointError` for an address that is none.
+    Raises :class:`EndpointError` for an address that is none, and :class:`ConfigError` for other credentials.
     """
     require_endpoint(endpoint)
+    if credentials is not None and not isinstance(credentials, Credentials):
+        raise ConfigError(
+            f"credentials: expected those of read_credentials(Path(FILE)), or None, got {credentials!r}: read the "
+            "file first"
+        )
     if credentials is None or credentials.ca is None:
         return grpc.insecure_channel(endpoint, _OPTIONS)
     name = credentials.server_name

@@ -18,6 +18,7 @@ from omcda_deploy.client.channel import Credentials, Metadata, open_channel
 from omcda_deploy.client.circuit import Circuit
 from omcda_deploy.client.transport import SERVICE
 from omcda_deploy.errors import (
+    ConfigError,
     ContractError,
     EndpointError,
     MissedAnswerError,
@@ -94,7 +95,14 @@ class ServerConnection:
         self.contract = self._ask(version)
 
     def require_contract(self, spec: TeamSpec | None) -> None:
-        """Raise :class:`ContractError` if the server's contract is another one than ``spec``'s."""
+        """Raise :class:`ContractError` if the server's contract is another one than ``spec``'s.
+
+        Raises :class:`ConfigError` for a ``spec`` that is none.
+        """
+        if spec is not None and not isinstance(spec, TeamSpec):
+            raise ConfigError(
+                f"spec: expected a TeamSpec, as environment.spec is, or None for any, got {type(spec).__name__}"
+            )
         if spec is not None:
             team = self.contract.team
             require_same_contract(spec, team, "the client's team", f"the team served at {self.endpoint}")

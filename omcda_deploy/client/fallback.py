@@ -79,17 +79,26 @@ def fallback_of(choice: FallbackChoice, spec: TeamSpec, agents: Sequence[AgentSp
         if set(choice) != {agent.name for agent in agents}:
             raise ConfigError(
                 f"fallback: expected policies of {', '.join(agent.name for agent in agents)}, got those of "
-                f"{', '.join(choice) or 'none'}"
+                f"{', '.join(map(str, choice)) or 'none'}"
             )
         for agent in agents:
+            _require_policy(choice[agent.name], AgentSpec, f"a policy of {agent.name}")
             if choice[agent.name].spec != agent:
                 raise ContractError(
                     f"the fallback of {agent.name} was made for {choice[agent.name].spec}, the served agent is "
                     f"{agent}: use a policy of the same task"
                 )
         return _Policies(choice)
+    _require_policy(choice, TeamSpec, "'raise', 'hold', a team or a policy for each agent")
     require_same_contract(choice.spec, spec, "the fallback", "the served team")
     return _Team(choice)
+
+
+def _require_policy(choice: object, kind: type, expected: str) -> None:
+    """Raise :class:`ConfigError` for what cannot act: that would come up when a server is gone."""
+    able = all(callable(getattr(choice, name, None)) for name in ("act", "reset"))
+    if not able or not isinstance(getattr(choice, "spec", None), kind):
+        raise ConfigError(f"fallback: expected {expected}, got {choice!r}")
 
 
 class BehaviorTeam:

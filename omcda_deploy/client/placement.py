@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 from omcda_deploy.bundle import TEAM, Bundle
-from omcda_deploy.client.channel import Credentials
+from omcda_deploy.client.channel import Credentials, require_endpoint, require_seconds
 from omcda_deploy.client.connection import Contract, ServerConnection
 from omcda_deploy.client.open_inference import OpenServer
 from omcda_deploy.errors import ConfigError, EndpointError, MissedAnswerError
@@ -37,15 +36,17 @@ def connect(
     """
     if protocol not in get_args(Protocol):
         raise ConfigError(f"protocol: expected {' or '.join(get_args(Protocol))}, got {protocol!r}")
-    addresses = list(endpoints.values() if isinstance(endpoints, Mapping) else endpoints)
-    if not addresses:
+    if not isinstance(endpoints, Iterable) or not (
+        addresses := list(endpoints.values() if isinstance(endpoints, Mapping) else endpoints)
+    ):
         raise EndpointError(
-            "expected at least one endpoint, got none: start servers with  omcda-deploy serve"
+            f"expected at least one endpoint, got {endpoints or 'none'}: start servers with  omcda-deploy serve"
         )
+    for address in addresses:
+        require_endpoint(address)
     if version is not None and not (isinstance(version, str) and version):
         raise ConfigError(f"version: expected its name, or None for the current one, got {version!r}")
-    if not 0.0 <= wait_s < math.inf:
-        raise ConfigError(f"wait_s: expected a number of seconds from 0 on, got {wait_s}")
+    require_seconds("wait_s", wait_s, from_zero=True)
     end = time.monotonic() + wait_s
     servers: dict[str, ServerConnection] = {}
     try:

@@ -59,7 +59,7 @@ class RemotePolicy(UsedByOne):
 
     Raises :class:`EndpointError` if the endpoint cannot be reached, does not serve the agent or refuses a request,
     :class:`MissedAnswerError`, :class:`ContractError` if its contract is another one than ``spec``'s, and
-    :class:`ConfigError` for a temperature out of range.
+    :class:`ConfigError` for settings of another kind or out of range.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class RemoteTeam(UsedByOne):
         self._servers: dict[str, ServerConnection] = {}  # by endpoint
         self._served: list[ServedModels] = []  # one per server that is asked
         try:
-            held = read_bundle(bundle) if isinstance(bundle, (str, Path)) else bundle
+            held = bundle if bundle is None or isinstance(bundle, Bundle) else read_bundle(bundle)
             self._servers = connect(endpoints, protocol, credentials, held, version=version, wait_s=wait_s)
             contract = agreed_contract(self._servers.values(), spec)
             placement = place_models(endpoints, self._servers, contract.team)
@@ -212,6 +212,8 @@ class RemoteTeam(UsedByOne):
                 serve = OpenModels if protocol == "oip" else ServedModels
                 self._served.append(serve(server, models, deadline_s, stream, breaks, self._episode))
             self._noise = NoiseSource(contract.team, seed, temperature)
+            if record is not None and not isinstance(record, (str, Path)):
+                raise ConfigError(f"record: expected a folder, got {record!r}")
             if record is not None and protocol == "oip":
                 raise ConfigError("record: expected protocol omcda, whose servers record their half, got oip")
             if record is not None:

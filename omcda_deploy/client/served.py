@@ -7,7 +7,6 @@ requests so large that servers answer them one after another have messages of th
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,11 +16,12 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from omcda_deploy.client.channel import require_seconds
 from omcda_deploy.client.circuit import Circuit, NotAwaitedError
 from omcda_deploy.client.connection import ServerConnection, error_of, status_of
 from omcda_deploy.client.episode import EpisodeClock
 from omcda_deploy.client.transport import Arrivals, Calls, Stream
-from omcda_deploy.errors import ConfigError, EndpointError, MissedAnswerError
+from omcda_deploy.errors import EndpointError, MissedAnswerError
 from omcda_deploy.inputs import Rows
 from omcda_deploy.protos.packing import tag, varint
 from omcda_deploy.protos.policy_pb2 import ActRequest, ActResponse
@@ -51,8 +51,7 @@ class ServedModels:
         breaks: bool,
         episode: EpisodeClock,
     ) -> None:
-        if not 0.0 < deadline_s < math.inf:
-            raise ConfigError(f"deadline_s: expected a number of seconds above 0, got {deadline_s}")
+        require_seconds("deadline_s", deadline_s)
         contract = server.contract
         for model in models:
             if model not in contract.models:

@@ -12,9 +12,18 @@ import pytest
 
 from omcda_deploy.bundle import Bundle
 from omcda_deploy.client.admin import TeamAdmin
+from omcda_deploy.client.fallback import BehaviorTeam
 from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
-from omcda_deploy.errors import ConfigError, ContractError, EndpointError, MissedAnswerError
-from omcda_deploy.local import LocalPolicy, LocalTeam
+from omcda_deploy.errors import (
+    BundleError,
+    ConfigError,
+    ContractError,
+    EndpointError,
+    MissedAnswerError,
+    OmcdaError,
+)
+from omcda_deploy.local import JointTeam, LocalPolicy, LocalTeam
+from omcda_deploy.spec import TeamSpec
 from tests.client.test_client import assert_same, observations
 from tests.client.test_fallback import SlowService, slow_server
 from tests.support.bundles import continuous_spec, write_test_bundle
@@ -149,8 +158,8 @@ def test_addresses_in_every_form_are_taken(
             RemotePolicy(form.format(port), "agent_0")
 
 
-@pytest.mark.parametrize("deadline_s", [-1.0, 0.0, float("nan"), float("inf")])
-def test_deadlines_that_are_none_are_refused(continuous_server: ServerProcess, deadline_s: float) -> None:
+@pytest.mark.parametrize("deadline_s", [-1.0, 0.0, float("nan"), float("inf"), "1", None])
+def test_deadlines_that_are_none_are_refused(continuous_server: ServerProcess, deadline_s: Any) -> None:
     connects: list[Callable[[], object]] = [
         lambda: RemotePolicy(continuous_server.endpoint, "agent_0", deadline_s=deadline_s),
         lambda: RemoteTeam(continuous_server.endpoint, deadline_s=deadline_s),
@@ -158,6 +167,71 @@ def test_deadlines_that_are_none_are_refused(continuous_server: ServerProcess, d
     for connect in connects:
         with pytest.raises(ConfigError, match="deadline_s: expected a number of seconds above 0, got"):
             connect()
+
+
+class Scripted:
+    """What has a spec, as simulators have, and cannot act."""
+
+    def __init__(self, spec: TeamSpec) -> None:
+        self.spec = spec
+
+
+SETTINGS: list[tuple[str, Any, str]] = [
+    (
+        "spec",
+        Scripted(continuous_spec()),
+        "spec: expected a TeamSpec, as environment.spec is, .* got Scripted",
+    ),
+    ("spec", "toy/continuous", "spec: expected a TeamSpec"),
+    ("seed", -1, "seed: expected a whole number from 0 on, got -1"),
+    ("seed", "zero", "seed: expected a whole number from 0 on, got 'zero'"),
+    ("seed", 0.5, "seed: expected a whole number from 0 on, got 0.5"),
+    ("fallback", None, "fallback: expected .*, got None"),
+    ("fallback", 3, "fallback: expected .*, got 3"),
+    ("fallback", Scripted(continuous_spec()), "fallback: expected .*, got <.*Scripted"),
+    (
+        "credentials",
+        "x.toml",
+        r"credentials: expected those of read_credentials\(Path\(FILE\)\).* got 'x.toml'",
+    ),
+    ("credentials", Path("x.toml"), "credentials: expected those of read_credentials"),
+    ("wait_s", "1", "wait_s: expected a number of seconds from 0 on, got '1'"),
+    ("wait_s", None, "wait_s: expected a number of seconds from 0 on, got None"),
+    ("temperature", "hot", "temperature: expected a number"),
+    ("version", 3, "version: expected its name"),
+]
+OF_TEAMS: list[tuple[str, Any, str]] = [
+    ("fallback", {0: None}, "policies of agent_0, agent_1, agent_2, got those of 0"),
+    ("fallback", dict.fromkeys(continuous_spec().names), "expected a policy of agent_0, got None"),
+    ("bundle", 3, "expected a bundle's folder, got 3"),
+    ("record", 3, "record: expected a folder, got 3"),
+    ("protocol", ["oip"], "protocol: expected omcda or oip"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [*SETTINGS, *OF_TEAMS])
+def test_settings_that_are_none_are_refused(
+    continuous_server: ServerProcess, name: str, value: Any, message: str
+) -> None:
+    with pytest.raises(OmcdaError, match=message):
+        RemoteTeam(continuous_server.endpoint, **{name: value})
+    if (name, value, message) in SETTINGS:
+        with pytest.raises(OmcdaError, match=message):
+            RemotePolicy(continuous_server.endpoint, "agent_0", **{name: value})
+
+
+@pytest.mark.parametrize("endpoints", [None, 8500, [None], [["127.0.0.1:8500"]], {"agent_0": 8500}])
+def test_endpoints_that_are_no_addresses_are_refused(endpoints: Any) -> None:
+    with pytest.raises(EndpointError, match=r"expected (at least one|an) endpoint.*, got"):
+        RemoteTeam(endpoints)
+
+
+def test_local_teams_refuse_such_settings_too(continuous_bundle: Bundle) -> None:
+    for make in (LocalTeam, JointTeam, BehaviorTeam):
+        with pytest.raises(ConfigError, match="seed: expected a whole number from 0 on, got -1"):
+            make(continuous_bundle, seed=-1)
+        with pytest.raises(BundleError, match="expected a bundle's folder, got None"):
+            make(None)  # type: ignore[arg-type]
 
 
 def test_what_does_not_belong_to_the_team_is_refused(
