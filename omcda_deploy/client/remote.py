@@ -272,7 +272,7 @@ class RemoteTeam(UsedByOne):
         rows of a batch took no step. Never waits for the disk.
 
         Raises :class:`ConfigError` without ``record`` or without a step to report, :class:`ContractError` for other
-        shapes, and rewards that are not finite or differ by agent.
+        shapes, numbers that are not finite, masks of anything but 0 and 1, and rewards that differ by agent.
         """
         with self._usage:
             if self._reports is None:

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from omcda_deploy.client.episode import EpisodeClock
 from omcda_deploy.errors import ConfigError, ContractError
-from omcda_deploy.inputs import batch_of, of_agent
+from omcda_deploy.inputs import finite_rows, mask_rows, of_agent
 from omcda_deploy.recordings import FORMAT, REPORTS
 from omcda_deploy.recordings.columns import REPORT_COLUMNS, Values
 from omcda_deploy.recordings.recorder import Recorder
 from omcda_deploy.spec import TeamSpec
 
 ByAgent: TypeAlias = Mapping[str, Any]
+
+_ADVICE = "look at what the simulator says"
 
 
 class Unseen(NamedTuple):
@@ -78,7 +80,7 @@ class Reports:
         """Record the step that was acted last. ``unseen``: see :class:`Unseen`.
 
         Raises :class:`ConfigError` before a step, or for a second report of one, and :class:`ContractError` for
-        other shapes and rewards that are not finite.
+        other shapes, numbers that are not finite and masks of anything but 0 and 1.
         """
         if not self._acted:
             raise ConfigError("report: expected one call after each act(), got one without: call act() first")
@@ -97,9 +99,7 @@ class Reports:
             "next_state": self._state(told.next_state, "next_state"),
         }
         if not np.isfinite(rows["reward"]).all():
-            raise ContractError(
-                f"reward: expected finite numbers, got {reward}: look at what the simulator says"
-            )
+            raise ContractError(f"reward: expected finite numbers, got {reward}: {_ADVICE}")
         active = np.arange(self._batch)
         if told.active is not None:
             active = np.flatnonzero(self._of_team("active", told.active, np.bool_))
@@ -152,21 +152,20 @@ class Reports:
         """Return the agents' vectors side by side, [B, sum]; [B, 0] for none."""
         if by_agent is None:
             return np.zeros((self._batch, 0), np.float32)
-        masks = name == "next_action_masks"
-        parts = [
-            batch_of(
-                of_agent(by_agent, agent.name, name),
-                agent.action.size if masks else agent.observation_size,
-                f"{name} of {agent.name}",
+        parts = []
+        for agent in self._spec.agents:
+            told, what = of_agent(by_agent, agent.name, name), f"{name} of {agent.name}"
+            parts.append(
+                mask_rows(told, agent.action.size, what)
+                if name == "next_action_masks"
+                else finite_rows(told, agent.observation_size, what, _ADVICE)
             )
-            for agent in self._spec.agents
-        ]
         return np.concatenate([self._rows(part, name) for part in parts], axis=1)
 
     def _state(self, state: NDArray[Any] | None, name: str) -> NDArray[Any]:
         if state is None:
             return np.zeros((self._batch, 0), np.float32)
-        return self._rows(batch_of(state, self._spec.state_size, name), name)
+        return self._rows(finite_rows(state, self._spec.state_size, name, _ADVICE), name)
 
     def _rows(self, rows: NDArray[Any], name: str) -> NDArray[Any]:
         if len(rows) != self._batch:

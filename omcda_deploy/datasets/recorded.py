@@ -67,6 +67,7 @@ def join(
     for key in recordings.reports.episodes():
         try:
             length = _length(recordings.reports, key)
+            _require_sound(recordings.reports, recordings.spec, key, length)
             joined.append((key, length, _parts(recordings.steps, recordings.spec, key, length)))
         except _LeftOutError as error:
             left_out[str(error)] += 1
@@ -128,6 +129,28 @@ def _length(reports: Reports, key: Key) -> int:
     if reports.columns["fallback"][rows[:length]].any():
         raise _LeftOutError("a fallback acted for an agent whose answer was missed")
     return length
+
+
+def _require_sound(reports: Reports, spec: TeamSpec, key: Key, length: int) -> None:
+    """Leave out an episode that no dataset takes, so that it does not keep the others from one.
+
+    Clients refuse to report such numbers; other programs, and earlier versions, may have recorded them.
+    """
+    if length > spec.episode_limit:
+        raise _LeftOutError(f"it has more than {spec.episode_limit} steps, the limit of {spec.task}")
+    rows, columns = reports.rows(key)[:length], reports.columns
+    numbers = {
+        "reward": [columns["reward"][rows]],
+        "state": [columns["state"][row] for row in rows],
+        "next_state": [columns["next_state"][rows[-1]]],
+        "next_observation": [columns["next_observation"][rows[-1]]],
+    }
+    for name, told in numbers.items():
+        with np.errstate(over="ignore"):  # datasets have float32
+            if not np.isfinite(np.concatenate(told).astype(np.float32)).all():
+                raise _LeftOutError(f"a {name} that is not finite was reported")
+    if (columns["next_action_mask"][rows[-1]] > 1).any():
+        raise _LeftOutError("a next_action_mask of more than 0 and 1 was reported")
 
 
 def _parts(tables: Mapping[str, Steps], spec: TeamSpec, key: Key, length: int) -> list[_Part]:

@@ -90,7 +90,13 @@ def test_wrong_reports_are_refused_and_can_be_made_again(
     ("unseen", "message"),
     [
         ({"next_observations": {}}, "no next_observations for agent_0"),
+        (
+            {"next_observations": {f"agent_{i}": [float("nan")] * (4 + i) for i in range(3)}},
+            "next_observations of agent_0: expected finite numbers, got nan",
+        ),
         ({"state": np.zeros(4)}, r"state: expected shape \[B, 5\]"),
+        ({"state": np.full(5, np.nan)}, "^state: expected finite numbers, got nan"),
+        ({"next_state": np.full(5, np.inf)}, "next_state: expected finite numbers, got inf"),
         ({"next_state": np.zeros((2, 5))}, "next_state: expected 1 rows"),
         ({"active": [True, False]}, "active: expected shape"),
         ({"observation": 1}, "report: expected active, next_observations"),
@@ -100,6 +106,18 @@ def test_wrong_company_of_a_report_is_refused(team: RemoteTeam, unseen: dict[str
     act(team)
     with pytest.raises(OmcdaError, match=message):
         team.report(1.0, False, False, **unseen)
+
+
+def test_masks_of_anything_but_0_and_1_are_refused(discrete_server: ServerProcess, tmp_path: Path) -> None:
+    """A cast would make 0 of 256; none at all is left where an episode has ended."""
+    with RemoteTeam([discrete_server.endpoint], record=tmp_path) as team:
+        act(team)
+        with pytest.raises(ContractError, match="next_action_masks of agent_0: expected 0 or 1, got 256"):
+            team.report(1.0, True, False, next_action_masks={"agent_0": [256, 0, 1], "agent_1": [0] * 4})
+        team.report(1.0, True, False, next_action_masks={"agent_0": [0, 0, 1], "agent_1": [0] * 4})
+        assert [row.tolist() for row in reported(team, tmp_path)["next_action_mask"]] == [
+            [0, 0, 1, 0, 0, 0, 0]
+        ]
 
 
 def test_one_report_follows_each_step(team: RemoteTeam) -> None:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from omcda_deploy.bundle import TEAM, Bundle
+from omcda_deploy.client import reports
 from omcda_deploy.client.episode import EpisodeClock
 from omcda_deploy.client.reports import Reports
 from omcda_deploy.datasets import Dataset
 from omcda_deploy.datasets.recorded import join
 from omcda_deploy.errors import ConfigError, DatasetError
+from omcda_deploy.inputs import batch_of
 from omcda_deploy.policy import NoiseSource
 from omcda_deploy.protos import policy_pb2
 from omcda_deploy.recordings.segments import RecordingLimits
@@ -149,6 +151,38 @@ def test_incomplete_episodes_are_told_and_left_out(loop: Loop) -> None:
     }
     assert dataset.episode_length.tolist() == [3]
     assert summary["final_observations"] == "0 reported, 1 repeated"
+
+
+def test_what_no_dataset_takes_is_left_out_and_keeps_no_other(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that look at less than ours may report it."""
+    monkeypatch.setattr(reports, "finite_rows", lambda rows, width, what, advice: batch_of(rows, width, what))
+    monkeypatch.setattr(reports, "mask_rows", lambda mask, width, what: batch_of(mask, width, what))
+    loop = Loop(bundles["continuous"], tmp_path / "recording")
+    nan = {agent.name: [np.nan] * agent.observation_size for agent in loop.spec.agents}
+    loop.play("good", steps=2)
+    loop.play("final", next_observations=nan)
+    loop.play("state", state=[np.nan] * 5, next_state=np.zeros(5))
+    loop.play("next state", state=np.zeros(5), next_state=[np.inf] * 5)
+    loop.play("reward", reward=1e300)  # too large for float32
+    loop.play("long", steps=loop.spec.episode_limit + 1)
+    loop.play("good too", steps=2)
+    summary, dataset = joined(loop)
+    assert summary["left_out"] == {
+        "a next_observation that is not finite was reported": 1,
+        "a state that is not finite was reported": 1,
+        "a next_state that is not finite was reported": 1,
+        "a reward that is not finite was reported": 1,
+        "it has more than 50 steps, the limit of toy/continuous": 1,
+    }
+    assert dataset.episode_length.tolist() == [2, 2]
+    choices = Loop(bundles["discrete"], tmp_path / "choices" / "recording")
+    choices.play("good", steps=2)
+    choices.play("mask", next_action_masks={a.name: [2] * a.action.size for a in choices.spec.agents})
+    summary, dataset = joined(choices)
+    assert summary["left_out"] == {"a next_action_mask of more than 0 and 1 was reported": 1}
+    assert dataset.episode_length.tolist() == [2]
 
 
 def test_steps_behind_an_end_count_nowhere(loop: Loop) -> None:
