@@ -47,9 +47,10 @@ class ActionSpec:
     def __post_init__(self) -> None:
         if self.kind not in ("continuous", "discrete"):
             raise ConfigError(f"ActionSpec.kind: expected 'continuous' or 'discrete', got {self.kind!r}")
-        if self.size < 1:
+        if isinstance(self.size, bool) or self.size < 1:
             raise ConfigError(f"ActionSpec.size: expected at least 1, got {self.size}")
-        if not -math.inf < self.low < self.high < math.inf:
+        bounds = (self.low, self.high)
+        if bool in map(type, bounds) or not -math.inf < self.low < self.high < math.inf:
             raise ConfigError(
                 f"ActionSpec: expected finite bounds with low < high, got low {self.low} and high {self.high}"
             )
@@ -80,7 +81,7 @@ class AgentSpec:
     action: ActionSpec
 
     def __post_init__(self) -> None:
-        if self.observation_size < 1:
+        if isinstance(self.observation_size, bool) or self.observation_size < 1:
             raise ConfigError(
                 f"AgentSpec.observation_size of {self.name}: expected at least 1, got {self.observation_size}"
             )
@@ -148,12 +149,13 @@ class TeamSpec:
             )
         if len({agent.action.kind for agent in self.agents}) != 1:
             raise ConfigError("TeamSpec.agents: all agents must share one action kind")
-        if self.state_size < 1 or self.episode_limit < 1:
+        sizes = (self.state_size, self.episode_limit)
+        if bool in map(type, sizes) or min(sizes) < 1:
             raise ConfigError(
                 f"TeamSpec: expected a state_size and an episode_limit of at least 1, got {self.state_size} and "
                 f"{self.episode_limit}"
             )
-        if not 0 < self.control_rate < math.inf:
+        if isinstance(self.control_rate, bool) or not 0 < self.control_rate < math.inf:
             raise ConfigError(
                 f"TeamSpec.control_rate: expected a number of Hz above 0, got {self.control_rate}"
             )
@@ -280,14 +282,14 @@ class TeamSpec:
                         action=ActionSpec(
                             kind=agent["action_kind"],
                             size=_whole(agent["action_size"]),
-                            low=float(agent["action_low"]),
-                            high=float(agent["action_high"]),
+                            low=_number(agent["action_low"]),
+                            high=_number(agent["action_high"]),
                         ),
                     )
                     for agent in data["agents"]
                 ),
                 state_size=_whole(data["state_size"]),
-                control_rate=float(data["control_rate"]),
+                control_rate=_number(data["control_rate"]),
                 normalizer=Normalizer(data["normalizer"]["kind"]),
                 episode_limit=_whole(data["episode_limit"]),
             )
@@ -297,9 +299,16 @@ class TeamSpec:
 
 def _whole(number: Any) -> int:
     """Read a whole number. Raises :class:`ValueError` for one with decimals, which int() would cut off."""
-    if number != int(number):
+    if isinstance(number, bool) or number != int(number):
         raise ValueError(f"expected a whole number, got {number}")
     return int(number)
+
+
+def _number(value: Any) -> float:
+    """Read a number. Raises :class:`ValueError` for true and false, which float() would take."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {value}")
+    return float(value)
 
 
 def _consecutive_slices(sizes: Iterable[int]) -> tuple[slice, ...]:

@@ -121,7 +121,7 @@ class BudgetSearch:
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in itertools.pairwise(self.budgets))
-        if not self.budgets or self.budgets[0] <= 0 or not rising:
+        if not self.budgets or self.budgets[0] <= 0 or not rising or bool in map(type, self.budgets):
             raise ConfigError(
                 f"budgets: expected one or more positive numbers in ascending order, got {list(self.budgets)}"
             )

@@ -26,6 +26,7 @@ SEARCH_STEPS = 5000  # most steps of a training for the choice of d_tot
 FITTED_STEPS = 2000  # most steps of fitted values, in discrete tasks
 SNAPSHOTS = 20  # policies that are kept of a run, unless a request says how often; a score needs several
 MOST_THREADS = 1024
+_WHOLE = ("steps", "seed", "threads", "log_every", "checkpoint_every", "snapshot_every", "evaluate_every")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,9 @@ class TrainRequest:
 
         Raises :class:`UnknownNameError` for algorithms and settings, :class:`ConfigError` for numbers and devices.
         """
+        for name in _WHOLE:
+            if (number := getattr(self, name)) is not None and type(number) is not int:  # nor true or false
+                raise ConfigError(f"{name}: expected int, got {number!r}")
         check_evaluation(self.evaluate_every, self.kept_every)
         for name in ("steps", "log_every", "threads"):
             if (number := getattr(self, name)) < 1:

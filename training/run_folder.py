@@ -116,7 +116,11 @@ def read_config(run: Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no {CONFIG}. Make one with  omcda-deploy train")
     try:
-        return RunConfig(**json.loads(path.read_text()))
+        config = RunConfig(**json.loads(path.read_text()))
+        for field in dataclasses.fields(config):
+            if field.type == "int" and type(number := getattr(config, field.name)) is not int:
+                raise TypeError(f"{field.name}: expected int, got {number!r}")
+        return config
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
 

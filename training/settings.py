@@ -188,7 +188,7 @@ def _parse(name: str, kind: type, value: Any) -> Any:
             return value
         if str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-    elif kind in (int, float):
+    elif kind in (int, float) and not isinstance(value, bool):  # which Python counts as 0 and 1
         try:
             number = kind(value)
         except (TypeError, ValueError, OverflowError):

@@ -41,6 +41,7 @@ def choose_budget(
     request = TrainRequest(
         "omcda",
         steps,
+        seed,
         settings={"d_tot": AUTO, **(settings or {})},
         behavior=behavior or {},
         device=device,

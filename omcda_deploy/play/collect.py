@@ -103,7 +103,7 @@ def collect_mixture(
     total_share = sum(source.share for source in sources)
     if not sources or min(source.share for source in sources) <= 0:
         raise ConfigError("expected at least one policy, each with a share above 0")
-    if transitions < 1 or not 0 <= seed < 2**63:
+    if bool in (type(transitions), type(seed)) or transitions < 1 or not 0 <= seed < 2**63:
         raise ConfigError(
             f"expected transitions of at least 1 and a seed of at least 0, below 2^63, got {transitions} and {seed}"
         )

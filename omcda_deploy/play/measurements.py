@@ -266,8 +266,8 @@ def saturated(actions: NDArray[Any], spec: ActionSpec) -> NDArray[np.bool_]:
 
 
 def require_at_least(value: int, least: int, setting: str) -> None:
-    """Raise :class:`ConfigError` where ``value`` of ``setting`` is below ``least``."""
-    if value < least:
+    """Raise :class:`ConfigError` where ``value`` of ``setting`` is below ``least``, true or false."""
+    if isinstance(value, bool) or value < least:
         raise ConfigError(f"{setting}: expected at least {least}, got {value}")
 
 

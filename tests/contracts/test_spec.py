@@ -60,6 +60,27 @@ def test_numbers_that_no_team_has_are_refused(changes: dict[str, Any], message: 
         TeamSpec.from_json({**SPEC.to_json(), **changes})
 
 
+@pytest.mark.parametrize("name", ["state_size", "episode_limit", "control_rate"])
+def test_true_is_no_number_of_a_team(name: str) -> None:
+    changes: dict[str, Any] = {name: True}
+    with pytest.raises(ConfigError, match=f"{name}.*, got .*True"):
+        replace(SPEC, **changes)
+    with pytest.raises(ContractError, match=r"expected a (whole )?number, got True"):
+        TeamSpec.from_json({**SPEC.to_json(), **changes})
+
+
+def test_true_is_no_number_of_an_agent() -> None:
+    with pytest.raises(ConfigError, match="observation_size of a: expected at least 1, got True"):
+        AgentSpec("a", True, ActionSpec("continuous", 2))
+    with pytest.raises(ConfigError, match=r"ActionSpec\.size: expected at least 1, got True"):
+        ActionSpec("discrete", True)
+    with pytest.raises(ConfigError, match=r"finite bounds .* got low 0 and high True"):
+        ActionSpec("continuous", 2, 0, True)
+    agent = {**SPEC.to_json()["agents"][0], "action_high": True}
+    with pytest.raises(ContractError, match="expected a number, got True"):
+        TeamSpec.from_json({**SPEC.to_json(), "agents": [agent]})
+
+
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1.0, -1.0), (-np.inf, 1.0), (0.0, np.nan)])
 def test_bounds_without_a_range_are_refused(low: float, high: float) -> None:
     with pytest.raises(ConfigError, match="expected finite bounds with low < high"):

@@ -47,6 +47,12 @@ def test_results_do_not_depend_on_workers() -> None:
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
 
 
+@pytest.mark.parametrize("numbers", [{"num_envs": True}, {"num_envs": 2, "workers": True}])
+def test_true_is_no_number_of_environments_or_workers(numbers: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r": expected [01] to .*, got True"):
+        VectorEnvironment(HOPPER, **numbers)
+
+
 def test_each_row_is_one_environment() -> None:
     single = registry.make_environment(HOPPER)
     with VectorEnvironment(HOPPER, 3) as vector:

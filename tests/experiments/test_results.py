@@ -93,6 +93,7 @@ def test_a_page_shows_runs_and_failures(tmp_path: Path, monkeypatch: pytest.Monk
         (('title = "Toy"', ""), "title"),
         (("transitions = 1200", 'transitions = "many"'), "transitions: expected int, got 'many'"),
         (("episodes = 3", "epsiodes = 3"), "did you mean 'episodes'"),
+        (("episodes = 3", "episodes = true"), "episodes: expected int, got True"),
         (("episodes = 3", "episodes = 0"), r"page\.toml: episodes: expected at least 1, got 0"),
         (
             ("episodes = 3", "temperatures = [0.5]"),

@@ -117,6 +117,7 @@ def test_runs_of_several_seeds_do_not_play_the_same_episodes() -> None:
         ({"episodes": 0}, "episodes: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected at least 0"),
         ({"num_envs": 0}, "num_envs: expected at least 1"),
+        ({"num_envs": True}, "num_envs: expected at least 1, got True"),
         ({"temperatures": (0, 0.5)}, r"temperatures: expected 0 and 1 among .*, got 0, 0\.5: add them"),
         ({"temperatures": ()}, "temperatures: expected one or more"),
         ({"temperatures": (0, 1, 1)}, "each once"),

@@ -243,6 +243,8 @@ def test_bad_input_is_named(tmp_path: Path, walk: Stub, monkeypatch: pytest.Monk
 
     with pytest.raises(ConfigError, match="transitions of at least 1"):
         attempt(walk, transitions=0)
+    with pytest.raises(ConfigError, match=r"transitions of at least 1 .* got True and 0"):
+        attempt(walk, transitions=True)
     with pytest.raises(ConfigError, match="share above 0"):
         attempt(walk, share=0)
     with pytest.raises(ContractError, match="policy x"):

@@ -15,6 +15,7 @@ from omcda_deploy.datasets.writer import DatasetWriter
 from omcda_deploy.envs.tabular import team_spec
 from omcda_deploy.envs.tabular.games import OneStepGame
 from omcda_deploy.errors import ConfigError, DatasetError
+from omcda_deploy.experiments import budget as experiments
 from omcda_deploy.registry import read_dataset
 from omcda_deploy.training import budget
 from omcda_deploy.training.algorithms.omcda import Config
@@ -160,7 +161,7 @@ def test_noise_in_place_of_rewards_gains_nothing(tmp_path: Path) -> None:
 
 
 def test_wrong_budgets_and_too_few_episodes_are_refused(tmp_path: Path) -> None:
-    for budgets in ((), (0.0, 1.0), (1.0, 0.5), (0.3, 0.3)):
+    for budgets in ((), (0.0, 1.0), (1.0, 0.5), (0.3, 0.3), (0.3, True)):
         with pytest.raises(ConfigError, match="ascending order"):
             search(budgets)
     from tests.support.synthetic import continuous_spec, write_dataset
@@ -168,3 +169,5 @@ def test_wrong_budgets_and_too_few_episodes_are_refused(tmp_path: Path) -> None:
     small = read_dataset(write_dataset(tmp_path / "small.hdf5", continuous_spec(), [5, 5, 5]))
     with pytest.raises(DatasetError, match="at least 4 episodes"):
         choose_budget(small, search((0.1,)))
+    with pytest.raises(ConfigError, match="seed: expected int, got True"):
+        experiments.choose_budget(small, seed=True)

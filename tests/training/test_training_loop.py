@@ -335,6 +335,15 @@ REFUSALS: list[Refusal] = [
     ),
     ({"settings": {"d_tot": -1.0}}, ConfigError, r"omcda\.d_tot: expected .*, got -1"),
     ({"settings": {"hidden": 8.5}}, ConfigError, r"omcda\.hidden: expected int, got 8\.5"),
+    ({"settings": {"hidden": True}}, ConfigError, r"omcda\.hidden: expected int, got True"),
+    ({"settings": {"d_tot": True}}, ConfigError, r"omcda\.d_tot: expected float, got True"),
+    ({"behavior": {"steps": True}}, ConfigError, r"BehaviorConfig\.steps: expected int, got True"),
+    ({"steps": True}, ConfigError, "steps: expected int, got True"),
+    ({"seed": True}, ConfigError, "seed: expected int, got True"),
+    ({"threads": True}, ConfigError, "threads: expected int, got True"),
+    ({"log_every": True}, ConfigError, "log_every: expected int, got True"),
+    ({"evaluate_every": True}, ConfigError, "evaluate_every: expected int, got True"),
+    ({"steps": 10.5}, ConfigError, r"steps: expected int, got 10\.5"),
     ({"settings": {"hidden": 8, "grad_clip": "inf"}}, ConfigError, r"omcda\.grad_clip: expected .*, got inf"),
     ({"behavior": {"hidden": 16}}, ConfigError, "expected behavior hidden 8"),
     ({"behavior": {"stepps": 1}}, UnknownNameError, "unknown setting of BehaviorConfig 'stepps'"),
@@ -374,6 +383,13 @@ def test_a_folder_that_is_no_run_cannot_be_resumed(dataset: Dataset, tmp_path: P
     (tmp_path / "config.json").write_text('{"algorithm": "bc"')
     with pytest.raises(ConfigError, match=r"config\.json is damaged"):
         loop.resume_fleet(dataset, [tmp_path])
+
+
+def test_a_configuration_with_true_for_a_number_is_damaged(run: Path, tmp_path: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "steps": True}))
+    with pytest.raises(ConfigError, match=r"config\.json is damaged: steps: expected int, got True"):
+        read_config(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named(run: Path, tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def require_counts(num_envs: int, workers: int = 0) -> None:
         ("num_envs", num_envs, 1, MOST_ENVIRONMENTS),
         ("workers", workers, 0, MOST_WORKERS),
     ):
-        if not least <= number <= most:
+        if isinstance(number, bool) or not least <= number <= most:
             raise ConfigError(f"{name}: expected {least} to {most:,}, got {number}")
 
 
