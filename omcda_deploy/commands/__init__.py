@@ -198,13 +198,25 @@ def simulator_options(
     return {name: value for name, value in options.items() if value is not None}
 
 
-def named_values(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
-    """Collect the values of a repeatable ``option`` name=value. Raises :class:`ConfigError` for one without =."""
-    values = {}
+def named_values(option: str, pairs: Sequence[str] | None, **own: str | None) -> dict[str, str]:
+    """Collect the values of a repeatable ``option`` name=value, and of names with options of their ``own``.
+
+    Raises :class:`ConfigError` for one without =, and for a name that is given twice.
+    """
+    stated = {name: value for name, value in own.items() if value is not None}
+    values = dict(stated)
     for pair in pairs or ():
         name, separator, value = pair.partition("=")
         if not separator:
             raise ConfigError(f"{option}: expected name=value, got {pair!r}")
+        if name in stated:
+            raise ConfigError(
+                f"expected --{name.replace('_', '-')} or {option} {name}=, got both: leave one of them out"
+            )
+        if name in values:
+            raise ConfigError(
+                f"{option}: expected {name} once, got {values[name]!r} and {value!r}: leave one of them out"
+            )
         values[name] = value
     return values
 

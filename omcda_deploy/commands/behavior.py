@@ -143,10 +143,14 @@ def _kept(run: Path) -> str:
 
 def _parse_tiers(options: Sequence[str]) -> dict[str, int]:
     """Parse ``TIER=STEPS`` options to steps by tier."""
-    steps_by_tier = {}
+    steps_by_tier: dict[str, int] = {}
     for option in options:
         name, _, steps = option.partition("=")
         if not name or not steps.isdecimal():
             raise ConfigError(f"--tier: expected TIER=STEPS, such as medium=2500000, got {option!r}")
+        if name in steps_by_tier:
+            raise ConfigError(
+                f"--tier: expected {name} once, got {steps_by_tier[name]} and {steps}: leave one of them out"
+            )
         steps_by_tier[name] = int(steps)
     return steps_by_tier

@@ -33,10 +33,7 @@ Address = Annotated[
 
 def engine_options(pairs: list[str] | None, address: str | None) -> dict[str, str]:
     """Collect the options of ``--engine-option`` and ``--address``."""
-    options = named_values("--engine-option", pairs)
-    if address is not None:
-        options["address"] = address
-    return options
+    return named_values("--engine-option", pairs, address=address)
 
 
 def sweep(

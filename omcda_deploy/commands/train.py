@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -121,7 +121,7 @@ def train(
             run = training.resume(resume, dataset, seeds=chosen, observer=view, **evaluations)
         elif dataset is None or out is None:
             raise ConfigError("expected a dataset and --out for a new run, or --resume RUN to continue one")
-        elif seeds is not None and seed:
+        elif seeds is not None and _given(context, "seed"):
             raise ConfigError("expected --seed or --seeds, got both: leave one of them out")
         else:
             run = training.train(
@@ -130,7 +130,7 @@ def train(
                 out,
                 steps=steps,
                 seed=seed if seeds is None else _numbers(seeds),
-                settings=_settings(settings, d_tot=d_tot, recipe=recipe),
+                settings=named_values("--set", settings, d_tot=d_tot, recipe=recipe),
                 task=task,
                 behavior={"steps": behavior_steps},
                 device=device,
@@ -179,17 +179,16 @@ def _numbers(seeds: str) -> list[int]:
         raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {seeds!r}") from None
 
 
-def _settings(pairs: list[str] | None, **options: str | None) -> dict[str, Any]:
-    """Collect the settings of ``--set`` and of options of their own."""
-    given = {name: value for name, value in options.items() if value is not None}
-    return {**named_values("--set", pairs), **given}
-
-
 def _require_only(context: typer.Context, *allowed: str) -> None:
     """Refuse options that ``--resume`` would otherwise ignore."""
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if source is not None and source.name != "DEFAULT" and parameter.name not in allowed:
+        if _given(context, parameter.name or "") and parameter.name not in allowed:
             raise ConfigError(
                 f"--resume continues a run as it was begun: leave {parameter.opts[0]} out, or start a new run"
             )
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Test if an option was given, be it with its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omcda_deploy.datasets import Dataset
+from omcda_deploy.errors import ConfigError
 from omcda_deploy.registry import read_dataset
 
 if TYPE_CHECKING:
@@ -33,16 +34,20 @@ def choose_budget(
     ``progress`` is called with (done, total) of them. The choice is 0 where the data support no budget: clone then.
 
     Raises as :func:`omcda_deploy.train` does, and :class:`ConfigError` for budgets that are not positive and
-    ascending.
+    ascending, and for d_tot among the settings.
     """
     from omcda_deploy.training.budget import cached_choice
     from omcda_deploy.training.request import AUTO, TrainRequest
 
+    if (fixed := (settings or {}).get("d_tot", AUTO)) != AUTO:
+        raise ConfigError(
+            f"d_tot: it is chosen here, got {fixed!r}: leave it out, and name budgets to choose among instead"
+        )
     request = TrainRequest(
         "omcda",
         steps,
         seed,
-        settings={"d_tot": AUTO, **(settings or {})},
+        settings={**(settings or {}), "d_tot": AUTO},
         behavior=behavior or {},
         device=device,
         time_limit_is_terminal=time_limit_is_terminal,

@@ -166,6 +166,18 @@ CASES: list[Case] = [
     ("serve bundle --agent agent_9 --port 0", "unknown agent 'agent_9': .* agent_0, agent_1, agent_2"),
     # settings
     ("train data.hdf5 --set d_tot --out new", "--set: expected name=value, got 'd_tot'"),
+    (
+        "train data.hdf5 --set lr=1e-3 --set lr=1e-4 --out new",
+        "--set: expected lr once, got '1e-3' and '1e-4'",
+    ),
+    ("train data.hdf5 --d-tot 1 --set d_tot=2 --out new", "expected --d-tot or --set d_tot=, got both"),
+    (
+        "train data.hdf5 --recipe paper --set recipe=a --out new",
+        "expected --recipe or --set recipe=, got both",
+    ),
+    ("choose-budget data.hdf5 --set lr=1e-3 --set lr=1e-4", "--set: expected lr once, got '1e-3' and '1e-4'"),
+    ("choose-budget data.hdf5 --set d_tot=2", "d_tot: it is chosen here, got '2': leave it out"),
+    ("behavior ship run --tier poor=1 --tier poor=2 --out new", "--tier: expected poor once, got 1 and 2"),
     ("train data.hdf5 --set d_tot=much --out new", r"omcda\.d_tot: expected float, got 'much'"),
     ("train data.hdf5 --set d_tot=nan --out new", r"omcda\.d_tot: expected 1e-06 to 1000, got nan"),
     ("train data.hdf5 --d-tot -1 --out new", r"omcda\.d_tot: expected 1e-06 to 1000, got -1\.0"),
@@ -221,6 +233,7 @@ CASES: list[Case] = [
         r"seeds: expected one or more numbers, each once, got \[0, 0\]",
     ),
     ("train data.hdf5 --seeds 0,1 --seed 2 --out new", "expected --seed or --seeds, got both"),
+    ("train data.hdf5 --seeds 0,1 --seed 0 --out new", "expected --seed or --seeds, got both"),
     ("train data.hdf5 --seeds 0,-1 --out new", "seed: expected 0 to 4294967295, got -1"),
     (f"collect {HOPPER} --seed -1 --out new.hdf5", "seed of at least 0"),
     (

@@ -30,10 +30,18 @@ def test_simulators_get_only_the_options_of_the_user() -> None:
 
 
 def test_values_by_name_are_collected_and_others_refused() -> None:
-    assert named_values("--set", ["lr=1e-3", "a=b=c", "lr=2"]) == {"lr": "2", "a": "b=c"}
-    assert named_values("--set", None) == {}
+    assert named_values("--set", ["lr=1e-3", "a=b=c"], d_tot="1") == {"lr": "1e-3", "a": "b=c", "d_tot": "1"}
+    assert named_values("--set", None, d_tot=None) == {}
     with pytest.raises(ConfigError, match="--set: expected name=value, got 'lr'"):
         named_values("--set", ["lr"])
+    with pytest.raises(
+        ConfigError, match="--set: expected lr once, got '1e-3' and '2': leave one of them out"
+    ):
+        named_values("--set", ["lr=1e-3", "lr=2"])
+    with pytest.raises(
+        ConfigError, match="expected --d-tot or --set d_tot=, got both: leave one of them out"
+    ):
+        named_values("--set", ["d_tot=2"], d_tot="1")
 
 
 @pytest.mark.parametrize("command", ["sweep", "results"])
