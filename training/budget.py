@@ -33,6 +33,7 @@ from torch import nn
 from omcda_deploy.errors import ConfigError, DatasetError
 from omcda_deploy.estimation import effective_sample_size
 from omcda_deploy.files import cached, write_json
+from omcda_deploy.registry import load_algorithm
 from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.batches import (
     DistributionTable,
@@ -50,6 +51,7 @@ from omcda_deploy.training.estimation import (
 )
 from omcda_deploy.training.fleet import run_state
 from omcda_deploy.training.networks import NetworkFactory
+from omcda_deploy.training.settings import build
 
 if TYPE_CHECKING:
     from omcda_deploy.datasets import Dataset
@@ -106,6 +108,20 @@ class BudgetChoice:
         return {"d_tot": self.d_tot, "floor": self.floor, "advice": self.advice, "budgets": rows}
 
 
+def require_budgets(budgets: Sequence[float], settings: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` unless ``budgets`` ascend, and each fits OMCDA's other ``settings``."""
+    rising = all(a < b for a, b in itertools.pairwise(budgets))
+    if not budgets or budgets[0] <= 0 or not rising or bool in map(type, budgets):
+        raise ConfigError(
+            f"budgets: expected one or more positive numbers in ascending order, got {list(budgets)}"
+        )
+    for budget in budgets:
+        try:
+            build(load_algorithm("omcda").Config, {**settings, "d_tot": budget})
+        except ConfigError as error:
+            raise ConfigError(f"the choice of d_tot tries {budget:g} nats: {error}") from None
+
+
 @dataclass(frozen=True)
 class BudgetSearch:
     """Search among budgets: OMCDA's settings (all of them), the length of training, and of what follows."""
@@ -120,11 +136,7 @@ class BudgetSearch:
     fitted: FittedConfig = field(default_factory=lambda: FittedConfig(steps=2000))  # discrete tasks alone
 
     def __post_init__(self) -> None:
-        rising = all(a < b for a, b in itertools.pairwise(self.budgets))
-        if not self.budgets or self.budgets[0] <= 0 or not rising or bool in map(type, self.budgets):
-            raise ConfigError(
-                f"budgets: expected one or more positive numbers in ascending order, got {list(self.budgets)}"
-            )
+        require_budgets(self.budgets, self.settings)
 
     def key(self, dataset: Dataset) -> str:
         """Name of the cached choice for ``dataset``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from omcda_deploy.references import require_trusted
 from omcda_deploy.registry import load_algorithm
 from omcda_deploy.spec import TeamSpec
 from omcda_deploy.training.behavior_model import BehaviorConfig
-from omcda_deploy.training.budget import BudgetSearch
+from omcda_deploy.training.budget import BUDGETS, BudgetSearch, require_budgets
 from omcda_deploy.training.estimation import FittedConfig
 from omcda_deploy.training.recipes import recipe, require_recipe
 from omcda_deploy.training.settings import build, parse
@@ -53,6 +53,7 @@ class ResolvedRun:
             ),
             time_limit_is_terminal=self.request.time_limit_is_terminal,
             device=self.request.device,
+            budgets=self.request.budgets,
             fitted=FittedConfig(
                 steps=min(self.request.steps, FITTED_STEPS),
                 gamma=self.config.gamma,
@@ -82,6 +83,7 @@ class TrainRequest:
     snapshot_every: int | None = None  # None: at every evaluation, else SNAPSHOTS times a run
     evaluate_every: int | None = None  # None: never
     reward: str | None = None  # how agents' own rewards join in evaluations
+    budgets: Sequence[float] = BUDGETS  # among which d_tot is chosen where it is AUTO
 
     @property
     def kept_every(self) -> int:
@@ -160,7 +162,10 @@ class TrainRequest:
             for name, value in recipe(spec.task, self.algorithm, self.recipe).items()
             if name not in self.settings
         }
-        config = build(module.Config, {**from_recipe, **self._fixed})
+        settings = {**from_recipe, **self._fixed}
+        if self.chooses_budget:
+            require_budgets(self.budgets, settings)  # before hours are spent on measuring the first of them
+        config = build(module.Config, settings)
         behavior = build(BehaviorConfig, {"hidden": config.hidden, "seed": self.seed, **self.behavior})
         if behavior.hidden != config.hidden:
             raise ConfigError(

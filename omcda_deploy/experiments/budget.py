@@ -36,7 +36,7 @@ def choose_budget(
     Raises as :func:`omcda_deploy.train` does, and :class:`ConfigError` for budgets that are not positive and
     ascending, and for d_tot among the settings.
     """
-    from omcda_deploy.training.budget import cached_choice
+    from omcda_deploy.training.budget import BUDGETS, cached_choice
     from omcda_deploy.training.request import AUTO, TrainRequest
 
     if (fixed := (settings or {}).get("d_tot", AUTO)) != AUTO:
@@ -51,10 +51,9 @@ def choose_budget(
         behavior=behavior or {},
         device=device,
         time_limit_is_terminal=time_limit_is_terminal,
+        budgets=BUDGETS if budgets is None else tuple(budgets),
     )
     request.check()
     data = dataset if isinstance(dataset, Dataset) else read_dataset(Path(dataset), task)
     search = dataclasses.replace(request.resolved(data.spec).search, steps=steps, seed=seed)
-    if budgets is not None:
-        search = dataclasses.replace(search, budgets=tuple(budgets))
     return cached_choice(data, search, progress)

@@ -136,6 +136,11 @@ WRONG: list[tuple[str, str, str]] = [  # entry of the file, its replacement, the
     ("d_tot = [0.3, 1.2]", 'd_tot = ["much"]', r"omcda\.d_tot: expected float, got 'much'"),
     ("d_tot = [0.3, 1.2]", "d_tot = [0.3, true]", r"omcda\.d_tot: expected float, got True"),
     ("steps = 20", "steps = 20\nsettings = { hidden = true }", r"bc\.hidden: expected int, got True"),
+    (
+        "d_tot = [0.3, 1.2]",
+        'd_tot = ["auto"]\nprice = ["gradient"]',
+        r"the choice of d_tot tries 0\.6 nats: omcda\.d_eval: expected at least d_tot .*: set price=solved",
+    ),
     ("steps = 20", "steps = true", "steps: expected a whole number from 1 on, got True"),
     ("/a.hdf5", "/none.hdf5", r"none\.hdf5 does not exist: record it with"),
     ("/b.hdf5", "/deeper/a.hdf5", r"share the folder .*/a/bc/seed0, of .*/a\.hdf5 and .*/deeper/a\.hdf5"),

@@ -169,5 +169,11 @@ def test_wrong_budgets_and_too_few_episodes_are_refused(tmp_path: Path) -> None:
     small = read_dataset(write_dataset(tmp_path / "small.hdf5", continuous_spec(), [5, 5, 5]))
     with pytest.raises(DatasetError, match="at least 4 episodes"):
         choose_budget(small, search((0.1,)))
+    with pytest.raises(
+        ConfigError, match=r"tries 0\.4 nats: omcda\.d_eval: .* set price=solved, or d_eval=1000"
+    ):
+        experiments.choose_budget(small, budgets=(0.3, 0.4), settings={"price": "gradient"})
+    with pytest.raises(DatasetError, match="at least 4 episodes"):  # budgets that fit go on to the dataset
+        experiments.choose_budget(small, budgets=(0.2, 0.3), settings={"price": "gradient"})
     with pytest.raises(ConfigError, match="seed: expected int, got True"):
         experiments.choose_budget(small, seed=True)

@@ -347,6 +347,11 @@ REFUSALS: list[Refusal] = [
     ({"settings": {"hidden": 8, "grad_clip": "inf"}}, ConfigError, r"omcda\.grad_clip: expected .*, got inf"),
     ({"behavior": {"hidden": 16}}, ConfigError, "expected behavior hidden 8"),
     ({"behavior": {"stepps": 1}}, UnknownNameError, "unknown setting of BehaviorConfig 'stepps'"),
+    (
+        {"settings": {"hidden": 8, "d_tot": "auto", "price": "gradient"}},
+        ConfigError,
+        r"the choice of d_tot tries 0\.6 nats: omcda\.d_eval: expected at least d_tot \(0\.6\) with price=gradient",
+    ),
     ({"evaluate_every": 30}, ConfigError, "evaluate_every: expected a multiple of 20, .* got 30"),
 ]
 
