@@ -18,7 +18,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from omcda_deploy import formatting
+from omcda_deploy.datasets import DIGEST_VERSION, Dataset
 from omcda_deploy.errors import DatasetError
 from omcda_deploy.files import cached, refusal
 from omcda_deploy.training.batches import Batch, DistributionTable, TransitionSampler, episode_of
@@ -35,9 +36,6 @@ from omcda_deploy.training.fleet import mean_per_run, run_state
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.optimizer import Group, JointOptimizer, parameters_of
 from omcda_deploy.training.settings import Count, Range, check
-
-if TYPE_CHECKING:
-    from omcda_deploy.datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +58,8 @@ class BehaviorConfig:
 
     def key(self, dataset: Dataset) -> str:
         """Name of the cached model of ``dataset``."""
-        settings = json.dumps([dataset.digest, dataclasses.asdict(self)], sort_keys=True)
+        content = dataset.digests[DIGEST_VERSION]  # a file's own may be of a version that covers less
+        settings = json.dumps([content, dataclasses.asdict(self)], sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:32]
 
 

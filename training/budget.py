@@ -23,13 +23,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from omcda_deploy.datasets import DIGEST_VERSION, Dataset
 from omcda_deploy.errors import ConfigError, DatasetError
 from omcda_deploy.estimation import effective_sample_size
 from omcda_deploy.files import cached, write_json
@@ -52,9 +53,6 @@ from omcda_deploy.training.estimation import (
 from omcda_deploy.training.fleet import run_state
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.settings import build
-
-if TYPE_CHECKING:
-    from omcda_deploy.datasets import Dataset
 
 BUDGETS = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0, 2.0)  # nats
 LEAST_BUDGET = 1e-6  # nats; stands for 0: a team that stays what it was cloned to be
@@ -140,7 +138,8 @@ class BudgetSearch:
 
     def key(self, dataset: Dataset) -> str:
         """Name of the cached choice for ``dataset``."""
-        settings = json.dumps([dataset.digest, dataclasses.asdict(self)], sort_keys=True)
+        content = dataset.digests[DIGEST_VERSION]  # a file's own may be of a version that covers less
+        settings = json.dumps([content, dataclasses.asdict(self)], sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:32]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import h5py
@@ -20,6 +20,9 @@ from omcda_deploy.errors import ConfigError, DatasetError
 from omcda_deploy.experiments.sweep import check_jobs, jobs_of, sweep_of
 from omcda_deploy.experiments.train import resume, train
 from omcda_deploy.registry import read_dataset
+from omcda_deploy.training.algorithms.omcda import Config
+from omcda_deploy.training.behavior_model import BehaviorConfig
+from omcda_deploy.training.budget import BudgetSearch
 from omcda_deploy.training.run_folder import read_config, snapshot_steps, write_config
 from tests.support.digests import as_version_1, digest_of
 from tests.support.episodes import SPECS, random_episode
@@ -159,6 +162,23 @@ def test_a_run_is_not_resumed_with_other_states_or_ends(
     check_jobs([job])
     with pytest.raises(ConfigError, match=r"a run of dataset digest (\w{12})…, expected (?!\1)\w{12}…"):
         check_jobs([replace(job, dataset=other)])
+
+
+@pytest.mark.parametrize("change", [states, end])
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_is_cached_of_a_dataset_is_not_taken_for_one_of_other_states_or_ends(
+    tmp_path: Path, change: Change, version: int
+) -> None:
+    convert = as_version_1 if version == 1 else Path
+    plain = read_dataset(convert(write(tmp_path / "plain.hdf5")))
+    changed = read_dataset(convert(write(tmp_path / "changed.hdf5", change)))
+    assert (plain.digest == changed.digest) == (version == 1)
+    cloning = BehaviorConfig()
+    search = BudgetSearch(asdict(Config()), steps=10, behavior=cloning)
+    assert cloning.key(plain) != cloning.key(changed)
+    assert search.key(plain) != search.key(changed)
+    same = read_dataset(write(tmp_path / "same.hdf5"))  # of version 2, with the contents of the first
+    assert (cloning.key(plain), search.key(plain)) == (cloning.key(same), search.key(same))
 
 
 def test_runs_of_the_version_before_resume(tmp_path: Path, begun: Callable[[Path], Path]) -> None:
