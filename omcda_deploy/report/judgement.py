@@ -87,11 +87,13 @@ def _correlated(overview: Overview, claim: Claim) -> Judgement:
             groups[label] = found
     if not groups:
         return Judgement(OPEN, "no run logged both curves")
+    enough = {label: found for label, found in groups.items() if len(found) >= LEAST_RUNS}
+    groups = enough or groups  # as in a duel
     mean, interval = float(np.mean([np.mean(g) for g in groups.values()])), mean_interval([*groups.values()])
     if interval is None:
         return Judgement(OPEN, f"mean rank correlation {number(mean, 2)}, from single runs", groups)
     word = HOLDS if interval.low > 0 else FAILS if interval.high < 0 else OPEN
-    if sum(map(len, groups.values())) < LEAST_RUNS:
+    if not enough:
         word = OPEN
     return Judgement(word, f"mean rank correlation {number(mean, 2)} ({interval_words(interval, 2)})", groups)
 

@@ -27,7 +27,7 @@ from omcda_deploy.report.statistics import (
 )
 
 LEVEL = 0.05  # share of false verdicts, of all comparisons of a claim together
-LEAST_RUNS = 5  # of each of two methods, all datasets together, before one is called ahead
+LEAST_RUNS = 5  # of each of two methods on each dataset, before one is called ahead
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Duel:
-    """One method against another on the datasets that both have runs of.
+    """One method against another on the datasets that count.
 
     A verdict is 1: ahead, -1: behind, 0: not told apart. On a single dataset it is by the exact test, on several by
     the interval of the probability of improvement; ``comparisons`` is how many are judged at the level together.
@@ -107,8 +107,8 @@ class Duel:
 
 
 def _enough(pairs: Sequence[tuple[Values, Values]]) -> bool:
-    runs = (sum(values.size for values in side) for side in zip(*pairs, strict=True))
-    return min(runs, default=0) >= LEAST_RUNS
+    # On every dataset: of two or three runs the interval is too narrow, however many datasets there are.
+    return min((values.size for pair in pairs for values in pair), default=0) >= LEAST_RUNS
 
 
 def tell_apart(pairs: Sequence[tuple[Values, Values]], comparisons: int = 1) -> int:
@@ -144,11 +144,10 @@ class Overview:
         return sum(method in e.planned and not e.missing for e in self.entries if fits(e.label, on))
 
     def duel(self, method: str, other: str, on: Iterable[str] = ("*",)) -> Duel:
-        """Compare two methods."""
+        """Compare two methods on the datasets with runs enough of both; on all, where none has them."""
         first, second = self.summaries(method, on), self.summaries(other, on)
-        return Duel(
-            {label: (first[label].values, second[label].values) for label in first if label in second}
-        )
+        pairs = {label: (first[label].values, second[label].values) for label in first if label in second}
+        return Duel({label: pair for label, pair in pairs.items() if _enough([pair])} or pairs)
 
     def iqm(self, method: str, on: Iterable[str] = ("*",)) -> tuple[float, Interval | None, int]:
         """Interquartile mean of a method's normalised scores, its interval, and the number of datasets.

@@ -26,14 +26,15 @@ _NOTES = {
     "percentile bootstrap interval over runs, stratified by dataset. Rows are of different datasets: beside each "
     "stands what the compared method has on the row's own.",
     "P": "probability of improvement, of a run over one of the row's on the same dataset, equal ones half: the "
-    "mean over the datasets that both were run on, with a stratified bootstrap interval (both as in Agarwal et "
-    "al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, NeurIPS 2021).",
+    f"mean over the datasets with {LEAST_RUNS} runs or more of both (over all that both were run on, where none "
+    "has them), with a stratified bootstrap interval (both as in Agarwal et al., Deep Reinforcement Learning at "
+    "the Edge of the Statistical Precipice, NeurIPS 2021).",
     "Verdicts": "one method is ahead of another where the 95 % interval of P is above 1/2, behind where it is "
     "below (on a single dataset: where the exact Mann-Whitney test tells them apart at 5 %, as intervals from few "
-    f"seeds are too narrow), and each has {LEAST_RUNS} runs or more; else they are not told apart. A claim about "
-    "several rows is refuted by one of them at a level that is divided by their number. It holds in part where it "
-    "holds on average and is refuted on a dataset. A verdict covers the datasets that are run, and is one so far "
-    "while a run that it asks for is missing.",
+    f"seeds are too narrow), and each has {LEAST_RUNS} runs or more on each dataset that counts; else they are not "
+    "told apart. A claim about several rows is refuted by one of them at a level that is divided by their number. "
+    "It holds in part where it holds on average and is refuted on a dataset. A verdict covers the datasets that "
+    "are run, and is one so far while a run that it asks for is missing.",
     "Regret": "part of the return of the best fixed value that the choice gives away. A choice is as good where "
     f"the 95 % interval of its regret ends at {percent(TOLERANCE)} or below.",
     "Spread": "std between a run's last policies, mean over seeds, relative to the size of the mean return; the "

@@ -119,7 +119,23 @@ def test_what_is_not_run_is_never_judged() -> None:
         lacking = replace(entry(less, "poor"), planned={"a": 5, "b": 5})
         word, evidence = judge(overview(some, lacking), better("b"))
         assert word == "so far: holds"
-        assert evidence.endswith(f"{len(less)} of 2 datasets")
+        assert evidence.endswith("1 of 2 datasets")  # a few runs do not count
+
+
+@pytest.mark.parametrize("runs", [2, 3, 4])
+def test_few_runs_on_many_datasets_tell_nothing(runs: int) -> None:
+    """The interval of two runs on each of three datasets leaves out 1/2 for one in six pairs that are alike."""
+    tiers = ("medium", "poor", "expert")
+    few = [entry({"a": GOOD[:runs], "b": BAD[:runs]}, tier) for tier in tiers]
+    assert overview(*few).duel("a", "b").verdict() == 0
+    word, evidence = judge(overview(*few), better("b"))
+    assert word == "so far: cannot be told"
+    assert "too few runs beside b 1.00 (1.00 to 1.00) on 3" in evidence
+    # Beside datasets that have enough they do not count, neither for nor against.
+    for other in ({"a": GOOD, "b": BAD}, {"a": BAD, "b": GOOD}):
+        duel = overview(*few, entry(other, "replay")).duel("a", "b")
+        assert duel.verdict() == (1 if other["a"] is GOOD else -1)
+        assert list(duel.pairs) == [f"{HOPPER}/replay"]
 
 
 def test_a_method_that_is_refuted_on_one_dataset_is_better_in_part() -> None:
@@ -222,6 +238,9 @@ def test_influence_follows_reward_where_the_ranks_of_agents_do(slope: float, wor
     claim = Claim("m follows V", "correlated", "a")
     assert judge(overview(made(runs)), claim)[0] == word
     assert judge(overview(made(runs[:4])), claim)[0] == "so far: cannot be told"
+    few = [made([replace(r, variant=replace(r.variant, digest=t)) for r in runs[:2]], t) for t in "abc"]
+    assert judge(overview(*few), claim)[0] == "so far: cannot be told"
+    assert "1 of 2 datasets" in judge(overview(made(runs), few[0]), claim)[1]
     estimated = [
         replace(run, curves=replace(run.curves, estimated=frozenset({"contribution"})))
         for run in runs
