@@ -16,7 +16,7 @@ from omcda_deploy import registry
 from omcda_deploy.errors import ConfigError, UnknownNameError
 from omcda_deploy.export.bundle import export_bundle
 from omcda_deploy.local import LocalTeam
-from omcda_deploy.plugins import columns_of, curves_of, scan_of
+from omcda_deploy.plugins import columns_of, curves_of, per_run_settings, scan_of
 from omcda_deploy.spec import ActionKind
 from omcda_deploy.training.algorithm import Algorithm, create_algorithm
 from omcda_deploy.training.checkpoint import load_state, save_state
@@ -64,6 +64,14 @@ def test_a_module_says_what_it_is(name: str) -> None:
     assert set(getattr(module, "PER_RUN", ())) <= plain_types(module.Config).keys()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.hidden = 1
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_page_lists_the_settings_in_which_runs_side_by_side_may_differ(name: str) -> None:
+    page = Path(__file__).parents[2] / "docs/training-speed.md"
+    settings = per_run_settings(registry.load_algorithm(name))
+    listed = ", ".join(f"`{setting}`" for setting in settings) or "none"
+    assert f"\n| {name} | {listed} |\n" in page.read_text()
 
 
 @pytest.mark.parametrize(("name", "team"), CASES)
