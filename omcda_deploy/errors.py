@@ -13,7 +13,7 @@
     ├── UnknownNameError
     ├── MissingExtraError
     ├── PluginError
-    ├── RequestError, RangeError, ExhaustedError, StateError, StoppingError, EndedError
+    ├── RequestError, RangeError, ExhaustedError, StateError, OtherBundleError, StoppingError, EndedError
     │                                                                           omcda_deploy.serve.status
     └── DivergedError                                                           omcda_deploy.training.metrics
 

@@ -38,7 +38,7 @@ class GetContractResponse(_message.Message):
     def __init__(self, model_version: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., team: _Optional[str] = ..., contract_hash: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., divergence_kind: _Optional[str] = ..., budgets: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ActRequest(_message.Message):
-    __slots__ = ("model", "model_version", "contract_hash", "step_id", "reset", "batch", "observation", "noise", "action_mask", "episode_id", "episode_step", "temperature", "others")
+    __slots__ = ("model", "model_version", "contract_hash", "step_id", "reset", "batch", "observation", "noise", "action_mask", "episode_id", "episode_step", "temperature", "others", "bundle_digest")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CONTRACT_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class ActRequest(_message.Message):
     EPISODE_STEP_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     OTHERS_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_version: str
     contract_hash: str
@@ -65,7 +66,8 @@ class ActRequest(_message.Message):
     episode_step: int
     temperature: float
     others: _containers.RepeatedCompositeFieldContainer[ActRequest]
-    def __init__(self, model: _Optional[str] = ..., model_version: _Optional[str] = ..., contract_hash: _Optional[str] = ..., step_id: _Optional[int] = ..., reset: bool = ..., batch: _Optional[int] = ..., observation: _Optional[bytes] = ..., noise: _Optional[bytes] = ..., action_mask: _Optional[bytes] = ..., episode_id: _Optional[str] = ..., episode_step: _Optional[int] = ..., temperature: _Optional[float] = ..., others: _Optional[_Iterable[_Union[ActRequest, _Mapping]]] = ...) -> None: ...
+    bundle_digest: str
+    def __init__(self, model: _Optional[str] = ..., model_version: _Optional[str] = ..., contract_hash: _Optional[str] = ..., step_id: _Optional[int] = ..., reset: bool = ..., batch: _Optional[int] = ..., observation: _Optional[bytes] = ..., noise: _Optional[bytes] = ..., action_mask: _Optional[bytes] = ..., episode_id: _Optional[str] = ..., episode_step: _Optional[int] = ..., temperature: _Optional[float] = ..., others: _Optional[_Iterable[_Union[ActRequest, _Mapping]]] = ..., bundle_digest: _Optional[str] = ...) -> None: ...
 
 class ActResponse(_message.Message):
     __slots__ = ("step_id", "model_version", "batch", "action", "divergence", "behavior_action", "mean", "log_std", "behavior_mean", "behavior_log_std", "logits", "behavior_logits", "policy_weight", "others")

@@ -21,7 +21,7 @@ from omcda_deploy.serve.oip_messages import (
     requested_outputs,
     wire_tensors,
 )
-from omcda_deploy.serve.recording import origin_of
+from omcda_deploy.serve.recording import origin_of, parameter_of
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.version import __version__
 
@@ -59,7 +59,8 @@ class InferenceService:
 
     def model_infer(self, request: oip.ModelInferRequest) -> bytes:
         """Answer one inference request; returns the serialised response."""
-        session = self._releases.find(request.model_name, request.model_version)
+        digest = parameter_of(request, "bundle_digest") if "bundle_digest" in request.parameters else ""
+        session = self._releases.find(request.model_name, request.model_version, digest)
         outputs = requested_outputs(request, session)
         tensors = wire_tensors(request, session)
         if request.parameters:

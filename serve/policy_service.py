@@ -50,7 +50,7 @@ class PolicyService:
         return together(self._act)(request)
 
     def _act(self, request: policy_pb2.ActRequest) -> bytes:
-        session = self._releases.find(request.model, request.model_version)
+        session = self._releases.find(request.model, request.model_version, request.bundle_digest)
         self._require_contract(request.contract_hash)
         tensors = WireTensors(request.batch, request.observation, request.noise, request.action_mask)
         require_short(request.episode_id)

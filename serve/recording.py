@@ -32,6 +32,7 @@ from omcda_deploy.serve.wire import WireTensors
 
 Request: TypeAlias = "policy_pb2.ActRequest | oip.ModelInferRequest"
 PARAMETERS: Mapping[str, tuple[str, ...]] = {  # of an OIP request, and the types that they may have
+    "bundle_digest": ("string_param",),
     "episode_id": ("string_param",),
     "episode_step": ("int64_param", "uint64_param"),
     "temperature": ("double_param",),
@@ -54,19 +55,19 @@ def origin_of(request: Request) -> Origin:
     if isinstance(request, policy_pb2.ActRequest):
         temperature = request.temperature if request.HasField("temperature") else math.nan
         return Origin(request.episode_id, request.episode_step, temperature)
-    values: dict[str, Any] = {}
-    for name, kinds in PARAMETERS.items():
-        if name in request.parameters:
-            parameter = request.parameters[name]
-            kind = parameter.WhichOneof("parameter_choice")
-            value: Any = None if kind is None else getattr(parameter, kind)
-            if kind not in kinds or (name == "episode_step" and value < 0):
-                raise RequestError(
-                    f"parameter {name}: expected {' or '.join(kinds)}, got {kind or 'none'} {value}"
-                )
-            values[name] = value
+    values = {name: parameter_of(request, name) for name in Origin._fields if name in request.parameters}
     require_short(values.get("episode_id", ""))
     return Origin(**values)
+
+
+def parameter_of(request: oip.ModelInferRequest, name: str) -> Any:
+    """Return an OIP request's parameter. Raises :class:`RequestError` for another type or a number out of range."""
+    parameter, kinds = request.parameters[name], PARAMETERS[name]
+    kind = parameter.WhichOneof("parameter_choice")
+    value: Any = None if kind is None else getattr(parameter, kind)
+    if kind not in kinds or (name == "episode_step" and value < 0):
+        raise RequestError(f"parameter {name}: expected {' or '.join(kinds)}, got {kind or 'none'} {value}")
+    return value
 
 
 def require_short(episode_id: str) -> None:

@@ -29,7 +29,7 @@ from omcda_deploy.serve.meter import Histogram
 from omcda_deploy.serve.recording import FlightRecorder, Request
 from omcda_deploy.serve.repository import Pin, Repository
 from omcda_deploy.serve.session import NAME_LIMIT, Models, Session
-from omcda_deploy.serve.status import ExhaustedError, RequestError, StateError
+from omcda_deploy.serve.status import ExhaustedError, OtherBundleError, RequestError, StateError
 from omcda_deploy.serve.wire import WireTensors
 from omcda_deploy.spec import require_same_contract
 
@@ -115,9 +115,19 @@ class Releases:
         self.loading = Histogram(LOADING_BOUNDS)  # seconds of each load
         self._worker = ThreadPoolExecutor(1, "releases", _lower_priority)
 
-    def find(self, name: str, version: str) -> Session:
-        """Return a model's session; an empty version is the current one. Raises :class:`UnknownNameError`."""
-        return self.models(version).find(name)
+    def find(self, name: str, version: str, digest: str = "") -> Session:
+        """Return a model's session; an empty version is the current one, an empty digest any bundle.
+
+        Raises :class:`UnknownNameError`, and :class:`OtherBundleError` for a version that has another digest.
+        """
+        models = self.models(version)
+        if digest and digest != models.digest:
+            # Clients know a version that is not held by the first two words, and take it for a missed answer.
+            raise OtherBundleError(
+                f"unknown version {models.version} of bundle {digest[:12]}: it is {models.digest[:12]} here. "
+                "Begin a new episode, or connect anew if all episodes are to have one bundle"
+            )
+        return models.find(name)
 
     def models(self, version: str = "") -> Models:
         """Return a version's models and restart its idle time. Raises :class:`UnknownNameError`."""

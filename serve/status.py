@@ -30,6 +30,10 @@ class StateError(OmcdaError):
     """A change that the server's present state does not allow."""
 
 
+class OtherBundleError(OmcdaError):
+    """A version that is another bundle here than the one that the caller began with."""
+
+
 class StoppingError(OmcdaError):
     """A control step that came after the server began to stop."""
 
@@ -42,6 +46,7 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (DecodeError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnknownNameError, grpc.StatusCode.NOT_FOUND),
+    (OtherBundleError, grpc.StatusCode.NOT_FOUND),
     (RangeError, grpc.StatusCode.OUT_OF_RANGE),
     (BundleError, grpc.StatusCode.FAILED_PRECONDITION),  # the version to load has a defect
     (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),

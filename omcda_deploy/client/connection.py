@@ -86,12 +86,11 @@ class ServerConnection:
         """True while it is not waited for."""
         return self.circuit.open
 
-    def current_version(self) -> str:
-        """Ask for the version that answers new episodes."""
-        return self._request("").model_version
-
     def describe(self, version: str) -> None:
-        """Ask for the contract of a version. Raises :class:`EndpointError` if the server does not hold it."""
+        """Ask for the contract of a version; empty: the one that answers new episodes.
+
+        Raises :class:`EndpointError` if the server does not hold it.
+        """
         self.contract = self._ask(version)
 
     def require_contract(self, spec: TeamSpec | None) -> None:

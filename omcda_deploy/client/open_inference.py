@@ -33,6 +33,7 @@ from omcda_deploy.protos.triton_pb2 import ModelConfigRequest, ModelConfigRespon
 from omcda_deploy.spec import TeamSpec
 
 SERVICE = "/inference.GRPCInferenceService/"
+DIGEST = "bundle_digest"  # in the metadata of this package's servers, and a parameter of requests to them
 FIRST = (TEAM, "agent_0")  # of which a server without a bundle on the client's side must have one
 
 
@@ -40,7 +41,8 @@ class OpenServer(ServerConnection):
     """A connection to a server of the protocol. ``bundle``: states the contract; None asks the server for it.
 
     ``contract.models`` are the agents, and ``team`` only where agents are missing: in separate graphs they act as
-    in process, to the last digit. Raises as :class:`ServerConnection`.
+    in process, to the last digit. ``states_digest``: whether the server says which bundle it has. Raises as
+    :class:`ServerConnection`.
     """
 
     def __init__(
@@ -52,10 +54,14 @@ class OpenServer(ServerConnection):
         wait_s: float = 0.0,
     ) -> None:
         self._bundle = bundle
+        self.states_digest = False
         super().__init__(endpoint, credentials, version, wait_s)
 
-    def current_version(self) -> str:
-        return _version(self._metadata(self.contract.models[0], ""))
+    def describe(self, version: str) -> None:
+        metadata = self._metadata(self.contract.models[0], version)
+        found = version or _version(metadata), self._digest(metadata)
+        if found != (self.contract.version, self.contract.bundle_digest):
+            super().describe(version)
 
     def _ask(self, version: str) -> Contract:
         first = FIRST if self._bundle is None else (TEAM, *self._bundle.spec.names)
@@ -79,10 +85,15 @@ class OpenServer(ServerConnection):
             self._require_tensors(team, name, described)
         agents = tuple(name for name in team.names if name in found)
         models = agents if len(agents) == len(team.names) or TEAM not in found else (*agents, TEAM)
-        digest = metadata.properties.get("bundle_digest", self._bundle.digest if self._bundle else "")
+        digest = self._digest(metadata)
+        self.states_digest = DIGEST in metadata.properties
         return Contract(
             version or _version(metadata), models, team, team.contract_hash, kind, digest, budgets
         )
+
+    def _digest(self, metadata: oip.ModelMetadataResponse) -> str:
+        """Return the bundle's digest as the server states it, or else that of the bundle on the client's side."""
+        return metadata.properties.get(DIGEST, self._bundle.digest if self._bundle else "")
 
     def _held(self, names: Sequence[str], version: str) -> dict[str, oip.ModelMetadataResponse]:
         """Return the descriptions of the models that the server has."""
@@ -147,6 +158,7 @@ class OpenModels(ServedModels):
             raise ConfigError(
                 "stream: expected none, as the Open Inference Protocol has calls alone: leave it out"
             )
+        self._server = server
         self._arrivals = Arrivals(oip.ModelInferResponse.FromString)
         return Calls(server.channel, deadline_s, self._arrivals, server.metadata, SERVICE + "ModelInfer")
 
@@ -156,7 +168,9 @@ class OpenModels(ServedModels):
         return [self._request(model, rows[model]) for model in self.models]
 
     def _request(self, model: str, rows: Rows) -> bytes:
-        request = oip.ModelInferRequest(model_name=model, model_version=self.version, id=str(self._step_id))
+        request = oip.ModelInferRequest(model_name=model, model_version=self._version, id=str(self._step_id))
+        if isinstance(self._server, OpenServer) and self._server.states_digest:
+            request.parameters[DIGEST].string_param = self._bundle_digest
         for tensor in self._inputs[model]:
             data = (
                 tensor.encode(rows[tensor.name]) if tensor.name in rows else bytes(tensor.size(self._batch))

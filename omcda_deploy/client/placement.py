@@ -67,8 +67,12 @@ def connect(
     return servers
 
 
-def agreed_contract(servers: Iterable[ServerConnection], spec: TeamSpec | None) -> Contract:
-    """Return the contract of servers that all hold one bundle.
+def agreed_contract(
+    servers: Iterable[ServerConnection], spec: TeamSpec | None, *, lenient: bool = False
+) -> Contract:
+    """Return the first server's contract, of a bundle that all servers hold.
+
+    ``lenient``: others may hold another bundle, and refuse their steps of this one.
 
     Raises :class:`ContractError` if it is another one than ``spec``'s or differs between servers, and
     :class:`EndpointError` if their bundles differ.
@@ -83,7 +87,7 @@ def agreed_contract(servers: Iterable[ServerConnection], spec: TeamSpec | None) 
             f"the team served at {first.endpoint}",
             f"the team served at {other.endpoint}",
         )
-        if other.contract.bundle_digest != contract.bundle_digest:
+        if other.contract.bundle_digest != contract.bundle_digest and not lenient:
             raise EndpointError(
                 f"{first.endpoint} serves bundle {contract.bundle_digest[:12]}, {other.endpoint} serves "
                 f"{other.contract.bundle_digest[:12]}: start all servers of a team from one bundle"
@@ -118,35 +122,36 @@ def only_agent(server: ServerConnection) -> str:
     return agents[0]
 
 
-def next_contract(servers: Sequence[ServerConnection], spec: TeamSpec, *, lenient: bool) -> Contract:
+def next_contract(servers: Sequence[ServerConnection], spec: TeamSpec, *, lenient: bool) -> Contract | None:
     """Return the contract of a new episode: of the current version of the first server that answers.
 
-    Without an answer it is the last one; the episode's steps then fail, or the fallback acts. ``lenient``: the same
-    holds for the steps of another server that does not hold this version or does not answer.
+    All are asked each time, as one that was started again may have another bundle under the version's name. None
+    without any answer; the episode's steps then fail, or the fallback acts. ``lenient``: the same holds for the
+    steps of another server that does not hold this version of this bundle, or does not answer.
 
     Raises as :func:`agreed_contract`, and unless ``lenient`` :class:`EndpointError` if a server does not hold the
     version or does not answer.
     """
     asked = [server for server in servers if not server.silent] or servers
-    for first in asked:
-        try:
-            version = first.current_version()
-        except MissedAnswerError:
-            continue
-        if version == first.contract.version:
-            return first.contract
-        break
-    else:
-        return servers[0].contract
-    described = []
-    for server in asked:
+    misses = _describe(asked, "")
+    if not (answered := [server for server in asked if server not in misses]):
+        return None
+    version = answered[0].contract.version
+    misses |= _describe([server for server in answered if server.contract.version != version], version)
+    if misses and not lenient:
+        raise next(iter(misses.values()))
+    return agreed_contract([server for server in asked if server not in misses], spec, lenient=lenient)
+
+
+def _describe(servers: Iterable[ServerConnection], version: str) -> dict[ServerConnection, MissedAnswerError]:
+    """Ask servers for the contract of a version; returns the errors of those that do not tell it."""
+    misses = {}
+    for server in servers:
         try:
             server.describe(version)
-            described.append(server)
-        except MissedAnswerError:
-            if not lenient:
-                raise
-    return agreed_contract(described, spec)
+        except MissedAnswerError as error:
+            misses[server] = error
+    return misses
 
 
 def _named(endpoints: Mapping[str, str], servers: Servers, team: TeamSpec) -> dict[str, ServerConnection]:

@@ -112,7 +112,8 @@ class RemotePolicy(UsedByOne):
             self._episode.begin(episode_id)
             if not self._pinned:
                 contract = next_contract([self._server], self.team, lenient=self._fallback is not None)
-                self._model.version = contract.version
+                if contract is not None:
+                    self._model.take(contract.version, contract.bundle_digest)
             self._model.reset()
             if self._fallback is not None:
                 self._fallback.reset()
@@ -255,8 +256,9 @@ class RemoteTeam(UsedByOne):
     def reset(self, *, episode_id: str | None = None) -> None:
         """Mark the next step as the first of an episode, named ``episode_id`` in recordings, or anew.
 
-        The whole episode is answered by the version that is now the first server's current one. Without a fallback
-        it raises :class:`EndpointError` if another server does not hold that version.
+        The whole episode is answered by the version that is now the first server's current one, and by one bundle.
+        Without a fallback it raises :class:`EndpointError` if another server does not hold that version, or another
+        bundle under its name; with one, that server's answers are missed.
         """
         with self._usage:
             self._episode.begin(episode_id)
@@ -283,17 +285,18 @@ class RemoteTeam(UsedByOne):
         if not self._pinned:
             servers = list(self._servers.values())
             contract = next_contract(servers, self.spec, lenient=self._fallback is not None)
-            self.version, self.bundle_digest = contract.version, contract.bundle_digest
-            self.divergence_kind, self.budgets = contract.divergence_kind, contract.budgets
+            if contract is not None:
+                self.version, self.bundle_digest = contract.version, contract.bundle_digest
+                self.divergence_kind, self.budgets = contract.divergence_kind, contract.budgets
         for served in self._served:
-            served.version = self.version
+            served.take(self.version, self.bundle_digest)
             served.reset()
         if self._fallback is not None:
             self._fallback.reset()
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
-        """Let the version that is current now answer all episodes that begin inside the context."""
+        """Let the version and bundle that are current now answer all episodes that begin inside the context."""
         self.reset()
         before, self._pinned = self._pinned, True
         try:

@@ -38,8 +38,8 @@ class ServedModels:
     """Models of one server. :meth:`ask` is a whole step; :meth:`send` and :meth:`receive` are its halves.
 
     ``latency``: seconds from sending the last step to its answer's arrival, however late the answer is read; None
-    without an answer. ``breaks``: whether a circuit opens after misses. ``episode``: the client's, whose steps all
-    its models take.
+    without an answer. ``deadline_s``: seconds for one answer. ``breaks``: whether a circuit opens after misses.
+    ``episode``: the client's, whose steps all its models take.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class ServedModels:
         self.models = tuple(models)
         self._step_name = f"{server.endpoint}: step of {', '.join(models)}"
         self._contract_hash = contract.contract_hash
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._tags = {
             tensor.name: tag(ActRequest.DESCRIPTOR.fields_by_name[tensor.name].number)
             for tensor in input_tensors(contract.team, models[0])
         }
         self._inputs = {model: input_tensors(contract.team, model) for model in models}
         self._outputs = {model: answer_tensors(contract.team, model) for model in models}
-        self.version = contract.version
+        self.take(contract.version, contract.bundle_digest)
         self._arrivals = Arrivals(ActResponse.FromString)
         self._transport = self._transport_to(server, deadline_s, stream)
         self._step_id = 0
@@ -80,17 +80,15 @@ class ServedModels:
         self._under_way = False  # a step that was sent and not answered
         self._circuit = server.circuit = Circuit(breaks)
 
-    @property
-    def version(self) -> str:
-        """Requested in every step."""
-        return self._version
-
-    @version.setter
-    def version(self, version: str) -> None:
-        self._version = version
+    def take(self, version: str, bundle_digest: str) -> None:
+        """Request a version in every step from now on, and no other bundle under its name."""
+        self._version, self._bundle_digest = version, bundle_digest
         self._constant = {
             model: ActRequest(
-                model=model, model_version=version, contract_hash=self._contract_hash
+                model=model,
+                model_version=version,
+                contract_hash=self._contract_hash,
+                bundle_digest=bundle_digest,
             ).SerializeToString()
             for model in self.models
         }
@@ -187,7 +185,7 @@ class ServedModels:
             if isinstance(error, (grpc.RpcError, TimeoutError)):
                 if status_of(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
                     self._circuit.miss(time.perf_counter() - self._sent_at)
-                raise error_of(error, self._step_name, self._deadline_s) from error
+                raise error_of(error, self._step_name, self.deadline_s) from error
             raise
         outputs = self._read(messages)
         self.latency = self._arrivals.last - self._sent_at

@@ -31,6 +31,7 @@ class StandIn:
     def __init__(self, folder: Path, parameters: bool = True) -> None:
         self.typed = False
         self.calls: list[str] = []
+        self.parameters: set[str] = set()  # of requests
         self._configs, self._models = {}, {}
         for file in sorted(folder.glob("*/config.pbtxt")):
             config = text_format.Parse(file.read_text(), model_config_pb2.ModelConfig())
@@ -63,6 +64,7 @@ class StandIn:
 
     def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.calls.append(request.model_name)
+        self.parameters |= set(request.parameters)
         config = self._find(request.model_name, request.model_version, context)
         feeds = {
             entry.name: np.frombuffer(data, DTYPES[entry.datatype]).reshape(tuple(entry.shape))
