@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fomcda_deploy/protos/admin.proto\x12\x08omcda.v1\"\x91\x01\n\x0eVersionRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10\x65xpected_current\x18\x02 \x01(\t\x12\x15\n\x08previous\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08\x65vidence\x18\x04 \x01(\t\x12\x0e\n\x06\x63hange\x18\x05 \x01(\t\x12\x0e\n\x06undoes\x18\x06 \x01(\tB\x0b\n\t_previous\"\x1f\n\rRecordRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"\x0f\n\rConfigRequest\"\x14\n\x12ListStreamsRequest\"#\n\x11\x45ndStreamsRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\":\n\x0e\x43ontrolStreams\x12(\n\x07streams\x18\x01 \x03(\x0b\x32\x17.omcda.v1.ControlStream\"M\n\rControlStream\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x0e\n\x06idle_s\x18\x03 \x01(\x01\x12\r\n\x05steps\x18\x04 \x01(\x04\"\x12\n\x10GetStatusRequest\"\x9a\x02\n\x0cServerStatus\x12\x0f\n\x07\x63urrent\x18\x01 \x01(\t\x12\x10\n\x08previous\x18\x02 \x01(\t\x12\x0e\n\x06shadow\x18\x03 \x01(\t\x12\'\n\x08versions\x18\x04 \x03(\x0b\x32\x15.omcda.v1.HeldVersion\x12%\n\x06models\x18\x05 \x03(\x0b\x32\x15.omcda.v1.ModelStatus\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12\x15\n\rcontract_hash\x18\x07 \x01(\t\x12\x0f\n\x07serving\x18\x08 \x01(\x08\x12\x11\n\trecording\x18\t \x01(\t\x12\x15\n\rrecorded_rows\x18\n \x01(\x04\x12\x11\n\tlost_rows\x18\x0b \x01(\x04\x12\x10\n\x08\x65vidence\x18\x0c \x01(\t\"E\n\x0bHeldVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rbundle_digest\x18\x02 \x01(\t\x12\x0e\n\x06idle_s\x18\x03 \x01(\x01\"\xd7\x01\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x61nswers\x18\x02 \x01(\x04\x12\x15\n\ranswers_per_s\x18\x03 \x01(\x01\x12\x0e\n\x06p50_ms\x18\x04 \x01(\x01\x12\x0e\n\x06p99_ms\x18\x05 \x01(\x01\x12%\n\x06\x61gents\x18\x06 \x03(\x0b\x32\x15.omcda.v1.AgentStatus\x12\x19\n\x11shadow_difference\x18\x07 \x01(\x01\x12\x16\n\x0eshadow_answers\x18\x08 \x01(\x04\x12\x17\n\x0fshadow_failures\x18\t \x01(\x04\"\x86\x01\n\x0b\x41gentStatus\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x12\n\ndivergence\x18\x02 \x01(\x01\x12\x0e\n\x06\x62udget\x18\x03 \x01(\x01\x12\r\n\x05guard\x18\x04 \x01(\t\x12\x11\n\tthreshold\x18\x05 \x01(\x01\x12\x10\n\x08\x65xceeded\x18\x06 \x01(\x01\x12\x10\n\x08replaced\x18\x07 \x01(\x01\x32\x85\x05\n\x0c\x41\x64minService\x12\x38\n\x04Load\x12\x18.omcda.v1.VersionRequest\x1a\x16.omcda.v1.ServerStatus\x12:\n\x06Switch\x12\x18.omcda.v1.VersionRequest\x1a\x16.omcda.v1.ServerStatus\x12:\n\x06Unload\x12\x18.omcda.v1.VersionRequest\x1a\x16.omcda.v1.ServerStatus\x12:\n\x06Shadow\x12\x18.omcda.v1.VersionRequest\x1a\x16.omcda.v1.ServerStatus\x12\x39\n\x06Record\x12\x17.omcda.v1.RecordRequest\x1a\x16.omcda.v1.ServerStatus\x12?\n\x0cReloadConfig\x12\x17.omcda.v1.ConfigRequest\x1a\x16.omcda.v1.ServerStatus\x12>\n\x0b\x43heckConfig\x12\x17.omcda.v1.ConfigRequest\x1a\x16.omcda.v1.ServerStatus\x12?\n\tGetStatus\x12\x1a.omcda.v1.GetStatusRequest\x1a\x16.omcda.v1.ServerStatus\x12\x45\n\x0bListStreams\x12\x1c.omcda.v1.ListStreamsRequest\x1a\x18.omcda.v1.ControlStreams\x12\x43\n\nEndStreams\x12\x1b.omcda.v1.EndStreamsRequest\x1a\x18.omcda.v1.ControlStreamsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fomcda_deploy/protos/admin.proto\x12\x08omcda.v1\"\xa2\x01\n\x0eVersionRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10\x65xpected_current\x18\x02 \x01(\t\x12\x15\n\x08previous\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08\x65vidence\x18\x04 \x01(\t\x12\x0e\n\x06\x63hange\x18\x05 \x01(\t\x12\x0e\n\x06undoes\x18\x06 \x01(\t\x12\x0f\n\x07\x61s_held\x18\x07 \x01(\x08\x42\x0b\n\t_previous\"\x1f\n\rRecordRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"\x0f\n\rConfigRequest\"\x14\n\x12ListStreamsRequest\"#\n\x11\x45ndStreamsRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\":\n\x0e\x43ontrolStreams\x12(\n\x07streams\x18\x01 \x03(\x0b\x32\x17.omcda.v1.ControlStream\"M\n\rControlStream\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x0e\n\x06idle_s\x18\x03 \x01(\x01\x12\r\n\x05steps\x18\x04 \x01(\x04\"\x12\n\x10GetStatusRequest\"\x9a\x02\n\x0cServerStatus\x12\x0f\n\x07\x63urrent\x18\x01 \x01(\t\x12\x10\n\x08previous\x18\x02 \x01(\t\x12\x0e\n\x06shadow\x18\x03 \x01(\t\x12\'\n\x08versions\x18\x04 \x03(\x0b\x32\x15.omcda.v1.HeldVersion\x12%\n\x06models\x18\x05 \x03(\x0b\x32\x15.omcda.v1.ModelStatus\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12\x15\n\rcontract_hash\x18\x07 \x01(\t\x12\x0f\n\x07serving\x18\x08 \x01(\x08\x12\x11\n\trecording\x18\t \x01(\t\x12\x15\n\rrecorded_rows\x18\n \x01(\x04\x12\x11\n\tlost_rows\x18\x0b \x01(\x04\x12\x10\n\x08\x65vidence\x18\x0c \x01(\t\"s\n\x0bHeldVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rbundle_digest\x18\x02 \x01(\t\x12\x0e\n\x06idle_s\x18\x03 \x01(\x01\x12\x1a\n\rfolder_digest\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_folder_digest\"\xd7\x01\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x61nswers\x18\x02 \x01(\x04\x12\x15\n\ranswers_per_s\x18\x03 \x01(\x01\x12\x0e\n\x06p50_ms\x18\x04 \x01(\x01\x12\x0e\n\x06p99_ms\x18\x05 \x01(\x01\x12%\n\x06\x61gents\x18\x06 \x03(\x0b\x32\x15.omcda.v1.AgentStatus\x12\x19\n\x11shadow_difference\x18\x07 \x01(\x01\x12\x16\n\x0eshadow_answers\x18\x08 \x01(\x04\x12\x17\n\x0fshadow_failures\x18\t \x01(\x04\"\x86\x01\n\x0b\x41gentStatus\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x12\n\ndivergence\x18\x02 \x01(\x01\x12\x0e\n\x06\x62udget\x18\x03 \x01(\x01\x12\r\n\x05guard\x18\x04 \x01(\t\x12\x11\n\tthreshold\x18\x05 \x01(\x01\x12\x10\n\x08\x65xceeded\x18\x06 \x01(\x01\x12\x10\n\x08replaced\x18\x07 \x01(\x01\x32\x85\x05\n\x0c\x41\x64minService\x12\x38\n\x04Load\x12\x18.omcda.v1.VersionRequest\x1a\x16.omcda.v1.ServerStatus\x12:\n\x06Switch\x12\x18.omcda.v1.VersionRequest\x1a\x16.omcda.v1.ServerStatus\x12:\n\x06Unload\x12\x18.omcda.v1.VersionRequest\x1a\x16.omcda.v1.ServerStatus\x12:\n\x06Shadow\x12\x18.omcda.v1.VersionRequest\x1a\x16.omcda.v1.ServerStatus\x12\x39\n\x06Record\x12\x17.omcda.v1.RecordRequest\x1a\x16.omcda.v1.ServerStatus\x12?\n\x0cReloadConfig\x12\x17.omcda.v1.ConfigRequest\x1a\x16.omcda.v1.ServerStatus\x12>\n\x0b\x43heckConfig\x12\x17.omcda.v1.ConfigRequest\x1a\x16.omcda.v1.ServerStatus\x12?\n\tGetStatus\x12\x1a.omcda.v1.GetStatusRequest\x1a\x16.omcda.v1.ServerStatus\x12\x45\n\x0bListStreams\x12\x1c.omcda.v1.ListStreamsRequest\x1a\x18.omcda.v1.ControlStreams\x12\x43\n\nEndStreams\x12\x1b.omcda.v1.EndStreamsRequest\x1a\x18.omcda.v1.ControlStreamsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,29 +32,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'omcda_deploy.protos.admin_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_VERSIONREQUEST']._serialized_start=46
-  _globals['_VERSIONREQUEST']._serialized_end=191
-  _globals['_RECORDREQUEST']._serialized_start=193
-  _globals['_RECORDREQUEST']._serialized_end=224
-  _globals['_CONFIGREQUEST']._serialized_start=226
-  _globals['_CONFIGREQUEST']._serialized_end=241
-  _globals['_LISTSTREAMSREQUEST']._serialized_start=243
-  _globals['_LISTSTREAMSREQUEST']._serialized_end=263
-  _globals['_ENDSTREAMSREQUEST']._serialized_start=265
-  _globals['_ENDSTREAMSREQUEST']._serialized_end=300
-  _globals['_CONTROLSTREAMS']._serialized_start=302
-  _globals['_CONTROLSTREAMS']._serialized_end=360
-  _globals['_CONTROLSTREAM']._serialized_start=362
-  _globals['_CONTROLSTREAM']._serialized_end=439
-  _globals['_GETSTATUSREQUEST']._serialized_start=441
-  _globals['_GETSTATUSREQUEST']._serialized_end=459
-  _globals['_SERVERSTATUS']._serialized_start=462
-  _globals['_SERVERSTATUS']._serialized_end=744
-  _globals['_HELDVERSION']._serialized_start=746
-  _globals['_HELDVERSION']._serialized_end=815
-  _globals['_MODELSTATUS']._serialized_start=818
-  _globals['_MODELSTATUS']._serialized_end=1033
-  _globals['_AGENTSTATUS']._serialized_start=1036
-  _globals['_AGENTSTATUS']._serialized_end=1170
-  _globals['_ADMINSERVICE']._serialized_start=1173
-  _globals['_ADMINSERVICE']._serialized_end=1818
+  _globals['_VERSIONREQUEST']._serialized_end=208
+  _globals['_RECORDREQUEST']._serialized_start=210
+  _globals['_RECORDREQUEST']._serialized_end=241
+  _globals['_CONFIGREQUEST']._serialized_start=243
+  _globals['_CONFIGREQUEST']._serialized_end=258
+  _globals['_LISTSTREAMSREQUEST']._serialized_start=260
+  _globals['_LISTSTREAMSREQUEST']._serialized_end=280
+  _globals['_ENDSTREAMSREQUEST']._serialized_start=282
+  _globals['_ENDSTREAMSREQUEST']._serialized_end=317
+  _globals['_CONTROLSTREAMS']._serialized_start=319
+  _globals['_CONTROLSTREAMS']._serialized_end=377
+  _globals['_CONTROLSTREAM']._serialized_start=379
+  _globals['_CONTROLSTREAM']._serialized_end=456
+  _globals['_GETSTATUSREQUEST']._serialized_start=458
+  _globals['_GETSTATUSREQUEST']._serialized_end=476
+  _globals['_SERVERSTATUS']._serialized_start=479
+  _globals['_SERVERSTATUS']._serialized_end=761
+  _globals['_HELDVERSION']._serialized_start=763
+  _globals['_HELDVERSION']._serialized_end=878
+  _globals['_MODELSTATUS']._serialized_start=881
+  _globals['_MODELSTATUS']._serialized_end=1096
+  _globals['_AGENTSTATUS']._serialized_start=1099
+  _globals['_AGENTSTATUS']._serialized_end=1233
+  _globals['_ADMINSERVICE']._serialized_start=1236
+  _globals['_ADMINSERVICE']._serialized_end=1881
 # @@protoc_insertion_point(module_scope)

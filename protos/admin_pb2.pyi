@@ -7,20 +7,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class VersionRequest(_message.Message):
-    __slots__ = ("version", "expected_current", "previous", "evidence", "change", "undoes")
+    __slots__ = ("version", "expected_current", "previous", "evidence", "change", "undoes", "as_held")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_CURRENT_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     CHANGE_FIELD_NUMBER: _ClassVar[int]
     UNDOES_FIELD_NUMBER: _ClassVar[int]
+    AS_HELD_FIELD_NUMBER: _ClassVar[int]
     version: str
     expected_current: str
     previous: str
     evidence: str
     change: str
     undoes: str
-    def __init__(self, version: _Optional[str] = ..., expected_current: _Optional[str] = ..., previous: _Optional[str] = ..., evidence: _Optional[str] = ..., change: _Optional[str] = ..., undoes: _Optional[str] = ...) -> None: ...
+    as_held: bool
+    def __init__(self, version: _Optional[str] = ..., expected_current: _Optional[str] = ..., previous: _Optional[str] = ..., evidence: _Optional[str] = ..., change: _Optional[str] = ..., undoes: _Optional[str] = ..., as_held: bool = ...) -> None: ...
 
 class RecordRequest(_message.Message):
     __slots__ = ("folder",)
@@ -93,14 +95,16 @@ class ServerStatus(_message.Message):
     def __init__(self, current: _Optional[str] = ..., previous: _Optional[str] = ..., shadow: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., contract_hash: _Optional[str] = ..., serving: bool = ..., recording: _Optional[str] = ..., recorded_rows: _Optional[int] = ..., lost_rows: _Optional[int] = ..., evidence: _Optional[str] = ...) -> None: ...
 
 class HeldVersion(_message.Message):
-    __slots__ = ("version", "bundle_digest", "idle_s")
+    __slots__ = ("version", "bundle_digest", "idle_s", "folder_digest")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    FOLDER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     version: str
     bundle_digest: str
     idle_s: float
-    def __init__(self, version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., idle_s: _Optional[float] = ...) -> None: ...
+    folder_digest: str
+    def __init__(self, version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., idle_s: _Optional[float] = ..., folder_digest: _Optional[str] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
     __slots__ = ("model", "answers", "answers_per_s", "p50_ms", "p99_ms", "agents", "shadow_difference", "shadow_answers", "shadow_failures")

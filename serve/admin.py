@@ -68,7 +68,7 @@ class AdminService:
     def handlers(self) -> grpc.GenericRpcHandler:
         releases = self._releases
         changes: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Message | None]]]] = {
-            "Load": (VersionRequest, lambda request: releases.load(request.version)),
+            "Load": (VersionRequest, self._load),
             "Switch": (VersionRequest, self._switch),
             "Unload": (VersionRequest, lambda request: releases.unload(request.version)),
             "Shadow": (VersionRequest, lambda request: releases.set_shadow(request.version)),
@@ -114,7 +114,8 @@ class AdminService:
             started = time.perf_counter()
             try:
                 request = parse(request_type, data)
-                fields |= {field.name: value[:100] for field, value in request.ListFields()}
+                for field, value in request.ListFields():
+                    fields[field.name] = value if isinstance(value, bool) else value[:100]
                 answer = await change(request)
                 fields |= self._reasons() if name == "Switch" else {}
                 return answer
@@ -153,6 +154,9 @@ class AdminService:
             extra={"fields": fields},
         )
 
+    async def _load(self, request: VersionRequest) -> None:
+        await self._releases.load(request.version, as_held=request.as_held)
+
     async def _switch(self, request: VersionRequest) -> None:
         previous = request.previous if request.HasField("previous") else None
         await self._releases.switch(
@@ -162,6 +166,7 @@ class AdminService:
             _one_line(request.evidence),
             change=request.change,
             undoes=request.undoes,
+            as_held=request.as_held,
         )
 
     def _reasons(self) -> dict[str, Any]:
@@ -187,7 +192,12 @@ class AdminService:
             previous=releases.previous,
             shadow=releases.shadow,
             versions=[
-                admin_pb2.HeldVersion(version=models.version, bundle_digest=models.digest, idle_s=idle_s)
+                admin_pb2.HeldVersion(
+                    version=models.version,
+                    bundle_digest=models.digest,
+                    idle_s=idle_s,
+                    folder_digest=models.folder_digest,
+                )
                 for models, idle_s in releases.held_versions()
             ],
             models=[

@@ -179,11 +179,16 @@ class Releases:
         else:
             session.meter.compare(session.outputs["action"].decode(action, tensors.batch), shadow_action)
 
-    async def load(self, version: str) -> None:
-        """Load and warm up a version outside the event loop's thread. Does nothing if it is held already."""
+    async def load(self, version: str, *, as_held: bool = False) -> None:
+        """Load and warm up a version outside the event loop's thread. Does nothing if it is held already.
+
+        ``as_held``: whether it may be another bundle than the folder has under this name by now. Raises
+        :class:`StateError` if it may not.
+        """
         _require_named(version)
         async with self._lock:
             if version in self._slots:
+                await self._compare_with_folder(version, as_held)
                 return
             began = time.perf_counter()
             loaded = await self._in_worker(self._load, version, LOAD_PAUSE_S)
@@ -199,15 +204,17 @@ class Releases:
         *,
         change: str = "",
         undoes: str = "",
+        as_held: bool = False,
     ) -> None:
         """Make a version the current one.
 
         ``expected``: the version that it replaces, if that matters. ``previous``: the version that counts from then
         on as the one before; the one that it replaces if None. ``evidence``: why, in one line. ``change``: a name
-        of this switch; ``undoes``: that of the switch before, if it is to be undone.
+        of this switch; ``undoes``: that of the switch before, if it is to be undone. ``as_held``: as for
+        :meth:`load`.
 
         Raises :class:`UnknownNameError` if it is not held (load it first), and :class:`StateError` if ``expected``
-        is not current, or ``undoes`` was not the last switch.
+        is not current, ``undoes`` was not the last switch, or the folder has another bundle under this name.
         """
         _require_named(version)
         async with self._lock:
@@ -219,9 +226,13 @@ class Releases:
                 )
             if undoes not in ("", self._change):
                 raise StateError("the switch to undo was not the last one: nothing was changed")
+            if not undoes:
+                await self._compare_with_folder(version, as_held)
             if version == self.current and previous is None:
                 return
             previous = self.current if previous is None else previous
+            if previous not in ("", *self._slots):  # one that is held may be gone from the disk
+                await self._in_worker(self._repository.require, previous)
             # Writing to a disk takes milliseconds, in which the event loop goes on answering.
             await self._in_worker(self._repository.write_current, version, previous, evidence)
             if version == self.shadow:
@@ -249,6 +260,7 @@ class Releases:
                 self.models(version)
                 if version == self.current:
                     raise StateError(f"version {version} answers: expected another one as its shadow")
+                await self._compare_with_folder(version)
             self.shadow = version
             for session in self.models().sessions.values():
                 session.meter.reset_comparison()
@@ -302,6 +314,27 @@ class Releases:
         served, other = f"version {self.current}, which is served,", f"version {loaded.version}"
         require_same_contract(self.spec, loaded.bundle.spec, served, other)
         self._slots[loaded.version] = _Slot(loaded)
+
+    async def _compare_with_folder(self, version: str, as_held: bool = False) -> None:
+        """Raise :class:`StateError` if the folder has another bundle under a held version's name, or log it.
+
+        An operator means the folder's, and so does the next start.
+        """
+        models = self._slots[version].models
+        try:
+            models.folder_digest = await self._in_worker(self._repository.digest, version)
+        except BundleError:
+            models.folder_digest = ""
+        if models.folder_digest == models.digest:
+            return
+        found = models.folder_digest[:12] or "no bundle"
+        difference = f"version {version} is held as bundle {models.digest[:12]} and is {found} on disk"
+        if not as_held:
+            raise StateError(
+                f"{difference}: unload it first, or give the new bundle a number of its own; only release rollback "
+                "takes it as it is held"
+            )
+        log.warning("%s, which the next start would read: restore it", difference)
 
     async def _drop(self, version: str) -> None:
         await self._in_worker(_free, self._slots.pop(version).models)

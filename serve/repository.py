@@ -74,9 +74,13 @@ class Repository:
 
     def read(self, version: str) -> Bundle:
         """Read a version's bundle. Raises :class:`UnknownNameError` and :class:`BundleError`."""
+        self.require(version)
+        return read_bundle(self._folder(version))
+
+    def require(self, version: str) -> None:
+        """Raise :class:`UnknownNameError` for a version that does not exist."""
         if version not in (versions := self.versions()):
             raise UnknownNameError("version", version[:NAME_LIMIT], versions)
-        return read_bundle(self._folder(version))
 
     def begin(self, pin: Pin | None = None) -> tuple[str, str]:
         """Return the current version and the previous one, which is empty if there is none any more.
@@ -145,11 +149,8 @@ class Repository:
     def write_current(self, version: str, previous: str, evidence: str = "") -> None:
         """Remember all for the next start; ``evidence`` is one line.
 
-        Raises :class:`UnknownNameError` for a previous version that does not exist, and :class:`ConfigError` if the
-        folder cannot be written.
+        Raises :class:`ConfigError` if the folder cannot be written.
         """
-        if previous and previous not in (versions := self.versions()):
-            raise UnknownNameError("version", previous[:NAME_LIMIT], versions)
         if self._single:
             return
         with self._writing(), atomic(self._file) as temporary:

@@ -232,6 +232,7 @@ class Models:
         self.bundle = bundle
         self.version = version
         self.digest = bundle.digest  # read now, as the files on disk may change later
+        self.folder_digest = self.digest  # of the bundle under this version's name, when somebody looked last
         self.contract_hash = bundle.spec.contract_hash
         self.sessions = {}
         for name in names:

@@ -68,16 +68,20 @@ class TeamAdmin:
         """Return the statuses of the servers that answer, and the errors of the others, by endpoint."""
         return self._ask("GetStatus", dict.fromkeys(self._channels, GetStatusRequest()))
 
-    def load(self, version: str) -> Statuses:
-        """Load a version on all servers, or on none."""
-        request = VersionRequest(version=version)
+    def load(self, version: str, *, as_held: bool = False) -> Statuses:
+        """Load a version, of one bundle, on all servers, or on none.
+
+        ``as_held``: whether servers that hold it may hold another bundle than their folder has under this name.
+        """
         without = [
             endpoint for endpoint, status in self.status().items() if version not in _held_versions(status)
         ]
         try:
-            return self._all("Load", request)
+            statuses = self._all("Load", VersionRequest(version=version, as_held=as_held))
+            _require_one_bundle(version, statuses)
+            return statuses
         except EndpointError:
-            self._ask("Unload", dict.fromkeys(without, request))
+            self._ask("Unload", dict.fromkeys(without, VersionRequest(version=version)))
             raise
 
     def switch(self, version: str, replacing: str | None = None, evidence: str = "") -> Statuses:
@@ -89,7 +93,10 @@ class TeamAdmin:
         return self._switch(version, self.status(), replacing, evidence)
 
     def rollback(self) -> Statuses:
-        """Switch to the version that answered before."""
+        """Switch to the version that answered before, as the servers hold it.
+
+        Where the folder has another bundle under that name by now, ``folder_digest`` of the statuses tells.
+        """
         statuses = self.status()
         versions = {status.previous for status in statuses.values()}
         if len(versions) != 1 or "" in versions:
@@ -100,7 +107,7 @@ class TeamAdmin:
                 f"expected one previous version on all servers, got {listing}: name the version with  "
                 "release switch"
             )
-        return self._switch(versions.pop(), statuses)
+        return self._switch(versions.pop(), statuses, as_held=True)
 
     def unload(self, version: str) -> Statuses:
         """Unload a version on all servers."""
@@ -152,10 +159,16 @@ class TeamAdmin:
         self.close()
 
     def _switch(
-        self, version: str, before: Statuses, replacing: str | None = None, evidence: str = ""
+        self,
+        version: str,
+        before: Statuses,
+        replacing: str | None = None,
+        evidence: str = "",
+        *,
+        as_held: bool = False,
     ) -> Statuses:
         """Switch from the versions that are current in ``before``, or leave those and the previous ones."""
-        self.load(version)
+        self.load(version, as_held=as_held)
         change = uuid4().hex
         answers, failures = self._ask(
             "Switch",
@@ -165,6 +178,7 @@ class TeamAdmin:
                     expected_current=replacing or status.current,
                     evidence=evidence,
                     change=change,
+                    as_held=as_held,
                 )
                 for endpoint, status in before.items()
             },
@@ -221,6 +235,22 @@ class TeamAdmin:
 def _failure(method: str, version: str, failures: Mapping[str, str]) -> EndpointError:
     listing = "; ".join(f"{endpoint}: {reason}" for endpoint, reason in failures.items())
     return EndpointError(f"{method} {version}".strip() + f" failed on {len(failures)} servers: {listing}")
+
+
+def _require_one_bundle(version: str, statuses: Statuses) -> None:
+    """Raise :class:`EndpointError` unless all servers hold one bundle as ``version``."""
+    digests = {
+        endpoint: held.bundle_digest
+        for endpoint, status in statuses.items()
+        for held in status.versions
+        if held.version == version
+    }
+    if len(set(digests.values())) > 1:
+        listing = ", ".join(f"{endpoint} {digest[:12]}" for endpoint, digest in digests.items())
+        raise EndpointError(
+            f"expected one bundle as version {version} on all servers, got {listing}: give them one folder, unload "
+            "the version, and try again"
+        )
 
 
 def _streams(answers: Mapping[str, ControlStreams]) -> Streams:

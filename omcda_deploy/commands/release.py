@@ -247,7 +247,7 @@ def _print_versions(statuses: Statuses | Mapping[str, ServerStatus]) -> None:
         table.add_column("recorded, lost")
     for endpoint, served in statuses.items():
         health, up = "SERVING" if served.serving else "NOT_SERVING", timedelta(seconds=int(served.uptime_s))
-        held = ", ".join(version.version for version in served.versions)
+        held = ", ".join(f"{held.version} {held.bundle_digest[:12]}" for held in served.versions)
         table.add_row(
             endpoint,
             health,
@@ -259,6 +259,13 @@ def _print_versions(statuses: Statuses | Mapping[str, ServerStatus]) -> None:
             *([f"{served.recorded_rows}, {served.lost_rows}"] if recording else []),
         )
     print_table(table)
+    for endpoint, served in statuses.items():
+        for version in served.versions:
+            if version.HasField("folder_digest") and version.folder_digest != version.bundle_digest:
+                print_text(
+                    f"{endpoint} holds version {version.version} as bundle {version.bundle_digest[:12]}, on disk "
+                    f"it is {version.folder_digest[:12] or 'none'}: restore it before a server starts again"
+                )
 
 
 @contextmanager

@@ -72,8 +72,8 @@ def test_a_second_phase_that_fails_leaves_all_as_it_was(
     stopped = served.processes[1]
     load = admin.load
 
-    def hang(version: str) -> object:
-        statuses = load(version)
+    def hang(version: str, **options: bool) -> object:
+        statuses = load(version, **options)
         os.kill(stopped.pid, signal.SIGSTOP)
         return statuses
 
