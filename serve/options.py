@@ -94,7 +94,7 @@ class ServeOptions:
     )
     pin: str | None = field(
         default=None,
-        metadata=_cli("VERSION@DIGEST that answered before this start; a supervisor sets it."),
+        metadata=_cli("VERSION@DIGEST[@PREVIOUS] that answered before this start; a supervisor sets it."),
     )
     record: Path | None = field(
         default=None,

@@ -94,6 +94,7 @@ class Releases:
         self._repository = Repository(Path(source))
         self._names, self._config = models, config
         self.current, self.previous = self._repository.begin(pin)
+        self.switched: Callable[[], object] | None = None  # called after each switch
         self._change = ""  # name of the last switch
         self.evidence = self._repository.evidence(self.current)  # on which the current version was promoted
         self.replaced_evidence = ""  # on which the one was that the last switch replaced
@@ -136,6 +137,11 @@ class Releases:
             raise UnknownNameError("version", version[:NAME_LIMIT], self._slots)
         slot.last_used = time.monotonic()
         return slot.models
+
+    @property
+    def pin(self) -> Pin:
+        """What a server that is to join this one has to start with."""
+        return Pin(self.current, self._slots[self.current].models.digest, self.previous)
 
     def held_versions(self) -> Iterator[HeldVersion]:
         """Yield the versions held, from the lowest."""
@@ -241,6 +247,8 @@ class Releases:
             self.previous, self.current = previous, version
             self._change = change
             self.replaced_evidence, self.evidence = self.evidence, evidence
+            if self.switched is not None:
+                self.switched()
 
     async def unload(self, version: str) -> None:
         """Stop holding a version. Raises :class:`StateError` if it is the current one or the shadow."""

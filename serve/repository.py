@@ -33,19 +33,23 @@ NOTE_READS, NOTE_PAUSE_S = 20, 0.05
 
 
 class Pin(NamedTuple):
-    """The bundle that answered last, which a supervisor tells a server that it starts again: ``VERSION@DIGEST``."""
+    """The bundle that answered last and the version before it: ``VERSION@DIGEST@PREVIOUS``, or without a previous.
+
+    Servers tell it to their supervisor, and the supervisor to a server that it starts again.
+    """
 
     version: str
     digest: str
+    previous: str = ""
 
     def __str__(self) -> str:
-        return f"{self.version}@{self.digest}"
+        return "@".join(filter(None, self))
 
     @classmethod
     def parse(cls, text: str) -> Pin:
         """Read what :meth:`__str__` wrote."""
-        version, _, digest = text.partition("@")
-        return cls(version, digest)
+        version, digest, previous = (*text.split("@"), "", "")[:3]
+        return cls(version, digest, previous)
 
 
 class Repository:
@@ -85,34 +89,39 @@ class Repository:
     def begin(self, pin: Pin | None = None) -> tuple[str, str]:
         """Return the current version and the previous one, which is empty if there is none any more.
 
-        In a folder that does not say which version is current, ``pin`` or else the highest one is noted as such.
+        ``pin``: what the team has, whatever the folder says by now, as another team may have been switched. In a
+        folder that does not say which version is current, ``pin`` or else the highest one is noted as such.
 
         Raises :class:`BundleError` if that version is damaged or, under its number, another bundle than ``pin``'s,
         and :class:`ConfigError` if it cannot be noted.
         """
+        if pin is not None and (digest := self.digest(pin.version)) != pin.digest:
+            raise BundleError(
+                f"version {pin.version} of {self._source} was bundle {pin.digest[:12]} and is {digest[:12]} now: "
+                "restore it, add a new bundle under a new number, and switch to that"
+            )
         if not self._single and not self._file.exists():
             version = self.versions()[-1] if pin is None else pin.version
             self.read(version)  # a damaged version is not noted
             with suppress(FileExistsError), self._writing(), self._file.open("x") as file:
-                file.write(f"{version}\n\n")
+                file.write(f"{version}\n{'' if pin is None else pin.previous}\n")
         try:
             version, previous = (ONLY_VERSION, "") if self._single else self._noted()
         except BundleError as error:
             if pin is None:
                 raise
             log.warning("%s. Version %s goes on, as it answered before", error, pin.version)
-            version, previous = pin.version, ""
-        if pin is not None and pin.version == version and (digest := self.digest(version)) != pin.digest:
-            raise BundleError(
-                f"version {version} of {self._source} was bundle {pin.digest[:12]} and is {digest[:12]} now: "
-                "restore it, add a new bundle under a new number, and switch to that"
-            )
-        return version, previous
+            version = pin.version
+        if pin is None:
+            return version, previous
+        if version != pin.version:
+            log.warning("%s says %s. Version %s goes on, as in its team", self._file, version, pin.version)
+        return pin.version, pin.previous if pin.previous in self.versions() else ""
 
-    def pin(self, last: Pin | None = None) -> Pin:
-        """Return the current version and its bundle's digest; ``last`` and errors are those of :meth:`begin`."""
-        version, _ = self.begin(last)
-        return Pin(version, self.digest(version))
+    def pin(self) -> Pin:
+        """Return the current version with its digest, and the previous one; errors are those of :meth:`begin`."""
+        version, previous = self.begin()
+        return Pin(version, self.digest(version), previous)
 
     def digest(self, version: str) -> str:
         """Return the digest of a version's manifest, without verifying the files. Raises :class:`BundleError`."""

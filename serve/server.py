@@ -40,6 +40,7 @@ from omcda_deploy.serve.tracing import Tracing
 log = logging.getLogger(__name__)
 
 SUPERVISOR_CHECK_S = 1.0  # between two checks that the supervisor is alive
+WELL = "well"  # begins each line that a supervisor is told
 NOTICE_S = 0.1  # from NOT_SERVING to the first refusal, in which watchers hear of it and requests arrive
 _CHANNEL_OPTIONS = (
     # By default gRPC shares a port between servers: a second server would take half of the first one's calls.
@@ -228,7 +229,7 @@ async def _serve(
     async with AsyncExitStack() as stack:
         if options.supervisor is not None:
             stack.callback(asyncio.create_task(_stop_with(options.supervisor, stop)).cancel)
-            stack.callback(_answer_supervisor())
+            stack.callback(_answer_supervisor(releases))
         stack.callback(asyncio.create_task(tracker.sweep()).cancel)
         if listen.admin_port is not None:
             admin = AdminService(
@@ -268,17 +269,24 @@ async def _stop_with(supervisor: int, stop: asyncio.Event) -> None:
     stop.set()
 
 
-def _answer_supervisor() -> Callable[[], object]:
-    """Answer each question on standard input from the event loop; returns a function that ends this."""
+def _answer_supervisor(releases: Releases) -> Callable[[], object]:
+    """Answer each question on standard input from the event loop; returns a function that ends this.
+
+    An answer says which version answers, and so does a line after each switch.
+    """
     loop, questions = asyncio.get_running_loop(), sys.stdin.fileno()
+
+    def tell() -> None:
+        print_line(f"{WELL} {releases.pin}")
 
     def answer() -> None:
         if os.read(questions, 1 << 12):
-            print_line("well")
+            tell()
         else:
             loop.remove_reader(questions)
 
     loop.add_reader(questions, answer)
+    releases.switched = tell
     return lambda: loop.remove_reader(questions)
 
 

@@ -1,7 +1,8 @@
 """A supervisor: one server process per agent, started together, restarted if one dies or hangs, stopped together.
 
 The supervisor asks each server every second whether it is well, on the server's standard input. The server's event
-loop, which also answers steps, answers on standard output: this needs no port, certificate or token.
+loop, which also answers steps, answers on standard output: this needs no port, certificate or token. The answer
+says which version it has, so that a server which is started again gets that of its own team.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from omcda_deploy.serve.options import Listen, ServeOptions
 from omcda_deploy.serve.repository import Pin, Repository
 from omcda_deploy.serve.server import (
     NOTICE_S,
+    WELL,
     address_of,
     print_line,
     record_folder,
@@ -38,7 +40,7 @@ POLL_S = 0.1
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 10.0  # before a server that died is started again
 HEALTHY_S = 60.0  # a server that lived this long is started again after the first delay
 KILL_MARGIN_S = 3.0  # from the end of the grace period until a server is killed
-LOOK_S = 1.0  # between two questions to a server, and between two looks at the version
+LOOK_S = 1.0  # between two questions to a server
 HUNG, SILENT = (
     5,
     3,
@@ -61,12 +63,16 @@ class Backoff:
 
 
 class AgentServer:
-    """The process that serves one agent, and its restarts. ``command``: of the next start."""
+    """The process that serves one agent, and its restarts.
+
+    ``command``: of the next start. ``said``: what it told last of the version that answers; None before the first.
+    """
 
     def __init__(self, agent: str, endpoint: str, command: Sequence[str]) -> None:
         self.agent = agent
         self.endpoint = endpoint
         self.command = command
+        self.said: Pin | None = None
         self._backoff = Backoff()
         self._restart_at: float | None = None
         self._start()
@@ -162,7 +168,9 @@ class AgentServer:
         """Read lines: the first one comes when the server is ready, and one for every question."""
         assert process.stdout is not None
         with process.stdout as lines:
-            while lines.readline():
+            while line := lines.readline():
+                if line.startswith(f"{WELL} ".encode()):
+                    self.said = Pin.parse(line.decode().split()[1])
                 ready.set()
                 self._unanswered = 0
 
@@ -210,12 +218,11 @@ def serve_team(options: ServeOptions) -> None:
                     outdated.discard(server)
                 if (now := time.monotonic()) >= look_at:
                     look_at = now + LOOK_S
-                    with suppress(OmcdaError):  # a folder that cannot be read now: the last version stays
-                        pin = repository.pin(pin)
                     for server in servers:
-                        server.command = _command(options, server.agent, places[server.agent], pin)
                         server.look()
                 for server in servers:
+                    last = _last_of(server, servers) or pin
+                    server.command = _command(options, server.agent, places[server.agent], last)
                     server.keep_alive()
         finally:
             _stop(servers, options.grace_s)
@@ -231,6 +238,17 @@ def _reloadable(options: ServeOptions, config: ServerConfig, agents: Sequence[st
         log.error("the configuration of all servers stays as it was: %s", error)
         return False
     return True
+
+
+def _last_of(server: AgentServer, servers: Sequence[AgentServer]) -> Pin | None:
+    """Return what a server has to start with: what the others that live agree on, or else what it said itself.
+
+    Not what the folder says: that may be another team's switch, or nobody's.
+    """
+    others = {
+        other.said for other in servers if other is not server and other.exit_status() is None and other.said
+    }
+    return others.pop() if len(others) == 1 else server.said
 
 
 def _command(options: ServeOptions, agent: str, place: Listen, pin: Pin) -> list[str]:

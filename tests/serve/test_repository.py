@@ -71,16 +71,20 @@ def test_a_supervised_server_comes_back_as_what_it_was(
     repository = Repository(folder)
     (folder / CURRENT).write_text("2\n1\n")
     pin = repository.pin()
+    assert pin == Pin("2", repository.digest("2"), "1")
     assert Pin.parse(str(pin)) == pin
+    assert Pin.parse("2@digest") == Pin("2", "digest", "")  # without a previous one
     (folder / CURRENT).unlink()
     assert Releases(folder, (), ServerConfig(), pin).current == "2"
     (folder / CURRENT).write_text("no version")
     assert Releases(folder, (), ServerConfig(), pin).current == "2"
     assert "Version 2 goes on" in caplog.text
-    (folder / CURRENT).write_text("10\n2\n")  # a switch since
-    assert Releases(folder, (), ServerConfig(), pin).current == "10"
-    assert repository.pin(pin) == Pin("10", repository.digest("10"))
-    (folder / CURRENT).write_text("2\n10\n")
+    (folder / CURRENT).write_text("10\n2\n")  # a switch since, of other servers
+    again = Releases(folder, (), ServerConfig(), pin)
+    assert (again.current, again.previous, again.pin) == ("2", "1", pin)
+    assert "current says 10. Version 2 goes on, as in its team" in caplog.text
+    shutil.rmtree(folder / "1")
+    assert Releases(folder, (), ServerConfig(), pin).previous == ""
     shutil.rmtree(folder / "2")
     write_test_bundle(folder / "2", SPEC, seed=99)
     with pytest.raises(BundleError, match=r"version 2 of .* was bundle \w{12} and is \w{12} now: restore it"):

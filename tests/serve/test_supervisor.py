@@ -24,13 +24,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from omcda_deploy import registry
 from omcda_deploy.bundle import Bundle
+from omcda_deploy.client.admin import TeamAdmin
 from omcda_deploy.client.fallback import BehaviorTeam
 from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import EndpointError, MissedAnswerError, OmcdaError
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.play.evaluate import evaluate
 from omcda_deploy.serve.options import LOOPBACK, Listen, ServeOptions
-from omcda_deploy.serve.supervisor import AgentServer, Backoff, serve_team
+from omcda_deploy.serve.repository import Pin
+from omcda_deploy.serve.supervisor import AgentServer, Backoff, _last_of, serve_team
 from tests.support.bundles import write_test_bundle
 from tests.support.server_process import free_ports, require_ports_free
 
@@ -38,8 +40,8 @@ TASK = "toy/chain-mixed"
 EPISODES = 12  # about 20 steps each
 
 
-def supervisor(source: Path, base_port: int, code: str = "") -> subprocess.Popen[str]:
-    """Start a supervisor. ``code``: run first."""
+def supervisor(source: Path, base_port: int, code: str = "", *options: str) -> subprocess.Popen[str]:
+    """Start a supervisor with further ``options``. ``code``: run first."""
     code += (
         "import sys\n"
         "from omcda_deploy.errors import OmcdaError\n"
@@ -48,7 +50,7 @@ def supervisor(source: Path, base_port: int, code: str = "") -> subprocess.Popen
         "try: serve_team(ServeOptions.parse(sys.argv[1:]))\n"
         "except OmcdaError as error: sys.exit(f'error: {error}')\n"
     )
-    command = [sys.executable, "-c", code, str(source), "--port", str(base_port)]
+    command = [sys.executable, "-c", code, str(source), "--port", str(base_port), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -303,6 +305,67 @@ def test_a_restart_promotes_no_version(discrete_bundle: Bundle, tmp_path: Path) 
             assert (team.version, team.bundle_digest) == ("1", discrete_bundle.digest)
             assert (folder / "current").read_text() == "1\n\n"
         assert len(stop()) == 2
+
+
+def test_a_restart_follows_its_own_team_and_not_the_switches_of_another(
+    discrete_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Two teams share a folder: what one of them is switched to must not reach one server of the other."""
+    folder = tmp_path / "releases"
+    for version in ("1", "2", "3"):
+        write_test_bundle(folder / version, discrete_bundle.spec, seed=int(version))
+    (folder / "current").write_text("1\n\n")
+    base = free_ports(4)
+    endpoints = [f"{LOOPBACK}:{base + i}" for i in range(2)]
+    with (
+        supervisor(folder, base, "", "--admin-port", str(base + 2)) as process,
+        TeamAdmin([f"{LOOPBACK}:{base + 2 + i}" for i in range(2)]) as admin,
+    ):
+
+        def versions() -> list[tuple[str, str]]:
+            return [(status.current, status.previous) for status in admin.status().values()]
+
+        def restart(agent: int) -> None:
+            os.kill(agent_process(process.pid, f"agent_{agent}"), signal.SIGKILL)
+            wait_for(endpoints[agent], f"agent_{agent}")
+            time.sleep(1.3)  # channels look again within a second
+
+        try:
+            assert process.stdout is not None
+            for _ in endpoints:
+                process.stdout.readline()
+            (folder / "current").write_text("3\n1\n")  # as another team's switch does
+            restart(0)
+            assert versions() == 2 * [("1", "")]
+            admin.switch("2")
+            (folder / "current").write_text("3\n1\n")
+            restart(1)  # at once: nobody has asked the other server since
+            assert versions() == 2 * [("2", "1")]
+        finally:
+            process.terminate()
+            process.communicate(timeout=20)
+
+
+def test_a_server_is_started_with_what_the_others_agree_on(tmp_path: Path) -> None:
+    """It may have died in the middle of a switch, which the others have undone or completed."""
+    idle = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    servers = [AgentServer(f"agent_{i}", "an:endpoint", idle) for i in range(3)]
+    one, two = Pin("1", "a"), Pin("2", "b", "1")
+    try:
+        assert _last_of(servers[0], servers) is None
+        servers[0].said = two
+        assert _last_of(servers[0], servers) == two
+        servers[1].said = servers[2].said = one
+        assert _last_of(servers[0], servers) == one
+        servers[1].said = two
+        assert _last_of(servers[0], servers) == two  # they differ: what it had
+        servers[1].terminate()
+        servers[1].wait(5.0)
+        assert _last_of(servers[0], servers) == one  # the dead have no say
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait(5.0)
 
 
 def test_a_hung_server_is_killed_and_started_again(
