@@ -33,12 +33,13 @@ The team graph has the same names, with the agents' vectors joined along the las
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from omcda_deploy.errors import BundleError, ConfigError
+from omcda_deploy.errors import BundleError, ConfigError, OmcdaError
 from omcda_deploy.files import sha256
 from omcda_deploy.guard import DataReference
 from omcda_deploy.spec import TeamSpec
@@ -50,7 +51,21 @@ MANIFEST = "bundle.json"
 TEAM = "team"  # folder and model name of the team graph
 MODEL_FILE = "1/model.onnx"
 CONFIG_FILE = "config.pbtxt"
+REASON_LIMIT = 200  # characters of a damaged manifest that a message repeats
+KL_ROUNDING = 1e-4  # nats by which float32 may miss a KL of 0
 DEMO_TEAM = Path(__file__).parent / "demo_team"  # a trained team that comes with the package
+
+# What reading a manifest that somebody has changed can raise; RecursionError is a RuntimeError.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    OmcdaError,
+)
 
 CONTINUOUS_PARAMETERS = ("mean", "log_std", "behavior_mean", "behavior_log_std")
 DISCRETE_PARAMETERS = ("logits", "behavior_logits")
@@ -116,7 +131,11 @@ class Bundle:
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Read a bundle and verify its files. Raises :class:`BundleError` when one is missing, changed or damaged."""
+    """Read a bundle and verify its files. Raises :class:`BundleError` when one is missing, changed or damaged.
+
+    What the manifest says is checked here, so that nothing which trusts it later fails: a server loads bundles
+    while it answers by others.
+    """
     if not isinstance(path, (str, Path)):
         raise BundleError(f"expected a bundle's folder, got {path!r}: make one with  omcda-deploy export")
     path = Path(path)
@@ -125,28 +144,32 @@ def read_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}. Make one with  omcda-deploy export")
     try:
         manifest = json.loads(manifest_path.read_text())
+        json.dumps(manifest, ensure_ascii=False).encode()  # names that no message and no protocol could hold
         version = manifest["schema_version"]
         files = {name: str(digest) for name, digest in manifest["files"].items()}
         declared_hash = manifest["contract_hash"]
         spec = TeamSpec.from_json(manifest["team"])
-        agents = set(manifest["agents"])
-        references = {
-            agent: DataReference(**entry["reference"])
-            for agent, entry in manifest["agents"].items()
-            if entry.get("reference") is not None
-        }
         kind = manifest["divergence_kind"]
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise BundleError(f"{manifest_path} is damaged ({error}): export the run again") from error
-    if version != SCHEMA_VERSION:
+        agents = set(manifest["agents"])
+        for name, entry in manifest["agents"].items():
+            _require_agent(name, entry, kind)
+        _require_origin(manifest)
+    except _DAMAGE as error:
+        # Some of these are about a name or a digit alone; none may bring a line of its own.
+        reason = " ".join(f"{error}".split())[:REASON_LIMIT] or type(error).__name__
+        raise BundleError(f"{manifest_path} is damaged ({reason}): export the run again") from error
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise BundleError(
-            f"{manifest_path} has schema version {version}, expected {SCHEMA_VERSION}: export again"
+            f"{manifest_path} has schema version {version!r:.20}, expected {SCHEMA_VERSION}: export again"
         )
     if kind not in get_args(DivergenceKind):
-        raise BundleError(f"{manifest_path}: expected divergence_kind kl or neg_log_behavior, got {kind!r}")
+        raise BundleError(
+            f"{manifest_path}: expected divergence_kind kl or neg_log_behavior, got {kind!r:.100}"
+        )
     if declared_hash != spec.contract_hash or agents != set(spec.names):
         raise BundleError(f"{manifest_path} was changed: its contract hash does not match its team")
-    for agent, reference in references.items():
+    bundle = Bundle(path, spec, manifest)
+    for agent, reference in bundle.references.items():
         if (size := len(reference.observation_mean)) != (width := spec.agent(agent).observation_size):
             raise BundleError(
                 f"{manifest_path}: reference of {agent}: expected means of {width} entries, got {size}: "
@@ -155,16 +178,56 @@ def read_bundle(path: str | Path) -> Bundle:
     required = {f"{model}/{file}" for model in (*spec.names, TEAM) for file in (CONFIG_FILE, MODEL_FILE)}
     if missing := required - files.keys():
         raise BundleError(f"{manifest_path} does not list {sorted(missing)[0]}: export the run again")
-    folder = path.resolve()
     for name, digest in files.items():
-        file = path / name
-        if folder not in file.resolve().parents:
-            raise BundleError(f"{manifest_path} lists {name}, which is outside the bundle")
-        if not file.is_file():
-            raise BundleError(f"{file} is missing: the bundle is incomplete, export the run again")
-        if (actual := sha256(file)) != digest:
-            raise BundleError(
-                f"{file} was changed after export: expected sha256 {digest[:12]}…, found {actual[:12]}…. "
-                "Export the run again"
+        _require_file(path, name, digest)
+    return bundle
+
+
+def _require_agent(name: str, entry: Mapping[str, Any], kind: str) -> None:
+    """Check an agent's numbers. Raises :class:`ConfigError`, and what reading other types raises."""
+    for field in ("budget", "alpha"):
+        value = entry["budget"] if field == "budget" else entry.get(field)
+        if value is not None and not (_is_number(value) and value >= 0.0):
+            raise ConfigError(f"{field} of {name}: expected a number from 0 on, or null, got {value!r}")
+    if entry.get("reference") is not None:
+        reference = DataReference(**entry["reference"])
+        # -log pi_b of a density may well be below 0; a KL is so by rounding alone.
+        if kind == "kl" and reference.divergence_p99 < -KL_ROUNDING:
+            raise ConfigError(
+                f"reference.divergence_p99 of {name}: expected a KL from 0 on, got {reference.divergence_p99}"
             )
-    return Bundle(path, spec, manifest)
+
+
+def _require_origin(manifest: Mapping[str, Any]) -> None:
+    """Check the parts that a bundle may lack: where it comes from, and how exact its graphs are."""
+    if not isinstance(training := manifest.get("training", {}), dict):
+        raise ConfigError(f"training: expected an object, got {training!r}")
+    if (parity := manifest.get("parity")) is not None:
+        errors = [error["max_abs"] for error in parity["against_torch"].values()]
+        if not errors or not all(map(_is_number, (*errors, parity["rows"]))):
+            raise ConfigError("parity: expected numbers of rows and of max_abs for every output")
+
+
+def _require_file(folder: Path, name: str, digest: str) -> None:
+    """Raise :class:`BundleError` unless a file of the manifest is there, unchanged."""
+    file, shown = folder / name, f"{name:.{REASON_LIMIT}}"
+    try:
+        if folder.resolve() not in file.resolve().parents:
+            raise BundleError(f"{folder / MANIFEST} lists {shown}, which is outside the bundle")
+        if not file.is_file():
+            raise BundleError(f"{folder / shown} is missing: the bundle is incomplete, export the run again")
+        actual = sha256(file)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise BundleError(
+            f"{folder / MANIFEST} lists {shown!r}, which cannot be read ({reason}): export the run again"
+        ) from error
+    if actual != digest:
+        raise BundleError(
+            f"{file} was changed after export: expected sha256 {digest[:12]}…, found {actual[:12]}…. "
+            "Export the run again"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -77,8 +77,8 @@ class GuardSetting:
 class DataReference:
     """Statistics of one agent's training data, as a bundle's manifest stores them.
 
-    Raises :class:`ConfigError` for numbers that are not finite, standard deviations that are not positive and
-    vectors of unequal length.
+    Raises :class:`ConfigError` for numbers that are not finite, a distance below 0, standard deviations that are
+    not positive and vectors of unequal length.
     """
 
     divergence_p99: float
@@ -90,6 +90,8 @@ class DataReference:
         for name in ("divergence_p99", "distance_p99"):
             if not _is_number(value := getattr(self, name)):
                 raise ConfigError(f"reference.{name}: expected a finite number, got {value!r}")
+        if self.distance_p99 < 0.0:
+            raise ConfigError(f"reference.distance_p99: expected a number from 0 on, got {self.distance_p99}")
         for name, least in (("observation_mean", -math.inf), ("observation_std", 0.0)):
             values = getattr(self, name)
             if not isinstance(values, Sequence) or not all(_is_number(v) and v > least for v in values):
