@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import grpc
 
 from omcda_deploy.client.channel import Credentials, Metadata, open_channel
-from omcda_deploy.client.circuit import Circuit
+from omcda_deploy.client.circuit import LONG_MISS_S, Circuit
 from omcda_deploy.client.transport import SERVICE
 from omcda_deploy.errors import (
     ConfigError,
@@ -27,7 +27,7 @@ from omcda_deploy.errors import (
 from omcda_deploy.protos.policy_pb2 import GetContractRequest, GetContractResponse
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
-CONNECT_LIMIT_S = 5.0
+CONNECT_LIMIT_S = 5.0  # for a contract
 RETRY_S = 0.1  # between two questions to a server that is waited for
 
 
@@ -59,6 +59,7 @@ class ServerConnection:
         self.endpoint = endpoint
         self.circuit = Circuit(breaks=False)  # replaced by that of its models in use
         self.channel = open_channel(endpoint, credentials)
+        self._allow(CONNECT_LIMIT_S)
         self.metadata: Metadata = () if credentials is None else credentials.metadata
         self._get_contract = self.channel.unary_unary(
             SERVICE + "GetContract",
@@ -74,6 +75,7 @@ class ServerConnection:
     def _first_answer(self, version: str, end: float) -> Contract:
         """Return the contract of a version, as soon as the server tells it."""
         while True:
+            self._allow(CONNECT_LIMIT_S)
             try:
                 return self._ask(version)
             except MissedAnswerError:
@@ -86,11 +88,12 @@ class ServerConnection:
         """True while it is not waited for."""
         return self.circuit.open
 
-    def describe(self, version: str) -> None:
-        """Ask for the contract of a version; empty: the one that answers new episodes.
+    def describe(self, version: str, limit_s: float) -> None:
+        """Ask for the contract of a version, for up to ``limit_s``; empty: the one that answers new episodes.
 
         Raises :class:`EndpointError` if the server does not hold it.
         """
+        self._allow(limit_s)
         self.contract = self._ask(version)
 
     def require_contract(self, spec: TeamSpec | None) -> None:
@@ -109,10 +112,19 @@ class ServerConnection:
     def note_failure(self, error: grpc.RpcError) -> None:
         """Note a call beside the steps that failed."""
         if status_of(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
-            self.circuit.miss(CONNECT_LIMIT_S)
+            self.circuit.miss(self.limit_s)
 
     def close(self) -> None:
         self.channel.close()
+
+    def _allow(self, limit_s: float) -> None:
+        """Let the calls for one contract take ``limit_s`` from now on, all together."""
+        self.limit_s, self._due = limit_s, time.monotonic() + limit_s
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds that are left for them."""
+        return max(0.0, self._due - time.monotonic())
 
     def _ask(self, version: str) -> Contract:
         response = self._request(version)
@@ -135,10 +147,18 @@ class ServerConnection:
     def _request(self, version: str) -> GetContractResponse:
         request = GetContractRequest(model_version=version)
         try:
-            return self._get_contract(request, timeout=CONNECT_LIMIT_S, metadata=self.metadata)
+            return self._get_contract(request, timeout=self.remaining_s, metadata=self.metadata)
         except grpc.RpcError as error:
             self.note_failure(error)
-            raise error_of(error, f"{self.endpoint}: GetContract", CONNECT_LIMIT_S) from error
+            raise error_of(error, f"{self.endpoint}: GetContract", self.limit_s) from error
+
+
+def episode_limit_s(deadline_s: float, *, lenient: bool) -> float:
+    """Return the seconds for which a new episode waits for contracts, given those of a step.
+
+    ``lenient``: where a fallback acts without them, no longer than a hung server can cost a step.
+    """
+    return min(CONNECT_LIMIT_S, max(deadline_s, LONG_MISS_S)) if lenient else CONNECT_LIMIT_S
 
 
 def status_of(error: BaseException) -> grpc.StatusCode:

@@ -16,7 +16,7 @@ import numpy as np
 
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.client.channel import Credentials
-from omcda_deploy.client.connection import CONNECT_LIMIT_S, Contract, ServerConnection, error_of, status_of
+from omcda_deploy.client.connection import Contract, ServerConnection, error_of, status_of
 from omcda_deploy.client.served import Outputs, ServedModels
 from omcda_deploy.client.transport import Arrivals, Calls
 from omcda_deploy.errors import ConfigError, EndpointError, MissedAnswerError, OmcdaError
@@ -57,11 +57,12 @@ class OpenServer(ServerConnection):
         self.states_digest = False
         super().__init__(endpoint, credentials, version, wait_s)
 
-    def describe(self, version: str) -> None:
+    def describe(self, version: str, limit_s: float) -> None:
+        self._allow(limit_s)
         metadata = self._metadata(self.contract.models[0], version)
         found = version or _version(metadata), self._digest(metadata)
         if found != (self.contract.version, self.contract.bundle_digest):
-            super().describe(version)
+            super().describe(version, self.remaining_s)
 
     def _ask(self, version: str) -> Contract:
         first = FIRST if self._bundle is None else (TEAM, *self._bundle.spec.names)
@@ -144,10 +145,10 @@ class OpenServer(ServerConnection):
             response_deserializer=answer_type.FromString,
         )
         try:
-            return ask(request, timeout=CONNECT_LIMIT_S, metadata=self.metadata)
+            return ask(request, timeout=self.remaining_s, metadata=self.metadata)
         except grpc.RpcError as error:
             self.note_failure(error)
-            raise error_of(error, f"{self.endpoint}: {method}", CONNECT_LIMIT_S) from error
+            raise error_of(error, f"{self.endpoint}: {method}", self.limit_s) from error
 
 
 class OpenModels(ServedModels):

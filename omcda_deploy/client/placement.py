@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeAlias, get_args
 
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.client.channel import Credentials, require_endpoint, require_seconds
-from omcda_deploy.client.connection import Contract, ServerConnection
+from omcda_deploy.client.connection import Contract, ServerConnection, episode_limit_s
 from omcda_deploy.client.open_inference import OpenServer
+from omcda_deploy.client.served import ServedModels
 from omcda_deploy.errors import ConfigError, EndpointError, MissedAnswerError
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
@@ -122,36 +124,52 @@ def only_agent(server: ServerConnection) -> str:
     return agents[0]
 
 
-def next_contract(servers: Sequence[ServerConnection], spec: TeamSpec, *, lenient: bool) -> Contract | None:
+def next_contract(
+    servers: Sequence[ServerConnection], spec: TeamSpec, served: ServedModels
+) -> Contract | None:
     """Return the contract of a new episode: of the current version of the first server that answers.
 
-    All are asked each time, as one that was started again may have another bundle under the version's name. None
-    without any answer; the episode's steps then fail, or the fallback acts. ``lenient``: the same holds for the
-    steps of another server that does not hold this version of this bundle, or does not answer.
+    All are asked each time, at once, as one that was started again may have another bundle under the version's
+    name. None without any answer; the episode's steps then fail, or the fallback acts. With a fallback the same
+    holds for the steps of another server that does not hold this version of this bundle, or does not answer.
+    ``served``: any of the client's models, for their deadline and whether there is a fallback.
 
-    Raises as :func:`agreed_contract`, and unless ``lenient`` :class:`EndpointError` if a server does not hold the
+    Raises as :func:`agreed_contract`, and without a fallback :class:`EndpointError` if a server does not hold the
     version or does not answer.
     """
+    lenient = served.replaceable
+    limit_s = episode_limit_s(served.deadline_s, lenient=lenient)
+    end = time.monotonic() + limit_s
     asked = [server for server in servers if not server.silent] or servers
-    misses = _describe(asked, "")
+    misses = _describe(asked, "", limit_s)
     if not (answered := [server for server in asked if server not in misses]):
         return None
     version = answered[0].contract.version
-    misses |= _describe([server for server in answered if server.contract.version != version], version)
+    others = [server for server in answered if server.contract.version != version]
+    misses |= _describe(others, version, max(0.0, end - time.monotonic()))
     if misses and not lenient:
         raise next(iter(misses.values()))
     return agreed_contract([server for server in asked if server not in misses], spec, lenient=lenient)
 
 
-def _describe(servers: Iterable[ServerConnection], version: str) -> dict[ServerConnection, MissedAnswerError]:
-    """Ask servers for the contract of a version; returns the errors of those that do not tell it."""
-    misses = {}
-    for server in servers:
+def _describe(
+    servers: Sequence[ServerConnection], version: str, limit_s: float
+) -> dict[ServerConnection, MissedAnswerError]:
+    """Ask servers for the contract of a version, all at once; returns the errors of those that do not tell it."""
+
+    def ask(server: ServerConnection) -> MissedAnswerError | None:
         try:
-            server.describe(version)
+            server.describe(version, limit_s)
         except MissedAnswerError as error:
-            misses[server] = error
-    return misses
+            return error
+        return None
+
+    if len(servers) < 2:  # no thread for it
+        answers = list(map(ask, servers))
+    else:
+        with ThreadPoolExecutor(len(servers)) as pool:
+            answers = list(pool.map(ask, servers))
+    return {server: miss for server, miss in zip(servers, answers, strict=True) if miss is not None}
 
 
 def _named(endpoints: Mapping[str, str], servers: Servers, team: TeamSpec) -> dict[str, ServerConnection]:

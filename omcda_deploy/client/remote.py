@@ -111,7 +111,7 @@ class RemotePolicy(UsedByOne):
         with self._usage:
             self._episode.begin(episode_id)
             if not self._pinned:
-                contract = next_contract([self._server], self.team, lenient=self._fallback is not None)
+                contract = next_contract([self._server], self.team, self._model)
                 if contract is not None:
                     self._model.take(contract.version, contract.bundle_digest)
             self._model.reset()
@@ -283,8 +283,7 @@ class RemoteTeam(UsedByOne):
 
     def _reset(self) -> None:
         if not self._pinned:
-            servers = list(self._servers.values())
-            contract = next_contract(servers, self.spec, lenient=self._fallback is not None)
+            contract = next_contract(list(self._servers.values()), self.spec, self._served[0])
             if contract is not None:
                 self.version, self.bundle_digest = contract.version, contract.bundle_digest
                 self.divergence_kind, self.budgets = contract.divergence_kind, contract.budgets

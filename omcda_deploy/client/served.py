@@ -38,8 +38,8 @@ class ServedModels:
     """Models of one server. :meth:`ask` is a whole step; :meth:`send` and :meth:`receive` are its halves.
 
     ``latency``: seconds from sending the last step to its answer's arrival, however late the answer is read; None
-    without an answer. ``deadline_s``: seconds for one answer. ``breaks``: whether a circuit opens after misses.
-    ``episode``: the client's, whose steps all its models take.
+    without an answer. ``deadline_s``: seconds for one answer. ``replaceable``: whether a fallback can act instead,
+    so that a circuit opens after misses. ``episode``: the client's, whose steps all its models take.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ServedModels:
         models: Sequence[str],
         deadline_s: float,
         stream: bool,
-        breaks: bool,
+        replaceable: bool,
         episode: EpisodeClock,
     ) -> None:
         require_seconds("deadline_s", deadline_s)
@@ -63,7 +63,7 @@ class ServedModels:
         self.models = tuple(models)
         self._step_name = f"{server.endpoint}: step of {', '.join(models)}"
         self._contract_hash = contract.contract_hash
-        self.deadline_s = deadline_s
+        self.deadline_s, self.replaceable = deadline_s, replaceable
         self._tags = {
             tensor.name: tag(ActRequest.DESCRIPTOR.fields_by_name[tensor.name].number)
             for tensor in input_tensors(contract.team, models[0])
@@ -78,7 +78,7 @@ class ServedModels:
         self._first = True
         self._sent_at = 0.0
         self._under_way = False  # a step that was sent and not answered
-        self._circuit = server.circuit = Circuit(breaks)
+        self._circuit = server.circuit = Circuit(breaks=replaceable)
 
     def take(self, version: str, bundle_digest: str) -> None:
         """Request a version in every step from now on, and no other bundle under its name."""

@@ -8,14 +8,15 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from omcda_deploy.bundle import TEAM, Bundle
-from omcda_deploy.client.circuit import MISSES, Circuit
+from omcda_deploy.client.circuit import LONG_MISS_S, MISSES, Circuit
+from omcda_deploy.client.connection import episode_limit_s
 from omcda_deploy.client.remote import RemotePolicy, RemoteTeam
 from omcda_deploy.errors import MissedAnswerError
 from omcda_deploy.local import LocalPolicy, LocalTeam
@@ -24,6 +25,7 @@ from tests.client.test_client import assert_same, observations
 from tests.client.test_fallback import SlowService, slow_server
 from tests.serve.test_supervisor import agent_process, supervised, wait_for
 from tests.support.bundles import continuous_spec, write_test_bundle
+from tests.support.server_process import server_process
 
 DEADLINE_S = 0.2
 
@@ -139,6 +141,45 @@ def test_a_hung_server_between_episodes_is_noticed_once(
             seconds, _ = timed(lambda: (team.reset(), {})[1])  # type: ignore[func-returns-value]
             assert seconds < limit
         assert not team.act(observations(continuous_bundle.spec, 2))["agent_0"].awaited
+
+
+@pytest.mark.parametrize("protocol", ["omcda", "oip"])
+def test_servers_that_hang_between_episodes_cost_a_second_together(
+    discrete_bundle: Bundle, protocol: Any
+) -> None:
+    """Two processes are stopped: with a fallback an episode begins after a second, however many they are."""
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(server_process(discrete_bundle, name)) for name in ("agent_0", "agent_1")
+        ]
+        team = stack.enter_context(
+            RemoteTeam(
+                [server.endpoint for server in servers],
+                protocol=protocol,
+                bundle=discrete_bundle if protocol == "oip" else None,
+                deadline_s=0.05,
+                fallback=LocalTeam(discrete_bundle),
+            )
+        )
+        team.reset()
+        for server in servers:
+            server.process.send_signal(signal.SIGSTOP)
+        try:
+            seconds, _ = timed(lambda: (team.reset(), {})[1])  # type: ignore[func-returns-value]
+        finally:
+            for server in servers:
+                server.process.send_signal(signal.SIGCONT)
+        assert LONG_MISS_S <= seconds < 1.9 * LONG_MISS_S
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "lenient", "seconds"),
+    [(0.02, True, 1.0), (3.0, True, 3.0), (60.0, True, 5.0), (0.02, False, 5.0), (60.0, False, 5.0)],
+)
+def test_a_new_episode_waits_no_longer_than_a_step_may(
+    deadline_s: float, lenient: bool, seconds: float
+) -> None:
+    assert episode_limit_s(deadline_s, lenient=lenient) == seconds
 
 
 @pytest.mark.parametrize("stream", [False, True])
