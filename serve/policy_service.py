@@ -13,7 +13,7 @@ from omcda_deploy.errors import ContractError
 from omcda_deploy.protos import policy_pb2
 from omcda_deploy.protos.packing import tag, varint
 from omcda_deploy.serve.handlers import CallTracker, service_handlers
-from omcda_deploy.serve.recording import require_short
+from omcda_deploy.serve.recording import require_origin
 from omcda_deploy.serve.releases import Releases
 from omcda_deploy.serve.session import NAME_LIMIT
 from omcda_deploy.serve.status import RequestError
@@ -53,7 +53,7 @@ class PolicyService:
         session = self._releases.find(request.model, request.model_version, request.bundle_digest)
         self._require_contract(request.contract_hash)
         tensors = WireTensors(request.batch, request.observation, request.noise, request.action_mask)
-        require_short(request.episode_id)
+        require_origin(request.episode_id, request.temperature)
         answer: Mapping[str, Any] = self._releases.answer(session, tensors, request)
         return policy_pb2.ActResponse(
             step_id=request.step_id, model_version=session.version, batch=request.batch, **answer

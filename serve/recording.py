@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from omcda_deploy.bundle import TEAM
 from omcda_deploy.errors import ConfigError
+from omcda_deploy.policy import MAX_TEMPERATURE
 from omcda_deploy.protos import oip, policy_pb2
 from omcda_deploy.protos.tensors import DTYPES, answer_tensors, input_tensors
 from omcda_deploy.recordings import FORMAT
@@ -51,13 +52,15 @@ def origin_of(request: Request) -> Origin:
     """Return the origin that a request of either protocol states.
 
     Raises :class:`RequestError` for an OIP parameter of another type or a number out of range, and for a long name.
+    That of an ``ActRequest`` has been checked by :func:`require_origin`.
     """
     if isinstance(request, policy_pb2.ActRequest):
         temperature = request.temperature if request.HasField("temperature") else math.nan
         return Origin(request.episode_id, request.episode_step, temperature)
     values = {name: parameter_of(request, name) for name in Origin._fields if name in request.parameters}
-    require_short(values.get("episode_id", ""))
-    return Origin(**values)
+    origin = Origin(**values)
+    require_origin(origin.episode_id, origin.temperature)
+    return origin
 
 
 def parameter_of(request: oip.ModelInferRequest, name: str) -> Any:
@@ -70,8 +73,15 @@ def parameter_of(request: oip.ModelInferRequest, name: str) -> Any:
     return value
 
 
-def require_short(episode_id: str) -> None:
-    """Raise :class:`RequestError` for a name that would make files large."""
+def require_origin(episode_id: str, temperature: float) -> None:
+    """Raise :class:`RequestError` for a name that would make files large, and for no temperature of play.
+
+    NaN says that the temperature is not known, as its absence does.
+    """
+    if not (0.0 <= temperature <= MAX_TEMPERATURE or math.isnan(temperature)):
+        raise RequestError(
+            f"temperature: expected a number from 0 to {MAX_TEMPERATURE:g}, or none, got {temperature:g}"
+        )
     if len(episode_id) > NAME_LIMIT:
         raise RequestError(f"episode_id: expected at most {NAME_LIMIT} characters, got {len(episode_id)}")
 

@@ -202,6 +202,12 @@ def both() -> oip.ModelInferRequest:
     return request
 
 
+def with_temperature(value: float) -> oip.ModelInferRequest:
+    request = good()
+    request.parameters["temperature"].double_param = value
+    return request
+
+
 def spoiled(value: float) -> bytes:
     rows = ROWS.copy()
     rows[1, 2] = value
@@ -242,6 +248,8 @@ BAD: dict[str, tuple[oip.ModelInferRequest | bytes, str, tuple[str, ...]]] = {
     "mask for continuous": (with_more("action_mask", [2, 1], bytes(2)), "INVALID_ARGUMENT", ("action_mask",)),
     "unknown output": (with_output("action", "q"), "INVALID_ARGUMENT", ("action, divergence", "q")),
     "output twice": (with_output("action", "action"), "INVALID_ARGUMENT", ("each once",)),
+    "negative temperature": (with_temperature(-1.0), "INVALID_ARGUMENT", ("from 0 to 10", "got -1")),
+    "temperature of another scale": (with_temperature(1e300), "INVALID_ARGUMENT", ("temperature", "1e+300")),
     "bytes that are no message": (b"\x0a\xff\xff", "INVALID_ARGUMENT", ("inference.ModelInferRequest",)),
     "oversize": (with_raw(bytes(5 << 20)), "RESOURCE_EXHAUSTED", ("1048576",)),
 }
@@ -296,6 +304,11 @@ def test_typed_masks_do_not_wrap_around(discrete_server: ServerProcess) -> None:
         send(channel, "ModelInfer", request.SerializeToString())
     assert isinstance(raised.value, grpc.Call)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_temperature_may_be_unknown_or_any_of_play(call: Call) -> None:
+    for value in (float("nan"), 0.0, 10.0):
+        assert call("ModelInfer", with_temperature(value)) == call("ModelInfer", good())
 
 
 def test_typed_contents_and_denormals_are_valid(call: Call) -> None:

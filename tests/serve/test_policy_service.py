@@ -176,6 +176,8 @@ BAD: dict[str, tuple[policy_pb2.ActRequest, str, tuple[str, ...]]] = {
     "mask for continuous": (good(action_mask=bytes(2)), "INVALID_ARGUMENT", ("action_mask", "leave it out")),
     "NaN": (good(observation=(ROWS * np.nan).tobytes()), "INVALID_ARGUMENT", ("finite", "nan")),
     "infinite noise": (good(noise=np.full(2, np.inf, "<f4").tobytes()), "INVALID_ARGUMENT", ("noise", "inf")),
+    "negative temperature": (good(temperature=-1.0), "INVALID_ARGUMENT", ("from 0 to 10", "got -1")),
+    "temperature of another scale": (good(temperature=1e30), "INVALID_ARGUMENT", ("temperature", "1e+30")),
     "another contract": (good(contract_hash="0" * 64), "FAILED_PRECONDITION", ("000000", "GetContract")),
     "oversize": (good(observation=bytes(5 << 20)), "RESOURCE_EXHAUSTED", ("1048576",)),
 }

@@ -105,6 +105,7 @@ def _act(spec: TeamSpec, request: policy_pb2.ActRequest, answer: policy_pb2.ActR
     agents = _model(spec, request.model, request.model_version)
     _must(request.contract_hash in ("", spec.contract_hash), "another contract")
     _must(request.batch > 0, "an empty batch")
+    _must(0 <= request.temperature <= 10 or np.isnan(request.temperature), f"T {request.temperature}")
     inputs = {
         name: np.frombuffer(data, "u1" if name == "action_mask" else "<f4").reshape(request.batch, -1)
         for name in ("observation", "noise", "action_mask")
