@@ -185,6 +185,11 @@ class Releases:
         else:
             session.meter.compare(session.outputs["action"].decode(action, tensors.batch), shadow_action)
 
+    def _forget_comparison(self) -> None:
+        """Begin anew to compare the current version with the shadow."""
+        for session in self.models().sessions.values():
+            session.meter.reset_comparison()
+
     async def load(self, version: str, *, as_held: bool = False) -> None:
         """Load and warm up a version outside the event loop's thread. Does nothing if it is held already.
 
@@ -245,6 +250,7 @@ class Releases:
                 self.shadow = ""
             self.models(self.current)  # its idle time begins now
             self.previous, self.current = previous, version
+            self._forget_comparison()  # what it counted when it answered last was perhaps of another shadow
             self._change = change
             self.replaced_evidence, self.evidence = self.evidence, evidence
             if self.switched is not None:
@@ -270,8 +276,7 @@ class Releases:
                     raise StateError(f"version {version} answers: expected another one as its shadow")
                 await self._compare_with_folder(version)
             self.shadow = version
-            for session in self.models().sessions.values():
-                session.meter.reset_comparison()
+            self._forget_comparison()
 
     async def retire(self) -> list[str]:
         """Unload the versions that no request has named for ``retire_s`` seconds, and return their names."""

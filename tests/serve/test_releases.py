@@ -228,6 +228,33 @@ def test_a_shadow_is_measured_and_answers_nothing(
     asyncio.run(run())
 
 
+def test_a_version_that_answers_again_is_compared_anew(folder: Path) -> None:
+    """Also where the shadow goes on, and where another one has taken its place meanwhile."""
+
+    def compared(releases: Releases) -> tuple[int, float]:
+        meter = releases.find("agent_0", "").meter
+        return meter.compared, meter.difference
+
+    async def run() -> None:
+        releases = Releases(folder, (), ServerConfig())
+        for version in ("1", "2"):
+            await releases.load(version)
+        step = WireTensors(2, ROWS["agent_0"].tobytes())
+        await releases.set_shadow("1")
+        for _ in range(5):
+            releases.answer(releases.find("agent_0", ""), step)
+        assert compared(releases)[0] == 5
+        await releases.switch("2")
+        assert compared(releases) == (0, 0.0)
+        releases.answer(releases.find("agent_0", ""), step)
+        assert compared(releases)[0] == 1
+        await releases.set_shadow("")
+        await releases.switch("10")
+        assert compared(releases) == (0, 0.0)
+
+    asyncio.run(run())
+
+
 # -- a team over several processes ------------------------------------------------------------------------------
 
 
