@@ -59,10 +59,18 @@ def wire_tensors(request: oip.ModelInferRequest, session: Session) -> WireTensor
 def requested_outputs(request: oip.ModelInferRequest, session: Session) -> tuple[Tensor, ...]:
     """Return the outputs that the request names, in its order; all outputs if it names none.
 
-    Raises :class:`RequestError` for a name that the model does not have, or that is repeated.
+    Raises :class:`RequestError` for a name that the model does not have, or that is repeated, and for a parameter,
+    which would ask for another form of the output than its caller gets.
     """
     if not request.outputs:
         return session.all_outputs
+    for output in request.outputs:
+        if output.parameters:
+            parameters = ", ".join(name[:NAME_LIMIT] for name in sorted(output.parameters)[:REPEATED])
+            raise RequestError(
+                f"output {output.name[:NAME_LIMIT]} of {session.name}: expected no parameters, got {parameters}: "
+                "outputs come as they are, in the answer (no class_count, no shared memory)"
+            )
     names = [output.name for output in request.outputs]
     if (
         len(names) > len(session.outputs)

@@ -202,6 +202,12 @@ def both() -> oip.ModelInferRequest:
     return request
 
 
+def with_output_parameter(name: str) -> oip.ModelInferRequest:
+    request = with_output("divergence", "action")
+    request.outputs[1].parameters[name].int64_param = 2
+    return request
+
+
 def with_temperature(value: float) -> oip.ModelInferRequest:
     request = good()
     request.parameters["temperature"].double_param = value
@@ -248,6 +254,12 @@ BAD: dict[str, tuple[oip.ModelInferRequest | bytes, str, tuple[str, ...]]] = {
     "mask for continuous": (with_more("action_mask", [2, 1], bytes(2)), "INVALID_ARGUMENT", ("action_mask",)),
     "unknown output": (with_output("action", "q"), "INVALID_ARGUMENT", ("action, divergence", "q")),
     "output twice": (with_output("action", "action"), "INVALID_ARGUMENT", ("each once",)),
+    "class_count": (
+        with_output_parameter("classification"),
+        "INVALID_ARGUMENT",
+        ("output action of agent_0: expected no parameters, got classification", "no class_count"),
+    ),
+    "shared memory": (with_output_parameter("shared_memory_region"), "INVALID_ARGUMENT", ("shared_memory",)),
     "negative temperature": (with_temperature(-1.0), "INVALID_ARGUMENT", ("from 0 to 10", "got -1")),
     "temperature of another scale": (with_temperature(1e300), "INVALID_ARGUMENT", ("temperature", "1e+300")),
     "bytes that are no message": (b"\x0a\xff\xff", "INVALID_ARGUMENT", ("inference.ModelInferRequest",)),
@@ -304,6 +316,15 @@ def test_typed_masks_do_not_wrap_around(discrete_server: ServerProcess) -> None:
         send(channel, "ModelInfer", request.SerializeToString())
     assert isinstance(raised.value, grpc.Call)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_parameters_that_change_no_answer_are_ignored(call: Call) -> None:
+    request = good()
+    for name in ("sequence_id", "priority", "timeout"):
+        request.parameters[name].int64_param = 3
+    for name in ("sequence_start", "sequence_end"):
+        request.parameters[name].bool_param = True
+    assert call("ModelInfer", request) == call("ModelInfer", good())
 
 
 def test_a_temperature_may_be_unknown_or_any_of_play(call: Call) -> None:

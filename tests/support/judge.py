@@ -90,6 +90,7 @@ def _infer(spec: TeamSpec, request: oip.ModelInferRequest, answer: oip.ModelInfe
         inputs[entry.name] = values.reshape(tuple(entry.shape))
     _judge_inputs(agents, inputs)
     names = [entry.name for entry in request.outputs]
+    _must(not any(entry.parameters for entry in request.outputs), "a parameter of an output")
     outputs = {
         entry.name: np.frombuffer(data, "<i8" if entry.datatype == "INT64" else "<f4").reshape(
             tuple(entry.shape)
