@@ -25,10 +25,7 @@ def run(team, environment, steps, period):
             decisions = team.act(observations)
             actions = {name: decision.action for name, decision in decisions.items()}
             kinds.update(map(kind, decisions.values()))
-        except (
-            ContractError,
-            EndpointError,
-        ):  # refused: an observation with NaN or unlike the data, for instance
+        except (ContractError, EndpointError):  # refused: an observation with NaN or unlike the data
             actions = standstill  # whatever is safe on your robots
             kinds["refused"] += len(actions)
         observations, rewards, terminated, truncated, _ = environment.step(actions)

@@ -34,10 +34,7 @@ class AgentLoop:
             return self.stop, "no observation in the last two periods"
         try:
             decision = self.policy.act(self.observation)
-        except (
-            ContractError,
-            EndpointError,
-        ) as error:  # a message of another length or with NaN, for instance
+        except (ContractError, EndpointError) as error:  # a message of another length or with NaN
             return self.stop, str(error)
         return decision.action.tolist(), None
 
