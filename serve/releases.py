@@ -103,6 +103,7 @@ class Releases:
         self.spec = first.bundle.spec
         self.contract_hash = first.contract_hash
         self._slots = {self.current: _Slot(first)}
+        self._answered = {self.current: first.digest}  # of the versions that were current, when they were
         if self.previous:
             try:
                 self._hold(self._load(self.previous))
@@ -140,7 +141,7 @@ class Releases:
 
     @property
     def pin(self) -> Pin:
-        """What a server that is to join this one has to start with."""
+        """The versions with which another server of this team has to start."""
         return Pin(self.current, self._slots[self.current].models.digest, self.previous)
 
     def held_versions(self) -> Iterator[HeldVersion]:
@@ -193,8 +194,8 @@ class Releases:
     async def load(self, version: str, *, as_held: bool = False) -> None:
         """Load and warm up a version outside the event loop's thread. Does nothing if it is held already.
 
-        ``as_held``: whether it may be another bundle than the folder has under this name by now. Raises
-        :class:`StateError` if it may not.
+        ``as_held``: whether what is held may be another bundle than the folder has under this name by now; what is
+        not held any more must then be the bundle that answered. Raises :class:`StateError` for another one.
         """
         _require_named(version)
         async with self._lock:
@@ -203,6 +204,11 @@ class Releases:
                 return
             began = time.perf_counter()
             loaded = await self._in_worker(self._load, version, LOAD_PAUSE_S)
+            if as_held and (digest := self._answered.get(version, loaded.digest)) != loaded.digest:
+                raise StateError(
+                    f"version {version} was bundle {digest[:12]} when it answered, is not held any more and is "
+                    f"{loaded.digest[:12]} on disk: restore it, or name a version with release switch"
+                )
             self.loading.add(time.perf_counter() - began)
             self._hold(loaded)
 
@@ -250,6 +256,7 @@ class Releases:
                 self.shadow = ""
             self.models(self.current)  # its idle time begins now
             self.previous, self.current = previous, version
+            self._answered[version] = self.models().digest
             self._forget_comparison()  # what it counted when it answered last was perhaps of another shadow
             self._change = change
             self.replaced_evidence, self.evidence = self.evidence, evidence

@@ -264,7 +264,7 @@ def _print_versions(statuses: Statuses | Mapping[str, ServerStatus]) -> None:
             if version.HasField("folder_digest") and version.folder_digest != version.bundle_digest:
                 print_text(
                     f"{endpoint} holds version {version.version} as bundle {version.bundle_digest[:12]}, on disk "
-                    f"it is {version.folder_digest[:12] or 'none'}: restore it before a server starts again"
+                    f"it is {version.folder_digest[:12] or 'no bundle'}: restore it before a server starts again"
                 )
 
 

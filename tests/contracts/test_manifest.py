@@ -99,7 +99,7 @@ def test_what_is_no_manifest_is_refused(bundle: Bundle, change: Callable[[str], 
 
 
 def test_a_density_may_make_a_divergence_negative(bundle: Bundle, change: Callable[[str], Any]) -> None:
-    """Of a policy without a density it is -log pi_b(a|o); of one with a density float32 may miss 0."""
+    """A policy without a density has -log pi_b(a|o), and float32 may miss a KL of 0."""
     change(changed(bundle, P99, -1e-7))
     read_bundle(bundle.path)
     text = json.loads(changed(bundle, P99, -5.0)) | {"divergence_kind": "neg_log_behavior"}

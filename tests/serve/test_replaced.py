@@ -66,6 +66,27 @@ def test_what_is_held_and_what_is_on_disk_must_be_one_bundle(
     asyncio.run(run())
 
 
+def test_no_rollback_goes_to_a_bundle_that_never_answered(folder: Path) -> None:
+    """The previous version is not held any more, and its folder has another bundle."""
+
+    async def run() -> None:
+        releases = Releases(folder, (), ServerConfig())
+        await releases.load("2")
+        await releases.switch("2")
+        await releases.unload("10")
+        replaced = replace(folder / "10", 99)
+        with pytest.raises(
+            StateError, match=f"when it answered, is not held any more and is {replaced[:12]} on disk"
+        ):
+            await releases.load("10", as_held=True)
+        assert held(releases) == ["2"]
+        await releases.load("10")
+        await releases.switch("10")  # by its number
+        assert releases.models().digest == replaced
+
+    asyncio.run(run())
+
+
 def test_half_a_switch_is_undone_whatever_is_on_disk(folder: Path) -> None:
     async def run() -> None:
         releases = Releases(folder, (), ServerConfig())
