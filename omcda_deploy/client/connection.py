@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -59,6 +60,7 @@ class ServerConnection:
         self.endpoint = endpoint
         self.circuit = Circuit(breaks=False)  # replaced by that of its models in use
         self.channel = open_channel(endpoint, credentials)
+        self._pending: Any = None  # the future of the contract that was asked for last
         self._allow(CONNECT_LIMIT_S)
         self.metadata: Metadata = () if credentials is None else credentials.metadata
         self._get_contract = self.channel.unary_unary(
@@ -88,13 +90,21 @@ class ServerConnection:
         """True while it is not waited for."""
         return self.circuit.open
 
-    def describe(self, version: str, limit_s: float) -> None:
-        """Ask for the contract of a version, for up to ``limit_s``; empty: the one that answers new episodes.
-
-        Raises :class:`EndpointError` if the server does not hold it.
-        """
+    def begin(self, version: str, limit_s: float) -> None:
+        """Ask for the contract of a version, for up to ``limit_s``; empty: the one that answers new episodes."""
         self._allow(limit_s)
-        self.contract = self._ask(version)
+        request = GetContractRequest(model_version=version)
+        self._pending = self._get_contract.future(request, timeout=limit_s, metadata=self.metadata)
+
+    def describe(self) -> None:
+        """Wait for the contract that was asked for. Raises :class:`EndpointError` if the server tells none."""
+        try:
+            response: GetContractResponse = self._pending.result()
+        except grpc.RpcError as error:
+            raise self._failure(error, "GetContract") from error
+        known = self.contract.version, self.contract.bundle_digest
+        if (response.model_version, response.bundle_digest) != known:
+            self.contract = self._read(response)
 
     def require_contract(self, spec: TeamSpec | None) -> None:
         """Raise :class:`ContractError` if the server's contract is another one than ``spec``'s.
@@ -109,11 +119,6 @@ class ServerConnection:
             team = self.contract.team
             require_same_contract(spec, team, "the client's team", f"the team served at {self.endpoint}")
 
-    def note_failure(self, error: grpc.RpcError) -> None:
-        """Note a call beside the steps that failed."""
-        if status_of(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
-            self.circuit.miss(self.limit_s)
-
     def close(self) -> None:
         self.channel.close()
 
@@ -127,7 +132,13 @@ class ServerConnection:
         return max(0.0, self._due - time.monotonic())
 
     def _ask(self, version: str) -> Contract:
-        response = self._request(version)
+        request = GetContractRequest(model_version=version)
+        try:
+            return self._read(self._get_contract(request, timeout=self.remaining_s, metadata=self.metadata))
+        except grpc.RpcError as error:
+            raise self._failure(error, "GetContract") from error
+
+    def _read(self, response: GetContractResponse) -> Contract:
         try:
             team = TeamSpec.from_json(json.loads(response.team))
         except (ValueError, OmcdaError) as error:
@@ -144,13 +155,11 @@ class ServerConnection:
             budgets={name: response.budgets.get(name) for name in team.names},
         )
 
-    def _request(self, version: str) -> GetContractResponse:
-        request = GetContractRequest(model_version=version)
-        try:
-            return self._get_contract(request, timeout=self.remaining_s, metadata=self.metadata)
-        except grpc.RpcError as error:
-            self.note_failure(error)
-            raise error_of(error, f"{self.endpoint}: GetContract", self.limit_s) from error
+    def _failure(self, error: grpc.RpcError, method: str) -> OmcdaError:
+        """Note a call beside the steps that failed, and return its error."""
+        if status_of(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
+            self.circuit.miss(self.limit_s)
+        return error_of(error, f"{self.endpoint}: {method}", self.limit_s)
 
 
 def episode_limit_s(deadline_s: float, *, lenient: bool) -> float:

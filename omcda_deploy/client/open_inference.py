@@ -16,7 +16,7 @@ import numpy as np
 
 from omcda_deploy.bundle import TEAM, Bundle
 from omcda_deploy.client.channel import Credentials
-from omcda_deploy.client.connection import Contract, ServerConnection, error_of, status_of
+from omcda_deploy.client.connection import Contract, ServerConnection, status_of
 from omcda_deploy.client.served import Outputs, ServedModels
 from omcda_deploy.client.transport import Arrivals, Calls
 from omcda_deploy.errors import ConfigError, EndpointError, MissedAnswerError, OmcdaError
@@ -55,14 +55,24 @@ class OpenServer(ServerConnection):
     ) -> None:
         self._bundle = bundle
         self.states_digest = False
+        self._asked = ""  # the version whose contract was asked for last
         super().__init__(endpoint, credentials, version, wait_s)
 
-    def describe(self, version: str, limit_s: float) -> None:
+    def begin(self, version: str, limit_s: float) -> None:
         self._allow(limit_s)
-        metadata = self._metadata(self.contract.models[0], version)
-        found = version or _version(metadata), self._digest(metadata)
+        self._asked = version
+        request = oip.ModelMetadataRequest(name=self.contract.models[0], version=version)
+        ask = self._method("ModelMetadata", oip.ModelMetadataResponse)
+        self._pending = ask.future(request, timeout=limit_s, metadata=self.metadata)
+
+    def describe(self) -> None:
+        try:
+            metadata = self._pending.result()
+        except grpc.RpcError as error:
+            raise self._failure(error, "ModelMetadata") from error
+        found = self._asked or _version(metadata), self._digest(metadata)
         if found != (self.contract.version, self.contract.bundle_digest):
-            super().describe(version, self.remaining_s)
+            self.contract = self._ask(self._asked)
 
     def _ask(self, version: str) -> Contract:
         first = FIRST if self._bundle is None else (TEAM, *self._bundle.spec.names)
@@ -138,17 +148,19 @@ class OpenServer(ServerConnection):
             )
 
     def _call(self, method: str, request: Any, answer_type: Any) -> Any:
+        ask = self._method(method, answer_type)
+        try:
+            return ask(request, timeout=self.remaining_s, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise self._failure(error, method) from error
+
+    def _method(self, method: str, answer_type: Any) -> Any:
         untyped: Any = self.channel
-        ask = untyped.unary_unary(
+        return untyped.unary_unary(
             SERVICE + method,
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=answer_type.FromString,
         )
-        try:
-            return ask(request, timeout=self.remaining_s, metadata=self.metadata)
-        except grpc.RpcError as error:
-            self.note_failure(error)
-            raise error_of(error, f"{self.endpoint}: {method}", self.limit_s) from error
 
 
 class OpenModels(ServedModels):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeAlias, get_args
 
 from omcda_deploy.bundle import TEAM, Bundle
@@ -156,20 +155,15 @@ def _describe(
     servers: Sequence[ServerConnection], version: str, limit_s: float
 ) -> dict[ServerConnection, MissedAnswerError]:
     """Ask servers for the contract of a version, all at once; returns the errors of those that do not tell it."""
-
-    def ask(server: ServerConnection) -> MissedAnswerError | None:
+    misses = {}
+    for server in servers:
+        server.begin(version, limit_s)
+    for server in servers:
         try:
-            server.describe(version, limit_s)
+            server.describe()
         except MissedAnswerError as error:
-            return error
-        return None
-
-    if len(servers) < 2:  # no thread for it
-        answers = list(map(ask, servers))
-    else:
-        with ThreadPoolExecutor(len(servers)) as pool:
-            answers = list(pool.map(ask, servers))
-    return {server: miss for server, miss in zip(servers, answers, strict=True) if miss is not None}
+            misses[server] = error
+    return misses
 
 
 def _named(endpoints: Mapping[str, str], servers: Servers, team: TeamSpec) -> dict[str, ServerConnection]:

@@ -92,7 +92,7 @@ class Conditions:
         return self.seed + SELECTION_SEED
 
     def to_json(self) -> dict[str, Any]:
-        """What returns depend on, but for the temperatures."""
+        """All that returns depend on, but for the temperatures."""
         return {
             "episodes": self.episodes,
             "selection_episodes": self.selection_episodes,

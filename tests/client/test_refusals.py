@@ -170,7 +170,7 @@ def test_deadlines_that_are_none_are_refused(continuous_server: ServerProcess, d
 
 
 class Scripted:
-    """What has a spec, as simulators have, and cannot act."""
+    """A thing with a spec, as simulators have one, that cannot act."""
 
     def __init__(self, spec: TeamSpec) -> None:
         self.spec = spec

@@ -260,7 +260,7 @@ def test_the_recorder_keeps_masks_and_choices_of_a_game() -> None:
 
 @pytest.mark.parametrize("game", [False, True])
 def test_a_team_cannot_change_what_is_recorded(game: bool) -> None:
-    """What it sees is refused to it for writing, whole or as the rows of a plan."""
+    """All that it sees refuses to be written to, in one batch or as the rows of a plan."""
     seen: list[NDArray[Any]] = []
 
     class Writing(StubTeam):

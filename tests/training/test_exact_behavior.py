@@ -23,15 +23,17 @@ from tests.support.synthetic import behavior_actor, continuous_spec, discrete_sp
 SPECS = {"continuous": continuous_spec, "unequal": unequal_spec, "discrete": discrete_spec}
 
 
-def episodes(spec: TeamSpec, count: int = 4, steps: int = 12) -> list[Episode]:
+def episodes(spec: TeamSpec, count: int = 4, steps: int = 12, seed: int = 0) -> list[Episode]:
     """Episodes with distributions that depend on the observation in a way that a small network can learn."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     agents, size = len(spec.agents), spec.action_size
     sizes = np.array([[agent.action.size] for agent in spec.agents])
     valid = np.arange(size) < sizes
     made = []
     for number in range(count):
         observations = draw.normal(size=(steps + 1, agents, spec.observation_size)).astype(np.float32)
+        for index, agent in enumerate(spec.agents):
+            observations[:, index, agent.observation_size :] = 0
         lean = np.tanh(observations[:-1, :, :1])
         masks = None
         if spec.action_kind == "discrete":
@@ -126,7 +128,9 @@ def test_files_keep_the_distributions(tmp_path: Path, kind: str) -> None:
     assert other.digests[1] == dataset.digests[1]
     concatenate([tmp_path / "d.hdf5"], tmp_path / "again.hdf5")
     assert read_dataset(tmp_path / "again.hdf5").digest == dataset.digest
-    concatenate([tmp_path / "d.hdf5", without], tmp_path / "mixed.hdf5")
+    others = [replace(episode, behavior=None) for episode in episodes(spec, seed=1)]
+    write(tmp_path / "others.hdf5", spec, others)
+    concatenate([tmp_path / "d.hdf5", tmp_path / "others.hdf5"], tmp_path / "mixed.hdf5")
     assert read_dataset(tmp_path / "mixed.hdf5").behavior is None
 
 

@@ -138,7 +138,7 @@ class OwnTeam:
 
     @property
     def unwrapped(self) -> Any:
-        """What is adapted, the user's own object."""
+        """The environment that is adapted."""
         return self.source
 
     @property
