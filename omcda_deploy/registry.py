@@ -18,6 +18,7 @@ import logging
 import pkgutil
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
@@ -128,10 +129,12 @@ def _require_new(task: str, environment: Environment) -> None:
     before = _made.get(id(base))
     if before is not None and (before is base or _beneath(before) is base):
         raise PluginError(f"{task}: returned the same environment twice: make a new one in each call")
-    try:
-        _made[id(base)] = base
-    except TypeError:  # a class without weak references: what holds it stands for it
-        _made[id(base)] = environment
+    for known in (
+        environment,
+        base,
+    ):  # a class without weak references is known by what holds it, if by anything
+        with suppress(TypeError):
+            _made[id(base)] = known
 
 
 def _beneath(environment: Any) -> Any:

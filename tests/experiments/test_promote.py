@@ -216,10 +216,10 @@ def test_a_version_that_changed_meanwhile_is_not_replaced(
 ) -> None:
     load = admin.load
 
-    def loaded_as_another_switches(version: str) -> object:
+    def loaded_as_another_switches(version: str, **options: Any) -> object:
         with TeamAdmin([server[1]]) as other:
             other.switch("5")
-        return load(version)
+        return load(version, **options)
 
     monkeypatch.setattr(admin, "load", loaded_as_another_switches)
     with pytest.raises(EndpointError, match="expected version 1 to be current, version 5 is"):

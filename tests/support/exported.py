@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from omcda_deploy.bundle import Bundle
+from omcda_deploy.bundle import Bundle, parameter_names
 from omcda_deploy.export.bundle import export_bundle
-from omcda_deploy.local import JointTeam, LocalTeam
+from omcda_deploy.inputs import joined_rows, with_zero_noise
+from omcda_deploy.local import JointTeam, LocalTeam, decision_of, split_decisions
 from omcda_deploy.policy import Decision, NoiseSource
 from omcda_deploy.spec import ActionSpec, AgentSpec, Normalizer, TeamSpec
 
@@ -117,10 +118,20 @@ class Exported:
         self.rows = {a.name: self.observations[:, i, : a.observation_size] for i, a in enumerate(spec.agents)}
 
     def act(self, team: Callable[[Bundle], LocalTeam | JointTeam], noise: bool = True) -> dict[str, Decision]:
-        masks = None
-        if self.spec.action_kind == "discrete":
-            masks = {a.name: self.masks[:, i, : a.action.size] for i, a in enumerate(self.spec.agents)}
-        return team(self.bundle).act(self.rows, noise=self.noise if noise else None, action_masks=masks)
+        """Ask the graphs as an engine does, which refuses no mask."""
+        rows: dict[str, dict[str, Any]] = {}
+        for i, agent in enumerate(self.spec.agents):
+            feeds = {"observation": self.rows[agent.name]}
+            if noise:
+                feeds["noise"] = self.noise[agent.name]
+            if self.spec.action_kind == "discrete":
+                feeds["action_mask"] = self.masks[:, i, : agent.action.size]
+            rows[agent.name] = with_zero_noise(agent, feeds)
+        asked = team(self.bundle)
+        if isinstance(asked, JointTeam):
+            return split_decisions(self.spec, asked._model.run(joined_rows(self.spec, rows)))
+        parameters = parameter_names(self.spec)
+        return {name: decision_of(asked._models[name].run(rows[name]), parameters) for name in rows}
 
 
 Export = Callable[..., Exported]

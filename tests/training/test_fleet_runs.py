@@ -162,7 +162,7 @@ def test_each_run_is_evaluated_as_it_asked(
     asked: dict[str, int] = {}
 
     class Evaluations:
-        def __init__(self, run: Path, every: int) -> None:
+        def __init__(self, run: Path, every: int, reward: str | None) -> None:
             asked[run.name] = every
 
         def start(self, step: int) -> None:
