@@ -36,6 +36,7 @@ from omcda_deploy.datasets.formats.omiga_hdf5 import SUFFIXES
 from omcda_deploy.datasets.hdf5 import FORMAT_VERSION, GROUP, RESERVED_ATTRIBUTES, Sink, import_h5py
 from omcda_deploy.errors import DatasetError
 from omcda_deploy.files import atomic, folder_of, probe, refusal
+from omcda_deploy.processes import postponing_signals
 from omcda_deploy.spec import TeamSpec
 
 StateLayout: TypeAlias = Literal["observations", "shared", "agents"]
@@ -234,8 +235,9 @@ class DatasetWriter:
             probe(self.path)
             files.enter_context(claimed(self.path))
             partial = files.enter_context(atomic(self.path))
-            self._sink = files.enter_context(Sink(partial))
-            self._file = files.enter_context(h5py.File(self._sink, "w"))
+            with postponing_signals():  # HDF5 would go on with a file of which nothing here knows
+                self._sink = files.enter_context(Sink(partial))
+                self._file = files.enter_context(h5py.File(self._sink, "w"))
             self._create("o", (count, spec.observation_size))
             self._create("a", (count, 1) if self._discrete else (count, spec.action_size), self._action_type)
             self._create("r", (1,))

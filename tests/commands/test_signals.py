@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from omcda_deploy.registry import team_spec
+from omcda_deploy.training.run_folder import saved_step
 from tests.support.processes import running, wait_for
 from tests.support.synthetic import write_dataset
 
@@ -171,7 +172,7 @@ def test_a_training_that_is_interrupted_goes_on_with_the_command_that_it_names(t
     run = tmp_path / "a run"
     small = ("--set", "hidden=8", "--set", "batch_size=8", "--behavior-steps", 5, "--checkpoint-every", 100)
     with command("train", file, "--algo", "bc", *small, "--steps", 1500, "--out", run) as process:
-        wait_for((run / "resume.pt").exists, 60, "no state")
+        wait_for(lambda: (run / "resume.pt").exists() and saved_step(run) >= 100, 60, "no state")
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT
