@@ -129,10 +129,8 @@ def _require_new(task: str, environment: Environment) -> None:
     before = _made.get(id(base))
     if before is not None and (before is base or _beneath(before) is base):
         raise PluginError(f"{task}: returned the same environment twice: make a new one in each call")
-    for known in (
-        environment,
-        base,
-    ):  # a class without weak references is known by what holds it, if by anything
+    # A class without weak references is known by what holds it, if by anything.
+    for known in (environment, base):
         with suppress(TypeError):
             _made[id(base)] = known
 

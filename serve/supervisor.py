@@ -221,8 +221,9 @@ def serve_team(options: ServeOptions) -> None:
                     for server in servers:
                         server.look()
                 for server in servers:
-                    last = _last_of(server, servers) or pin
-                    server.command = _command(options, server.agent, places[server.agent], last)
+                    if server.exit_status() is not None:  # only then it will be started again
+                        last = _last_of(server, servers) or pin
+                        server.command = _command(options, server.agent, places[server.agent], last)
                     server.keep_alive()
         finally:
             _stop(servers, options.grace_s)

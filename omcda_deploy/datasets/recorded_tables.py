@@ -25,12 +25,8 @@ from omcda_deploy.recordings.reader import SegmentContents, find_segments, read_
 from omcda_deploy.spec import TeamSpec, require_same_contract
 
 CSV_COLUMNS = ("episode", "step", "reward", "terminated", "truncated")
-_UNSEEN = (
-    "next_observation",
-    "next_action_mask",
-    "state",
-    "next_state",
-)  # what only clients may have reported
+# What only clients may have reported.
+_UNSEEN = ("next_observation", "next_action_mask", "state", "next_state")
 
 
 class Key(NamedTuple):
@@ -183,9 +179,8 @@ def _with_reported(rewards: dict[str, Any], reported: Mapping[str, Any]) -> dict
     """Return the columns of ``rewards`` with what clients ``reported`` of its steps besides rewards and ends."""
     places: dict[tuple[Any, ...], int] = {}
     for place, key in enumerate(_keys(reported)):
-        if not reported["fallback"][
-            places.setdefault(key, place)
-        ]:  # of two reports that of a fallback counts
+        known = places.setdefault(key, place)
+        if not reported["fallback"][known]:  # of two reports that of a fallback counts
             places[key] = place
     found = [(row, places[key]) for row, key in enumerate(_keys(rewards)) if key in places]
     for name in ("fallback", *_UNSEEN):

@@ -25,9 +25,8 @@ StepResult: TypeAlias = tuple[
 # How an episode went, as booleans that a simulator may put into the first agent's info of its last step; each
 # simulator defines its own (docs/simulators.md#outcomes).
 OUTCOMES = ("stalled", "fell", "won")
-DISCARDED = (
-    "discarded"  # beside them: the simulator lost the episode, which it ends by a truncation with reward 0
-)
+# Beside them: the simulator lost the episode, which it ends by a truncation with reward 0.
+DISCARDED = "discarded"
 
 
 class Environment(Protocol):
