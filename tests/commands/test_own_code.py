@@ -17,6 +17,7 @@ from omcda_deploy.references import require_trusted, trust
 from omcda_deploy.registry import read_dataset
 from tests.support.own_simulators import HOSTILE
 
+ROOT = Path(__file__).parents[2]
 OWN = "tests.support.own_simulators"
 COLLECT = f"collect --env {OWN}:Reach --out data.hdf5 --transitions 20 --num-envs 2 --workers 0"
 RANDOM = f"{COLLECT} --tier random"
@@ -28,6 +29,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """``run(line)`` in an empty folder -> exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # evaluations beside training are a process of their own
     monkeypatch.setenv("OMCDA_TRUSTED_REFERENCES", "")
     monkeypatch.setenv("OMCDA_CACHE", str(tmp_path / ".cache"))
 
