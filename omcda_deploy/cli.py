@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -29,6 +30,7 @@ from omcda_deploy.commands import (
     inspection,
     is_terminal,
     play,
+    print_text,
     recordings,
     release,
     results,
@@ -46,6 +48,8 @@ from omcda_deploy.processes import INTERRUPTED, end_with_parent, unwinding_on_si
 from omcda_deploy.version import __version__
 
 UsageError: Any = typer.BadParameter.__base__  # click's or typer's own, which no public name leads to
+
+UNREAD = 128 + signal.SIGPIPE  # exit status, as of a program that SIGPIPE ends
 
 EXTRAS = {  # modules that import an extra's packages without naming it, longest names first
     "omcda_deploy.training.behavior": "behavior",
@@ -99,7 +103,7 @@ app.command("demo")(demo.demo)
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(__version__)
+        print_text(__version__)
         raise typer.Exit()
 
 
@@ -151,6 +155,9 @@ def main() -> None:
         package = (error.name or str(error)).partition(".")[0]
         print(f"error: {MissingExtraError(package, _extra_of(error))}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of what is printed has ended, as  head  does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        sys.exit(UNREAD)
     except OSError as error:  # of the disk, the network or the system's limits
         place = f"{error.filename} cannot be used" if error.filename else "the system refused"
         print(f"error: {place} {refusal(error)}", file=sys.stderr)

@@ -45,9 +45,27 @@ def require_writable(path: Path, size: int = 4096) -> None:
     ``size``: bytes that will be written at least.
     """
     try:
-        probe(path, size)
+        if is_stream(path):
+            path.open("ab").close() if not path.is_fifo() else None
+        else:
+            probe(_named(path), size)
     except OSError as error:
         raise ConfigError(f"cannot write {path} {refusal(error)}") from error
+
+
+def is_stream(path: Path) -> bool:
+    """Test if a path names a pipe, a device or an open file of this process, as ``/dev/stdout`` does.
+
+    They take bytes, and no file can take their place.
+    """
+    if path.is_symlink() and Path(os.path.realpath(path.parent)).parts[:2] in {("/", "dev"), ("/", "proc")}:
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _named(path: Path) -> Path:
+    """Return the file that a symbolic link names, which is what is written, as the shell would."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def probe(path: Path, size: int = 4096) -> None:
@@ -86,11 +104,20 @@ def atomic(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
     When the block fails, the temporary is removed and ``path`` stays as it was. The temporary ends in the same
     suffix, which some writers (numpy, imageio) look at. The file gets the permissions that a plain ``open`` would
-    give it: those of the file it replaces, else those of the umask.
+    give it: those of the file it replaces, else those of the umask. A symbolic link stays, and the file that it
+    names is replaced; a pipe or a device (:func:`is_stream`) takes the content once it is whole.
 
     ``durable``: flush the content to the disk first, so that ``path`` holds the old or the new content even after
     a power cut; slow for large files. Raises :class:`OSError` as the writing itself does.
     """
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / f"content{path.suffix}"
+            yield whole
+            with whole.open("rb") as content, path.open("ab") as stream:
+                shutil.copyfileobj(content, stream)
+        return
+    path = _named(path)
     # Not the process id: servers in several containers may share a folder and have one process id.
     temporary = path.with_name(f".{path.name}.{uuid4().hex}{path.suffix}")
     try:

@@ -1,7 +1,7 @@
 """Numbers as text for reports, tables and figures.
 
-All functions group thousands with a narrow no-break space, write a true minus sign, and show a value that is not
-known (None or nan) as :data:`UNKNOWN`.
+All functions but :func:`count` group thousands with a narrow no-break space, write a true minus sign, and show a
+value that is not known (None or nan) as :data:`UNKNOWN`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def significant(value: _Number | None) -> str:
 
 
 def percent(share: _Number | None) -> str:
-    """A share from 0 to 1 in percent with one decimal: ``12.5 %``."""
-    return UNKNOWN if share is None or math.isnan(share) else f"{100 * share:.1f} %"
+    """A share in percent with one decimal: ``12.5 %``."""
+    return UNKNOWN if share is None or math.isnan(share) else f"{_text(100 * share, ',.1f')} %"
 
 
 def count(quantity: int, noun: str) -> str:
@@ -42,8 +42,14 @@ def count(quantity: int, noun: str) -> str:
 
 
 def digits_of(returns: ArrayLike) -> int:
-    """Decimals that tell returns of this size apart: 1 where they reach 100, 3 for SMAX's, which end at 2."""
-    return 1 if np.abs(returns).max() >= 100 else 3
+    """Decimals that tell returns of this size apart: 1 where they reach 100, 3 for SMAX's, which end at 2.
+
+    Those of less than 0.1 have three digits that count.
+    """
+    largest = float(np.abs(returns).max())
+    if largest >= 100:
+        return 1
+    return max(3, 2 - math.floor(math.log10(largest))) if largest > 0 else 3
 
 
 def _text(value: _Number, layout: str) -> str:

@@ -23,6 +23,7 @@ from omcda_deploy.spec import AgentSpec, TeamSpec
 
 Float: TypeAlias = NDArray[np.float32]
 
+LEAST_TEMPERATURE = 1e-6  # above 0
 MAX_TEMPERATURE = 10.0  # where actions are noise; a larger number is more likely a slip
 
 
@@ -169,13 +170,18 @@ class NoiseSource:
 def checked_temperature(value: float) -> float:
     """Return ``value`` as a temperature of play.
 
-    Raises :class:`ConfigError` unless it is a number from 0 to :data:`MAX_TEMPERATURE`.
+    Raises :class:`ConfigError` unless it is 0, or a number from :data:`LEAST_TEMPERATURE` to
+    :data:`MAX_TEMPERATURE`.
     """
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not number or not 0.0 <= value <= MAX_TEMPERATURE:
         raise ConfigError(
             f"temperature: expected a number from 0 (deterministic) over 1 (sampled) to {MAX_TEMPERATURE:g}, "
             f"got {value!r}"
+        )
+    if 0.0 < value < LEAST_TEMPERATURE:  # of which nothing is left in float32, or in what it divides
+        raise ConfigError(
+            f"temperature: expected 0 (deterministic) or a number from {LEAST_TEMPERATURE:g} on, got {value!r}"
         )
     return float(value) + 0.0  # never -0
 

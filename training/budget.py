@@ -51,6 +51,7 @@ from omcda_deploy.training.estimation import (
     mean_divergence,
 )
 from omcda_deploy.training.fleet import run_state
+from omcda_deploy.training.metrics import Window, require_finite
 from omcda_deploy.training.networks import NetworkFactory
 from omcda_deploy.training.settings import build
 
@@ -59,6 +60,7 @@ LEAST_BUDGET = 1e-6  # nats; stands for 0: a team that stays what it was cloned 
 FLOOR = 0.3  # least share of the held-out steps that must speak for a team
 FLOOR_WITH_VALUES = 0.1  # where fitted values decide as well
 MOST_PER_EPISODE = 40.0  # nats of a budget in the mean recorded episode
+CHECK_EVERY = 100  # steps of training, for losses that are no longer finite
 _FOLDS = 2
 _NO_VALUES: Values = np.empty(0)
 
@@ -158,7 +160,8 @@ def choose_budget(
 ) -> BudgetChoice:
     """Choose the budget; ``progress`` is called with (done, total) training steps.
 
-    Raises :class:`DatasetError` for fewer than four episodes.
+    Raises :class:`DatasetError` for fewer than four episodes, and DivergedError where training with one of the
+    budgets is no longer finite.
     """
     folds = _folds(dataset, search.seed)
     total = _FOLDS * search.steps
@@ -326,8 +329,13 @@ def _trained(
         standardize_states=settings["standardize_states"],
     )
     while algorithm.step < search.steps:
-        algorithm.update(sampler.sample(algorithm.step), watched=False)
+        metrics = algorithm.update(sampler.sample(algorithm.step), watched=False)
         report(algorithm.step)
+        if algorithm.step % CHECK_EVERY == 0 or algorithm.step == search.steps:
+            window = Window(dataset.spec.names)
+            window.add(metrics)
+            for means in window.close():
+                require_finite(means, algorithm.step)
     return algorithm
 
 

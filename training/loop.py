@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -86,14 +88,15 @@ def train_fleet(
                 raise _exists(out)
         known = {**_parity_rows(dataset), "episodes": TrainingEpisodes.of(dataset).to_text()}
         clones = _clones(dataset, [plan.behavior for plan in plans], request.device, observer)
-        for plan, out in zip(plans, folders, strict=True):
-            plan, choice = _with_budget(dataset, plan, observer)
-            model, report = clones[plan.behavior]
-            try:
-                config = _run_config(dataset, plan, dataset_path, report, choice)
-                _create({"model": model.state_dict(), **known}, config, out)
-            except OSError as error:
-                raise ConfigError(f"{out} cannot be written {refusal(error)}") from error
+        with _all_or_none(folders):
+            for plan, out in zip(plans, folders, strict=True):
+                plan, choice = _with_budget(dataset, plan, observer)
+                model, report = clones[plan.behavior]
+                try:
+                    config = _run_config(dataset, plan, dataset_path, report, choice)
+                    _create({"model": model.state_dict(), **known}, config, out)
+                except OSError as error:
+                    raise ConfigError(f"{out} cannot be written {refusal(error)}") from error
         watched = {out: (request.evaluate_every, request.reward) for request, out in runs}
         _train_on(dataset, watched, observer)
 
@@ -124,6 +127,17 @@ def _locks(runs: Sequence[Path]) -> Iterator[None]:
             stack.enter_context(folder_of(run))
             stack.enter_context(run_lock(run))
         yield
+
+
+@contextmanager
+def _all_or_none(folders: Sequence[Path]) -> Iterator[None]:
+    """Remove new folders when the block that makes them fails, so that a resumed fleet is what was asked for."""
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _create(known: dict[str, Any], config: RunConfig, out: Path) -> None:
@@ -176,7 +190,7 @@ def resume_fleet(
 
 def require_new(out: Path) -> None:
     """Raise :class:`ConfigError` where ``out`` exists, is being trained or cannot be written, and say which."""
-    if out.exists():
+    if os.path.lexists(out):
         require_unlocked(out)
         raise _exists(out)
     require_writable(out)
@@ -263,6 +277,7 @@ def _train_on(
     members = [Member(run, *evaluations) for run, evaluations in runs.items()]
     by_step: dict[int, list[Member]] = {}
     for member in members:
+        member.evaluate_kept()
         by_step.setdefault(member.step, []).append(member)
     for step, group in sorted(by_step.items()):
         if step < group[0].config.steps:

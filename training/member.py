@@ -30,6 +30,11 @@ class Member:
         self._evaluator = Evaluator(run, evaluate_every, reward) if evaluate_every else None
         self._writer: MetricsWriter | None = None
 
+    def evaluate_kept(self) -> None:
+        """Start the evaluations that are due for policies up to the newest checkpoint and were not made."""
+        if self._evaluator:
+            self._evaluator.catch_up(self.step)
+
     def open(self) -> None:
         """Open the metrics; lines beyond the newest checkpoint are dropped."""
         self._writer = MetricsWriter(self.run, self.step)

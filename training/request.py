@@ -25,6 +25,7 @@ RECIPE = "recipe"  # among the settings: the name of a recipe, which stands for 
 SEARCH_STEPS = 5000  # most steps of a training for the choice of d_tot
 FITTED_STEPS = 2000  # most steps of fitted values, in discrete tasks
 SNAPSHOTS = 20  # policies that are kept of a run, unless a request says how often; a score needs several
+MOST_STEPS = 10**9
 MOST_THREADS = 1024
 _WHOLE = ("steps", "seed", "threads", "log_every", "checkpoint_every", "snapshot_every", "evaluate_every")
 
@@ -124,6 +125,8 @@ class TrainRequest:
         for name in ("steps", "log_every", "threads"):
             if (number := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {number}")
+        if self.steps > MOST_STEPS:
+            raise ConfigError(f"steps: expected at most {MOST_STEPS:,}, got {self.steps:,}")
         if self.threads > MOST_THREADS:  # torch ends the process where the system gives it no more
             raise ConfigError(f"threads: expected at most {MOST_THREADS}, got {self.threads}")
         for name, number in (

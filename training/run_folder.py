@@ -118,8 +118,9 @@ def read_config(run: Path) -> RunConfig:
     try:
         config = RunConfig(**json.loads(path.read_text()))
         for field in dataclasses.fields(config):
-            if field.type == "int" and type(number := getattr(config, field.name)) is not int:
-                raise TypeError(f"{field.name}: expected int, got {number!r}")
+            kind, value = str(field.type).partition("[")[0], getattr(config, field.name)
+            if type(value).__name__ != kind and not (value is None and "None" in str(field.type)):
+                raise TypeError(f"{field.name}: expected {kind}, got {value!r}")
         return config
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error

@@ -6,6 +6,7 @@ The libraries that they call do the work; :mod:`omcda_deploy.experiments` compos
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from rich.measure import Measurement
 from omcda_deploy.claims import claimed
 from omcda_deploy.commands.completion import task_names
 from omcda_deploy.errors import ConfigError
-from omcda_deploy.files import folder_of, require_writable
+from omcda_deploy.files import folder_of, is_stream, require_writable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,9 +36,17 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # which the command line ends with, as at every other place that prints
+
+
 def _console(stream: TextIO | None, **settings: Any) -> Console:
-    """Make a console that breaks and shortens lines for a terminal alone: what is piped is whole."""
-    return Console(width=None if is_terminal(stream) else WIDE, **settings)
+    """Make a console that breaks and shortens lines for a terminal alone: what is piped is whole.
+
+    Nothing in what it prints is markup or an emoji's code: names and paths are the user's.
+    """
+    return _Console(width=None if is_terminal(stream) else WIDE, markup=False, emoji=False, **settings)
 
 
 console = _console(sys.stdout)
@@ -222,13 +231,13 @@ def named_values(option: str, pairs: Sequence[str] | None, **own: str | None) ->
 
 
 def print_text(text: str, style: str = "") -> None:
-    """Print text as it is: no line is broken, and nothing in it is markup."""
-    console.print(text, style=style or None, highlight=False, soft_wrap=True, markup=False)
+    """Print text as it is: no line is broken."""
+    console.print(text, style=style or None, highlight=False, soft_wrap=True)
 
 
 def print_note(text: str) -> None:
     """Print text as it is to stderr, beside the results of a command."""
-    stderr.print(text, highlight=False, soft_wrap=True, markup=False)
+    stderr.print(text, highlight=False, soft_wrap=True)
 
 
 def print_json(values: Any) -> None:
@@ -242,14 +251,21 @@ def print_table(table: Table) -> None:
         print_text(str(table.title), style="bold")
         table.title = None
     needed = Measurement.get(console, console.options.update(max_width=WIDE), table).maximum
-    Console(width=max(console.width, needed)).print(table)  # print's own width is at most the terminal's
+    wide = _console(sys.stdout)
+    wide.width = max(console.width, needed)
+    wide.print(table)  # print's own width is at most the terminal's
 
 
 def require_outputs(*files: Path | None) -> None:
-    """Raise :class:`ConfigError` for a file that cannot be written, before any time is spent on its content."""
-    for file in files:
-        if file is None:
-            continue
+    """Raise :class:`ConfigError` for a file that cannot be written, before any time is spent on its content.
+
+    And for one that is asked for twice, in whatever words.
+    """
+    asked_for: dict[str, Path] = {}
+    for file in filter(None, files):
+        other = asked_for.setdefault(os.path.realpath(file), file)
+        if other is not file and not is_stream(file):
+            raise ConfigError(f"{file}: expected a file for each output, got this one twice: name another")
         if file.is_dir():
             raise ConfigError(f"{file} is a folder: expected a name for the file, such as {file / 'result'}")
         if not file.parent.is_dir():

@@ -78,9 +78,9 @@ def train(
                         **dict(zip(names, figures, strict=True)),
                     }
                 )
-    print_table(table)
     if json_file:
         write_json(json_file, {"task": task, "batch_size": batch_size, "threads": threads, "rows": rows})
+    print_table(table)
 
 
 def _algorithms(kind: str) -> list[str]:
@@ -138,9 +138,9 @@ def comparison(
     columns = [sum(column) for column in zip(*hours.values(), strict=True)]
     total = sum(columns)
     table.add_row("together", *(f"{value:.1f}" for value in (*columns, total)))
-    print_table(table)
     if json_file:
         write_json(json_file, {"tasks": tasks, "hidden": hidden, "hours": hours, "total_hours": total})
+    print_table(table)
 
 
 @app.command("serve")
@@ -178,6 +178,8 @@ def serve(
             config=config,
             progress=progress,
         )
+    if json_file:
+        write_json(json_file, report.to_json())
     load = " to ".join(f"{value:.1f}" for value in report.load_average)
     table = Table(title=f"Medians of {rounds} rounds, {machine()}, load average {load}", title_justify="left")
     columns = ("p50 ms", "p95 ms", "p99 ms", "steps/s", "server CPU us", "client CPU us", "RSS MB", "refused")
@@ -207,8 +209,6 @@ def serve(
         )
     print_table(ratios)
     print_text(f"The server of all agents was ready in {report.ready_s:.1f} s.")
-    if json_file:
-        write_json(json_file, report.to_json())
 
 
 @app.command("reload")
@@ -246,6 +246,8 @@ def reload(
             config=config,
             progress=progress,
         )
+    if json_file:
+        write_json(json_file, report.to_json())
     load = " to ".join(f"{value:.1f}" for value in report.load_average)
     table = Table(title=f"{rate:g} requests/s, {machine()}, load average {load}", title_justify="left")
     for column in ("round", "", "p50 ms", "p99 ms", "max ms", "requests", "refused", "reloads", "p99 ratio"):
@@ -272,8 +274,6 @@ def reload(
     for name, text, limit, value in rows:
         verdicts.add_row(name, text, f"{limit:g}", "holds" if value <= limit else "missed")
     print_table(verdicts)
-    if json_file:
-        write_json(json_file, report.to_json())
 
 
 @app.command("promotions")
@@ -321,6 +321,8 @@ def promotions(
     for row in rows:
         shares = (f"{100 * row[name]:.1f} %" for name in columns)
         table.add_row(str(row["episodes"]), row["task"], str(row["harmful"]), *shares)
+    if json_file:
+        write_json(json_file, rows)
     print_table(table)
     for size in sizes:
         of_size = [row for row in rows if row["episodes"] == size]
@@ -333,5 +335,3 @@ def promotions(
             f"{100 * MOST_HARMFUL:g} % may be: {harm}; of clearly better ones at least {100 * least:.1f} %, "
             f"at least {100 * LEAST_CLEAR:g} % shall be: {gain}"
         )
-    if json_file:
-        write_json(json_file, rows)

@@ -34,10 +34,21 @@ class GuessingGroup(TyperGroup):
     """Commands per kind of file; a path in their place is told by what lies there."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        words = [word for word in args if not word.startswith("-")]
-        if words and words[0] not in self.commands and not ctx.resilient_parsing:
-            args = [kind_of(Path(words[0])), *args]
+        if not ctx.resilient_parsing and (path := self._path_in(args)) is not None:
+            args = [kind_of(path), *args]
         return super().parse_args(ctx, args)
+
+    def _path_in(self, args: list[str]) -> Path | None:
+        """Return the path that stands in a command's place, or alone where its name is also a command's."""
+        valued = {"--task"}  # options that take the next word
+        words = [
+            word
+            for before, word in zip(["", *args], args, strict=False)
+            if not word.startswith("-") and before not in valued
+        ]
+        asks_help = bool({"-h", "--help"} & set(args))
+        alone = len(words) == 1 and os.path.lexists(words[0]) and not asks_help
+        return Path(words[0]) if words and (words[0] not in self.commands or alone) else None
 
 
 app = typer.Typer(

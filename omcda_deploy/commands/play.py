@@ -164,7 +164,6 @@ def evaluate(
             options=simulator_options(simulator_python, simulator_factory, reward),
         )
     heading = f"{task}: {count(episodes, 'episode')} at each temperature T"
-    print_table(comparison_table({"": evaluations}, heading) if several else evaluation_table(evaluations[0]))
     if json_file:
         parts = [evaluation.to_json() for evaluation in evaluations]
         write_json(json_file, {"kind": "evaluations", "evaluations": parts} if several else parts[0])
@@ -175,6 +174,8 @@ def evaluate(
             for each in evaluations
         ]
         write_report(report, f"{task}: evaluation", sections)
+    print_table(comparison_table({"": evaluations}, heading) if several else evaluation_table(evaluations[0]))
+    if report:
         print_text(f"report: {report}")
 
 
@@ -235,11 +236,12 @@ def replay(
             paced=paced,
             progress=progress,
         )
-    print_table(replay_table(result))
     if json_file:
         write_json(json_file, result.to_json())
     if report:
         write_report(report, f"{episodes_on_file.spec.task}: replay", [replay_section(result)])
+    print_table(replay_table(result))
+    if report:
         print_text(f"report: {report}")
 
 

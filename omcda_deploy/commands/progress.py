@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from omcda_deploy.play.evaluate import Evaluation
     from omcda_deploy.policy import TeamPolicy
 
+MOST_S = 1e9  # that are told to be left
+
 Report: TypeAlias = Callable[[float, float], None]  # (done, total)
 
 
@@ -83,7 +85,7 @@ def _lines(description: str, unit: str) -> Report:
         since, before = begun = begun or (now, done)
         if PACE.due():
             left = (now - since) * (total - done) / (done - before) if done > before else None
-            estimate = "" if left is None else f", {timedelta(seconds=round(left))} left"
+            estimate = "" if left is None else f", {timedelta(seconds=round(min(left, MOST_S)))} left"
             print_note(f"{description}: {_amount(done, total, unit)} ({done / total:.0%}{estimate})")
 
     return report

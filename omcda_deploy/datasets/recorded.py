@@ -201,11 +201,13 @@ def _by_agent(spec: TeamSpec, parts: Sequence[_Part], name: str) -> Iterator[tup
     """Yield the numbers of agents, and their columns ``name`` [T, …] of an episode."""
     for part in parts:
         values = part.steps.columns[name][part.rows]
+        if (
+            name == "action" and spec.action_kind == "discrete"
+        ):  # one choice per agent: [T], of joint graphs [T, N]
+            yield from zip(part.agents, values.reshape(len(values), -1).T, strict=True)
+            continue
         if len(part.agents) == 1:
             yield part.agents[0], values
-            continue
-        if name == "action" and spec.action_kind == "discrete":  # one choice per agent
-            yield from ((index, values[:, index]) for index in part.agents)
             continue
         slices = spec.observation_slices if name == "observation" else spec.action_slices
         yield from ((index, values[:, slices[index]]) for index in part.agents)

@@ -19,6 +19,7 @@ from omcda_deploy.estimation.returns import (
     Comparison,
     Estimator,
     effective_sample_size,
+    require_confidence,
     require_estimable,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "Gaussian",
     "TeamDistributions",
     "effective_sample_size",
+    "require_confidence",
     "require_estimable",
     "trained_share",
     "training_of",

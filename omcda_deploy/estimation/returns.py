@@ -151,6 +151,12 @@ def require_estimable(dataset: Dataset) -> None:
         )
 
 
+def require_confidence(confidence: float) -> None:
+    """Raise :class:`ConfigError` for a confidence outside [0.5, 1)."""
+    if not 0.5 <= confidence < 1.0:
+        raise ConfigError(f"confidence: expected a number from 0.5 to below 1, got {confidence}")
+
+
 class Estimator:
     """Compares teams on one dataset, whose closed episodes ``behavior`` played."""
 
@@ -160,8 +166,7 @@ class Estimator:
         Raises :class:`ConfigError` for a confidence outside [0.5, 1), and :class:`DatasetError` as
         :func:`require_estimable`.
         """
-        if not 0.5 <= confidence < 1.0:
-            raise ConfigError(f"confidence: expected a number from 0.5 to below 1, got {confidence}")
+        require_confidence(confidence)
         require_estimable(dataset)
         self.behavior, self.confidence = behavior, confidence
         self._dataset = dataset
@@ -211,10 +216,10 @@ class Estimator:
 
     def _terms(self, team: TeamDistributions) -> _Terms:
         ratios = team.log_density(self._actions)[self._rows] - self._log_density
-        sums = np.cumsum(ratios)
-        before = np.concatenate([[0.0], sums])[np.flatnonzero(self._step == 0)]
-        logs = sums - before[self._episode]
-        weights = np.exp(np.minimum(logs, _largest_log_weight(len(before))))
+        # Episode by episode: differences of a sum over all would lose the digits that an unlikely step outweighs.
+        starts = np.flatnonzero(self._step == 0)
+        logs = np.concatenate([np.cumsum(part) for part in np.split(ratios, starts[1:])])
+        weights = np.exp(np.minimum(logs, _largest_log_weight(len(starts))))
         value, following, chosen = self._values(team)
         control = self._per_episode(weights * (following - chosen)) + value[self._step == 0]
         return _Terms(self._per_episode(weights * self._rewards), control, logs[~self._goes_on])

@@ -240,9 +240,8 @@ def _changed(config: RunConfig) -> dict[str, Any]:
     }
     if config.budget is not None:  # chosen from the dataset, perhaps the recipe's own
         changed["d_tot"] = AUTO
-    # A clone has its run's seed unless it was asked for another; all of older runs had 0.
-    seed = 0 if config.behavior.get("seed", 0) == 0 else config.seed
-    cloning = BehaviorConfig(hidden=config.settings["hidden"], seed=seed)
+    # A clone has its run's seed unless it was asked for another.
+    cloning = BehaviorConfig(hidden=config.settings["hidden"], seed=config.seed)
     for field in fields(BehaviorConfig):
         value = config.behavior.get(field.name, getattr(cloning, field.name))
         if value != getattr(cloning, field.name):

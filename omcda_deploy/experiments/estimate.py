@@ -15,6 +15,7 @@ from omcda_deploy.estimation import (
     Comparison,
     Estimator,
     TeamDistributions,
+    require_confidence,
     require_estimable,
     trained_share,
 )
@@ -78,7 +79,8 @@ def estimate(
     :class:`BundleError` for damaged bundles and for policies without a density.
     """
     data = dataset if isinstance(dataset, Dataset) else read_dataset(Path(dataset), task)
-    require_estimable(data)  # before anything is cloned
+    require_estimable(data)  # before anything is cloned, as the next
+    require_confidence(confidence)
     read = [bundle if isinstance(bundle, Bundle) else read_bundle(bundle) for bundle in bundles]
     teams = {str(bundle.path): TeamDistributions.of_bundle(bundle, data, temperature) for bundle in read}
     exact = data.behavior is not None

@@ -15,7 +15,7 @@ from omcda_deploy.experiments.results import Page, Row
 from omcda_deploy.experiments.sweep import Job, require_same_request
 
 if TYPE_CHECKING:
-    from omcda_deploy.report.comparison import Comparison, LeftOut
+    from omcda_deploy.report.comparison import Comparison, LeftOut, Result
 
 _RECORD = "[{0}]({0}), with the configuration and the episodes of every run"
 
@@ -135,6 +135,7 @@ def compare_record(work: Work, record: Record, left_out: Sequence[LeftOut] = ())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(work.record, error) from error
     summaries, repeated = summarise(results)
+    _require_one_variant([result for result in results if result.variant.algorithm != CLONE], order)
     clones = [s for s in summaries if s.variant.algorithm == CLONE]
     trained = sorted(
         (s for s in summaries if s.variant.algorithm != CLONE), key=lambda s: order[s.results[0].run][0]
@@ -151,6 +152,19 @@ def compare_record(work: Work, record: Record, left_out: Sequence[LeftOut] = ())
     if not results and not left_out:
         return Made(None, "none of its runs is recorded", failures)
     return Made(comparison, failures=failures)
+
+
+def _require_one_variant(results: Sequence[Result], order: Mapping[str, tuple[int, str]]) -> None:
+    """Raise :class:`ConfigError` for a row whose runs cannot be averaged, such as those of other clones."""
+    first: dict[str, Result] = {}
+    for result in results:
+        other = first.setdefault(order[result.run][1], result)
+        if other.variant != result.variant:
+            ways = [other.variant.settings_label or "defaults", result.variant.settings_label or "defaults"]
+            raise ConfigError(
+                f"{other.run} and {result.run} are of one row, and were trained in two ways: {ways[0]}; {ways[1]}. "
+                "Move the one that is not meant away, and run the page again"
+            )
 
 
 def _left_out(work: Work, known: Container[Job], failures: Mapping[Job, str]) -> list[LeftOut]:

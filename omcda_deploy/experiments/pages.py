@@ -133,8 +133,7 @@ def _check(work: Work, *, collect: bool) -> None:
 
     unrecorded = {}
     if not work.dataset.exists():
-        if collect:
-            sources(work.page.task, work.page.tier)
+        sources(work.page.task, work.page.tier)
         unrecorded = {work.dataset: team_spec(work.page.task)}
     else:
         _require_dataset(work)

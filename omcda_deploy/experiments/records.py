@@ -100,6 +100,16 @@ class Record:
     failed: Mapping[str, Failure] = field(default_factory=dict)
     card: tuple[tuple[str, str], ...] = ()  # of the dataset
 
+    def __post_init__(self) -> None:
+        """Raise :class:`ConfigError` for runs of several datasets."""
+        digests = {played.config.dataset_digest: run for run, played in self.runs.items()}
+        if len(digests) > 1:
+            (first, one), (second, other) = [*digests.items()][:2]
+            raise ConfigError(
+                f"a page is on one dataset: {one} was trained on one of digest {first[:12]}…, {other} on one of "
+                f"{second[:12]}…: move those of the other away"
+            )
+
     @property
     def digest(self) -> str:
         """Digest of the dataset, empty without runs."""

@@ -157,6 +157,10 @@ class Results:
 def read_results(path: Path) -> Results:
     """Read a file of results. Raises :class:`OmcdaError` where it is missing, no TOML or has a wrong entry."""
     values = read_toml(path, "a results page")
+    if path.suffix == ".md":
+        raise ConfigError(
+            f"{path}: its page would take its place: name the file {path.with_suffix('.toml').name}"
+        )
     several = "datasets" in values
     _require_entries(str(path), values, _SEVERAL if several else _SINGLE)
     required = ("title", "runs") if several else ("title", "task", "tier", "transitions", "runs")
@@ -207,10 +211,19 @@ def _comparison(path: Path, values: Mapping[str, Any]) -> Results:
     for index, claim in enumerate(claims):
         for pattern in claim.on:
             require_match(f"dataset of {path}: claims[{index}]: on", pattern, pages)
-    overview = path.with_name(values.get("overview", f"{path.stem}.md"))
+    overview = path.with_name(_overview_name(path, values))
     return Results(
         path, values["title"], values.get("note", ""), tuple(pages.values()), overview, method, claims
     )
+
+
+def _overview_name(path: Path, values: Mapping[str, Any]) -> str:
+    name: str = values.get("overview", f"{path.stem}.md")
+    if not name.endswith(".md") or Path(name).name != name:
+        raise ConfigError(
+            f"{path}: overview: expected the name of a page beside this file, such as README.md, got {name!r}"
+        )
+    return name
 
 
 def _methods(path: Path, pages: Iterable[Page]) -> list[str]:

@@ -21,6 +21,7 @@ on a cluster.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -209,6 +210,7 @@ def check_jobs(jobs: Sequence[Job], unrecorded: Mapping[Path, TeamSpec] | None =
                 raise ConfigError(f"{job.dataset} does not exist: record it with  omcda-deploy collect")
     for path, group in _by_dataset(jobs).items():
         spec, digests = unrecorded.get(path), None
+        known: dict[str, Job] = {}
         for job in group:
             with naming(job):
                 if spec is None:
@@ -216,8 +218,21 @@ def check_jobs(jobs: Sequence[Job], unrecorded: Mapping[Path, TeamSpec] | None =
                     spec, digests = dataset.spec, dataset.digests
                     del dataset  # large
                 plan = job.request.resolved(spec)
+                first = known.setdefault(_identity(job, plan), job)
+                if first is not job:
+                    raise ConfigError(
+                        f"{first.run} is the same run, as settings are stated that are the default's or the "
+                        "recipe's: leave one of them out"
+                    )
                 if job.run.exists():
                     require_same_request(job, read_config(job.run), plan, digests)
+
+
+def _identity(job: Job, plan: ResolvedRun) -> str:
+    """Return what tells the runs on a dataset apart."""
+    request = plan.request
+    settings = [asdict(plan.config), plan.chooses_budget, request.recipe, asdict(plan.behavior)]
+    return json.dumps([job.algorithm, job.steps, request.seed, *settings], sort_keys=True)
 
 
 def _by_dataset(jobs: Iterable[Job]) -> dict[Path, list[Job]]:

@@ -38,7 +38,6 @@ PER_ALGORITHM: Mapping[str, Settings] = {
     "icq": {"critic_temperature": 3.0, "policy_temperature": 1.0},
     "comadice": {"alpha": 1.0},
 }
-PER_GAME: Mapping[tuple[str, str], Settings] = {}
 
 
 @dataclass(frozen=True)
@@ -206,8 +205,8 @@ def outcome_of(game: tabular.Game, policies: Sequence[tabular.Table]) -> Outcome
 
 
 def settings_of(algorithm: str, task: str) -> dict[str, Any]:
-    """Merge the settings of all runs, of the algorithm and of the game."""
-    return {**COMMON, **PER_ALGORITHM.get(algorithm, {}), **PER_GAME.get((algorithm, task), {})}
+    """Merge the settings of all runs and of the algorithm."""
+    return {**COMMON, **PER_ALGORITHM.get(algorithm, {})}
 
 
 def learn(dataset: Dataset, algorithm: str, run: Path, *, steps: int, seed: int) -> list[tabular.Table]:
@@ -312,7 +311,7 @@ def _line(result: GameResult, name: str, outcome: Outcome, settings: str = "") -
 
 
 def _special_settings(algorithm: str, task: str) -> str:
-    return _formatted({**PER_ALGORITHM.get(algorithm, {}), **PER_GAME.get((algorithm, task), {})})
+    return _formatted(PER_ALGORITHM.get(algorithm, {}))
 
 
 def _formatted(settings: Settings) -> str:

@@ -312,6 +312,7 @@ def _ask(
             joined("action", name),
             joined("divergence", name),
             fallback=any(decisions[name].fallback for _, decisions in answers),
+            awaited=all(decisions[name].awaited for _, decisions in answers),
         )
         for name in names
     }, seconds

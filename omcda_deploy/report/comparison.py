@@ -38,7 +38,7 @@ class Variant:
     """The properties that runs share to be averaged; ``settings`` are those that differ from the task's recipe."""
 
     task: str
-    dataset: str  # a label; the digest tells datasets apart
+    dataset: str = field(compare=False)  # a label; the digest tells datasets apart
     digest: str
     algorithm: str
     settings: tuple[tuple[str, Any], ...]

@@ -96,7 +96,7 @@ def _returns_rows(comparison: Comparison) -> Iterator[_Row]:
                 **_variant_cells(summary),
                 "seed": result.seed,
                 "run": result.run,
-                "commit": result.versions["git"],
+                "commit": result.versions.get("git", ""),
             }
             for snapshot in result.score.snapshots:
                 for use, tables in (("reported", snapshot.reported), ("selection", snapshot.selection)):

@@ -254,9 +254,9 @@ def _clone_lines(comparison: Comparison) -> list[tuple[str, str]]:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a table, and an empty one behind it."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    ruled = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*ruled, *("| " + " | ".join(row) + " |" for row in cells), ""]
+    first, *others = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
+    ruled = ["| " + " | ".join(first) + " |", "|" + "---|" * len(first)]
+    return [*ruled, *("| " + " | ".join(row) + " |" for row in others), ""]
 
 
 def _section(figure: Figure) -> Section:

@@ -64,15 +64,16 @@ def _better(overview: Overview, claim: Claim) -> Judgement:
             groups[word].append(f"{other} {duel} on {len(duel.pairs)}")
     evidence = [f"{group} {', '.join(names)}" for group, names in groups.items() if names]
     pairs = sum(len(duel.pairs) for duel in duels.values())
-    ahead, behind = (sum(len(duel.datasets(side)) for duel in duels.values()) for side in (1, -1))
+    better, worse = (sum(len(duel.datasets(side)) for duel in duels.values()) for side in (1, -1))
     evidence.append(
-        f"on single datasets ahead in {ahead} and behind in {behind} of {count(pairs, 'comparison')}"
+        f"on single datasets ahead in {better} and behind in {worse} of {count(pairs, 'comparison')}"
     )
     word = OPEN
     if any(duel.verdict(len(duels)) == -1 for duel in duels.values()):
         word = FAILS
     elif len(groups["ahead of"]) == len(duels):
-        word = PARTLY if any(duel.datasets(-1, pairs) for duel in duels.values()) else HOLDS
+        behind = any(duel.datasets(-1, pairs) or duel.entirely_behind for duel in duels.values())
+        word = PARTLY if behind else HOLDS
     return Judgement(word, "; ".join(evidence), _labels(duels.values()))
 
 
@@ -213,7 +214,13 @@ def _steady(overview: Overview, claim: Claim) -> Judgement:
             for label, rival in overview.summaries(other, claim.on).items()
             if label in own
         }
-        spreads = {label: pair for label, pair in both.items() if not any(map(math.isnan, pair))}
+        known = {label: pair for label, pair in both.items() if not any(map(math.isnan, pair))}
+        enough = {
+            label: pair
+            for label, pair in known.items()
+            if min(overview.runs(method, [label]) for method in (claim.method, other)) >= LEAST_RUNS
+        }
+        spreads = enough or known  # as in a duel
         if not spreads:
             words.append(OPEN)
             evidence.append(f"no dataset has several policies of each run of both it and {other}")
@@ -221,8 +228,7 @@ def _steady(overview: Overview, claim: Claim) -> Judgement:
         labels |= set(spreads)
         mine, theirs = (float(np.median(side)) for side in zip(*spreads.values(), strict=True))
         larger = sum(a > b for a, b in spreads.values())
-        enough = min(overview.runs(method, spreads) for method in (claim.method, other)) >= LEAST_RUNS
-        words.append(FAILS if mine > theirs else OPEN if not enough else PARTLY if larger else HOLDS)
+        words.append(OPEN if not enough else FAILS if mine > theirs else PARTLY if larger else HOLDS)
         evidence.append(
             f"median {percent(mine)} against {percent(theirs)} of {other}, larger on {larger} of "
             f"{count(len(spreads), 'dataset')}"

@@ -99,6 +99,15 @@ class Duel:
         """List the single datasets with that verdict."""
         return [label for label, pair in self.pairs.items() if tell_apart([pair], comparisons) == verdict]
 
+    @property
+    def entirely_behind(self) -> list[str]:
+        """List the single datasets on which every run is below every one of the other's.
+
+        The exact test of few runs cannot say it at the level of many comparisons, whatever the runs are.
+        """
+        enough = {label: pair for label, pair in self.pairs.items() if _enough([pair])}
+        return [label for label, (own, others) in enough.items() if own.max() < others.min()]
+
     def __str__(self) -> str:
         interval = (
             "no interval" if (i := self.interval) is None else f"{number(i.low, 2)} to {number(i.high, 2)}"

@@ -98,7 +98,7 @@ def _agreement(replay: Replay) -> dict[str, str]:
 def _parity_words(replay: Replay) -> tuple[str, str]:
     parity = replay.parity
     if parity is None:
-        return UNKNOWN, "no local bundle was given"
+        return UNKNOWN, "nothing to compare with: give --bundle beside --endpoints"
     if parity.exact:
         return "exact", "equal to the local bundle to the last digit"
     worst = max(parity.action, parity.divergence, parity.parameters)

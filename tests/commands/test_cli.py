@@ -354,6 +354,14 @@ CASES: list[Case] = [
         for option in ("json", "report")
     ),
     (f"evaluate {HOPPER} --bundle bundle --video bundle", "bundle is a folder: expected a name for the file"),
+    (
+        "replay data.hdf5 --bundle bundle --json same --report ./same",
+        "same: expected a file for each output, got this one twice: name another",
+    ),
+    (
+        f"evaluate {HOPPER} --bundle bundle --json same --report same",
+        "same: expected a file for each output, got this one twice: name another",
+    ),
     ("choose-budget data.hdf5 --json no/where.json", "the folder no does not exist, create it first"),
     ("bench train --json bundle", "bundle is a folder: expected a name for the file"),
     ("compare bundle --out data.hdf5", "data.hdf5 is a file: expected a folder to write to"),

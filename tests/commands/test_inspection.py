@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.table import Table
 from typer.testing import CliRunner
 
 from omcda_deploy import registry
 from omcda_deploy.bundle import read_bundle
 from omcda_deploy.cli import app
+from omcda_deploy.commands import print_note, print_table, print_text
 from omcda_deploy.commands.inspection import kind_of
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.experiments.train import train
@@ -64,6 +66,41 @@ def test_a_guess_prints_what_the_explicit_form_prints(place: Path, name: str, ki
     assert call("inspect", place / name) == call("inspect", kind, place / name)
     values = json.loads(call("inspect", "--json", place / name))
     assert values == json.loads(call("inspect", kind, place / name, "--json"))
+
+
+def test_a_guess_takes_names_of_commands_and_options_before_the_path(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """README's own names for them are run and bundle."""
+    monkeypatch.chdir(place)
+    (place / "run").symlink_to("runs/seed3")
+    try:
+        assert call("inspect", "run") == call("inspect", "./run") == call("inspect", "run", "run")
+        assert json.loads(call("inspect", "run", "--json")) == json.loads(call("inspect", "--json", "./run"))
+    finally:
+        (place / "run").unlink()
+    assert call("inspect", "bundle") == call("inspect", "./bundle")
+    hopper = ("--task", "mamujoco/hopper-3x1")
+    assert call("inspect", *hopper, "data.hdf5") == call("inspect", "data.hdf5", *hopper)
+    assert "A run folder." in call("inspect", "run", "--help")
+    assert "a bundle or a run folder" in call("inspect", "--help")
+
+
+def test_what_is_printed_of_the_users_is_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("b [old]", "mix [/v2]", "fleet:Robot: here", "r2:car:x", "[bold]b[/bold]")
+    table = Table(title="title [/v2] :car:")
+    for name in names:
+        table.add_column(name)
+    table.add_row(*names)
+    print_table(table)
+    for name in names:
+        print_text(name)
+        print_note(name)
+    printed = capsys.readouterr()
+    assert all(printed.out.count(name) == 3 and name in printed.err for name in names)
+    assert "title [/v2] :car:" in printed.out
 
 
 def test_a_bundles_table_says_what_to_send_and_where_it_came_from(place: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from omcda_deploy.registry import team_spec
 from omcda_deploy.training.run_folder import saved_step
+from tests.support.bundles import write_test_bundle
 from tests.support.processes import running, wait_for
 from tests.support.synthetic import write_dataset
 
@@ -92,6 +93,32 @@ def test_a_parent_asks_its_children_to_clean_up_first(tmp_path: Path) -> None:
     assert process.returncode == TERMINATED
     assert output == b"unwound\n"
     assert not partial.exists()
+
+
+def test_files_are_written_though_nobody_reads_what_is_printed(tmp_path: Path) -> None:
+    spec = team_spec("mamujoco/hopper-3x1")
+    data = write_dataset(tmp_path / "data.hdf5", spec, [10, 10])
+    write_test_bundle(tmp_path / "bundle", spec)
+    write_test_bundle(tmp_path / "toy", team_spec("toy/masked"))
+    files = [tmp_path / name for name in ("replay.json", "replay.html", "evaluate.json", "evaluate.html")]
+    for words in (
+        f"replay {data} --bundle {tmp_path / 'bundle'} --episodes 1 --json {files[0]} --report {files[1]}",
+        f"evaluate toy/masked --bundle {tmp_path / 'toy'} --episodes 1 --json {files[2]} --report {files[3]}",
+        "--version",
+    ):
+        unread, printed = os.pipe()
+        os.close(unread)
+        done = subprocess.run(
+            [sys.executable, "-m", "omcda_deploy.cli", *words.split()],
+            stdout=printed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        os.close(printed)
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, ""), words
+    assert all(file.stat().st_size for file in files)
 
 
 def test_a_termination_that_is_swallowed_is_repeated() -> None:

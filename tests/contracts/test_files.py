@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -59,6 +60,47 @@ def test_a_disk_that_is_full_leaves_the_file_as_it_was(
         temporary.write_text("new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_and_the_file_that_it_names_is_written(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("old")
+    for name, target in (("link", "target"), ("dangling", "new")):
+        (tmp_path / name).symlink_to(target)
+        files.require_writable(tmp_path / name)
+        files.write_text(tmp_path / name, "content")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / target).read_text() == "content"
+    (tmp_path / "nowhere").symlink_to("missing/file")
+    with pytest.raises(ConfigError, match=r"cannot write .*nowhere"):
+        files.write_text(tmp_path / "nowhere", "content")
+
+
+def test_pipes_and_devices_take_the_content_and_stay(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    files.require_writable(pipe)  # waits for no reader
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_text(pipe, "content")
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    assert pipe.is_fifo()
+    files.require_writable(Path(os.devnull))
+    files.write_text(os.devnull, "content")
+    assert Path(os.devnull).is_char_device()
+
+
+@pytest.mark.parametrize("place", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_what_a_process_prints_to_takes_content_as_a_file_does(tmp_path: Path, place: str) -> None:
+    lines = (
+        "from omcda_deploy import files",
+        "print('before', flush=True)",
+        f"files.write_text('{place}', 'x')",
+    )
+    program = [sys.executable, "-c", "; ".join(lines)]
+    assert subprocess.run(program, capture_output=True, text=True, check=True).stdout == "before\nx"
+    with (tmp_path / "output").open("w") as output:
+        subprocess.run(program, stdout=output, check=True)
+    assert (tmp_path / "output").read_text() == "before\nx"
 
 
 def test_two_writers_at_once_do_not_share_a_temporary(tmp_path: Path) -> None:

@@ -48,11 +48,14 @@ def test_unknown_numbers_are_a_dash_everywhere() -> None:
 
 def test_shares_are_percentages() -> None:
     assert [percent(share) for share in (0.0, 0.125, 1.0)] == ["0.0 %", "12.5 %", "100.0 %"]
+    assert [percent(share) for share in (-0.1, 12.5)] == ["\u221210.0 %", "1\u202f250.0 %"]
 
 
 def test_nouns_follow_their_count() -> None:
     assert [count(n, "step") for n in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
 
 
-def test_small_returns_keep_three_decimals() -> None:
+def test_small_returns_keep_three_digits_that_count() -> None:
     assert [digits_of(returns) for returns in ([1.9, 0.2], [-100.0, 1.0], [99.9])] == [3, 1, 3]
+    assert [digits_of(returns) for returns in ([0.0], [0.03, -0.09], [4e-4])] == [3, 4, 6]
+    assert number(4e-4, digits_of([4e-4])) == "0.000400"

@@ -150,6 +150,15 @@ def test_what_is_no_temperature_is_refused(bundles: dict[str, Bundle], value: An
         assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("value", [1e-7, 1e-310])
+def test_what_would_be_zero_where_it_is_used_is_refused(value: float) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^temperature: expected 0 \(deterministic\) or a number from 1e-06 on"
+    ):
+        checked_temperature(value)
+    assert checked_temperature(1e-6) == 1e-6
+
+
 def test_lists_of_temperatures() -> None:
     assert checked_temperatures([1, 0.25, 0]) == (0.0, 0.25, 1.0)
     assert checked_temperatures([float(np.float32(0.5))]) == (0.5,)

@@ -165,6 +165,8 @@ def test_only_folders_of_torch_files_are_recognized(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     torch.save([1], tmp_path / "old" / "a", _use_new_zipfile_serialization=False)
     assert madt_episodes.recognizes(tmp_path / "old")
+    (tmp_path / "old" / "config.json").write_text("{}")  # as run folders have
+    assert not madt_episodes.recognizes(tmp_path / "old")
 
 
 def test_a_loader_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

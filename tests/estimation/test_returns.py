@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +105,24 @@ def test_weighted_rewards_are_those_of_a_plain_loop() -> None:
         expected.append(total)
     terms = estimator(dataset)._terms(at_rows(policies, dataset))
     np.testing.assert_allclose(terms.weighted, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unlikely_step_takes_nothing_from_other_episodes() -> None:
+    """Weights are products within an episode: a step of a very small one leaves all others as they were."""
+    dataset, policies = recorded("toy/chain", 60, 5), candidate("toy/chain", 0.5, 5)
+    found, team = estimator(dataset), at_rows(policies, dataset)
+    expected = found._terms(team).log_weight
+    density = team.log_density(found._actions)
+    density[found._rows[found._episode == 7]] -= 1e20
+
+    class Unlikely(TeamDistributions):
+        def log_density(self, actions: NDArray[Any]) -> NDArray[np.float64]:
+            return density
+
+    others = np.arange(60) != 7
+    logs = found._terms(Unlikely(team.agents)).log_weight
+    assert np.array_equal(logs[others], expected[others])
+    assert logs[7] < -1e19
 
 
 def test_values_that_mislead_cost_no_correctness(monkeypatch: pytest.MonkeyPatch) -> None:

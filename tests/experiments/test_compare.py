@@ -309,7 +309,7 @@ def test_other_steps_and_other_ways_of_training_are_other_variants(
     assert "behavior.check_every 10, 20 steps" in text
 
 
-@pytest.mark.parametrize(("seed", "shown"), [(2, False), (0, False), (7, True)])
+@pytest.mark.parametrize(("seed", "shown"), [(2, False), (0, True), (7, True)])
 def test_a_clone_of_another_seed_than_the_runs_is_another_variant(
     runs: Path, tmp_path: Path, played: list[str], seed: int, shown: bool
 ) -> None:
@@ -318,7 +318,16 @@ def test_a_clone_of_another_seed_than_the_runs_is_another_variant(
     compare([runs / "bc"], tmp_path / "out")
     settings = [row["settings"] for row in rows_of(tmp_path / "out" / "summary.csv")]
     assert len(settings) == 1 + shown
-    assert any("behavior.seed 7" in text for text in settings) == shown
+    assert any(f"behavior.seed {seed}" in text for text in settings) == shown
+
+
+def test_a_dataset_is_known_by_its_digest_whatever_its_file_is_called(
+    runs: Path, tmp_path: Path, played: list[str]
+) -> None:
+    edit(runs / "bc" / "seed2", dataset="elsewhere/another-name.hdf5")
+    compare([runs / "bc"], tmp_path / "out")
+    [row] = rows_of(tmp_path / "out" / "summary.csv")
+    assert row["runs"] == "3"
 
 
 def test_nothing_to_compare_is_an_error(

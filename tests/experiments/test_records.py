@@ -169,6 +169,32 @@ def test_runs_on_other_data_are_no_part_of_a_page(file: Path, record: Path, tmp_
     with pytest.raises(OmcdaError, match=r"the record is of a dataset of digest \w+…, the runs are of \w+…"):
         write_results(file, tmp_path / "other", 1, only=CHAIN, train="none")
     assert record.read_bytes() == before
+    # Nor where they lie among its own, and the dataset is not there to tell.
+    folders = [tmp_path / name / "toy-chain-behavior" for name in ("other", "out")]
+    [method] = [folder.name for folder in folders[0].iterdir() if folder.name.startswith("bc")]
+    shutil.rmtree(folders[1] / method / "seed1")
+    shutil.copytree(folders[0] / method / "seed1", folders[1] / method / "seed1")
+    (tmp_path / "out" / data.name).unlink()
+    with pytest.raises(
+        OmcdaError, match=r"a page is on one dataset: .*seed. was trained on one of digest \w+…, "
+    ):
+        write_results(file, tmp_path / "out", 1, only=CHAIN, train="none")
+    assert record.read_bytes() == before
+
+
+def test_runs_of_one_row_are_trained_in_one_way(file: Path, record: Path, tmp_path: Path) -> None:
+    write_results(file, tmp_path / "out", 1, engine=Here(), only=CHAIN)
+    [config] = (tmp_path / "out" / "toy-chain-behavior").glob("bc*/seed1/config.json")
+    values = json.loads(config.read_text())
+    values["behavior"]["lr"] = 1e-4
+    config.write_text(json.dumps(values))
+    record.unlink()
+    message = (
+        r"seed0 and \S*bc\S*/seed1 are of one row, and were trained in two ways: .*; .*behavior\.lr 0\.0001"
+    )
+    with pytest.raises(OmcdaError, match=message):
+        write_results(file, tmp_path / "out", 1, only=CHAIN, train="none")
+    assert not record.exists()
 
 
 def test_a_record_counts_where_it_is_of_the_runs_that_are_asked_for(

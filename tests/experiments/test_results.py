@@ -118,6 +118,26 @@ def test_a_wrong_page_is_refused(tmp_path: Path, change: tuple[str, str], messag
         read_results(page)
 
 
+@pytest.mark.parametrize("name", ["several.toml", "", "pages/README.md", "README", "../README.md"])
+def test_an_overview_is_a_page_beside_its_file(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "several.toml"
+    text = PAGE.replace('task = "toy/masked"\ntier = "behavior"', f'overview = "{name}"')
+    assert text != PAGE
+    file.write_text(text + '\n[[datasets]]\ntasks = ["toy/chain"]\ntiers = ["behavior"]\n')
+    with pytest.raises(
+        ConfigError, match=r"several\.toml: overview: expected the name of a page beside this file"
+    ):
+        read_results(file)
+
+
+def test_a_page_does_not_take_its_files_place(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(PAGE)
+    with pytest.raises(
+        ConfigError, match=r"page\.md: its page would take its place: name the file page\.toml"
+    ):
+        read_results(tmp_path / "page.md")
+
+
 def test_a_page_records_its_own_dataset(tmp_path: Path) -> None:
     page = tmp_path / "page.toml"
     page.write_text(PAGE.replace("steps = 10", 'steps = 10\ndatasets = ["a.hdf5"]'))

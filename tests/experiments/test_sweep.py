@@ -219,9 +219,20 @@ def test_steps_of_cloning_count_where_the_file_states_them(file: Path, tmp_path:
     job = jobs_of(read_sweep(file), tmp_path / "out")[0]
     finish(job)
     write_config(job.run, replace(read_config(job.run), behavior={"steps": 5}))
-    check_jobs([job, replace(job, behavior_steps=5)])
+    check_jobs([job])
+    check_jobs([replace(job, behavior_steps=5)])
     with pytest.raises(ConfigError, match="a run of behavior_steps 5, expected 50"):
         check_jobs([replace(job, behavior_steps=50)])
+
+
+def test_two_runs_that_differ_in_words_alone_are_refused(file: Path, tmp_path: Path) -> None:
+    job = next(job for job in jobs_of(read_sweep(file), tmp_path / "out") if job.algorithm == "omcda")
+    same = replace(job, settings=(*job.settings, ("lr", 5e-4)), run=tmp_path / "same")
+    with pytest.raises(
+        ConfigError, match=rf"^{same.run}: {re.escape(str(job.run))} is the same run, as settings"
+    ):
+        check_jobs([job, same])
+    check_jobs([job, replace(same, settings=(*job.settings, ("lr", 4e-4)))])
 
 
 def test_a_run_that_is_older_than_a_setting_has_its_default(file: Path, tmp_path: Path) -> None:

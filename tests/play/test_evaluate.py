@@ -454,7 +454,10 @@ class MissingTeam(StubTeam):
         decisions = super().act(observations, **rest)
         unknown = np.full(len(observations["left"]), np.nan, np.float32)
         missed = ["right"] if len(self.batches) % 2 else ["left", "right"]
-        return decisions | {name: Decision(decisions[name].action, unknown, fallback=True) for name in missed}
+        return decisions | {
+            name: Decision(decisions[name].action, unknown, fallback=True, awaited=name == "left")
+            for name in missed
+        }
 
 
 def test_steps_of_a_fallback_are_counted_and_their_divergence_is_not(
@@ -476,6 +479,7 @@ def test_steps_of_a_fallback_are_counted_and_their_divergence_is_not(
         assert value == t if t in times else np.isnan(value)
     data = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert data["fallback"] == {"by": "hold", "steps": {"left": calls // 2, "right": calls}}
+    assert data["not_awaited"] == {"left": 0, "right": calls}
     assert (data["divergence"]["right"]["mean"], data["divergence"]["right"]["p99"]) == (None, None)
     assert set(data["divergence"]["right"]["by_step"]) == {None}
 

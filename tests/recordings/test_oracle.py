@@ -35,6 +35,7 @@ from tests.support.server_process import server_process
 
 EPISODES, ENVIRONMENTS, SEED = 5, 2, 3
 CONTINUOUS, DISCRETE = "mamujoco/hopper-3x1", "toy/masked"
+ALONE = "toy/chain-single"  # one agent, whose joint graph is not its own
 
 
 class Witness:
@@ -119,6 +120,7 @@ def assert_equal_episodes(dataset: Dataset, expected: Sequence[Episode]) -> None
         (CONTINUOUS, 1.0, True, False),
         (CONTINUOUS, 1.0, False, True),  # hopper's agents have one action number each, as choices would be
         (DISCRETE, 0.5, False, True),
+        (ALONE, 0.5, False, True),
     ],
 )
 def test_a_joined_evaluation_is_the_one_that_was_collected(

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from omcda_deploy.training.algorithms.omcda import Config
 from omcda_deploy.training.behavior_model import BehaviorConfig
 from omcda_deploy.training.budget import BudgetChoice, BudgetRow, BudgetSearch, choose_budget, decide
 from omcda_deploy.training.estimation import FittedConfig
+from omcda_deploy.training.metrics import DivergedError
 
 
 def row(
@@ -158,6 +160,17 @@ def test_noise_in_place_of_rewards_gains_nothing(tmp_path: Path) -> None:
     choice = choose_budget(dataset, search((0.1, 0.5)))
     gains = [measured.gain for measured in choice.rows]
     assert all(gain is not None and abs(gain) < 0.3 for gain in gains)
+
+
+def test_rewards_on_which_training_diverges_are_refused(tmp_path: Path) -> None:
+    from tests.support.synthetic import continuous_spec, write_dataset
+
+    path = write_dataset(tmp_path / "huge.hdf5", continuous_spec(), [5] * 8)
+    with h5py.File(path, "r+") as file:
+        file["r"][:] = 1e30
+        del file["omcda"].attrs["digest"]
+    with pytest.raises(DivergedError, match=r"diverged before step 100: .* is (inf|nan)"):
+        choose_budget(read_dataset(path), search((0.1, 0.5)))
 
 
 def test_wrong_budgets_and_too_few_episodes_are_refused(tmp_path: Path) -> None:

@@ -44,6 +44,18 @@ def full(allowed: int) -> Callable[[Path, dict[str, Any]], None]:
     return save
 
 
+def test_runs_of_several_seeds_begin_together_or_not_at_all(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_behavior(file)
+    monkeypatch.setattr(loop, "save_state", full(1))
+    with pytest.raises(ConfigError, match=r"seed1 cannot be written \(No space left on device\)"):
+        training.train(
+            file, "bc", tmp_path / "runs", steps=10, seed=[0, 1, 2], settings=SETTINGS, log_every=10
+        )
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_that_a_full_disk_stops_goes_on(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

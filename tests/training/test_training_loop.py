@@ -704,22 +704,63 @@ def test_a_snapshot_is_played_and_its_returns_are_noted(run: Path, monkeypatch: 
 def test_the_evaluator_starts_one_process_per_chosen_snapshot(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[list[str]] = []
+    """As many at once as two; the others wait for them."""
+    started: list[str] = []
+    living: list[Process] = []
 
     class Process:
+        returncode: int | None = None
+
         def __init__(self, command: list[str], **options: Any) -> None:
-            started.append(command)
-            self.waited = False
+            assert command[-2] == str(run)
+            started.append(command[-1])
+            living.append(self)
+            assert len(living) <= Evaluator.MOST
+
+        def poll(self) -> int | None:
+            return self.returncode
 
         def wait(self) -> int:
-            self.waited = True
+            living.remove(self)
+            self.returncode = 0
             return 0
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     evaluator = Evaluator(run, 40)
-    for step in (20, 40, 60, 80):
+    for step in (20, 40, 60, 80, 100, 120, 160):
         evaluator.start(step)
-    assert [command[-2:] for command in started] == [[str(run), "40"], [str(run), "80"]]
+    assert started == ["40", "80"]
+    living[0].wait()
+    evaluator.start(180)
+    assert started == ["40", "80", "120"]
     evaluator.wait()
-    assert all(process.waited for process in evaluator._running)  # type: ignore[attr-defined]
+    assert started == ["40", "80", "120", "160"]
+    assert not living
     assert read_config(run).steps == STEPS
+
+
+def test_a_resumed_run_has_one_line_per_evaluation_in_the_order_of_steps(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a kill left behind the checkpoint is forgotten, and what it kept from being made is made."""
+    started: list[str] = []
+
+    class Ended:
+        returncode = 0
+
+        def __init__(self, command: list[str], **options: Any) -> None:
+            started.append(command[-1])
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    left = "".join(json.dumps({"step": step, "mean": 1.0}) + "\n" for step in (60, 20, 60))
+    (run / EVALUATIONS).write_text(left + '{"step": 4')
+    Evaluator(run, 20).catch_up(40)
+    lines = [json.loads(line) for line in (run / EVALUATIONS).read_text().splitlines()]
+    assert ([line["step"] for line in lines], started) == ([20], ["40"])
+    monkeypatch.setattr(sys, "argv", ["evaluation", str(run), "20", "--episodes", "2"])
+    evaluation.main()
+    [line] = [json.loads(line) for line in (run / EVALUATIONS).read_text().splitlines()]
+    assert (line["step"], len(line["returns"])) == (20, 2)

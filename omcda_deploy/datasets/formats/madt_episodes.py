@@ -44,9 +44,12 @@ _Arrays = dict[str, NDArray[Any]]
 
 
 def recognizes(path: Path) -> bool:
-    """True for a folder whose first file begins as torch's do, and is no .npz, which is a zip archive too."""
+    """True for a folder whose first file begins as torch's do, and is no .npz, which is a zip archive too.
+
+    Run folders hold files of torch's as well, beside their configuration.
+    """
     files = _files(path)
-    if not files or files[0].suffix == ".npz":
+    if not files or files[0].suffix == ".npz" or any(file.suffix == ".json" for file in files):
         return False
     with files[0].open("rb") as file:
         return file.read(len(_LEGACY)).startswith((_ZIP, _LEGACY))
