@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 import stat
 import tempfile
@@ -45,10 +46,10 @@ def require_writable(path: Path, size: int = 4096) -> None:
     ``size``: bytes that will be written at least.
     """
     try:
-        if is_stream(path):
-            path.open("ab").close() if not path.is_fifo() else None
-        else:
+        if not is_stream(path):
             probe(_named(path), size)
+        elif not path.is_fifo():  # which would wait for a reader
+            path.open("ab").close()
     except OSError as error:
         raise ConfigError(f"cannot write {path} {refusal(error)}") from error
 
@@ -58,7 +59,8 @@ def is_stream(path: Path) -> bool:
 
     They take bytes, and no file can take their place.
     """
-    if path.is_symlink() and Path(os.path.realpath(path.parent)).parts[:2] in {("/", "dev"), ("/", "proc")}:
+    folder = os.path.realpath(path.parent)
+    if path.is_symlink() and (folder == "/dev" or folder.startswith("/proc/")):
         return True
     return path.exists() and not path.is_file() and not path.is_dir()
 
@@ -73,6 +75,9 @@ def probe(path: Path, size: int = 4096) -> None:
 
     Access rights alone tell nothing about space and quotas.
     """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < size:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     place = path.absolute()
     anchor = place if place.is_dir() else next(folder for folder in place.parents if os.path.lexists(folder))
     with tempfile.TemporaryFile(dir=anchor) as file:

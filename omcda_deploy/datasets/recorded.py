@@ -201,9 +201,8 @@ def _by_agent(spec: TeamSpec, parts: Sequence[_Part], name: str) -> Iterator[tup
     """Yield the numbers of agents, and their columns ``name`` [T, …] of an episode."""
     for part in parts:
         values = part.steps.columns[name][part.rows]
-        if (
-            name == "action" and spec.action_kind == "discrete"
-        ):  # one choice per agent: [T], of joint graphs [T, N]
+        # One choice per agent: [T] of an agent's own graph, [T, N] of the joint one.
+        if name == "action" and spec.action_kind == "discrete":
             yield from zip(part.agents, values.reshape(len(values), -1).T, strict=True)
             continue
         if len(part.agents) == 1:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -264,6 +267,27 @@ def test_a_folder_must_be_new_and_have_a_version(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="cannot be written"):
         write_minari(dataset, tmp_path / "d.hdf5" / "reach-v0")
     assert {path.name for path in tmp_path.iterdir()} == {"d.hdf5", "reach-v0"}
+
+
+def test_a_limit_on_the_size_of_files_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    """HDF5, which Minari writes, would end the process."""
+    spec = SPECS["continuous"]
+    write_dataset(tmp_path / "d.hdf5", spec, [random_episode(spec, 20)] * 20)
+    program = (
+        "import resource, signal, sys\n"
+        "from omcda_deploy.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "main()\n"
+    )
+    words = ["to-minari", "d.hdf5", "--out", "reach-v0"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: reach-v0 cannot be written (File too large): raise  ulimit -f")
+    assert [path.name for path in tmp_path.iterdir()] == ["d.hdf5"]
 
 
 def test_without_the_package_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
