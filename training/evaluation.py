@@ -45,10 +45,12 @@ class Evaluator:
         """Begin at ``step``: forget what was measured beyond it, and start what was not measured up to it."""
         from omcda_deploy.training.run_folder import snapshot_steps  # imports torch, which takes seconds
 
-        with _lines(self._run) as lines:
-            for beyond in [number for number in lines if number > step]:
-                del lines[beyond]
-            measured = set(lines)
+        measured: set[int] = set()
+        if (self._run / EVALUATIONS).exists():
+            with _lines(self._run) as lines:
+                for beyond in [number for number in lines if number > step]:
+                    del lines[beyond]
+                measured = set(lines)
         for kept in snapshot_steps(self._run):
             if kept <= step and kept not in measured:
                 self.start(kept)

@@ -165,6 +165,9 @@ def test_each_run_is_evaluated_as_it_asked(
         def __init__(self, run: Path, every: int, reward: str | None) -> None:
             asked[run.name] = every
 
+        def catch_up(self, step: int) -> None:
+            assert step == 0
+
         def start(self, step: int) -> None:
             pass
 
