@@ -88,7 +88,7 @@ def train_fleet(
                 raise _exists(out)
         known = {**_parity_rows(dataset), "episodes": TrainingEpisodes.of(dataset).to_text()}
         clones = _clones(dataset, [plan.behavior for plan in plans], request.device, observer)
-        with _all_or_none(folders):
+        with ExitStack() as unless_all:  # a resumed fleet is the one that was asked for
             for plan, out in zip(plans, folders, strict=True):
                 plan, choice = _with_budget(dataset, plan, observer)
                 model, report = clones[plan.behavior]
@@ -97,6 +97,8 @@ def train_fleet(
                     _create({"model": model.state_dict(), **known}, config, out)
                 except OSError as error:
                     raise ConfigError(f"{out} cannot be written {refusal(error)}") from error
+                unless_all.callback(shutil.rmtree, out, ignore_errors=True)
+            unless_all.pop_all()
         watched = {out: (request.evaluate_every, request.reward) for request, out in runs}
         _train_on(dataset, watched, observer)
 
@@ -127,17 +129,6 @@ def _locks(runs: Sequence[Path]) -> Iterator[None]:
             stack.enter_context(folder_of(run))
             stack.enter_context(run_lock(run))
         yield
-
-
-@contextmanager
-def _all_or_none(folders: Sequence[Path]) -> Iterator[None]:
-    """Remove new folders when the block that makes them fails, so that a resumed fleet is what was asked for."""
-    try:
-        yield
-    except BaseException:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _create(known: dict[str, Any], config: RunConfig, out: Path) -> None:

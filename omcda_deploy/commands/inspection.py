@@ -40,7 +40,8 @@ class GuessingGroup(TyperGroup):
 
     def _path_in(self, args: list[str]) -> Path | None:
         """Return the path that stands in a command's place, or alone where its name is also a command's."""
-        valued = {"--task"}  # options that take the next word
+        options = [option for command in self.commands.values() for option in command.params]
+        valued = {name for option in options if not getattr(option, "is_flag", False) for name in option.opts}
         words = [
             word
             for before, word in zip(["", *args], args, strict=False)

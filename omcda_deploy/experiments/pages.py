@@ -73,7 +73,7 @@ def write_results(
         require_writable(file)
     for work in now:
         if not work.missing:
-            _check(work, collect=train != "none")
+            _check(work)
         elif results.overview is None:
             raise ConfigError(f"{work.page.label} cannot be had: {work.missing}")
     if train == "none" and not any(
@@ -126,7 +126,7 @@ def _missing(page: Page) -> str:
     return MISSING.get(page.task, {}).get(page.tier, "")
 
 
-def _check(work: Work, *, collect: bool) -> None:
+def _check(work: Work) -> None:
     """Refuse what can be refused before hours are spent; create nothing."""
     from omcda_deploy.play.shipped import sources
     from omcda_deploy.registry import team_spec

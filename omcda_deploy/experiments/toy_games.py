@@ -204,7 +204,7 @@ def outcome_of(game: tabular.Game, policies: Sequence[tabular.Table]) -> Outcome
     )
 
 
-def settings_of(algorithm: str, task: str) -> dict[str, Any]:
+def settings_of(algorithm: str) -> dict[str, Any]:
     """Merge the settings of all runs and of the algorithm."""
     return {**COMMON, **PER_ALGORITHM.get(algorithm, {})}
 
@@ -223,7 +223,7 @@ def learn(dataset: Dataset, algorithm: str, run: Path, *, steps: int, seed: int)
         run,
         steps=steps,
         seed=seed,
-        settings=settings_of(algorithm, task),
+        settings=settings_of(algorithm),
         behavior={"lr": COMMON["lr"], "steps": steps},
         log_every=steps,
         checkpoint_every=steps,
@@ -274,7 +274,9 @@ def write_table(
             *(
                 f"| {row.algorithm} | failed: {row.failure} | | | | | |"
                 if row.outcome is None
-                else _line(result, row.algorithm, row.outcome, _special_settings(row.algorithm, result.task))
+                else _line(
+                    result, row.algorithm, row.outcome, _formatted(PER_ALGORITHM.get(row.algorithm, {}))
+                )
                 for row in result.rows
             ),
         ]
@@ -308,10 +310,6 @@ def _line(result: GameResult, name: str, outcome: Outcome, settings: str = "") -
         f"{outcome.nats:.2f}",
     )
     return f"| {name} | {' | '.join(cells)} | {settings} |"
-
-
-def _special_settings(algorithm: str, task: str) -> str:
-    return _formatted(PER_ALGORITHM.get(algorithm, {}))
 
 
 def _formatted(settings: Settings) -> str:

@@ -56,6 +56,24 @@ def test_runs_of_several_seeds_begin_together_or_not_at_all(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_folder_that_somebody_else_makes_meanwhile_is_kept(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_behavior(file)
+    clones, notes = loop._clones, tmp_path / "runs" / "seed1" / "notes.txt"
+
+    def cloning(*arguments: Any) -> Any:
+        notes.parent.mkdir(parents=True)
+        notes.write_text("mine")
+        return clones(*arguments)
+
+    monkeypatch.setattr(loop, "_clones", cloning)
+    with pytest.raises(ConfigError, match="seed1 cannot be written"):
+        training.train(file, "bc", tmp_path / "runs", steps=10, seed=[0, 1], settings=SETTINGS, log_every=10)
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["seed1"]
+    assert notes.read_text() == "mine"
+
+
 def test_a_run_that_a_full_disk_stops_goes_on(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
