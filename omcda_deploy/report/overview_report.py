@@ -33,8 +33,9 @@ _NOTES = {
     "below (on a single dataset: where the exact Mann-Whitney test tells them apart at 5 %, as intervals from few "
     f"seeds are too narrow), and each has {LEAST_RUNS} runs or more on each dataset that counts; else they are not "
     "told apart. A claim about several rows is refuted by one of them at a level that is divided by their number. "
-    "It holds in part where it holds on average and is refuted on a dataset. A verdict covers the datasets that "
-    "are run, and is one so far while a run that it asks for is missing.",
+    "It holds in part where it holds on average and is refuted on a dataset, be it because every run of one is "
+    "below every run of the other there. A verdict covers the datasets that are run, and is one so far while a "
+    "run that it asks for is missing.",
     "Regret": "part of the return of the best fixed value that the choice gives away. A choice is as good where "
     f"the 95 % interval of its regret ends at {percent(TOLERANCE)} or below.",
     "Spread": "std between a run's last policies, mean over seeds, relative to the size of the mean return; the "
