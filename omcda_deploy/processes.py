@@ -28,7 +28,15 @@ TERMINATED = 128 + signal.SIGTERM
 _children: set[subprocess.Popen[bytes]] = set()
 _has_parent = False
 _ending = 0  # the first signal that asked this process to end
-_postponing = False
+
+
+class _Postponed(threading.local):
+    """What a thread says of signals: that they wait. They interrupt the main thread alone."""
+
+    now = False
+
+
+_postponed = _Postponed()
 
 
 def child_environment(**changes: str) -> dict[str, str]:
@@ -100,14 +108,14 @@ def run_child(command: Sequence[str], output: IO[str] | None = None, **changes: 
 def postponing_signals() -> Iterator[None]:
     """Let a signal that ends this process wait for the block, which must be short.
 
-    What the block makes is then either not there or known to a clean-up.
+    What the block makes is then either not there or known to a clean-up. So must run what shares locks with another
+    thread, such as a :class:`queue.Queue`: left half-way, it never gives them back.
     """
-    global _postponing
-    before, _postponing = _postponing, True
+    before, _postponed.now = _postponed.now, True
     try:
         yield
     finally:
-        _postponing = before
+        _postponed.now = before
 
 
 @contextmanager
@@ -137,7 +145,7 @@ def _unwind(number: int, frame: FrameType | None) -> None:
             child.terminate()
         # Extension modules swallow exceptions as they are imported: it is raised again until it gets through.
         signal.setitimer(signal.ITIMER_REAL, CHECK_S, CHECK_S)
-    if not _postponing and not _is_unwinding():  # else the timer comes back to it
+    if not _postponed.now and not _is_unwinding():  # else the timer comes back to it
         raise KeyboardInterrupt if _ending == signal.SIGINT else TerminatedError(TERMINATED)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from omcda_deploy.errors import OmcdaError
 from omcda_deploy.files import write_text
 from omcda_deploy.plugins import Column
+from omcda_deploy.processes import postponing_signals
 
 KL = Column("kl", "KL", digits=4, unit="nats")  # KL(pi_i || pi_b^i), or the algorithm's own measure of it
 
@@ -80,15 +81,18 @@ class MetricsWriter:
                 lines.append(line + "\n")
             write_text(path, "".join(lines))
         self._file = path.open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        with postponing_signals():
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl and a point per value to TensorBoard."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with postponing_signals():  # else TensorBoard's queue stays locked, and closing it waits for ever
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        with postponing_signals():
+            self._board.close()

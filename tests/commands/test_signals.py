@@ -252,3 +252,37 @@ with unwinding_on_sigterm():
     ended = subprocess.run([sys.executable, "-c", program, str(done)], timeout=25, check=False)
     assert ended.returncode == 128 + signal.SIGTERM
     assert done.exists()
+
+
+def test_a_signal_waits_for_tensorboard(tmp_path: Path) -> None:
+    """Its queue, which a thread of its own empties, would stay locked, and the clean-up would wait for ever."""
+    program = """
+import os, signal, sys, time
+from pathlib import Path
+from torch.utils import tensorboard
+from omcda_deploy.processes import unwinding_on_sigterm
+from omcda_deploy.training.metrics import MetricsWriter
+
+class Board(tensorboard.SummaryWriter):
+    def add_scalar(self, *point):
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().add_scalar(*point)
+        print("whole")
+
+    def close(self):
+        super().close()
+        print("closed")
+
+tensorboard.SummaryWriter = Board
+writer = MetricsWriter(Path(sys.argv[1]), 0)
+with unwinding_on_sigterm():
+    try:
+        writer.write(1, {"a": 0.0, "b": 0.0})
+        time.sleep(30)
+    finally:
+        writer.close()
+"""
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(words, timeout=25, capture_output=True, text=True, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stdout.split() == ["whole", "whole", "closed"]
