@@ -46,7 +46,7 @@ def results(
         ),
     ] = False,
     pdf: Annotated[
-        bool, typer.Option("--pdf", help="Write every figure as PDF, too (pip install 'omcda-deploy[pdf]').")
+        bool, typer.Option("--pdf", help="Write every figure as PDF, too; needs the extra pdf.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for datasets, runs and bundles.")] = Path("results"),
     jobs: Annotated[

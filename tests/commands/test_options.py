@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Iterator
 
 import pytest
 import typer
+from rich.markup import render
 from typer.testing import CliRunner
 
 import omcda_deploy
@@ -126,15 +128,21 @@ def test_a_missing_module_of_this_package_is_a_defect(monkeypatch: pytest.Monkey
         cli.main()
 
 
-def test_every_command_has_a_help_text() -> None:
-    def commands(command: object, path: str) -> list[tuple[str, str | None]]:
-        group: dict[str, object] = getattr(command, "commands", {})
-        nested = [entry for name, child in group.items() for entry in commands(child, f"{path} {name}")]
-        return nested or [(path, getattr(command, "help", None))]
+def helps(command: object, path: str) -> Iterator[tuple[str, str | None]]:
+    """Yield all commands and their options with their help texts."""
+    yield path, getattr(command, "help", None)
+    for option in getattr(command, "params", []):
+        yield f"{path} {option.name}", getattr(option, "help", None)
+    for name, child in getattr(command, "commands", {}).items():
+        yield from helps(child, f"{path} {name}")
 
-    entries = commands(typer.main.get_command(cli.app), "omcda-deploy")
-    assert len(entries) > 20
+
+def test_everything_has_a_help_text_that_is_printed_whole() -> None:
+    """Words in brackets would be taken for the markup of colours."""
+    entries = list(helps(typer.main.get_command(cli.app), "omcda-deploy"))
+    assert len(entries) > 200
     assert [path for path, text in entries if not text] == []
+    assert [path for path, text in entries if render(text or "").plain != text] == []
 
 
 @pytest.mark.parametrize(
