@@ -19,6 +19,7 @@ import grpc
 
 from omcda_deploy.errors import ConfigError
 from omcda_deploy.followed import FollowedFile, Trouble
+from omcda_deploy.pem import require_authority, require_pair
 from omcda_deploy.serve.places import Context
 
 OPEN_SERVICES = ("/grpc.health.v1.Health/",)
@@ -39,7 +40,7 @@ class Tls:
     client_ca: str | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return credentials for one port. Raises :class:`ConfigError` for a file that cannot be read."""
+        """Return credentials for one port. Raises :class:`ConfigError` for files that are not what they say."""
         current = self._read()
         trouble = Trouble()
 
@@ -48,7 +49,7 @@ class Tls:
             nonlocal current
             try:
                 files = self._read()
-            except ConfigError as error:  # half-written, or missing for a moment: the last contents stay
+            except ConfigError as error:  # half-written, or of two pairs for a moment: the last contents stay
                 trouble.tell(error)
                 return None
             trouble.end()
@@ -64,7 +65,14 @@ class Tls:
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
         authority = None if self.client_ca is None else _read("tls.client_ca", self.client_ca)
-        return _read("tls.key", self.key), _read("tls.certificate", self.certificate), authority
+        key, certificate = _read("tls.key", self.key), _read("tls.certificate", self.certificate)
+        try:
+            require_pair(Path(self.certificate), Path(self.key))
+            if self.client_ca is not None and authority is not None:
+                require_authority(authority, Path(self.client_ca))
+        except ConfigError as error:
+            raise ConfigError(f"tls: {error}") from error
+        return key, certificate, authority
 
 
 def _configuration(key: bytes, certificate: bytes, authority: bytes | None) -> Any:

@@ -185,9 +185,7 @@ class _Security:
             # New credentials for every port, as gRPC asks each of them for the first files only once.
             return server.add_secure_port(address, self.tls.credentials())
         except RuntimeError as error:
-            raise EndpointError(
-                f"cannot listen on {address}: choose another port, and check that the files of [tls] fit together"
-            ) from error
+            raise EndpointError(f"cannot listen on {address}: choose another port") from error
 
 
 async def _serve(

@@ -25,6 +25,7 @@ import numpy as np
 from omcda_deploy.errors import ConfigError, EndpointError, UnknownNameError
 from omcda_deploy.files import read_toml
 from omcda_deploy.followed import FollowedFile
+from omcda_deploy.pem import require_authority, require_pair
 
 _SCHEMES, _UNCHECKED = ("dns", "ipv4", "ipv6"), ("unix", "unix-abstract", "vsock", "xds")
 _OPTIONS = (
@@ -78,7 +79,8 @@ class Credentials:
 def read_credentials(path: Path) -> Credentials:
     """Read a credentials file and the files that it names.
 
-    Raises :class:`ConfigError` for a file that cannot be read, and :class:`UnknownNameError` for another entry.
+    Raises :class:`ConfigError` for a file that cannot be read, or is not what its entry says, and
+    :class:`UnknownNameError` for another entry.
     """
     values = read_toml(path, "a credentials file")
     entries = [field.name for field in fields(Credentials) if field.name != "token"]
@@ -94,6 +96,13 @@ def read_credentials(path: Path) -> Credentials:
         for name in ("ca", "certificate", "key")
         if name in values
     }
+    try:
+        if "ca" in values:
+            require_authority(files["ca"], path.parent / values["ca"])
+        if "key" in values:
+            require_pair(path.parent / values["certificate"], path.parent / values["key"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     token_file = path.parent / values["token_file"] if "token_file" in values else None
     if token_file is not None:
         try:

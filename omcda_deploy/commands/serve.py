@@ -11,6 +11,7 @@ from omcda_deploy.commands import Demo, bundle_of
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.serve.options import GRACE_S, HELP, LOOPBACK, Listen, ServeOptions
 
+PORT = 8500
 _SHIFT = " With one process per agent, agent i has this port + i."
 
 
@@ -23,8 +24,12 @@ def serve(
     team: Annotated[
         bool, typer.Option("--team", help="Serve the joint graph of all agents, on --port.")
     ] = False,
-    base_port: Annotated[int, typer.Option(help="One process per agent: agent i on base port + i.")] = 8500,
-    port: Annotated[int, typer.Option(help="Port of --agent or --team; 0 takes a free one.")] = 8500,
+    base_port: Annotated[
+        int | None, typer.Option(help=f"One process per agent: agent i on base port + i; {PORT} if omitted.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help=f"Port of --agent or --team; 0 takes a free one, {PORT} if omitted.")
+    ] = None,
     host: Annotated[str, typer.Option(help=HELP["host"])] = LOOPBACK,
     admin_port: Annotated[int | None, typer.Option(help=HELP["admin_port"] + _SHIFT)] = None,
     metrics_port: Annotated[int | None, typer.Option(help=HELP["metrics_port"] + _SHIFT)] = None,
@@ -41,10 +46,20 @@ def serve(
     if agent and team:
         raise ConfigError("expected --agent or --team, got both: serve them with two commands")
     model = agent or (TEAM if team else None)
+    if model and base_port is not None:
+        raise ConfigError(
+            f"expected --port with --agent or --team, got --base-port {base_port}: take that one"
+        )
+    if not model and port is not None:
+        raise ConfigError(
+            f"expected --base-port, as each agent has a process, got --port {port}: take that one, or serve one "
+            "model with --agent or --team"
+        )
+    first = port if model else base_port
     options = ServeOptions(
         bundle_of(bundle, demo),
         models=(model,) if model else (),
-        listen=Listen(host, port if model else base_port, metrics_port, admin_port, health_port),
+        listen=Listen(host, PORT if first is None else first, metrics_port, admin_port, health_port),
         config=config,
         record=record,
         trace=trace,

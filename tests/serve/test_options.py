@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from omcda_deploy.commands import serve as command
+from omcda_deploy.errors import ConfigError
 from omcda_deploy.serve import server, supervisor
 from omcda_deploy.serve.options import Listen, ServeOptions
 from omcda_deploy.serve.server import main
@@ -99,6 +100,15 @@ def test_the_command_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> 
         dataclasses.replace(first, models=("team",), listen=dataclasses.replace(listen, port=8500)),
         dataclasses.replace(first, models=(), listen=dataclasses.replace(listen, port=8700)),
     ]
+
+
+def test_a_port_of_the_other_way_of_serving_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="expected --base-port, as each agent has a process, got --port 8600"
+    ):
+        command.serve(SOURCE, port=8600)
+    with pytest.raises(ConfigError, match="expected --port with --agent or --team, got --base-port 8600"):
+        command.serve(SOURCE, team=True, base_port=8600)
 
 
 def test_ports_are_shifted_and_absent_ones_stay_absent() -> None:

@@ -358,3 +358,34 @@ def test_wrong_credentials_are_refused(tmp_path: Path, text: str, message: str) 
     path.write_text(text)
     with pytest.raises(OmcdaError, match=message):
         read_credentials(path)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key", "authority", "message"),
+    [
+        ("server.pem", "other.key", "ca.pem", r"other.key is not the private key of .*server.pem"),
+        ("server.pem", "ca.pem", "ca.pem", r"private key without a password in .*ca.pem, both as PEM"),
+        ("text", "server.key", "ca.pem", r"expected a certificate in .*text, and its private key"),
+        ("server.pem", "server.key", "text", r"expected the authority's certificates in .*text, as PEM"),
+        ("server.pem", "server.key", "server.key", r"expected the authority's certificates in .*server.key"),
+    ],
+)
+def test_files_that_do_not_fit_are_named(
+    tmp_path: Path, certificate: str, key: str, authority: str, message: str
+) -> None:
+    """On both sides: gRPC would refuse them at a connection, or a port."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    Authority(ours)
+    Authority(other)
+    (ours / "other.key").write_bytes((other / "server.key").read_bytes())
+    (ours / "text").write_text("no PEM\n")
+    pair = f'certificate = "ours/{certificate}"\nkey = "ours/{key}"\n'
+    (tmp_path / "credentials.toml").write_text(f'ca = "ours/{authority}"\n{pair}')
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_credentials(tmp_path / "credentials.toml")
+    assert str(refused.value).startswith(f"{tmp_path / 'credentials.toml'}: ")
+    (tmp_path / "serve.toml").write_text(f'[tls]\nclient_ca = "ours/{authority}"\n{pair}')
+    tls = read_server_config(tmp_path / "serve.toml").tls
+    assert tls is not None
+    with pytest.raises(ConfigError, match=f"^tls: .*{message}"):
+        tls.credentials()
