@@ -31,7 +31,7 @@ _ending = 0  # the first signal that asked this process to end
 
 
 class _Postponed(threading.local):
-    """What a thread says of signals: that they wait. They interrupt the main thread alone."""
+    """State of a thread: while ``now``, signals wait. They interrupt the main thread alone."""
 
     now = False
 
