@@ -7,7 +7,8 @@ Two limits bound it:
   one-step joint ratios (:func:`omcda_deploy.estimation.effective_sample_size`), with behaviour cloned on the fold
   that the team was trained on. Too small a share means that the team acts in ways that nobody recorded; what its
   critic promises there is extrapolation.
-* In an episode: the divergences of its steps add up to that of what is visited.
+* In an episode: the divergences of its steps add up to that of what is visited. They are the budget's, or the
+  trained team's own where it spends more.
 
 The choice is the largest budget within both limits up to which no smaller one breaks them. In discrete tasks, where
 fitted Q evaluation can be relied on, the share may be smaller, and the budget is taken whose estimate, less one
@@ -60,6 +61,7 @@ LEAST_BUDGET = 1e-6  # nats; stands for 0: a team that stays what it was cloned 
 FLOOR = 0.3  # least share of the held-out steps that must speak for a team
 FLOOR_WITH_VALUES = 0.1  # where fitted values decide as well
 MOST_PER_EPISODE = 40.0  # nats of a budget in the mean recorded episode
+_TESTED = 0.5  # part of a budget that a team spends, below which it is said: few steps have moved it
 CHECK_EVERY = 100  # steps of training, for losses that are no longer finite
 _FOLDS = 2
 _NO_VALUES: Values = np.empty(0)
@@ -70,7 +72,7 @@ class BudgetRow:
     """Measurements of one budget; means over both folds."""
 
     d_tot: float
-    per_episode: float  # d_tot times the steps of the mean recorded episode, nats
+    per_episode: float  # d_tot, or spent if that is more, times the steps of the mean recorded episode: nats
     spent: float  # sum of KL(pi_i || pi_b^i) of the trained team, nats per step
     effective_share: float  # held out
     gain: float | None  # fitted value of the team less that of behaviour, at episode starts (discrete tasks)
@@ -93,14 +95,37 @@ class BudgetChoice:
     @property
     def advice(self) -> str:
         """One sentence for the user."""
-        row = next((row for row in self.rows if row.d_tot == self.d_tot), self.rows[0])
-        measured = (
-            f"{100 * row.effective_share:.0f} % of the held-out steps speak for the trained team, whose budget "
-            f"adds up to {row.per_episode:.3g} nats in an episode."
-        )
         if self.d_tot == 0.0:
-            return f"Clone the behaviour policy: the data support no budget; at {row.d_tot:g} nats {measured}"
-        return f"Use d_tot {self.d_tot:g}: {measured}"
+            return f"Clone the behaviour policy: {self._objection}."
+        row = next(row for row in self.rows if row.d_tot == self.d_tot)
+        untested = (
+            "" if row.spent >= _TESTED * row.d_tot else f" It spends {row.spent:.2g} nats a step so far."
+        )
+        return (
+            f"Use d_tot {self.d_tot:g}: {100 * row.effective_share:.0f} % of the held-out steps speak for the "
+            f"trained team, whose budget adds up to {row.per_episode:.3g} nats in an episode.{untested}"
+        )
+
+    @property
+    def _objection(self) -> str:
+        """The limit that leaves no budget."""
+        least = self.rows[0]
+        if least.effective_share < self.floor:
+            return (
+                f"at {least.d_tot:g} nats {100 * least.effective_share:.0f} % of the held-out steps speak for the "
+                f"trained team, {100 * self.floor:.0f} % are the least"
+            )
+        if least.per_episode > MOST_PER_EPISODE:
+            return (
+                f"at {least.d_tot:g} nats a team adds up to {least.per_episode:.3g} nats in an episode, "
+                f"{MOST_PER_EPISODE:g} are the most"
+            )
+        gains = "; ".join(
+            f"{row.gain:.3g} ± {row.deviation:.2g} at {row.d_tot:g} nats{', beyond the data' * row.beyond_data}"
+            for row in self.rows
+            if row.gain is not None
+        )
+        return f"no budget within the limits has a fitted gain above its deviation ({gains})"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -179,18 +204,19 @@ def choose_budget(
         returns = returns_to_go(dataset, search.fitted.gamma, search.time_limit_is_terminal)
         largest = float(returns.max())
     rows = []
-    for index, (budget, nats) in enumerate(zip(search.budgets, _per_episode(dataset, search), strict=True)):
+    for index, budget in enumerate(search.budgets):
         # A budget beyond its limits on both halves has no values.
         fitted = [half.fitted[index] for half in halves]
         gain = np.concatenate(
             [members - half.of_behavior[: len(members)] for members, half in zip(fitted, halves, strict=True)]
         )
         known = bool(gain.size)
+        spent = float(np.mean([half.spent[index] for half in halves]))
         rows.append(
             BudgetRow(
                 d_tot=float(budget),
-                per_episode=nats,
-                spent=float(np.mean([half.spent[index] for half in halves])),
+                per_episode=_per_episode(dataset, budget, spent),
+                spent=spent,
                 effective_share=float(np.mean([half.shares[index] for half in halves])),
                 gain=float(gain.mean()) if known else None,
                 deviation=float(gain.std(ddof=1)) if known else None,
@@ -239,10 +265,9 @@ def _supported(share: float, per_episode: float, floor: float) -> bool:
     return share >= floor and per_episode <= MOST_PER_EPISODE
 
 
-def _per_episode(dataset: Dataset, search: BudgetSearch) -> list[float]:
-    """Nats of each budget in the mean recorded episode."""
-    steps = float(np.mean(dataset.episode_length))
-    return [float(budget) * steps for budget in search.budgets]
+def _per_episode(dataset: Dataset, budget: float, spent: float) -> float:
+    """Nats of a budget in the mean recorded episode, or of a team that spends more."""
+    return max(float(budget), spent) * float(np.mean(dataset.episode_length))
 
 
 def _folds(dataset: Dataset, seed: int) -> list[NDArray[np.int64]]:
@@ -293,8 +318,12 @@ def _half(
         half,
         of_behavior=members(of_behavior),
         fitted=[
-            members(table) if _supported(share, nats, FLOOR_WITH_VALUES) else _NO_VALUES
-            for table, share, nats in zip(of_teams, half.shares, _per_episode(dataset, search), strict=True)
+            members(table)
+            if _supported(share, _per_episode(dataset, budget, spent), FLOOR_WITH_VALUES)
+            else _NO_VALUES
+            for table, share, budget, spent in zip(
+                of_teams, half.shares, search.budgets, half.spent, strict=True
+            )
         ],
     )
 

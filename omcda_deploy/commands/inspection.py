@@ -209,9 +209,11 @@ def _run_table(config: RunConfig, step: int, policies: list[int]) -> Table:
     table.add_row(
         "settings", " ".join(f"{name}={value}" for name, value in changed.items()) or "the defaults"
     )
-    published = recipe(spec.task, config.algorithm)
-    if published:
-        table.add_row("  of them the recipe's", " ".join(f"{k}={v}" for k, v in published.items()))
+    # Those of the recipes as they are today, which may differ from what the run was trained with.
+    recipes = recipe(spec.task, config.algorithm, config.recipe or None)
+    followed = {name: value for name, value in changed.items() if recipes.get(name) == value}
+    if followed:
+        table.add_row("  of them a recipe's", " ".join(f"{k}={v}" for k, v in followed.items()))
     table.add_row("held-out NLL of the clone", significant(config.behavior.get("held_out_nll")) + " nats")
     table.add_row("dataset", config.dataset or "in memory")
     table.add_row("dataset digest", config.dataset_digest)

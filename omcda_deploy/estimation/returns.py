@@ -6,9 +6,9 @@ in simple features and fitted to the team on other episodes, take noise out of i
 
     V(s_0) + sum_t W_t (V(s_(t+1)) - Q(s_t, a_t))
 
-has mean 0 whatever Q is, and is added times the factor that leaves the least variance. Weights are capped at
-``sqrt(E)``, so that no single episode decides; what that leaves out is left to Q. Source:
-docs/derivation.md#estimates-before-acting.
+has mean 0 whatever Q is. Less that of b itself, which is off as much where b is not quite what acted, it is added
+times the factor that leaves the least variance. Weights are capped at ``sqrt(E)``, so that no single episode
+decides; what that leaves out is left to Q. Source: docs/derivation.md#estimates-before-acting.
 
 Shapes: E episodes, M steps of them, T steps of the longest, F features.
 """
@@ -187,10 +187,12 @@ class Estimator:
 
     def compare(self, team: TeamDistributions, baseline: TeamDistributions | None = None) -> Comparison:
         """Estimate what ``team`` earns, alone and above ``baseline``, or above what acted if that is None."""
-        of_team, of_baseline = self._terms(team), self._terms(baseline or self.behavior)
+        of_team = self._terms(team)
+        of_baseline = self._of_behavior if baseline is None else self._terms(baseline)
         count = len(of_team.weighted)
         effective = count * min(effective_sample_size(terms.log_weight) for terms in (of_team, of_baseline))
-        value, _ = self._bounds(_controlled(of_team.weighted, of_team.control), effective)
+        control = of_team.control - self._of_behavior.control
+        value, _ = self._bounds(_controlled(of_team.weighted, control), effective)
         gain = _controlled(of_team.weighted - of_baseline.weighted, of_team.control - of_baseline.control)
         improvement, error = self._bounds(gain, effective)
         divergence = team.divergence(self.behavior)[self._rows]
@@ -207,6 +209,10 @@ class Estimator:
             episode_divergence=float(divergence.sum() / count),
             confidence=self.confidence,
         )
+
+    @cached_property
+    def _of_behavior(self) -> _Terms:
+        return self._terms(self.behavior)
 
     def _bounds(self, parts: Values, effective: float) -> tuple[Bounds, float]:
         """Bound the mean of ``parts`` [E] as Student's t does, with as many degrees as episodes really speak."""

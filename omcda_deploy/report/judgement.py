@@ -69,7 +69,10 @@ def _better(overview: Overview, claim: Claim) -> Judgement:
         f"on single datasets ahead in {better} and behind in {worse} of {count(pairs, 'comparison')}"
     )
     word = OPEN
-    if any(duel.verdict(len(duels)) == -1 for duel in duels.values()):
+    if any(
+        duel.verdict(len(duels)) == -1 or (len(duel.pairs) == 1 and duel.entirely_behind)
+        for duel in duels.values()
+    ):
         word = FAILS
     elif len(groups["ahead of"]) == len(duels):
         behind = any(duel.datasets(-1, pairs) or duel.entirely_behind for duel in duels.values())

@@ -19,6 +19,7 @@ from omcda_deploy.report.statistics import reference_of
 from omcda_deploy.report.temperatures import interval_words, mean_words
 
 _NOT_RUN = "not run"
+_CLONE = 1e-6  # budget in nats that stands for none, which a setting cannot be
 _NOTES = {
     "Values": "A run's value is its mean return over the episodes of its last policies, at the temperature T of "
     "play that other episodes chose for its method on its dataset. Mean ± population std over seeds.",
@@ -241,7 +242,8 @@ def _choices(overview: Overview) -> list[str]:
 
 
 def _with_value(summary: Summary) -> str:
-    return f"{summary.scan_value:g}: {mean_words(summary.values, digits_of(summary.curve))}"
+    value = "clone" if summary.scan_value <= _CLONE else f"{summary.scan_value:g}"
+    return f"{value}: {mean_words(summary.values, digits_of(summary.curve))}"
 
 
 def _declared(overview: Overview, path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,16 @@ def test_a_runs_table_says_how_far_it_is(place: Path, tmp_path: Path) -> None:
     table = call("inspect", place / "runs" / "seed3")
     for text in ("omcda on mamujoco/hopper-3x1", "10 of 10", "1, of steps 10 to 10", "batch_size=8 hidden=8"):
         assert text in table, text
+    # Only what the run has of today's recipe, which begins with d_tot 0.03 and tau 0.03, is the recipe's.
+    config = json.loads((place / "runs" / "seed3" / "config.json").read_text())
+    assert config["settings"]["d_tot"] == 0.03
+    assert re.search(r"recipe's *(│ )?d_tot=0.03 tau=0.03", table)
+    shutil.copytree(place / "runs" / "seed3", tmp_path / "older")
+    config["settings"]["tau"] = 0.07
+    (tmp_path / "older" / "config.json").write_text(json.dumps(config))
+    older = call("inspect", tmp_path / "older")
+    assert "tau=0.07" in older
+    assert re.search(r"recipe's *(│ )?d_tot=0.03 *(│|\n)", older)
     shutil.copytree(place / "runs" / "seed3", tmp_path / "begun")
     for file in ("timing.json", "policies/step-00000010.pt"):
         (tmp_path / "begun" / file).unlink()

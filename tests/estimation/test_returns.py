@@ -147,8 +147,17 @@ def test_a_team_that_is_behavior_earns_what_was_recorded() -> None:
     assert compared.effective_episodes == 200
     assert (compared.divergence, compared.unsupported, compared.silence) == (0.0, 0.0, "")
     assert found.recorded.estimate == pytest.approx(dataset.episode_returns.mean(), rel=1e-5)
-    assert found.recorded.low < compared.value.estimate < found.recorded.high
-    assert compared.value.high - compared.value.low < found.recorded.high - found.recorded.low
+    assert compared.value == pytest.approx(found.recorded)
+
+
+def test_what_acted_is_paid_what_was_recorded_though_it_is_taken_for_another() -> None:
+    """As a clone takes it: the control variate of either has another mean than 0, and a team's near it as well."""
+    dataset, policies = recorded("toy/chain", 400, 2), candidate("toy/chain", 0.5, 2)
+    taken = at_rows(policies, dataset)
+    found = Estimator(dataset, taken)
+    control = found._terms(taken).control
+    assert abs(control.mean()) > 5.0 * control.std() / np.sqrt(len(control))
+    assert found.compare(taken).value == pytest.approx(found.recorded)
 
 
 def test_an_improvement_is_over_the_baseline() -> None:

@@ -156,6 +156,18 @@ def test_many_datasets_hide_none_on_which_every_run_is_behind(last: Sequence[flo
     assert judge(overview(*many, entry({"a": own, "b": last}, "last")), better("b"))[0] == word
 
 
+def test_a_rival_that_is_ahead_in_every_run_of_the_only_dataset_refutes() -> None:
+    """Of seven rivals, though the exact test cannot reach the level of one of seven comparisons."""
+    names = [f"b{number}" for number in range(7)]
+    best = {"a": GOOD, **dict.fromkeys(names, BAD)}
+    assert judge(overview(entry(best)), better(*names))[0] == "holds"
+    worst, one = {"a": BAD, **dict.fromkeys(names, GOOD)}, {**best, "b3": [value + 10.0 for value in GOOD]}
+    for values, behind in ((worst, 7), (one, 1)):
+        word, evidence = judge(overview(entry(values)), better(*names))
+        assert word == "does not hold"
+        assert f"behind in {behind} of 7 comparisons" in evidence
+
+
 def test_datasets_are_compared_one_by_one_and_both_count_alike() -> None:
     """On one dataset a is always better, on the other always worse: no more likely to be better than not."""
     both = overview(entry({"a": GOOD, "b": BAD}), entry({"a": BAD, "b": GOOD}, "expert"))

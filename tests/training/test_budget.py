@@ -63,6 +63,31 @@ def test_where_no_budget_is_supported_the_answer_is_to_clone() -> None:
     assert choice.advice.startswith("Clone the behaviour policy")
 
 
+def test_what_a_team_spends_beyond_its_budget_counts_in_an_episode() -> None:
+    over = dataclasses.replace(row(0.1, 0.9), spent=0.4, per_episode=0.4 * 1000)
+    assert decide([row(0.01, 0.9, steps=1000), over], with_values=False).d_tot == 0.01
+
+
+def test_the_advice_to_clone_names_the_limit() -> None:
+    """And the advice of a budget that was hardly spent says so."""
+    share = decide([row(0.1, 0.2)], with_values=False).advice
+    assert share == (
+        "Clone the behaviour policy: at 0.1 nats 20 % of the held-out steps speak for the trained team, 30 % are "
+        "the least."
+    )
+    long = decide([row(0.1, 0.9, steps=1000)], with_values=False).advice
+    assert long.endswith("at 0.1 nats a team adds up to 100 nats in an episode, 40 are the most.")
+    gains = decide([row(0.1, 0.9, 0.05, 0.1), row(0.3, 0.5, -0.2)], with_values=True).advice
+    assert gains.endswith(
+        "has a fitted gain above its deviation (0.05 ± 0.1 at 0.1 nats; -0.2 ± 0.1 at 0.3 nats)."
+    )
+    beyond = dataclasses.replace(row(0.1, 0.9, 9.0), beyond_data=True)
+    assert "(9 ± 0.1 at 0.1 nats, beyond the data)" in decide([beyond], with_values=True).advice
+    spent = decide([dataclasses.replace(row(0.3, 0.9), spent=0.1)], with_values=False).advice
+    assert spent.endswith("3 nats in an episode. It spends 0.1 nats a step so far.")
+    assert "so far" not in decide([row(0.3, 0.9)], with_values=False).advice
+
+
 def test_values_decide_among_supported_budgets_less_their_deviation() -> None:
     rows = [row(0.1, 0.9, 0.5, 0.1), row(0.3, 0.5, 0.9, 0.2), row(1.0, 0.12, 1.0, 0.6), row(2.0, 0.05, 9.0)]
     assert decide(rows, with_values=True).d_tot == 0.3

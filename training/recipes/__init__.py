@@ -1,4 +1,4 @@
-"""Published settings by task family: one TOML file per family, with differences from the algorithms' defaults.
+"""Settings by task family, published or chosen here: one TOML file per family, with what differs from defaults.
 
 The part of a task's name before the slash chooses the file whose ``families`` list holds it; a family without a
 file trains with the defaults. A user's settings override a recipe.
