@@ -157,7 +157,7 @@ def test_many_datasets_hide_none_on_which_every_run_is_behind(last: Sequence[flo
 
 
 def test_a_rival_that_is_ahead_in_every_run_of_the_only_dataset_refutes() -> None:
-    """Of seven rivals, though the exact test cannot reach the level of one of seven comparisons."""
+    """Seven comparisons of five runs and five: the exact test cannot reach the level of one of them."""
     names = [f"b{number}" for number in range(7)]
     best = {"a": GOOD, **dict.fromkeys(names, BAD)}
     assert judge(overview(entry(best)), better(*names))[0] == "holds"
