@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from omcda_deploy.commands import print_text, require_folder
+from omcda_deploy.commands import print_note, print_text, require_folder
 from omcda_deploy.commands.progress import TerminalObserver
 from omcda_deploy.commands.stopping import this_command, when_stopped
 from omcda_deploy.commands.sweep import Address, EngineName, EngineOptions, engine_options
-from omcda_deploy.errors import ConfigError
+from omcda_deploy.errors import ConfigError, OmcdaError
 
 FOLDER = Path("docs/results")
 
@@ -59,7 +59,7 @@ def results(
 ) -> None:
     """Train and play every run of results pages, and write them. The engine trains; the rest happens here."""
     from omcda_deploy.experiments.engines import make_engine
-    from omcda_deploy.experiments.pages import write_results
+    from omcda_deploy.experiments.pages import plan_results, write_plan
 
     files = _files(file, every)
     if every and only:
@@ -70,19 +70,29 @@ def results(
         raise ConfigError("expected --add with --row: without it a page is made anew, of these rows alone")
     require_folder(out)
     run_jobs = make_engine(engine, engine_options(engine_option, address), out)
-    for source in files:
-        written = write_results(
-            source,
-            out,
-            jobs,
-            TerminalObserver(),
-            run_jobs,
-            only=only or (),
-            rows=row or (),
-            train="none" if write_only else "new" if add else "all",
-            pdf=pdf,
-        )
+    plans = plan_results(
+        files,
+        out,
+        only=only or (),
+        rows=row or (),
+        train="none" if write_only else "new" if add else "all",
+        pdf=pdf,
+    )
+    errors: list[OmcdaError] = []
+    for plan in plans:
+        if plan.empty:
+            print_note(f"{plan.source}: skipped, it has no record, and no run in {out}")
+            continue
+        try:
+            written = write_plan(plan, jobs, TerminalObserver(), run_jobs)
+        except OmcdaError as error:
+            if not every:
+                raise
+            errors.append(error)
+            continue
         print_text(f"wrote {', '.join(map(str, written))}")
+    if errors:
+        raise OmcdaError(f"{len(errors)} of {len(plans)} files could not be written. The first: {errors[0]}")
 
 
 def _files(file: Path | None, every: bool) -> list[Path]:

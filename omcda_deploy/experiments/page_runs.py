@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Container, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from omcda_deploy.errors import ConfigError
+from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.records import Played, Record, damaged, read_record
-from omcda_deploy.experiments.results import Page, Row
-from omcda_deploy.experiments.sweep import Job, require_same_request
+from omcda_deploy.experiments.results import Page, Results, Row
+from omcda_deploy.experiments.sweep import Job, difference
+from omcda_deploy.report.claims import fits
 
 if TYPE_CHECKING:
     from omcda_deploy.report.comparison import Comparison, LeftOut, Result
 
-_RECORD = "[{0}]({0}), with the configuration and the episodes of every run"
+Training = Literal["all", "new", "none"]
+_RECORD = "[{0}]({1}), with the configuration and the episodes of every run"
 
 
 @dataclass(frozen=True)
@@ -80,42 +83,142 @@ class Work:
         """
         return read_record(self.record, self.terms) or Record(self.terms)
 
-    def asked_for(self, record: Record) -> dict[Job, Played]:
+    def asked_for(self, record: Record) -> tuple[dict[Job, Played], dict[Job, str]]:
         """Select the recorded runs that the file of results asks for now, in the way that it does.
 
-        Raises :class:`ConfigError` for a damaged record.
+        Of jobs in whose place another run is recorded, the second part says what that is. Raises
+        :class:`ConfigError` for a damaged record.
         """
-        found = {}
+        found, others = {}, {}
         for job in self.jobs:
             if (played := record.runs.get(self.name(job))) is None:
                 continue
             try:
-                require_same_request(job, played.config, job.request.resolved(played.config.spec))
-            except ConfigError:  # a run of other settings
+                other = difference(job, played.config, job.request.resolved(played.config.spec))
+            except OmcdaError as error:  # its settings do not fit the recorded team
+                others[job] = f"recorded as another run: {error}"
                 continue
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise damaged(self.record, error) from error
-            found[job] = played
-        return found
+            if other is None:
+                found[job] = played
+            else:
+                others[job] = f"recorded with {other[0]}, the file asks for {other[1]}"
+        return found, others
+
+    def other_folders(self, trained: Collection[Job]) -> dict[Job, str]:
+        """Say of run folders that hold another run than their jobs' what it is; those ``trained`` now are checked.
+
+        Raises :class:`DatasetError` for a dataset that is damaged.
+        """
+        from omcda_deploy.registry import read_dataset
+        from omcda_deploy.training.run_folder import read_config
+
+        jobs = [job for job in self.jobs if job not in trained and job.run.exists()]
+        digests = read_dataset(self.dataset).digests if jobs and self.dataset.exists() else None
+        others = {}
+        for job in jobs:
+            try:
+                config = read_config(job.run)
+                other = difference(job, config, job.request.resolved(config.spec), digests)
+            except OmcdaError as error:
+                others[job] = self.without_out(str(error))
+                continue
+            if other is not None:
+                others[job] = f"its folder holds a run of {other[0]}, expected {other[1]}"
+        return others
+
+    def without_out(self, text: str) -> str:
+        """Name files as they lie in ``out``: where that is on the machine is nothing to a page's readers."""
+        return text.replace(f"{self.out}/", "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A file of results with what a call makes of it: :func:`omcda_deploy.experiments.pages.plan_results`."""
+
+    results: Results
+    works: tuple[Work, ...]
+    now: tuple[Work, ...]  # the pages that are made, the others are covered by their records
+    rows: Sequence[str]
+    train: Training
+    pdf: bool
+
+    @property
+    def source(self) -> Path:
+        """The file."""
+        return self.results.source
+
+    @property
+    def command(self) -> str:
+        """The command that makes the whole of it again, as it is typed."""
+        return shlex.join(["omcda-deploy", "results", str(self.source)])
+
+    @property
+    def targets(self) -> list[Path]:
+        """Files that it may write: its pages and its overview."""
+        return [*(work.page.file for work in self.works), *filter(None, [self.results.overview])]
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the rows of the pages that are made."""
+        return list(dict.fromkeys(row.name for work in self.now for row in work.rows))
+
+    @property
+    def empty(self) -> bool:
+        """True where nothing is recorded or finished, and nothing is to be trained."""
+        trained = self.train != "none" and (
+            not self.rows or any(fits(name, self.rows) for name in self.methods)
+        )
+        return not trained and not any(
+            work.record.exists() or any(job.finished for job in work.jobs) for work in self.now
+        )
+
+    def asked(self, work: Work) -> list[Job]:
+        """List the runs of a page that are trained, or taken as they are where they are finished.
+
+        Raises :class:`ConfigError` for a damaged record.
+        """
+        if self.train == "none":
+            return []
+        held, _ = work.asked_for(self.known(work))
+        jobs = (job for row in work.rows if not self.rows or fits(row.name, self.rows) for job in row.jobs)
+        return [job for job in jobs if job not in held]
+
+    def known(self, work: Work) -> Record:
+        """Read the record that a page's runs are added to. Raises :class:`ConfigError` for a damaged one."""
+        return Record(work.terms) if self.train == "all" else work.recorded()
 
 
 @dataclass(frozen=True)
 class Made:
-    """A page's comparison, None for the ``reason``, and the reasons of jobs that failed."""
+    """A page's comparison, None for the ``reason``, and the reasons of jobs that failed.
+
+    ``others``: jobs in whose place another run is recorded, or lies in the folder, with what it is.
+    """
 
     comparison: Comparison | None
     reason: str = ""
     failures: Mapping[Job, str] = dataclasses.field(default_factory=dict)
+    others: Mapping[Job, str] = dataclasses.field(default_factory=dict)
 
 
-def compare_record(work: Work, record: Record, left_out: Sequence[LeftOut] = ()) -> Made:
+def compare_record(
+    work: Work,
+    record: Record,
+    left_out: Sequence[LeftOut] = (),
+    folders: Mapping[Job, str] | None = None,
+) -> Made:
     """Compare the recorded runs that a page asks for under the names of its rows, and list all others.
 
-    ``left_out``: runs that could not be played now. Raises :class:`ConfigError` for a damaged record.
+    ``left_out``: runs that could not be played now; ``folders``: what other runs :meth:`Work.other_folders` found.
+    Raises :class:`ConfigError` for a damaged record.
     """
     from omcda_deploy.report.comparison import CLONE, Comparison, summarise
+    from omcda_deploy.report.comparison_report import link_to
 
-    runs = work.asked_for(record)
+    runs, recorded = work.asked_for(record)
+    others = {**(folders or {}), **recorded}
     failures = {
         job: end.reason
         for job in work.jobs
@@ -144,14 +247,24 @@ def compare_record(work: Work, record: Record, left_out: Sequence[LeftOut] = ())
     known = {*runs, *(job for job in work.jobs if work.name(job) in told)}
     comparison = Comparison(
         [*trained, *clones],
-        [*_left_out(work, known, failures), *left_out, *repeated],
-        {**budgets, "Evaluation": str(conditions), "Record": _RECORD.format(work.record.name)},
+        [*_left_out(work, known, failures, others), *left_out, *repeated],
+        {
+            **budgets,
+            "Evaluation": str(conditions),
+            "Record": _RECORD.format(work.record.name, link_to(work.record.name)),
+        },
         {s.variant: order[s.results[0].run][1] for s in trained},
         record.card,
     )
     if not results and not left_out:
-        return Made(None, "none of its runs is recorded", failures)
-    return Made(comparison, failures=failures)
+        ways = " as the file asks for it" if others else ""
+        return Made(None, f"none of its runs is recorded{ways}{first_of(work, others)}", failures, others)
+    return Made(comparison, failures=failures, others=others)
+
+
+def first_of(work: Work, others: Mapping[Job, str]) -> str:
+    """Say what the first of ``others`` is, behind the reason why a page has no run; empty without any."""
+    return next((f"; {work.name(job)}: {why}" for job, why in others.items()), "")
 
 
 def _require_one_variant(results: Sequence[Result], order: Mapping[str, tuple[int, str]]) -> None:
@@ -167,7 +280,9 @@ def _require_one_variant(results: Sequence[Result], order: Mapping[str, tuple[in
             )
 
 
-def _left_out(work: Work, known: Container[Job], failures: Mapping[Job, str]) -> list[LeftOut]:
+def _left_out(
+    work: Work, known: Container[Job], failures: Mapping[Job, str], others: Mapping[Job, str]
+) -> list[LeftOut]:
     from omcda_deploy.report.comparison import LeftOut
 
     left = []
@@ -178,10 +293,12 @@ def _left_out(work: Work, known: Container[Job], failures: Mapping[Job, str]) ->
             if job in failures
         ]
         unfinished = [job for job in row.jobs if job not in known and job not in failures]
-        for begun, reason in ((False, "not run"), (True, "not run to its end")):
-            jobs = [job for job in unfinished if job.run.exists() == begun]
-            if jobs:
-                seeds = ", ".join(str(job.seed) for job in jobs)
-                folder = str(Path(work.name(jobs[0])).parent)
-                left.append(LeftOut(folder, f"{row.name}, seeds {seeds}", reason))
+        reasons: dict[str, list[Job]] = {}
+        for job in unfinished:
+            reason = others.get(job) or ("not run to its end" if job.run.exists() else "not run")
+            reasons.setdefault(reason, []).append(job)
+        for reason, jobs in reasons.items():
+            seeds = ", ".join(str(job.seed) for job in jobs)
+            folder = str(Path(work.name(jobs[0])).parent)
+            left.append(LeftOut(folder, f"{row.name}, seeds {seeds}", reason))
     return left

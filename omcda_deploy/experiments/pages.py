@@ -10,27 +10,81 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from omcda_deploy.errors import ConfigError, OmcdaError
 from omcda_deploy.experiments.compare import play_runs
 from omcda_deploy.experiments.engines import Engine, run_locally
 from omcda_deploy.experiments.observer import Observer
-from omcda_deploy.experiments.page_runs import Made, Work, compare_record
+from omcda_deploy.experiments.page_runs import Made, Plan, Training, Work, compare_record, first_of
 from omcda_deploy.experiments.records import Failure, Played, Record, write_record
 from omcda_deploy.experiments.results import Page, Results, read_results, require_match
-from omcda_deploy.experiments.sweep import Job, check_jobs
+from omcda_deploy.experiments.sweep import Job, check_jobs, naming
 from omcda_deploy.experiments.tier_index import MISSING
 from omcda_deploy.experiments.watching import watching
 from omcda_deploy.files import require_writable, write_json
-from omcda_deploy.report.claims import fits
 
 if TYPE_CHECKING:
     from omcda_deploy.report.comparison import LeftOut
     from omcda_deploy.report.overview import Entry
 
 
-Training = Literal["all", "new", "none"]
+def plan_results(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    only: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    train: Training = "all",
+    pdf: bool = False,
+) -> list[Plan]:
+    """Read and check files of results, each as :func:`write_results` describes; create nothing.
+
+    Each of ``rows`` is to match a row of some file. Raises :class:`OmcdaError` for what cannot be made, for two
+    files with a page in common, and where all plans are empty.
+    """
+    from omcda_deploy.report.pdf import require_pdf
+
+    if pdf:
+        require_pdf()
+    plans = []
+    for source in sources:
+        results = read_results(source)
+        works = tuple(Work(page, out, tuple(page.rows(out)), _missing(page)) for page in results.pages)
+        chosen = results.chosen(only)
+        now = tuple(work for work in works if work.page in chosen)
+        plans.append(Plan(results, works, now, rows, train, pdf))
+    named = ", ".join(map(str, sources))
+    for pattern in rows:
+        require_match(f"row of {named}", pattern, [name for plan in plans for name in plan.methods])
+    owners: dict[Path, Path] = {}
+    for plan in plans:
+        for file in plan.targets:
+            if (other := owners.setdefault(file.resolve(), plan.source)) is not plan.source:
+                raise ConfigError(
+                    f"{other} and {plan.source} would both write {file}: rename one of them, or its overview"
+                )
+    if all(plan.empty for plan in plans):
+        raise ConfigError(
+            f"no run of {named} is finished in {out}, and no page of it has a record: leave --write-only out, or "
+            "name the --out of its runs"
+        )
+    for plan in plans:
+        if not plan.empty:
+            _check_plan(plan)
+    return plans
+
+
+def _check_plan(plan: Plan) -> None:
+    """Refuse what can be refused before anything is made."""
+    overview = plan.results.overview
+    for file in (*(work.page.file for work in plan.now), *filter(None, [overview])):
+        require_writable(file)
+    for work in plan.now:
+        if not work.missing:
+            _check(plan, work)
+        elif overview is None:
+            raise ConfigError(f"{work.page.label} cannot be had: {work.missing}")
 
 
 def write_results(
@@ -53,62 +107,49 @@ def write_results(
     and no dataset is collected. The last two add the finished runs in ``out`` to the record. ``rows``: patterns of
     the rows whose new runs are trained. With ``pdf``, figures are written as PDF, too.
 
+    A folder that holds a run of other settings is refused where this call would train its run, and listed else.
     Raises :class:`OmcdaError`, before anything is made, where the file or one of its runs cannot be, and after the
     other pages are written for those that could not.
     """
-    from omcda_deploy.report.pdf import require_pdf
+    [plan] = plan_results([source], out, only=only, rows=rows, train=train, pdf=pdf)
+    return write_plan(plan, jobs, observer, engine)
 
+
+def write_plan(
+    plan: Plan, jobs: int, observer: Observer | None = None, engine: Engine = run_locally
+) -> list[Path]:
+    """Make the pages of a plan, as :func:`write_results` describes; return the files.
+
+    Raises :class:`OmcdaError` for pages that could not be written, after the others are.
+    """
     observer = observer or Observer()
-    if pdf:
-        require_pdf()
-    results = read_results(source)
-    command = f"omcda-deploy results {source}"
-    works = [Work(page, out, tuple(page.rows(out)), _missing(page)) for page in results.pages]
-    chosen = results.chosen(only)
-    now = [work for work in works if work.page in chosen]
-    named = list(dict.fromkeys(row.name for work in now for row in work.rows))
-    for pattern in rows:
-        require_match(f"row of {source}", pattern, named)
-    for file in (*(work.page.file for work in now), *filter(None, [results.overview])):
-        require_writable(file)
-    for work in now:
-        if not work.missing:
-            _check(work)
-        elif results.overview is None:
-            raise ConfigError(f"{work.page.label} cannot be had: {work.missing}")
-    if train == "none" and not any(
-        work.record.exists() or any(job.finished for job in work.jobs) for work in now
-    ):
-        raise ConfigError(
-            f"no run of {source} is finished in {out}, and no page of it has a record: leave --write-only out, or "
-            "name the --out of its runs"
-        )
+    results, now = plan.results, plan.now
     if results.overview is None:
-        page = _make(now[0], jobs, observer, engine, train=train, rows=rows, command=command)
+        page = _make(plan, now[0], jobs, observer, engine)
         if page.comparison is None:
             raise ConfigError(f"{now[0].page.file} is not written: {page.reason}")
-        return _with_pdf([now[0].page.file], pdf)
+        return _with_pdf([now[0].page.file], plan.pdf)
     # The overview is written after every page, so that it is there when the command is killed.
     made: dict[str, Made] = {}
     errors: list[OmcdaError] = []
     written = []
     for work in now:
         try:
-            page = _make(work, jobs, observer, engine, train=train, rows=rows, command=command)
+            page = _make(plan, work, jobs, observer, engine)
             made[work.page.label] = page
             written += [work.page.file] if page.comparison is not None else []
         except OmcdaError as error:
             errors.append(error)
             made[work.page.label] = Made(None, str(error), work.failures())
         # The others as they are by now: parts may be made at the same time.
-        others = {w.page.label: _as_it_is(w) for w in works if w.page.label not in made}
-        _write_overview(results, works, {**others, **made}, command)
+        others = {w.page.label: _as_it_is(w) for w in plan.works if w.page.label not in made}
+        _write_overview(results, plan.works, {**others, **made}, plan.command)
     if errors:
         raise OmcdaError(
             f"{len(errors)} of {len(now)} pages could not be written, as {results.overview} says. The first: "
             f"{errors[0]}"
         )
-    return _with_pdf([*written, results.overview], pdf)
+    return _with_pdf([*written, results.overview], plan.pdf)
 
 
 def _with_pdf(pages: list[Path], pdf: bool) -> list[Path]:
@@ -126,7 +167,7 @@ def _missing(page: Page) -> str:
     return MISSING.get(page.task, {}).get(page.tier, "")
 
 
-def _check(work: Work) -> None:
+def _check(plan: Plan, work: Work) -> None:
     """Refuse what can be refused before hours are spent; create nothing."""
     from omcda_deploy.play.shipped import sources
     from omcda_deploy.registry import team_spec
@@ -137,49 +178,46 @@ def _check(work: Work) -> None:
         unrecorded = {work.dataset: team_spec(work.page.task)}
     else:
         _require_dataset(work)
-    check_jobs(work.jobs, unrecorded)
+    for job in work.jobs:
+        with naming(job):
+            job.request.check()
+    try:
+        asked = plan.asked(work)
+    except ConfigError:  # its record is damaged, which keeps no other page from being made
+        return
+    check_jobs(asked, unrecorded)
 
 
-def _make(
-    work: Work,
-    jobs: int,
-    observer: Observer,
-    engine: Engine,
-    *,
-    train: Training,
-    rows: Sequence[str],
-    command: str,
-) -> Made:
+def _make(plan: Plan, work: Work, jobs: int, observer: Observer, engine: Engine) -> Made:
     """Record, train, play and write a page."""
     from omcda_deploy.report.comparison_report import write_markdown
 
     if work.missing:
         return Made(None, work.missing)
     failures = work.failures()
-    new: list[Job] = []
-    if train != "none":
-        known = Record(work.terms) if train == "all" else work.recorded()
-        held = work.asked_for(known)
-        asked = [job for row in work.rows if not rows or fits(row.name, rows) for job in row.jobs]
-        if new := [job for job in asked if job not in held]:
-            _have_dataset(work, new, known, observer)
-            failures = _train(work, new, jobs, observer, engine)
-    finished = [job for job in work.jobs if job.finished and job not in failures]
+    if new := plan.asked(work):
+        _have_dataset(work, new, plan.known(work), observer)
+        failures = _train(work, new, jobs, observer, engine)
+    others = work.other_folders(new)
+    failures = {
+        job: why for job, why in failures.items() if job not in others
+    }  # it failed with other settings
+    finished = [job for job in work.jobs if job.finished and job not in failures and job not in others]
     record, left_out = _play(work, finished, failures, observer)
-    if train != "all":
+    if plan.train != "all":
         record = work.recorded().joined(record)  # read as late as this: parts may be made at the same time
-    made = compare_record(work, record, left_out)
+    made = compare_record(work, record, left_out, others)
     if made.comparison is None:
         begun = sum(job.run.exists() for job in work.jobs)
         first = f"; the first failed: {next(iter(failures.values()))}" if failures else ""
         reason = f"none of {len(work.jobs)} runs is finished, {begun} begun"
         if not new:  # nothing was to be trained, and nothing is there
-            return Made(None, reason, failures)
+            return Made(None, f"{reason}{first_of(work, made.others)}", failures)
         raise ConfigError(f"{work.page.label}: {reason}{first}")
     work.page.file.parent.mkdir(parents=True, exist_ok=True)
     if record.runs:
         write_record(work.record, record)
-    write_markdown(made.comparison, work.page.file, work.page.title, command, work.page.note)
+    write_markdown(made.comparison, work.page.file, work.page.title, plan.command, work.page.note)
     return made
 
 
@@ -218,7 +256,7 @@ def _play(
     from omcda_deploy.report.comparison import CLONE
     from omcda_deploy.training.run_folder import read_config
 
-    failed = {work.name(job): Failure(job.steps, _without(work.out, why)) for job, why in failures.items()}
+    failed = {work.name(job): Failure(job.steps, work.without_out(why)) for job, why in failures.items()}
     record = Record(work.terms, failed=failed)
     if not finished:
         return record, []
@@ -231,16 +269,11 @@ def _play(
         one = Played.of(read_config(Path(result.run)), result)
         played[result.variant.algorithm == CLONE][names[result.run]] = one
     left_out = [
-        dataclasses.replace(left, run=names[left.run], reason=_without(work.out, left.reason))
+        dataclasses.replace(left, run=names[left.run], reason=work.without_out(left.reason))
         for left in left_out
     ]
     told = () if dataset is None else tuple(card(summarize(dataset)))
     return dataclasses.replace(record, runs=played[False], clone=played[True], card=told), left_out
-
-
-def _without(out: Path, text: str) -> str:
-    """Name files as they lie in ``out``: where that is on the machine is nothing to a page's readers."""
-    return text.replace(f"{out}/", "")
 
 
 def _write_overview(results: Results, works: Sequence[Work], made: Mapping[str, Made], command: str) -> None:

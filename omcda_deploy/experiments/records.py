@@ -118,6 +118,9 @@ class Record:
     def joined(self, later: Record) -> Record:
         """Add the runs of a ``later`` record. Of a run in both that one stays whose policies are newer.
 
+        Where they are the same, the run takes on what the later record alone knows of it: where its dataset was not
+        at hand before, whether its critic diverged.
+
         Raises :class:`ConfigError` for one of another dataset.
         """
         if self.digest and later.digest and self.digest != later.digest:
@@ -125,18 +128,22 @@ class Record:
                 f"the record is of a dataset of digest {self.digest[:12]}…, the runs are of {later.digest[:12]}…: "
                 "move the record away, or train on its dataset"
             )
-        newer = {
-            run: played
-            for run, played in later.runs.items()
-            if run not in self.runs or _policies(played) != _policies(self.runs[run])
-        }
-        runs = {**self.runs, **newer}
+        runs = {**self.runs}
+        for run, played in later.runs.items():
+            same = run in runs and _policies(runs[run]) == _policies(played)
+            runs[run] = _filled(runs[run], played) if same else played
         failed = {run: end for run, end in {**self.failed, **later.failed}.items() if run not in runs}
         return Record(later.terms, runs, self.clone or later.clone, failed, self.card or later.card)
 
 
 def _policies(played: Played) -> list[str]:
     return [snapshot["sha256"] for snapshot in played.values["score"]["snapshots"]]
+
+
+def _filled(old: Played, later: Played) -> Played:
+    """Return the ``old`` run with the ``later`` one's values where it has none."""
+    known = {name: value for name, value in old.values.items() if value is not None}
+    return replace(old, values={**later.values, **known})
 
 
 def write_record(file: Path, record: Record) -> None:

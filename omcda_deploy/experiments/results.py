@@ -165,6 +165,7 @@ def read_results(path: Path) -> Results:
     _require_entries(str(path), values, _SEVERAL if several else _SINGLE)
     required = ("title", "runs") if several else ("title", "task", "tier", "transitions", "runs")
     _require_present(str(path), values, required)
+    _require_line(f"{path}: title", values["title"])
     tables = values["runs"]
     if not tables or not all(isinstance(table, dict) for table in tables):
         raise ConfigError(f"{path}: expected one or more tables [[runs]], got {tables!r}")
@@ -174,6 +175,7 @@ def read_results(path: Path) -> Results:
                 f"{path}: runs[{index}]: datasets: a page has the one that it records, leave it out"
             )
         _require_entries(f"{path}: runs[{index}]", table, _RUNS)
+        _require_line(f"{path}: runs[{index}]: name", table.get("name", "none"))
     if not several:
         page = _page(path, values, {}, values["task"], values["tier"], path.with_suffix(".md"))
         return Results(path, values["title"], "", (page,))
@@ -209,6 +211,11 @@ def _comparison(path: Path, values: Mapping[str, Any]) -> Results:
         for index, table in enumerate(values.get("claims", ()))
     )
     for index, claim in enumerate(claims):
+        _require_line(f"{path}: claims[{index}]: says", claim.says)
+        if not claim.on:
+            raise ConfigError(
+                f"{path}: claims[{index}]: on: expected one or more datasets, got []: leave it out for all"
+            )
         for pattern in claim.on:
             require_match(f"dataset of {path}: claims[{index}]: on", pattern, pages)
     overview = path.with_name(_overview_name(path, values))
@@ -299,6 +306,12 @@ def _require_present(where: str, values: Mapping[str, Any], names: Iterable[str]
     for name in names:
         if name not in values:
             raise ConfigError(f"{where}: expected an entry {name}, there is none")
+
+
+def _require_line(where: str, text: str) -> None:
+    """Raise :class:`ConfigError` for a text that a heading or the cell of a table cannot hold."""
+    if text.splitlines() != [text]:
+        raise ConfigError(f"{where}: expected one line of text, got {text!r}")
 
 
 def require_match(kind: str, pattern: object, labels: Iterable[str]) -> None:

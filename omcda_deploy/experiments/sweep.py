@@ -258,12 +258,24 @@ def require_same_request(
     digests: Mapping[int, str] | None = None,
 ) -> None:
     """Raise :class:`ConfigError` where ``config`` is that of another run than the job's; None: not compared."""
+    if (found := difference(job, config, plan, digests)) is not None:
+        value, expected = found
+        raise ConfigError(
+            f"the folder is a run of {value}, expected {expected}: choose another --out, or remove it"
+        )
+
+
+def difference(
+    job: Job,
+    config: RunConfig,
+    plan: ResolvedRun | None = None,
+    digests: Mapping[int, str] | None = None,
+) -> tuple[str, str] | None:
+    """Return the first thing in which ``config`` is not the job's, as ``alpha 1.0``, and the job's value."""
     for name, begun, expected in _compared(job, config, plan, digests):
         if begun != expected:
-            value = f"{begun} steps" if name == "steps" else f"{name} {begun}"
-            raise ConfigError(
-                f"the folder is a run of {value}, expected {expected}: sweep into another --out, or remove it"
-            )
+            return f"{begun} steps" if name == "steps" else f"{name} {begun}", str(expected)
+    return None
 
 
 def _compared(

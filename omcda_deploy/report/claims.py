@@ -90,5 +90,5 @@ def _require_words(name: str, value: Any, several: bool) -> None:
 
 
 def fits(label: str, patterns: Iterable[str]) -> bool:
-    """Test if a dataset TASK/TIER fits one of the patterns, in which ``*`` stands for anything."""
-    return any(fnmatchcase(label, pattern) for pattern in patterns)
+    """Test if a name, as TASK/TIER, is one of the patterns or fits one; brackets in one are a class of signs."""
+    return any(label == pattern or fnmatchcase(label, pattern) for pattern in patterns)

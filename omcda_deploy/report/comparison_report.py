@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from rich.table import Table
 
@@ -215,10 +216,10 @@ def _markdown(
         variant = summaries[0].variant
         lines += [f"## {variant.task}, {comparison.dataset(variant)}", ""]
         lines += markdown_table(*_table(comparison, summaries))
-        lines += [f"![Return over the temperature of play]({temperatures[key]})", "", CAPTION, ""]
+        lines += [f"![Return over the temperature of play]({link_to(temperatures[key])})", "", CAPTION, ""]
         lines += markdown_table(*temperature_table(comparison, summaries))
     for file, figure in figures.items():
-        lines += [f"## {figure.title}", "", f"![{figure.title}]({file})", "", figure.caption, ""]
+        lines += [f"## {figure.title}", "", f"![{figure.title}]({link_to(file)})", "", figure.caption, ""]
     if comparison.card:
         lines += ["## The data", ""]
         lines += markdown_table(["", ""], [*comparison.card, *_clone_lines(comparison)])
@@ -250,6 +251,11 @@ def _clone_lines(comparison: Comparison) -> list[tuple[str, str]]:
         words = mean_words(clone.curve[:, index], digits_of(clone.curve))
         lines.append((f"return of the clone, T {temperature:g}", ", ".join([words, *ends])))
     return lines
+
+
+def link_to(file: str | Path) -> str:
+    """Return the target of a Markdown link to a file, in which blanks and brackets would end it."""
+    return quote(str(file))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

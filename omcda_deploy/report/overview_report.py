@@ -10,7 +10,7 @@ from omcda_deploy.formatting import UNKNOWN, digits_of, number, percent
 from omcda_deploy.play.measurements import now
 from omcda_deploy.report.claims import COMPARING
 from omcda_deploy.report.comparison import Summary
-from omcda_deploy.report.comparison_report import markdown_table, page_figures
+from omcda_deploy.report.comparison_report import link_to, markdown_table, page_figures
 from omcda_deploy.report.figures import Bar, grouped_bars_figure
 from omcda_deploy.report.html import svg_document
 from omcda_deploy.report.judgement import TOLERANCE, hindsight, judge
@@ -68,7 +68,9 @@ def write_overview(overview: Overview, path: Path, command: str) -> None:
     lines += _together(overview)
     for task, entries in _by_task(overview).items():
         lines += [f"## {task}", ""]
-        lines += [f"![Returns on {task}]({figures[task]})", "", _CAPTION, ""] if task in figures else []
+        lines += (
+            [f"![Returns on {task}]({link_to(figures[task])})", "", _CAPTION, ""] if task in figures else []
+        )
         lines += _returns(overview, entries)
     lines += _duels(overview)
     lines += _choices(overview)
@@ -146,7 +148,10 @@ def _together(overview: Overview) -> list[str]:
 
 
 def _returns(overview: Overview, entries: list[Entry]) -> list[str]:
-    header = ["", *(f"[{e.tier}]({e.page})" if e.comparison is not None else e.tier for e in entries)]
+    header = [
+        "",
+        *(f"[{e.tier}]({link_to(e.page)})" if e.comparison is not None else e.tier for e in entries),
+    ]
     rows = [
         [method, *(_value(entry, method) for entry in entries)]
         for method in overview.methods
@@ -256,7 +261,7 @@ def _declared(overview: Overview, path: Path) -> list[str]:
         for name, figure in page_figures(entry.comparison, page).items():
             file = page.with_name(name)
             if (path.parent / file).is_file():
-                lines += [f"### {figure.title}", "", f"![{figure.title}]({file})", ""]
+                lines += [f"### {figure.title}", "", f"![{figure.title}]({link_to(file)})", ""]
     return ["## Budgets and influence", "", *lines] if lines else []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -192,7 +193,12 @@ def test_what_is_finished_is_written_without_training(file: Path, tmp_path: Path
         write_results(file, out, 1, engine=Here(), only=["toy/chain/*"])
     file.write_text(COMPARISON.replace("steps = 20\n", "steps = 30\n"))
     with pytest.raises(ConfigError, match="is a run of 20 steps, expected 30"):
-        write_results(file, out, 1, train="none", only=["toy/chain/*"])
+        write_results(file, out, 1, train="new", only=["toy/chain/*"])
+    write_results(file, out, 1, train="none", only=["toy/chain/*"])
+    reason = (
+        r"toy/chain/behavior: not run: none of .*; .*seed0: recorded with 20 steps, the file asks for 30\."
+    )
+    assert re.search(reason, overview.read_text())
 
 
 def test_a_page_that_cannot_be_made_does_not_stop_the_others(

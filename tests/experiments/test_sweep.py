@@ -200,7 +200,7 @@ def test_a_folder_of_another_request_is_refused(
     check_jobs(jobs)
     settings = {**config.settings, **changes.pop("settings", {})}
     write_config(job.run, replace(config, **changes, settings=settings))
-    expected = rf"^{re.escape(str(job.run))}: the folder is {message}: sweep into another --out, or remove it"
+    expected = rf"^{re.escape(str(job.run))}: the folder is {message}: choose another --out, or remove it"
     with pytest.raises(ConfigError, match=expected):
         check_jobs(jobs)
 
@@ -584,7 +584,7 @@ def test_a_killed_run_is_taken_up_again(
 
     other = replace(job, seed=1, run=job.run.with_name("seed1"))
     reasons = run_fleet([replace(job, steps=400), other])  # its neighbour is trained
-    assert re.search("is a run of 300 steps, expected 400: sweep into another --out", str(reasons[0]))
+    assert re.search("is a run of 300 steps, expected 400: choose another --out", str(reasons[0]))
     assert reasons[1] is None
     assert other.finished
     assert len(commands) == 3

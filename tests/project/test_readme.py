@@ -141,8 +141,8 @@ def test_what_the_text_says_of_the_comparison_is_what_its_pages_say() -> None:
     assert {mujoco[name] for name in ("cql", "omar", "cfcql", "bcq")} == {("ahead of", 1)}
     assert (
         f"On MuJoCo OMCDA is ahead of OMIGA and ComaDICE over {words[mujoco['omiga'][1]]} datasets and of ICQ over "
-        f"{words[mujoco['icq'][1]]}, and of CQL, OMAR, CFCQL and BCQ on the one that they are run on, where a setting "
-        "of each was chosen as OMCDA's was." in text
+        f"{words[mujoco['icq'][1]]}, and of CQL, OMAR, CFCQL and BCQ on the one that they are run on, where a "
+        "setting of each was chosen as OMCDA's was." in text
     )
     assert smax["comadice"][0] == "ahead of"
     assert {smax[name][0] for name in ("omiga", "cfcql", "bcq")} == {"not told apart from"}
