@@ -24,9 +24,9 @@ def require_pair(certificate: Path, key: Path) -> None:
         ) from error
 
 
-def require_authority(certificates: bytes, file: Path) -> None:
-    """Raise :class:`ConfigError` unless the contents of ``file`` are certificates in PEM."""
+def require_authority(file: Path) -> None:
+    """Raise :class:`ConfigError` unless a file has certificates in PEM, with any comments between them."""
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=certificates.decode())
-    except (ssl.SSLError, ValueError) as error:  # UnicodeDecodeError is one
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+    except OSError as error:
         raise ConfigError(f"expected the authority's certificates in {file}, as PEM") from error

@@ -42,13 +42,15 @@ class Tls:
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one port. Raises :class:`ConfigError` for files that are not what they say."""
         current = self._read()
+        self._require_fitting()
         trouble = Trouble()
 
         def fetch() -> Any:
             """Return the files' configuration at a handshake if it has changed, otherwise None."""
             nonlocal current
             try:
-                files = self._read()
+                if (files := self._read()) != current:
+                    self._require_fitting()
             except ConfigError as error:  # half-written, or of two pairs for a moment: the last contents stay
                 trouble.tell(error)
                 return None
@@ -65,14 +67,16 @@ class Tls:
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
         authority = None if self.client_ca is None else _read("tls.client_ca", self.client_ca)
-        key, certificate = _read("tls.key", self.key), _read("tls.certificate", self.certificate)
+        return _read("tls.key", self.key), _read("tls.certificate", self.certificate), authority
+
+    def _require_fitting(self) -> None:
+        """Check that the files are what they say: not at every handshake, but where they are new."""
         try:
             require_pair(Path(self.certificate), Path(self.key))
-            if self.client_ca is not None and authority is not None:
-                require_authority(authority, Path(self.client_ca))
+            if self.client_ca is not None:
+                require_authority(Path(self.client_ca))
         except ConfigError as error:
             raise ConfigError(f"tls: {error}") from error
-        return key, certificate, authority
 
 
 def _configuration(key: bytes, certificate: bytes, authority: bytes | None) -> Any:

@@ -98,7 +98,7 @@ def read_credentials(path: Path) -> Credentials:
     }
     try:
         if "ca" in values:
-            require_authority(files["ca"], path.parent / values["ca"])
+            require_authority(path.parent / values["ca"])
         if "key" in values:
             require_pair(path.parent / values["certificate"], path.parent / values["key"])
     except ConfigError as error:

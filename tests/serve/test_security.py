@@ -24,7 +24,7 @@ from omcda_deploy.client.remote import RemoteTeam
 from omcda_deploy.errors import ConfigError, EndpointError, OmcdaError
 from omcda_deploy.local import LocalTeam
 from omcda_deploy.serve.config import read_server_config
-from omcda_deploy.serve.security import Tokens
+from omcda_deploy.serve.security import Tls, Tokens
 from tests.support.server_process import free_port, server_process
 
 CONTRACT = "/omcda.v1.PolicyService/GetContract"
@@ -358,6 +358,16 @@ def test_wrong_credentials_are_refused(tmp_path: Path, text: str, message: str) 
     path.write_text(text)
     with pytest.raises(OmcdaError, match=message):
         read_credentials(path)
+
+
+def test_an_authoritys_file_may_have_comments_in_any_language(tmp_path: Path) -> None:
+    """As bundles of public authorities have them."""
+    ours = Authority(tmp_path / "ours")
+    ours.file.write_text(f"# Főtanúsítvány\n{ours.file.read_text()}")
+    (tmp_path / "credentials.toml").write_text('ca = "ours/ca.pem"\n')
+    assert read_credentials(tmp_path / "credentials.toml").ca == ours.file.read_bytes()
+    tls = Tls(str(tmp_path / "ours/server.pem"), str(tmp_path / "ours/server.key"), str(ours.file))
+    assert tls.credentials() is not None
 
 
 @pytest.mark.parametrize(
